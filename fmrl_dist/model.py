@@ -1,0 +1,276 @@
+"""fMRLRec (paper section 3.3): frozen item features, nested LRU blocks, tied scores; every prefix a model of its own.
+
+B histories, N packed items, P positions (items and start positions), V items, D width, F features' total dim, M
+features. The model knows plain tensors only: no rank, no file, no config object.
+
+    item encoder   E = X·W_proj + b_proj (+ stand-ins + id table)          eq. 7
+    block          x + Dropout(LRU(LayerNorm(x))), x + FFN(LayerNorm(x))    eq. 8-12
+    scores         z·Eᵀ, cut to the first m channels for size m             eq. 13
+
+Every parameter is real and has the width as its leading channels, so cutting each dimension to its first m channels
+gives the model of size m (``truncate``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fmrl_dist.ops.nested import NestedLayerNorm, NestedLinear, init_nested, matmul_linear, nested_linear, nested_mask
+from fmrl_dist.ops.scan import packed_scan, scan_step
+
+RING_MARGIN = 1e-3  # keeps |Λ| off the ring's edges: at 0 the gradient of ν is NaN
+
+
+class ItemEncoder(nn.Module):
+    """Item embeddings from frozen features (eq. 7), a stand-in for each missing one, and an optional id table.
+
+    Args:
+        width: D.
+        feature_dims: name → dim of each feature, in the order of the feature matrix's columns.
+        num_items: rows of the trained id table; 0 for none.
+        matmul_dtype: of the projection's inputs; None keeps float32.
+    """
+
+    feature_shift: Tensor
+    feature_scale: Tensor
+
+    def __init__(
+        self, width: int, feature_dims: Mapping[str, int], num_items: int = 0, matmul_dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.feature_dims = dict(feature_dims)
+        self.matmul_dtype = matmul_dtype
+        total = sum(self.feature_dims.values())
+        bound = 1 / math.sqrt(max(total, 1))
+        self.weight = nn.Parameter(torch.empty(width, total).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(width).uniform_(-bound, bound))
+        self.stand_ins = nn.Parameter(torch.zeros(len(self.feature_dims), width))
+        self.id_table = nn.Parameter(torch.randn(num_items, width) / math.sqrt(width)) if num_items else None
+        self.register_buffer("feature_shift", torch.zeros(total))
+        self.register_buffer("feature_scale", torch.ones(total))
+
+    def normalize(self, values: Tensor, present: Tensor) -> Tensor:
+        """Scale raw features; absent ones stay zero. values [n, F] of any float dtype, present bool [n, M] → [n, F]."""
+        dims = torch.tensor(list(self.feature_dims.values()), device=values.device)
+        scaled = (values.to(self.feature_shift.dtype) - self.feature_shift) * self.feature_scale
+        return torch.where(present.repeat_interleave(dims, dim=1), scaled, 0.0)
+
+    def forward(self, features: Tensor, present: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Embeddings [n, D] of n items.
+
+        Args:
+            features: [n, F], from :meth:`normalize`.
+            present: bool [n, M], which features each item has.
+            ids: int64 [n], rows of the id table; None for the whole catalogue in order. Unused without an id table.
+        """
+        embeddings = matmul_linear(features, self.weight, self.matmul_dtype) + self.bias
+        embeddings = embeddings + (~present).to(embeddings.dtype) @ self.stand_ins
+        if self.id_table is not None:
+            embeddings = embeddings + (self.id_table if ids is None else self.id_table[ids])
+        return embeddings
+
+
+class LRU(nn.Module):
+    """Linear recurrent unit (eq. 8-9): h_k = Λ h_{k-1} + γ⊙(B x_k + b), y_k = Re(C h_k + c).
+
+    ``B``, ``C`` [2, D, D] and ``b`` [2, D] hold real and imaginary parts; Λ = exp(-exp(ν) + i·exp(θ)) on a ring
+    r_min ≤ |Λ| ≤ r_max at initialisation; γ starts at sqrt(1 - |Λ|²) and is free from then on. Λ and the states are
+    float32 whatever the products' dtype.
+    """
+
+    mask: Tensor
+
+    def __init__(self, sizes: Sequence[int], r_min: float, r_max: float, matmul_dtype: torch.dtype | None) -> None:
+        super().__init__()
+        width = sizes[-1]
+        self.matmul_dtype = matmul_dtype
+        self.B = nn.Parameter(init_nested(2, width, width, sizes=sizes))
+        self.C = nn.Parameter(init_nested(2, width, width, sizes=sizes))
+        self.b = nn.Parameter(init_nested(2, width, sizes=sizes))
+        self.c = nn.Parameter(init_nested(width, sizes=sizes))
+        u = torch.rand(width).clamp(RING_MARGIN, 1 - RING_MARGIN)
+        modulus_squared = u * (r_max**2 - r_min**2) + r_min**2
+        self.nu = nn.Parameter(torch.log(-0.5 * torch.log(modulus_squared)))
+        self.theta = nn.Parameter(torch.log(2 * math.pi * torch.rand(width).clamp(RING_MARGIN, 1)))
+        self.gamma_log = nn.Parameter(0.5 * torch.log(1 - modulus_squared))
+        self.register_buffer("mask", nested_mask(sizes), persistent=False)
+
+    def decay(self) -> Tensor:
+        """Λ [2, D]."""
+        modulus, phase = torch.exp(-torch.exp(self.nu)), torch.exp(self.theta)
+        return torch.stack((modulus * torch.cos(phase), modulus * torch.sin(phase)))
+
+    def forward(self, x: Tensor, starts: Tensor) -> Tensor:
+        """x [P, D] packed rows, starts int64 [·+1] → y [P, D]."""
+        return self._read(packed_scan(self.decay(), self._drive(x), starts))
+
+    def step(self, state: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """One event: state [B, 2, D], x [B, D] → new state, y [B, D]."""
+        state = scan_step(self.decay(), state, self._drive(x))
+        return state, self._read(state)
+
+    def _drive(self, x: Tensor) -> Tensor:
+        """γ⊙(B x + b), [P, 2, D]."""
+        driven = nested_linear(x, self.B.flatten(0, 1), self.b.flatten(), self.mask, self.matmul_dtype)
+        return driven.unflatten(1, (2, -1)) * torch.exp(self.gamma_log)
+
+    def _read(self, states: Tensor) -> Tensor:
+        """Re(C h + c), [P, D]."""
+        weight = torch.cat((self.C[0], -self.C[1]), 1)
+        return nested_linear(states.flatten(1), weight, self.c, self.mask, self.matmul_dtype)
+
+
+class FeedForward(nn.Module):
+    """Gated FFN (SiLU(x W_g + b_g) ⊙ (x W_1 + b_1)) W_2 + b_2, dropout after W_1 and after W_2."""
+
+    def __init__(self, sizes: Sequence[int], dropout: float, matmul_dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.gate = NestedLinear(sizes, matmul_dtype)
+        self.w_1 = NestedLinear(sizes, matmul_dtype)
+        self.w_2 = NestedLinear(sizes, matmul_dtype)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = F.silu(self.gate(x)) * self.dropout(self.w_1(x))
+        return self.dropout(self.w_2(hidden))
+
+
+class Block(nn.Module):
+    """Sequence mixer, then FFN, each behind its own nested layer-norm and a residual."""
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        dropout: float,
+        lru_dropout: float,
+        r_min: float,
+        r_max: float,
+        matmul_dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.lru_norm = NestedLayerNorm(sizes)
+        self.lru = LRU(sizes, r_min, r_max, matmul_dtype)
+        self.lru_dropout = nn.Dropout(lru_dropout)
+        self.ffn_norm = NestedLayerNorm(sizes)
+        self.ffn = FeedForward(sizes, dropout, matmul_dtype)
+
+    def forward(self, x: Tensor, starts: Tensor) -> Tensor:
+        x = x + self.lru_dropout(self.lru(self.lru_norm(x), starts))
+        return x + self.ffn(self.ffn_norm(x))
+
+    def step(self, state: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        state, mixed = self.lru.step(state, self.lru_norm(x))
+        x = x + self.lru_dropout(mixed)
+        return state, x + self.ffn(self.ffn_norm(x))
+
+
+class FMRLRec(nn.Module):
+    """The model.
+
+    Args:
+        sizes: Matryoshka sizes m_1 < … < m_S; the last is the width D.
+        depth: number of blocks.
+        feature_dims: name → dim of each frozen feature.
+        num_items: rows of the trained id table; 0 for none.
+        dropout: rate on the input embeddings and in the FFN.
+        lru_dropout: rate after the LRU.
+        r_min, r_max: ring of |Λ| at initialisation.
+        matmul_dtype: of the products' inputs; None keeps the parameters' own.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        depth: int,
+        feature_dims: Mapping[str, int],
+        num_items: int = 0,
+        dropout: float = 0.0,
+        lru_dropout: float = 0.0,
+        r_min: float = 0.0,
+        r_max: float = 0.1,
+        matmul_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.sizes = tuple(sizes)
+        self.depth, self.num_items = depth, num_items
+        self.rates = {"dropout": dropout, "lru_dropout": lru_dropout}
+        self.ring = {"r_min": r_min, "r_max": r_max}
+        self.matmul_dtype = matmul_dtype
+        self.encoder = ItemEncoder(self.width, feature_dims, num_items, matmul_dtype)
+        self.input_dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(
+            Block(self.sizes, dropout, lru_dropout, r_min, r_max, matmul_dtype) for _ in range(depth)
+        )
+
+    @property
+    def width(self) -> int:
+        """D, the largest size."""
+        return self.sizes[-1]
+
+    def forward(self, embeddings: Tensor, starts: Tensor, from_start: Tensor) -> Tensor:
+        """Outputs z of packed histories.
+
+        A history flagged in ``from_start`` gets a start position before its first item: a stateless row of b_proj
+        that predicts the first item and serves the empty history; the recurrence resets at it and after it.
+
+        Args:
+            embeddings: item embeddings of the histories' items, oldest first, [N, D].
+            starts: int64 [B+1], first row of each history and, last, N.
+            from_start: bool [B].
+
+        Returns:
+            z [P, D], P = N + from_start.sum(), each history's start position (if any) before its items.
+        """
+        rows, begins = self._insert_start_positions(embeddings, starts, from_start)
+        x = self.input_dropout(rows)
+        for block in self.blocks:
+            x = block(x, begins)
+        return x
+
+    def _insert_start_positions(self, embeddings: Tensor, starts: Tensor, from_start: Tensor) -> tuple[Tensor, Tensor]:
+        inserted_before = F.pad(from_start.long().cumsum(0), (1, 0))  # [B+1]
+        begins = starts + inserted_before
+        start_rows = begins[:-1][from_start]
+        num_positions = len(embeddings) + len(start_rows)
+        is_item = torch.ones(num_positions, dtype=torch.bool, device=embeddings.device).index_fill(0, start_rows, False)
+        source = torch.where(is_item, is_item.long().cumsum(0) - 1, len(embeddings))
+        rows = torch.cat((embeddings, self.encoder.bias[None]))[source]
+        return rows, torch.cat((begins, start_rows + 1)).sort().values
+
+    def initial_state(self, num_histories: int) -> Tensor:
+        """State before the first event, [B, depth, 2, D]."""
+        return self.encoder.bias.new_zeros(num_histories, self.depth, 2, self.width)
+
+    def step(self, state: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """One event of each of B histories: state [B, depth, 2, D], item embeddings [B, D] → new state, z [B, D]."""
+        x, new_states = self.input_dropout(embeddings), []
+        for layer, block in enumerate(self.blocks):
+            new_state, x = block.step(state[:, layer], x)
+            new_states.append(new_state)
+        return torch.stack(new_states, 1), x
+
+    def truncate(self, size: int) -> FMRLRec:
+        """A stand-alone copy of the model of ``size``: every weight cut to its prefix (section 3.2).
+
+        Raises:
+            ValueError: ``size`` is not one of the trained sizes.
+        """
+        if size not in self.sizes:
+            raise ValueError(f"size {size} was not trained; the trained sizes are {list(self.sizes)}")
+        small = FMRLRec(
+            sizes=self.sizes[: self.sizes.index(size) + 1],
+            depth=self.depth,
+            feature_dims=self.encoder.feature_dims,
+            num_items=self.num_items,
+            matmul_dtype=self.matmul_dtype,
+            **self.rates,
+            **self.ring,
+        ).to(self.encoder.weight)
+        full = self.state_dict()
+        small.load_state_dict({k: full[k][tuple(map(slice, v.shape))] for k, v in small.state_dict().items()})
+        return small.train(self.training)
