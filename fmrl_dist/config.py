@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import hashlib
 import json
 import re
-import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ from typing import Any
 import yaml
 
 from fmrl_dist import __version__
-from fmrl_dist.errors import UserError
+from fmrl_dist.errors import UserError, require
+from fmrl_dist.plain_values import apply_overrides, build, open_section
 
 DEMO_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
 FEATURE_NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -30,14 +30,15 @@ RESERVED_NAMES = {"ids", "users", "starts", "items", "times", "targets", "mask",
 MIN_CHUNK_WIDTH = 4
 
 
-def require(condition: bool, message: str) -> None:
-    """Raise :class:`UserError` with ``message`` unless ``condition`` holds."""
-    if not condition:
-        raise UserError(message)
-
-
 def require_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     require(value in choices, f"{key} is {value!r}; expected one of: {', '.join(choices)}")
+
+
+def require_at_least(section: object, prefix: str, low: float, *keys: str) -> None:
+    """Raise :class:`UserError` where one of the section's ``keys`` is less than ``low``."""
+    for key in keys:
+        value = getattr(section, key)
+        require(value >= low, f"{prefix}.{key} is {value}; expected at least {low}")
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,10 @@ class DemoConfig:
     users: int = 3000
     items: int = 2000
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_at_least(self, "data.demo", 1, "users", "items")
+        require_at_least(self, "data.demo", 0, "seed")
 
 
 @dataclass(frozen=True)
@@ -76,17 +81,19 @@ class ItemTable:
 class FeatureConfig:
     """One frozen item feature and where it comes from."""
 
-    source: str = "npy"  # npy: a precomputed [V, dim] array | tfidf: TF-IDF + SVD of the item text | pixels: a descriptor
+    source: str = "npy"  # npy: a precomputed [V, dim] array | tfidf: TF-IDF + SVD of the item text | pixels: descriptor
     path: str = ""  # npy: the array | pixels: a table of item id and image bytes
-    dim: int = 0  # npy: 0 takes the file's, another is checked | tfidf: the SVD's rank | pixels: fixed by the descriptor
+    dim: int = 0  # npy: 0 takes the file's, another is checked | tfidf: the SVD's rank | pixels: the descriptor's own
     id: str = "item_id"  # pixels: column of the item id
     image: str = "image"  # pixels: column of the encoded image bytes
     text: tuple[str, ...] = ()  # tfidf: parts of the item text; () takes data.text
 
-    def __post_init__(self) -> None:
-        require_choice("data.features.*.source", self.source, ("npy", "tfidf", "pixels"))
-        require(self.source == "tfidf" or bool(self.path), f"a feature of source {self.source!r} needs a path")
-        require(self.source != "tfidf" or self.dim > 0, "a feature of source 'tfidf' needs dim, the rank of its SVD")
+    def check(self, key: str) -> None:
+        """Refuse an impossible combination; ``key`` is where in the config this feature stands."""
+        require_choice(f"{key}.source", self.source, ("npy", "tfidf", "pixels"))
+        require(self.source == "tfidf" or bool(self.path), f"{key} has no path; source {self.source!r} needs one")
+        require_at_least(self, key, 0, "dim")
+        require(self.source != "tfidf" or self.dim > 0, f"{key} has no dim; source 'tfidf' needs the rank of its SVD")
 
 
 @dataclass(frozen=True)
@@ -105,12 +112,14 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require_choice("data.windows", self.windows, ("last", "all"))
-        require(self.max_length >= 1, f"data.max_length is {self.max_length}; expected at least 1")
-        for name in self.features:
+        require_at_least(self, "data", 1, "max_length")
+        reserved = ", ".join(sorted(RESERVED_NAMES))
+        for name, feature in self.features.items():
             require(
                 FEATURE_NAME.fullmatch(name) is not None and name not in RESERVED_NAMES,
-                f"feature name {name!r} is not allowed: expected [a-z][a-z0-9_]*, none of {', '.join(sorted(RESERVED_NAMES))}",
+                f"feature name {name!r} is not allowed: expected [a-z][a-z0-9_]*, none of {reserved}",
             )
+            feature.check(f"data.features.{name}")
 
 
 @dataclass(frozen=True)
@@ -123,8 +132,7 @@ class StoreConfig:
     blocks_per_shard: int = 16
 
     def __post_init__(self) -> None:
-        for key in ("users_per_block", "items_per_block", "blocks_per_shard"):
-            require(getattr(self, key) >= 1, f"store.{key} is {getattr(self, key)}; expected at least 1")
+        require_at_least(self, "store", 1, "users_per_block", "items_per_block", "blocks_per_shard")
 
 
 @dataclass(frozen=True)
@@ -144,13 +152,24 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_sizes(self.sizes, self.width)
-        require(self.depth >= 1, f"model.depth is {self.depth}; expected at least 1")
+        require_at_least(self, "model", 1, "depth")
         for key in ("dropout", "lru_dropout"):
             require(0 <= getattr(self, key) < 1, f"model.{key} is {getattr(self, key)}; expected 0 <= rate < 1")
-        require(0 <= self.r_min < self.r_max <= 1, f"model.r_min, r_max are {self.r_min}, {self.r_max}; expected 0 <= r_min < r_max <= 1")
-        if isinstance(self.feature_scale, str):
-            require_choice("model.feature_scale", self.feature_scale, ("none", "standardize"))
-        require(self.features != () or self.id_table, "model.features is empty and model.id_table is off: items have nothing to be told apart by; turn one on")
+        require(
+            0 <= self.r_min < self.r_max <= 1,
+            f"model.r_min, r_max are {self.r_min}, {self.r_max}; expected 0 <= r_min < r_max <= 1",
+        )
+        require(
+            self.feature_scale in ("none", "standardize")
+            or (isinstance(self.feature_scale, float) and self.feature_scale > 0),
+            f"model.feature_scale is {self.feature_scale!r}; expected none, standardize or a number above 0",
+        )
+        names = self.features or ()
+        require(len(set(names)) == len(names), f"model.features {list(names)} name a feature twice; name each once")
+        require(
+            self.features != () or self.id_table,
+            "model.features is empty and model.id_table is off: nothing would tell items apart; turn one on",
+        )
 
 
 def check_sizes(sizes: tuple[int, ...], width: int) -> None:
@@ -160,7 +179,8 @@ def check_sizes(sizes: tuple[int, ...], width: int) -> None:
     require(all(c > 0 for c in chunks), f"model.sizes {list(sizes)} do not increase; write them from small to large")
     require(
         all(c >= MIN_CHUNK_WIDTH for c in chunks),
-        f"model.sizes {list(sizes)} have a chunk of {min(chunks)} channels; a layer-norm needs at least {MIN_CHUNK_WIDTH} between sizes",
+        f"model.sizes {list(sizes)} have a chunk of {min(chunks)} channels; "
+        f"a layer-norm needs at least {MIN_CHUNK_WIDTH} between sizes",
     )
     require(sizes[-1] == width, f"the last of model.sizes is {sizes[-1]} but model.width is {width}; make them equal")
 
@@ -202,14 +222,17 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_choice("train.precision", self.precision, ("fp32", "bf16"))
-        require(self.batch_size >= 1, f"train.batch_size is {self.batch_size}; expected at least 1")
-        require(self.lanes >= 0, f"train.lanes is {self.lanes}; expected 0 (automatic) or a divisor of the batch size")
+        require_at_least(self, "train", 1, "epochs", "batch_size", "log_every_steps")
+        require_at_least(self, "train", 0, "max_steps", "schedule_epochs", "warmup_steps", "checkpoint_every_steps")
+        require_at_least(self, "train", 0, "lanes", "patience", "seed", "min_lr_ratio", "weight_decay")
         require(
             self.lanes == 0 or self.batch_size % self.lanes == 0,
             f"train.lanes is {self.lanes}, which does not divide train.batch_size {self.batch_size}",
         )
-        require(self.epochs >= 1, f"train.epochs is {self.epochs}; expected at least 1")
-        require(self.lr > 0, f"train.lr is {self.lr}; expected more than 0")
+        for key in ("lr", "eps", "clip_norm"):
+            require(getattr(self, key) > 0, f"train.{key} is {getattr(self, key)}; expected more than 0")
+        for key in ("beta1", "beta2"):
+            require(0 <= getattr(self, key) < 1, f"train.{key} is {getattr(self, key)}; expected 0 <= beta < 1")
         require(
             self.threads == "auto" or (isinstance(self.threads, int) and self.threads >= 1),
             f"train.threads is {self.threads!r}; expected 'auto' or a number of at least 1",
@@ -229,11 +252,10 @@ class EvalConfig:
     size: int = 0  # 0: the model's width
     every_steps: int = 0  # 0: at the end of each epoch
     users: int = 0  # validation on a fixed subset; 0: all
-    block_users: int = 256  # users ranked together; fixed, so figures do not depend on the ranks
-    tile_items: int = 4096  # items scored together; fixed likewise
 
     def __post_init__(self) -> None:
         require_choice("eval.metric", self.metric, ("recall@5", "ndcg@5", "recall@10", "ndcg@10", "mrr@10"))
+        require_at_least(self, "eval", 0, "every_steps", "users")
 
 
 @dataclass(frozen=True)
@@ -274,7 +296,7 @@ class Config:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def load_config(path: Path | None, overrides: list[str] = []) -> Config:  # noqa: B006 - never mutated
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file (``None``: the demo) and apply ``--section.key value`` overrides.
 
     Raises:
@@ -283,95 +305,39 @@ def load_config(path: Path | None, overrides: list[str] = []) -> Config:  # noqa
     path = path or DEMO_CONFIG
     require(path.is_file(), f"config {path} does not exist; expected a YAML file such as configs/demo.yaml")
     try:
-        raw = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+        raw = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that is none
         raise UserError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
+    raw = {} if raw is None else raw
     require(isinstance(raw, dict), f"config {path} holds {type(raw).__name__}; expected a mapping of sections")
-    _apply_overrides(raw, overrides)
+    apply_overrides(raw, overrides)
     name = path.stem if path.name != "config.yaml" else path.resolve().parent.name
     _set_default(raw, "store", "path", f"stores/{name}")
     _set_default(raw, "run", "dir", f"runs/{name}")
-    return typing.cast(Config, _build(Config, raw, ""))
+    return typing.cast(Config, build(Config, raw, ""))
+
+
+def config_from_dict(raw: dict[str, Any]) -> Config:
+    """The inverse of :meth:`Config.to_dict`."""
+    return typing.cast(Config, build(Config, raw, ""))
 
 
 def _set_default(raw: dict[str, Any], section: str, key: str, value: str) -> None:
-    values = raw.setdefault(section, {})
+    values = open_section(raw, section)
     if isinstance(values, dict) and not values.get(key):
         values[key] = value
 
 
-def _apply_overrides(raw: dict[str, Any], overrides: list[str]) -> None:
-    words = [part for word in overrides for part in (word.split("=", 1) if word.startswith("--") and "=" in word else [word])]
-    require(len(words) % 2 == 0, f"override {words[-1] if words else ''!r} has no value; write --section.key value")
-    for flag, text in zip(words[::2], words[1::2], strict=True):
-        require(flag.startswith("--") and "." in flag, f"argument {flag!r} is not known; overrides are written --section.key value")
-        node = raw
-        *parents, key = flag[2:].split(".")
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            require(isinstance(node, dict), f"override {flag}: {parent!r} holds a value, not a section")
-        try:
-            node[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"override {flag}: {text!r} is not a YAML value") from None
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser whose complaint is a :class:`UserError`: one line, without the usage text."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message}; see --help")
 
 
-def _build(kind: Any, value: Any, where: str) -> Any:
-    """Turn plain YAML ``value`` into type ``kind``; ``where`` names the key for messages."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        return _build_union(arguments, value, where)
-    if dataclasses.is_dataclass(kind):
-        return _build_dataclass(kind, value, where)
-    if origin is tuple:
-        require(isinstance(value, list | tuple), f"{where} is {value!r}; expected a list")
-        return tuple(_build(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-    if origin is dict:
-        require(isinstance(value, dict), f"{where} is {value!r}; expected a mapping")
-        return {str(k): _build(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
-    if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
-        try:
-            value = float(value)
-        except ValueError:
-            pass
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    matches = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
-    require(matches, f"{where} is {value!r}; expected {kind.__name__}")
-    return value
-
-
-def _build_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
-    if value is None and type(None) in kinds:
-        return None
-    *earlier, last = sorted((k for k in kinds if k is not type(None)), key=lambda k: k is str)  # a number before a name
-    for kind in earlier:
-        try:
-            return _build(kind, value, where)
-        except UserError:
-            continue
-    return _build(last, value, where)
-
-
-def _build_dataclass(kind: Any, value: Any, where: str) -> Any:
-    value = {} if value is None else value
-    require(isinstance(value, dict), f"{where or 'the config'} is {value!r}; expected a mapping")
-    hints = typing.get_type_hints(kind)
-    for key in value:
-        if key not in hints:
-            close = difflib.get_close_matches(str(key), hints, 1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(hints)}"
-            raise UserError(f"unknown config key {_join(where, key)!r}; {hint}")
-    return kind(**{key: _build(hints[key], v, _join(where, key)) for key, v in value.items()})
-
-
-def _join(where: str, key: Any) -> str:
-    return f"{where}.{key}" if where else str(key)
-
-
-def command_parser(program: str, description: str) -> argparse.ArgumentParser:
-    """The parser that every config-driven command starts from: ``--config``, ``--print-config``, ``--help``, ``--version``."""
-    parser = argparse.ArgumentParser(
+def command_parser(program: str, description: str) -> CommandParser:
+    """The parser that every config-driven command starts from: ``--config``, ``--print-config``, ``--version``."""
+    parser = CommandParser(
         prog=f"python -m {program}",
         description=description,
         epilog="Any key of the config is overridden with --section.key value, e.g. --train.epochs 3.",

@@ -12,6 +12,12 @@ class UserError(ValueError):
     """Bad input. The message says what was found, what was expected and how to mend it, on one line."""
 
 
+def require(condition: bool, message: str) -> None:
+    """Raise :class:`UserError` with ``message`` unless ``condition`` holds."""
+    if not condition:
+        raise UserError(message)
+
+
 def run_command(main: Callable[[list[str]], None]) -> None:
     """Run a command's ``main(argv)``; end a :class:`UserError` with one line on stderr and exit code 2.
 

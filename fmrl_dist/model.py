@@ -56,7 +56,7 @@ class ItemEncoder(nn.Module):
 
     def normalize(self, values: Tensor, present: Tensor) -> Tensor:
         """Scale raw features; absent ones stay zero. values [n, F] of any float dtype, present bool [n, M] → [n, F]."""
-        dims = torch.tensor(list(self.feature_dims.values()), device=values.device)
+        dims = torch.tensor(list(self.feature_dims.values()), dtype=torch.int64, device=values.device)
         scaled = (values.to(self.feature_shift.dtype) - self.feature_shift) * self.feature_scale
         return torch.where(present.repeat_interleave(dims, dim=1), scaled, 0.0)
 

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from fmrl_dist.ops.nested import chunks
+from fmrl_dist.ops.nested import chunks, matmul_linear
 
 TILE_POSITIONS = 256
 TILE_ITEMS = 1024
@@ -45,12 +46,13 @@ def nested_cross_entropy(
         [S], differentiable in z and items.
     """
     if impl == "plain":
-        return _plain(z, items, targets, sizes)
+        return _plain(z, items, targets, sizes, dtype)
     return _Tiled.apply(z, items, targets, tuple(sizes), dtype or z.dtype)
 
 
-def _plain(z: Tensor, items: Tensor, targets: Tensor, sizes: Sequence[int]) -> Tensor:
-    return torch.stack([F.cross_entropy(z[:, :m] @ items[:, :m].T, targets, reduction="sum") for m in sizes])
+def _plain(z: Tensor, items: Tensor, targets: Tensor, sizes: Sequence[int], dtype: torch.dtype | None) -> Tensor:
+    scores = (matmul_linear(z[:, :m], items[:, :m], dtype) for m in sizes)
+    return torch.stack([F.cross_entropy(scores_NV, targets, reduction="sum") for scores_NV in scores])
 
 
 class _Tiled(torch.autograd.Function):
@@ -69,6 +71,7 @@ class _Tiled(torch.autograd.Function):
         return (lse_SN - target_scores_SN).sum(1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_S: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
         z, items, targets, lse_SN = ctx.saved_tensors
         z_in, items_in = z.to(ctx.dtype), items.to(ctx.dtype)

@@ -1,0 +1,40 @@
+# What CI runs and nothing else. Every target sets up its own virtual environment first, so each works on a fresh machine.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+SHELL_SCRIPTS := .ci/run $(wildcard launch/*.sh launch/*.slurm)
+BENCHMARKS := $(filter-out benchmarks/__init__.py,$(wildcard benchmarks/*.py))
+
+.PHONY: setup train test test-all lint bench clean
+
+setup: $(VENV)/installed  ## the virtual environment, with the versions of constraints.txt
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[shards,dev]'
+	touch $@
+
+train: setup  ## the demo: generate data, build its store, train, evaluate every size
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		-m fmrl_dist.train --resume auto
+
+test: setup  ## the fast tests
+	$(BIN)/python -m pytest -m "not slow and not slurm"
+
+test-all: setup  ## every test
+	$(BIN)/python -m pytest
+
+lint: setup  ## style, types, shell scripts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/shellcheck $(SHELL_SCRIPTS)
+
+bench: setup  ## what can be measured, and the command that measures it (each needs inputs of its own)
+	@for script in $(BENCHMARKS); do \
+		echo "$(BIN)/python -m benchmarks.$$(basename $$script .py) --help"; \
+		sed -n '1s/^"""/    /; 1s/"""$$//; 1p' $$script; \
+	done
+
+clean:  ## what setup and the tools leave behind; data, stores and runs stay
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

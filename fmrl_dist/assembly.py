@@ -1,0 +1,82 @@
+"""From configuration and store to a model: the one place where both meet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fmrl_dist.checkpoint import Checkpoint
+from fmrl_dist.config import ModelConfig
+from fmrl_dist.data.items import ItemTable, feature_affine, load_item_table
+from fmrl_dist.data.store import Store
+from fmrl_dist.errors import UserError
+from fmrl_dist.model import FMRLRec
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """The features of all items as the model takes them."""
+
+    features: Tensor  # float32 [V, F], normalised
+    present: Tensor  # bool [V, M]
+
+
+def build_model(config: ModelConfig, table: ItemTable, matmul_dtype: torch.dtype | None = None) -> FMRLRec:
+    """A freshly initialised model for the items of ``table``."""
+    model = _construct(config, dict(table.dims), table.values.shape[0], matmul_dtype)
+    shift, scale = feature_affine(table, config.feature_scale)
+    model.encoder.feature_shift.copy_(shift)
+    model.encoder.feature_scale.copy_(scale)
+    return model
+
+
+def restore_model(config: ModelConfig, checkpoint: Checkpoint) -> FMRLRec:
+    """The model of a checkpoint, in float32."""
+    model = _construct(config, checkpoint.features, checkpoint.num_items, None)
+    try:
+        model.load_state_dict(checkpoint.model)
+    except RuntimeError as error:
+        raise UserError(f"checkpoint {checkpoint.path} does not fit its config: {' '.join(str(error).split())}") from None
+    return model
+
+
+def load_catalogue_table(store: Store, checkpoint: Checkpoint) -> ItemTable:
+    """The features that a checkpoint's model reads, from ``store``.
+
+    Raises:
+        UserError: the store lacks one, has it in another dim, or has another number of items than the id table.
+    """
+    table = load_item_table(store, tuple(checkpoint.features))
+    if dict(table.dims) != checkpoint.features:
+        raise UserError(f"checkpoint {checkpoint.path} reads features {checkpoint.features}; store {store.path} has {dict(table.dims)}")
+    has_id_table = checkpoint.config["model"]["id_table"]
+    if has_id_table and store.manifest.num_items != checkpoint.num_items:
+        raise UserError(
+            f"checkpoint {checkpoint.path} has an id table of {checkpoint.num_items} items; "
+            f"store {store.path} has {store.manifest.num_items}"
+        )
+    return table
+
+
+def normalize_catalogue(model: FMRLRec, table: ItemTable, device: torch.device) -> Catalogue:
+    """Scale the table's features once, on the model's device."""
+    present = table.present.to(device)
+    return Catalogue(model.encoder.normalize(table.values.to(device), present), present)
+
+
+def _construct(
+    config: ModelConfig, feature_dims: dict[str, int], num_items: int, matmul_dtype: torch.dtype | None
+) -> FMRLRec:
+    return FMRLRec(
+        sizes=config.sizes,
+        depth=config.depth,
+        feature_dims=feature_dims,
+        num_items=num_items if config.id_table else 0,
+        dropout=config.dropout,
+        lru_dropout=config.lru_dropout,
+        r_min=config.r_min,
+        r_max=config.r_max,
+        matmul_dtype=matmul_dtype,
+    )

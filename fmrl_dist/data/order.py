@@ -1,0 +1,70 @@
+"""The order of training users is arithmetic: batch(epoch, step, lane) is a pure function of the seed and block sizes.
+
+An epoch's permutation shuffles the blocks, cuts them into windows, and shuffles the users within each window, so a
+reader needs few blocks at a time. The permutation is cut into L lanes of equal length (±1); a step takes the next
+batch_size / L users of every lane, and a rank takes the lanes rank, rank + world, …. Hence every user comes once per
+epoch, every rank has the same number of steps, the global batch does not depend on the number of ranks, and resuming at
+a step replays nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+WINDOW_BLOCKS = 64
+
+
+class Order:
+    """Users of every global batch.
+
+    Args:
+        block_counts: users in each training block, in manifest order.
+        batch_size: users in a global batch.
+        lanes: L, a divisor of ``batch_size``.
+        seed: of all shuffles.
+    """
+
+    def __init__(self, block_counts: Sequence[int], batch_size: int, lanes: int, seed: int) -> None:
+        assert batch_size % lanes == 0, "the configuration checks that lanes divide the batch"
+        self.block_counts = np.asarray(block_counts, dtype=np.int64)
+        self.num_users = int(self.block_counts.sum())
+        self.lanes, self.users_per_lane, self.seed = lanes, batch_size // lanes, seed
+        self._window = lru_cache(maxsize=lanes + 1)(self._shuffle_window)
+        self._blocks = lru_cache(maxsize=2)(self._shuffle_blocks)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of one epoch; in the last one some lanes may be short or empty."""
+        longest = -(-self.num_users // self.lanes)
+        return -(-longest // self.users_per_lane)
+
+    def batch(self, epoch: int, step: int, lane: int) -> np.ndarray:
+        """Users of one lane at ``step`` of ``epoch``: int64 [n, 2] pairs (block, row), n ≤ batch_size / L."""
+        lane_begin = lane * self.num_users // self.lanes
+        lane_end = (lane + 1) * self.num_users // self.lanes
+        begin = min(lane_begin + step * self.users_per_lane, lane_end)
+        end = min(begin + self.users_per_lane, lane_end)
+        _, window_starts = self._blocks(epoch)
+        parts = [np.empty((0, 2), dtype=np.int64)]
+        window = int(np.searchsorted(window_starts, begin, side="right")) - 1
+        while begin < end:
+            window_begin, window_end = window_starts[window], min(window_starts[window + 1], end)
+            parts.append(self._window(epoch, window)[begin - window_begin : window_end - window_begin])
+            begin, window = window_end, window + 1
+        return np.concatenate(parts)
+
+    def _shuffle_blocks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The epoch's block order, and each window's first position in the permutation (and, last, U)."""
+        blocks = np.random.default_rng((self.seed, epoch)).permutation(len(self.block_counts))
+        ends = np.cumsum(self.block_counts[blocks])
+        return blocks, np.concatenate(([0], ends[WINDOW_BLOCKS - 1 : -1 : WINDOW_BLOCKS], ends[-1:]))
+
+    def _shuffle_window(self, epoch: int, window: int) -> np.ndarray:
+        blocks = self._blocks(epoch)[0][window * WINDOW_BLOCKS : (window + 1) * WINDOW_BLOCKS]
+        pairs = np.concatenate(
+            [np.stack((np.full(n, b), np.arange(n)), 1) for b, n in zip(blocks, self.block_counts[blocks], strict=True)]
+        )
+        return np.random.default_rng((self.seed, epoch, window)).permutation(pairs)

@@ -1,0 +1,288 @@
+"""The shard store as both sides see it: the manifest's schema, and a reader of one block.
+
+A store is a folder of plain tar shards with a ``manifest.json`` that indexes every block (one tar sample) by shard,
+byte range and sha256. A reader therefore fetches exactly the blocks it wants, checks them before it parses them, and
+never scans a shard. ``docs/format.md`` describes the files; ``shards.build`` writes them.
+
+Shards are opened here, by checked plain file names, and parsed from memory: handing a manifest's name to webdataset's
+``gopen`` would let a manifest that says ``pipe:...`` run a shell. Arrays are read without pickle.
+
+Cost: one open, one read and one sha256 (about 1 GB/s) per block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import tarfile
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from fmrl_dist.config import FEATURE_NAME
+from fmrl_dist.errors import UserError
+
+SCHEMA_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+VOCAB_FILE = "vocab.parquet"
+USERS_FILE = "users.parquet"
+SPLITS = ("train", "valid", "test")
+SHARD_NAME = re.compile(r"[a-z]+-\d{6}\.tar", re.ASCII)
+MEMBER_NAME = re.compile(r"(\d{6,})\.([a-z][a-z0-9_]*(?:\.mask)?)\.npy", re.ASCII)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One tar sample: a run of items, or of users with their histories."""
+
+    shard: str  # file name of the tar that holds it
+    offset: int  # bytes before its first tar header
+    num_bytes: int  # headers and padding included
+    sha256: str  # of that byte range
+    count: int  # items or users in it
+    events: int  # sum of its histories' lengths; 0 for items
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file."""
+
+    name: str
+    num_bytes: int  # end-of-archive blocks included
+    sha256: str  # of the whole file
+    samples: int  # blocks in it
+    count: int  # items or users in it
+    events: int
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One frozen item feature."""
+
+    name: str
+    dim: int
+    dtype: str  # "float16"
+    encoder: str  # what made it
+    revision: str  # which version of that, or the sha256 of the array it was taken from
+    present: int  # items that have it
+    masked: bool  # blocks carry "<name>.mask", since some items lack it
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Index of a store. Two stores with the same ``sha256`` hold the same bytes in their shards.
+
+    ``num_events`` counts the whole histories of the ``num_users`` users kept; ``num_dropped_users`` had fewer than 2
+    events. ``tables`` maps each Parquet file to the digest of its rows.
+    """
+
+    schema_version: int
+    num_items: int
+    num_users: int
+    num_dropped_users: int
+    num_events: int
+    features: tuple[Feature, ...]
+    items: tuple[Block, ...]
+    splits: dict[str, tuple[Block, ...]]  # train, valid, test
+    shards: tuple[Shard, ...]
+    tables: dict[str, str]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the manifest's canonical JSON without this field."""
+        return _canonical_sha256(asdict(self))
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self) | {"sha256": self.sha256}, indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Parse and check a manifest.
+
+        Raises:
+            UserError: not a manifest, another schema version, changed since it was written, or not consistent.
+        """
+        try:
+            raw = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"the manifest is not JSON ({error}); build the store again") from None
+        if not isinstance(raw, dict) or "schema_version" not in raw:
+            raise UserError("the manifest has no schema_version; expected the manifest.json that shards.build writes")
+        if raw["schema_version"] != SCHEMA_VERSION:
+            raise UserError(
+                f"the store has schema version {raw['schema_version']!r}, this program reads version {SCHEMA_VERSION}; "
+                "build the store again with python -m shards.build --overwrite"
+            )
+        claimed = raw.pop("sha256", None)
+        if claimed != _canonical_sha256(raw):
+            raise UserError(
+                f"the manifest was changed after it was written (sha256 is not {claimed}); build the store again"
+            )
+        manifest = _parse_manifest(raw)
+        _check_consistency(manifest)
+        return manifest
+
+
+class Store:
+    """A built store, open for reading."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: str | Path) -> Store:
+        """Read the manifest of the store at ``path``.
+
+        Raises:
+            UserError: nothing is there, it is not a store, or its manifest is refused.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise UserError(f"store {path} does not exist; build it with python -m shards.build --config CONFIG")
+        file = path / MANIFEST_FILE
+        if not file.is_file():
+            raise UserError(f"{path} is not a store: it has no {MANIFEST_FILE}; build one with python -m shards.build")
+        try:
+            return cls(path, Manifest.from_json(file.read_text(encoding="utf-8")))
+        except UnicodeDecodeError:
+            raise UserError(f"store {path}: {MANIFEST_FILE} is not UTF-8; build the store again") from None
+        except UserError as error:
+            raise UserError(f"store {path}: {error}") from None
+
+    def read_block(self, block: Block) -> dict[str, np.ndarray]:
+        """Read one block, checked against its hash.
+
+        Returns:
+            Arrays by field. Items: ``ids`` int64 [n], ``<feature>`` float16 [n, dim] and, where some item lacks it,
+            ``<feature>.mask`` bool [n] (true: present). Users: ``users`` int64 [n], ``starts`` int64 [n + 1],
+            ``items`` int64 [events] and, where the raw data has them, ``times`` int64 [events].
+
+        Raises:
+            UserError: the shard is missing or its bytes are not those that were written.
+        """
+        return parse_block(self.read_bytes(block), f"{self.path / block.shard} at byte {block.offset}")
+
+    def read_bytes(self, block: Block) -> bytes:
+        """The checked byte range of ``block``."""
+        where = f"block at byte {block.offset} of shard {self.path / block.shard}"
+        mend = f"see python -m shards.verify {self.path}, then python -m shards.build --overwrite"
+        if SHARD_NAME.fullmatch(block.shard) is None or not (self.path / block.shard).is_file():
+            raise UserError(f"{where}: no such shard; {mend}")
+        with (self.path / block.shard).open("rb") as file:
+            file.seek(block.offset)
+            data = file.read(block.num_bytes)
+        if len(data) != block.num_bytes:
+            raise UserError(f"{where} is truncated: {len(data)} of {block.num_bytes} bytes; {mend}")
+        if block_sha256(data) != block.sha256:
+            raise UserError(f"{where} is damaged: its sha256 is not the manifest's {block.sha256[:12]}; {mend}")
+        return data
+
+
+def block_sha256(data: bytes) -> str:
+    """Hash of a block's whole byte range, tar headers and padding included."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def parse_block(data: bytes, where: str) -> dict[str, np.ndarray]:
+    """Arrays of one tar sample by field name; ``where`` names it in messages.
+
+    Raises:
+        UserError: a member is not a plain file ``<block>.<field>.npy`` of one block, or not a plain array.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    keys = set()
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            for member in tar:
+                match = MEMBER_NAME.fullmatch(member.name)
+                file = tar.extractfile(member) if match and member.type == tarfile.REGTYPE else None
+                if match is None or file is None or match[2] in arrays:
+                    raise UserError(
+                        f"block {where} has an odd member {member.name!r}; expected files <block>.<field>.npy"
+                    )
+                keys.add(match[1])
+                arrays[match[2]] = np.lib.format.read_array(io.BytesIO(file.read()), allow_pickle=False)
+    except (tarfile.TarError, ValueError, EOFError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"block {where} cannot be read ({error}); build the store again") from None
+    if len(keys) != 1:
+        raise UserError(f"block {where} holds members of {len(keys)} blocks; expected 1")
+    return arrays
+
+
+def _canonical_sha256(raw: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(raw, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _parse_manifest(raw: dict[str, Any]) -> Manifest:
+    values = dict(_check_fields(Manifest, raw, "manifest"))
+    splits, tables = values["splits"], values["tables"]
+    if not isinstance(splits, dict) or set(splits) != set(SPLITS):
+        raise UserError(f"the manifest's splits are not {', '.join(SPLITS)}")
+    if not isinstance(tables, dict) or set(tables) != {VOCAB_FILE, USERS_FILE}:
+        raise UserError(f"the manifest's tables are not {VOCAB_FILE}, {USERS_FILE}")
+    values["features"] = _parse_list(Feature, values["features"], "features")
+    values["items"] = _parse_list(Block, values["items"], "items")
+    values["shards"] = _parse_list(Shard, values["shards"], "shards")
+    values["splits"] = {name: _parse_list(Block, splits[name], f"splits.{name}") for name in SPLITS}
+    return Manifest(**values)
+
+
+def _parse_list(kind: type[T], raw: Any, where: str) -> tuple[T, ...]:
+    if not isinstance(raw, list):
+        raise UserError(f"the manifest's {where} is not a list")
+    return tuple(kind(**_check_fields(kind, value, f"{where}[{i}]")) for i, value in enumerate(raw))
+
+
+def _check_fields(kind: type, raw: Any, where: str) -> dict[str, Any]:
+    """``raw`` if it has exactly the fields of dataclass ``kind``, its scalars of their types and not negative."""
+    names = {f.name: f.type for f in fields(kind)}
+    if not isinstance(raw, dict) or set(raw) != set(names):
+        raise UserError(f"the manifest's {where} does not have the fields {', '.join(names)}")
+    scalars = {"int": int, "str": str, "bool": bool}
+    for name, annotation in names.items():
+        expected = scalars.get(str(annotation))
+        if expected is not None and (type(raw[name]) is not expected or (expected is int and raw[name] < 0)):
+            raise UserError(f"the manifest's {where}.{name} is {raw[name]!r}; expected {expected.__name__}")
+    return raw
+
+
+def _check_consistency(manifest: Manifest) -> None:
+    """Refuse names that could leave the folder, blocks outside their shard, and sums that do not agree."""
+    for feature in manifest.features:
+        if FEATURE_NAME.fullmatch(feature.name) is None or feature.dtype != "float16":
+            raise UserError(
+                f"the manifest's feature {feature.name!r} of {feature.dtype} is not known; expected float16"
+            )
+    shards = {shard.name: shard for shard in manifest.shards}
+    for name in shards:
+        if SHARD_NAME.fullmatch(name) is None:
+            raise UserError(f"the manifest names shard {name!r}; expected a plain file name such as train-000000.tar")
+    for split, blocks in {"items": manifest.items, **manifest.splits}.items():
+        for block in blocks:
+            shard = shards.get(block.shard)
+            if (
+                shard is None
+                or not block.shard.startswith(f"{split}-")
+                or block.offset + block.num_bytes > shard.num_bytes
+            ):
+                raise UserError(
+                    f"the manifest's {split} block at byte {block.offset} of {block.shard!r} is in no such shard"
+                )
+    totals = {
+        "num_items": (manifest.num_items, sum(block.count for block in manifest.items)),
+        "num_users": (manifest.num_users, sum(block.count for block in manifest.splits["train"])),
+        "valid users": (sum(b.count for b in manifest.splits["valid"]), sum(b.count for b in manifest.splits["test"])),
+    }
+    for name, (claimed, found) in totals.items():
+        if claimed != found:
+            raise UserError(f"the manifest's {name} is {claimed} but its blocks hold {found}")

@@ -1,0 +1,49 @@
+"""How results are shown: the per-size table, evaluation.json, and the picture of a metric against size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fmrl_dist.files import write_atomically
+from fmrl_dist.metrics import METRICS
+
+
+def evaluation_file(split: str, mask_seen: bool) -> str:
+    """File name without its ending: evaluation[-valid][-masked]."""
+    return "evaluation" + ("-valid" if split == "valid" else "") + ("-masked" if mask_seen else "")
+
+
+def size_table(sizes: dict[str, dict[str, float]]) -> str:
+    """One line a size, one column a metric."""
+    lines = ["  size  " + "  ".join(f"{metric:>9}" for metric in METRICS)]
+    lines += [f"{size:>6}  " + "  ".join(f"{row[metric]:9.4f}" for metric in METRICS) for size, row in sizes.items()]
+    return "\n".join(lines)
+
+
+def write_report(folder: Path, result: dict[str, Any]) -> tuple[Path, Path]:
+    """Write the JSON and the picture of an evaluation; returns their paths."""
+    name = evaluation_file(result["split"], result["mask_seen"])
+    json_path, picture_path = folder / f"{name}.json", folder / f"{name}.png"
+    write_atomically(json_path, json.dumps(result, indent=1).encode() + b"\n")
+    _draw(result, picture_path)
+    return json_path, picture_path
+
+
+def _draw(result: dict[str, Any], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    sizes = [int(size) for size in result["sizes"]]
+    for metric in ("recall@10", "ndcg@10"):
+        axes.plot(sizes, [row[metric] for row in result["sizes"].values()], marker="o", label=metric)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("model size (channels kept)")
+    axes.set_ylabel(f"{result['split']}, {result['users']:,} users" + (", seen items masked" if result["mask_seen"] else ""))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,111 @@
+"""The processes of a run: what the launcher asked for, what there really is, and how many threads each one uses."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+
+from fmrl_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One process of the run."""
+
+    accelerator: Accelerator
+    threads: int
+    precision: str  # fp32 | bf16
+
+    @property
+    def rank(self) -> int:
+        return int(self.accelerator.process_index)
+
+    @property
+    def world_size(self) -> int:
+        return int(self.accelerator.num_processes)
+
+    @property
+    def is_main(self) -> bool:
+        return bool(self.accelerator.is_main_process)
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def matmul_dtype(self) -> torch.dtype | None:
+        return torch.bfloat16 if self.precision == "bf16" else None
+
+    def my_share(self, count: int) -> range:
+        """This rank's share of ``count`` lanes or blocks: rank, rank + world, …"""
+        return range(self.rank, count, self.world_size)
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum of ``tensor`` over all ranks, on each of them."""
+        total: torch.Tensor = self.accelerator.reduce(tensor, "sum")
+        return total
+
+    def say(self, text: str) -> None:
+        """Print on rank 0."""
+        if self.is_main:
+            print(text, flush=True)
+
+    def describe(self) -> str:
+        engine = str(self.accelerator.distributed_type).split(".")[-1].lower()
+        return (
+            f"{self.world_size} process(es), engine {engine}, device {self.device}, "
+            f"{self.threads} thread(s) each, precision {self.precision}"
+        )
+
+
+def start_runtime(threads: int | str, lanes: int | None, precision: str = "fp32") -> Runtime:
+    """Join the other processes, and set this one's threads.
+
+    Args:
+        threads: of this process; "auto" shares the cores among the processes of the machine.
+        lanes: of the global batch, at least one for every process; None where there is no batch.
+        precision: fp32 or bf16, if the launcher leaves the choice.
+
+    Raises:
+        UserError: the launcher was asked for several processes but started one, asks for a precision that is not
+            supported, or starts more processes than there are lanes.
+    """
+    refuse_one_process_trap(os.environ)
+    precision = launched_precision(os.environ, precision)
+    accelerator = Accelerator(
+        mixed_precision="no",
+        # The only buffers are masks and feature scales, equal on all ranks from the start.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    if lanes is not None and accelerator.num_processes > lanes:
+        raise UserError(
+            f"{accelerator.num_processes} processes share {lanes} lanes; "
+            "raise train.lanes (a divisor of train.batch_size) or start fewer processes"
+        )
+    cores = len(os.sched_getaffinity(0))
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    num_threads = max(cores // local_ranks, 1) if threads == "auto" else int(threads)
+    torch.set_num_threads(num_threads)
+    torch.set_flush_denormal(True)  # decayed states underflow; denormals would only be slow
+    return Runtime(accelerator, num_threads, precision)
+
+
+def refuse_one_process_trap(environment: os._Environ[str] | dict[str, str]) -> None:
+    """``accelerate launch --cpu --num_processes 2`` starts one process: it sets MASTER_ADDR and no WORLD_SIZE."""
+    if "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
+        raise UserError(
+            "several processes were asked for but one was started (accelerate launch --cpu does that silently); "
+            "start them with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N …"
+        )
+
+
+def launched_precision(environment: os._Environ[str] | dict[str, str], configured: str) -> str:
+    """Precision in force: the launcher's bf16 wins, its ``no`` leaves the configuration's, fp16 and fp8 are refused."""
+    launched = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if launched not in ("no", "bf16"):
+        raise UserError(f"the launcher asks for mixed precision {launched!r}; expected no or bf16")
+    return "bf16" if launched == "bf16" else configured

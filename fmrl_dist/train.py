@@ -1,0 +1,321 @@
+"""``accelerate launch -m fmrl_dist.train [--config C]``: train every size at once, then evaluate the best on test.
+
+The loop below is the whole of training: batch → losses → backward → clip → step → log → evaluate → save. Losses are sums
+over positions, divided once by the global count, so they do not depend on the number of processes (at dropout 0).
+Dropout is seeded by (seed, step, rank): a resumed run draws what the uninterrupted one would have drawn.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fmrl_dist.assembly import build_model, normalize_catalogue
+from fmrl_dist.checkpoint import TrainState, load_checkpoint, point, restore_optimizer, save_checkpoint
+from fmrl_dist.config import Config, command_parser, parse_command
+from fmrl_dist.data.histories import Packed, TrainStream, evaluation_blocks
+from fmrl_dist.data.items import load_item_table
+from fmrl_dist.data.order import Order
+from fmrl_dist.data.store import MANIFEST_FILE, Store
+from fmrl_dist.errors import UserError, run_command
+from fmrl_dist.evaluate import evaluate_checkpoint, report
+from fmrl_dist.evaluation import rank_histograms
+from fmrl_dist.files import write_atomically
+from fmrl_dist.logbook import Logbook, Progress
+from fmrl_dist.metrics import metrics_from_histogram
+from fmrl_dist.optim import build_optimizer, learning_rate
+from fmrl_dist.report import evaluation_file
+from fmrl_dist.run_folder import open_run, out_of_patience, schedule_epochs, training_is_over
+from fmrl_dist.runtime import Runtime, start_runtime
+from fmrl_dist.training_module import TrainingModule
+
+
+def train(config: Config, resume: str | None) -> None:
+    """Run or go on with a training run (see the module's docstring)."""
+    build_missing_demo_store(config)
+    runtime = start_runtime(config.train.threads, config.train.num_lanes, config.train.precision)
+    folder = Path(config.run.dir)
+    store = Store.open(config.store.path)
+    checkpoint = open_run(config, resume, store.manifest.sha256)
+    order = Order(
+        [block.count for block in store.manifest.splits["train"]],
+        config.train.batch_size,
+        config.train.num_lanes,
+        config.train.seed,
+    )
+    total_steps = config.train.epochs * order.steps_per_epoch
+    total_steps = min(total_steps, config.train.max_steps or total_steps)
+
+    if checkpoint is None or not training_is_over(config, checkpoint, total_steps):
+        runtime.accelerator.wait_for_everyone()  # every rank has looked at the folder before one writes to it
+        if runtime.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / "config.yaml", config.to_yaml().encode())
+        _train_steps(Run(config, runtime, folder, store, order, total_steps), resume_from=checkpoint)
+        runtime.accelerator.wait_for_everyone()
+    elif (folder / f"{evaluation_file('test', False)}.json").exists():
+        runtime.say(f"{folder} is finished (step {checkpoint.state.step}); nothing to do")
+        return
+    _evaluate_best(config, runtime, store, folder)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same while a run trains."""
+
+    config: Config
+    runtime: Runtime
+    folder: Path
+    store: Store
+    order: Order
+    total_steps: int
+
+    @property
+    def evaluate_every_steps(self) -> int:
+        return self.config.eval.every_steps or self.order.steps_per_epoch
+
+
+def _train_steps(run: Run, resume_from: Any) -> None:
+    config, runtime, order = run.config, run.runtime, run.order
+    torch.manual_seed(config.train.seed)
+    table = load_item_table(run.store, config.model.features)
+    model = build_model(config.model, table, runtime.matmul_dtype)
+    state = TrainState()
+    if resume_from is not None:
+        model.load_state_dict(resume_from.model)
+        state = resume_from.state
+    model.to(runtime.device)
+    catalogue = normalize_catalogue(model, table, runtime.device)
+    module = TrainingModule(model, catalogue.features, catalogue.present, config.loss.impl, runtime.matmul_dtype)
+    optimizer = build_optimizer(
+        model, config.train.lr, (config.train.beta1, config.train.beta2), config.train.eps, config.train.weight_decay
+    )
+    if resume_from is not None:
+        restore_optimizer(model, optimizer, resume_from.optimizer)
+    engine = runtime.accelerator.prepare_model(module)
+    stream = TrainStream(run.store, order, config.data.max_length, config.data.windows, config.loss.predict_first)
+    lanes = runtime.my_share(order.lanes)
+    facts = {
+        "config": config.to_dict(),
+        "features": dict(table.dims),
+        "num_items": run.store.manifest.num_items,
+        "manifest_sha256": run.store.manifest.sha256,
+        "lanes": order.lanes,
+    }
+    runtime.say(describe_start(run, model, state.step))
+    progress = Progress(run.total_steps, state.step, runtime.is_main)
+    meter = Meter(model.sizes, runtime)
+
+    with Logbook(run.folder, state.step, config.run.tensorboard, runtime.is_main) as logbook:
+        for step in range(state.step, run.total_steps):
+            if out_of_patience(config, state.evaluations_without_gain):
+                break
+            epoch, step_of_epoch = divmod(step, order.steps_per_epoch)
+            with meter.waiting():
+                batch = stream.batch(epoch, step_of_epoch, lanes).to(runtime.device)
+            num_targets = runtime.sum(torch.tensor(len(batch.targets), device=runtime.device))
+
+            seed_dropout(config.train.seed, step, runtime.rank)
+            loss_sums = engine(batch)  # [S]
+            # DDP averages gradients over ranks: times the world size they are sums, over the global count.
+            loss = loss_sums.mean() * runtime.world_size / num_targets.clamp_min(1)
+            runtime.accelerator.backward(loss)
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.clip_norm)
+            stop_if_not_finite(runtime, step + 1, grad_norm, loss_sums, batch)
+            lr = learning_rate(
+                step,
+                config.train.lr,
+                config.train.warmup_steps,
+                schedule_epochs(config) * order.steps_per_epoch,
+                config.train.min_lr_ratio,
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad()
+            meter.add(loss_sums.detach(), num_targets)
+
+            state.step = step + 1
+            is_last = state.step == run.total_steps
+            if state.step % config.train.log_every_steps == 0 or is_last:
+                record = meter.record() | {"lr": lr, "grad_norm": float(grad_norm)}
+                logbook.write({"step": state.step, "epoch": epoch, "split": "train"} | record)
+                progress.update(state.step, meter.line(record))
+            evaluate_now = state.step % run.evaluate_every_steps == 0 or is_last
+            improved = False
+            if evaluate_now:
+                record = validate(run, module)
+                logbook.write({"step": state.step, "epoch": epoch, "split": "valid"} | record)
+                improved = update_early_stopping(config, state, record)
+                progress.say(describe_validation(config, state, epoch, record))
+                meter.restart_clock()
+            save_every = config.train.checkpoint_every_steps
+            if runtime.is_main and (evaluate_now or (save_every and state.step % save_every == 0)):
+                path = save_checkpoint(run.folder / "checkpoints", state, model, optimizer, facts)
+                if improved:
+                    point(run.folder / "checkpoints", "best", path)
+    progress.close()
+
+
+def validate(run: Run, module: TrainingModule) -> dict[str, float]:
+    """Metrics of every size on the validation users: ``ndcg@10@512`` and so on."""
+    config, runtime = run.config, run.runtime
+    module.eval()
+    with torch.no_grad():
+        items = module.item_embeddings()
+        blocks = evaluation_blocks(
+            run.store,
+            "valid",
+            config.data.max_length,
+            runtime.my_share(len(run.store.manifest.splits["valid"])),
+            config.eval.users,
+        )
+        histograms = runtime.sum(rank_histograms(module.model, items, blocks, mask_seen=False))
+    module.train()
+    return {
+        f"{metric}@{size}": value
+        for size, histogram in zip(module.model.sizes, histograms, strict=True)
+        for metric, value in metrics_from_histogram(histogram).items()
+    }
+
+
+def update_early_stopping(config: Config, state: TrainState, record: dict[str, float]) -> bool:
+    """Whether the chosen metric is the best so far; every rank has the same figures and so the same answer."""
+    value = record[f"{config.eval.metric}@{config.eval.size or config.model.width}"]
+    improved = value > state.best_value
+    if improved:
+        state.best_value, state.best_step, state.evaluations_without_gain = value, state.step, 0
+    else:
+        state.evaluations_without_gain += 1
+    return improved
+
+
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Dropout of a step is a function of (seed, step, rank), so that it needs no state in a checkpoint."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
+
+
+def stop_if_not_finite(runtime: Runtime, step: int, grad_norm: Tensor, loss_sums: Tensor, batch: Packed) -> None:
+    """End all ranks, naming step and users, before a NaN reaches the parameters.
+
+    The gradients are summed over ranks, so every rank sees the same norm.
+    """
+    if bool(torch.isfinite(grad_norm)):
+        return
+    finite = bool(torch.isfinite(loss_sums).all())
+    users = "" if finite else f"; users of the batch: {batch.users[:8].tolist()}…"
+    raise FloatingPointError(
+        f"step {step}, rank {runtime.rank}: {'gradient' if finite else 'loss'} is not finite{users}. "
+        "The last checkpoint is untouched; lower train.lr, or look for extreme features with shards.verify"
+    )
+
+
+@dataclass
+class Meter:
+    """Losses, rate and data wait since the last record; sums stay on the device until one is asked for."""
+
+    sizes: tuple[int, ...]
+    runtime: Runtime
+    _losses: Tensor | None = None
+    _targets: Tensor | None = None
+    _wait_s: float = 0.0
+    _began: float = field(default_factory=time.monotonic)
+
+    def waiting(self) -> Meter:
+        """A context whose duration counts as waiting for data."""
+        return self
+
+    def __enter__(self) -> None:
+        self._wait_began = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self._wait_s += time.monotonic() - self._wait_began
+
+    def add(self, loss_sums: Tensor, num_targets: Tensor) -> None:
+        """One step: this rank's loss sums [S], the global number of targets."""
+        self._losses = loss_sums if self._losses is None else self._losses + loss_sums
+        self._targets = num_targets if self._targets is None else self._targets + num_targets
+
+    def record(self) -> dict[str, float]:
+        """Mean losses over all ranks since the last record, and start anew. Called by every rank at once."""
+        assert self._losses is not None and self._targets is not None
+        losses = (self.runtime.sum(self._losses) / self._targets.clamp_min(1)).tolist()
+        elapsed_s = max(time.monotonic() - self._began, 1e-9)
+        result = {"loss": sum(losses) / len(losses)}
+        result |= {f"loss@{size}": value for size, value in zip(self.sizes, losses, strict=True)}
+        result["tokens_per_s"] = float(self._targets) / elapsed_s
+        result["data_wait_share"] = self._wait_s / elapsed_s
+        self._losses = self._targets = None
+        self.restart_clock()
+        return result
+
+    def restart_clock(self) -> None:
+        """Leave out what has passed since the last record, such as an evaluation."""
+        self._wait_s, self._began = 0.0, time.monotonic()
+
+    @staticmethod
+    def line(record: dict[str, float]) -> str:
+        return (
+            f"loss {record['loss']:.4f}, {record['tokens_per_s']:,.0f} tokens/s, "
+            f"data wait {record['data_wait_share']:.1%}"
+        )
+
+
+def describe_start(run: Run, model: torch.nn.Module, step: int) -> str:
+    """What is about to run: processes, engine, parameters, sizes, config hash."""
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    manifest = run.store.manifest
+    return (
+        f"{run.folder}: {run.runtime.describe()}\n"
+        f"  config {run.config.hash}, {num_parameters:,} parameters, sizes {', '.join(map(str, run.config.model.sizes))}\n"
+        f"  {manifest.num_users:,} users, {manifest.num_items:,} items, {run.order.steps_per_epoch} steps an epoch, "
+        f"from step {step} to at most {run.total_steps}"
+    )
+
+
+def describe_validation(config: Config, state: TrainState, epoch: int, record: dict[str, float]) -> str:
+    metric, sizes = config.eval.metric, config.model.sizes
+    values = "  ".join(f"{size}: {record[f'{metric}@{size}']:.4f}" for size in sizes)
+    return f"epoch {epoch + 1}, step {state.step}: valid {metric}  {values}  (best {state.best_value:.4f} at step {state.best_step})"
+
+
+def _evaluate_best(config: Config, runtime: Runtime, store: Store, folder: Path) -> None:
+    if not store.manifest.splits["test"]:
+        raise UserError(f"store {store.path} has no test users (all histories are shorter than 3 events)")
+    result = evaluate_checkpoint(load_checkpoint(folder), config, store, runtime, "test", mask_seen=False)
+    if runtime.is_main:
+        report(result, folder)
+
+
+def build_missing_demo_store(config: Config) -> None:
+    """Build the demo's store where there is none: one rank does it, before the ranks meet, and the others wait there."""
+    missing = config.data.demo is not None and not (Path(config.store.path) / MANIFEST_FILE).exists()
+    if not missing or os.environ.get("RANK", "0") != "0":
+        return
+    print(f"building the demo store {config.store.path} …", flush=True)
+    with_config = Path(config.store.path).with_suffix(".yaml")
+    with_config.parent.mkdir(parents=True, exist_ok=True)
+    with_config.write_text(config.to_yaml())
+    built = subprocess.run([sys.executable, "-m", "shards.build", "--config", str(with_config)], check=False)
+    if built.returncode != 0:
+        raise UserError("the demo store could not be built; see the lines above")
+
+
+def main(argv: list[str]) -> None:
+    parser = command_parser("fmrl_dist.train", "Train every size at once, then evaluate the best checkpoint on test.")
+    parser.add_argument("--resume", metavar="auto|PATH", help="go on from the run's latest checkpoint, or from PATH")
+    arguments, config = parse_command(parser, argv)
+    train(config, arguments.resume)
+
+
+if __name__ == "__main__":
+    run_command(main)

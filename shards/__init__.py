@@ -1,0 +1,1 @@
+"""Shard-building jobs: raw tables in, shard store out (``python -m shards.build | verify | inspect``)."""

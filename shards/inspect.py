@@ -1,0 +1,45 @@
+"""``python -m shards.inspect STORE``: what is inside, in one screen (reads the manifest only)."""
+
+from __future__ import annotations
+
+from fmrl_dist.config import CommandParser
+from fmrl_dist.data.store import SPLITS, Store
+from fmrl_dist.errors import run_command
+
+
+def main(argv: list[str]) -> None:
+    parser = CommandParser(prog="python -m shards.inspect", description="Say what is inside a shard store.")
+    parser.add_argument("store", help="folder of the store")
+    print(describe(Store.open(parser.parse_args(argv).store)))
+
+
+def describe(store: Store) -> str:
+    """The screen: identity, totals, features, splits."""
+    manifest = store.manifest
+    lines = [
+        f"store   {store.path}",
+        f"schema  {manifest.schema_version}   sha256 {manifest.sha256}",
+        f"items   {manifest.num_items:,}",
+        f"users   {manifest.num_users:,} (and {manifest.num_dropped_users:,} dropped: fewer than 2 events)",
+        f"events  {manifest.num_events:,} ({manifest.num_events / manifest.num_users:.2f} a user)",
+        "",
+        f"{'feature':<16}{'dim':>6}{'dtype':>9}{'present':>9}  encoder",
+    ]
+    for feature in manifest.features:
+        share = 100 * feature.present / manifest.num_items
+        encoder = f"{feature.encoder} ({feature.revision[:24]})"
+        lines.append(f"{feature.name:<16}{feature.dim:>6}{feature.dtype:>9}{share:>7.1f} %  {encoder}")
+    if not manifest.features:
+        lines.append("(none: train with model.id_table)")
+    lines += ["", f"{'split':<8}{'shards':>8}{'blocks':>8}{'rows':>12}{'events':>14}{'MiB':>10}"]
+    for split in ("items", *SPLITS):
+        shards = [shard for shard in manifest.shards if shard.name.startswith(f"{split}-")]
+        samples, rows, events, size = (
+            sum(getattr(shard, key) for shard in shards) for key in ("samples", "count", "events", "num_bytes")
+        )
+        lines.append(f"{split:<8}{len(shards):>8}{samples:>8,}{rows:>12,}{events:>14,}{size / 2**20:>10.1f}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_command(main)

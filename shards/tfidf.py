@@ -1,0 +1,48 @@
+"""Latent semantic vectors of the item texts: TF-IDF, then a truncated SVD (Deerwester et al. 1990). No weights needed.
+
+Holds a sparse matrix of items by at most ``MAX_TERMS`` terms; equal texts give equal vectors at the same versions.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import sklearn
+from sklearn.decomposition import TruncatedSVD
+from sklearn.feature_extraction.text import TfidfVectorizer
+
+from fmrl_dist.errors import UserError
+
+ENCODER = "tfidf+svd"
+REVISION = f"scikit-learn {sklearn.__version__}"
+SVD_SEED = 0
+MAX_TERMS = 100_000
+
+
+def encode_texts(name: str, texts: list[str], has_text: np.ndarray, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """L2-normalised vectors of the texts of feature ``name``, fitted on those where ``has_text`` (bool [V]).
+
+    Returns:
+        float16 [V, dim] and bool [V], true where the text holds a term.
+
+    Raises:
+        UserError: no words at all, or fewer items or terms than ``dim``.
+    """
+    chosen = np.flatnonzero(has_text)
+    if len(chosen) == 0:
+        raise UserError(f"feature {name!r}: no item has a text; check data.text against the item table")
+    try:
+        terms = TfidfVectorizer(sublinear_tf=True, max_features=MAX_TERMS).fit_transform([texts[i] for i in chosen])
+    except ValueError:  # scikit-learn: "empty vocabulary"
+        raise UserError(f"feature {name!r}: the item texts hold no words; check data.text") from None
+    if dim > min(terms.shape):
+        raise UserError(
+            f"data.features.{name}.dim is {dim} but the texts give a matrix of {terms.shape[0]} items and "
+            f"{terms.shape[1]} terms; expected at most {min(terms.shape)}"
+        )
+    dense = TruncatedSVD(dim, random_state=SVD_SEED).fit_transform(terms)
+    norms = np.linalg.norm(dense, axis=1, keepdims=True)
+    rows = np.zeros((len(texts), dim), np.float16)
+    rows[chosen] = dense / np.where(norms > 0, norms, 1)
+    present = np.zeros(len(texts), bool)
+    present[chosen] = norms[:, 0] > 0
+    return rows, present

@@ -1,0 +1,220 @@
+"""``python -m shards.verify STORE``: recompute everything that the manifest claims.
+
+Whole-file and per-block hashes, tar structure up to the end-of-archive bytes, dtypes, dims, finiteness, counts, the
+ranges of ids, and the two tables. Every problem is one line; any problem ends with exit code 2.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from fmrl_dist.config import CommandParser
+from fmrl_dist.data.store import MANIFEST_FILE, SPLITS, USERS_FILE, VOCAB_FILE, Block, Manifest, Shard, Store
+from fmrl_dist.errors import UserError, run_command
+from shards.tables import content_sha256
+
+Expected = dict[str, tuple[str, tuple[int, ...]]]  # dtype and shape by field
+
+END_OF_ARCHIVE_BYTES = 1024  # two zero blocks; tar pads further
+
+
+def main(argv: list[str]) -> None:
+    parser = CommandParser(prog="python -m shards.verify", description="Check a shard store, byte by byte.")
+    parser.add_argument("store", help="folder of the store")
+    store = Store.open(parser.parse_args(argv).store)
+    problems = 0
+    for problem in verify(store):
+        problems += 1
+        print(f"problem: {problem}")
+    if problems:
+        raise UserError(f"store {store.path} has {problems} problems; build it again with shards.build --overwrite")
+    manifest = store.manifest
+    blocks = len(manifest.items) + sum(len(blocks) for blocks in manifest.splits.values())
+    print(
+        f"ok: {store.path}: {len(manifest.shards)} shards, {blocks} blocks, {manifest.num_users:,} users, "
+        f"{manifest.num_items:,} items, {manifest.num_events:,} events"
+    )
+
+
+def verify(store: Store) -> Iterator[str]:
+    """Problems of the store, one line each; none if it is sound."""
+    manifest = store.manifest
+    yield from _check_folder(store)
+    blocks = _blocks_by_shard(manifest)
+    for shard in manifest.shards:
+        yield from _check_shard(store.path / shard.name, shard, blocks[shard.name])
+    yield from _check_items(store)
+    train_count = np.zeros(manifest.num_items, np.int64)
+    users = {}
+    for split in SPLITS:
+        users[split] = np.zeros(manifest.num_users, bool)
+        yield from _check_histories(store, split, users[split], train_count)
+    if not users["train"].all():
+        yield f"train: {int((~users['train']).sum())} of {manifest.num_users} users are in no block"
+    if not np.array_equal(users["valid"], users["test"]):
+        yield "valid and test do not hold the same users"
+    events = {split: sum(block.events for block in manifest.splits[split]) for split in SPLITS}
+    evaluated = int(users["test"].sum())
+    if manifest.num_events != events["train"] + 2 * evaluated or events["test"] != events["valid"] + evaluated:
+        yield f"events of the splits ({events}) do not add up to the manifest's {manifest.num_events}"
+    yield from _check_tables(store, train_count)
+
+
+def _blocks_by_shard(manifest: Manifest) -> dict[str, list[Block]]:
+    blocks: dict[str, list[Block]] = {shard.name: [] for shard in manifest.shards}
+    for block in chain(manifest.items, *(manifest.splits[split] for split in SPLITS)):
+        blocks[block.shard].append(block)
+    return blocks
+
+
+def _check_folder(store: Store) -> Iterator[str]:
+    known = {MANIFEST_FILE, VOCAB_FILE, USERS_FILE, *(shard.name for shard in store.manifest.shards)}
+    for path in sorted(store.path.iterdir()):
+        if path.name not in known:
+            yield f"{path.name}: not in the manifest"
+
+
+def _check_shard(path: Path, shard: Shard, blocks: list[Block]) -> Iterator[str]:
+    """The file's size, hash and totals; its blocks side by side from byte 0; zeros after them."""
+    if not path.is_file():
+        yield f"{shard.name}: missing"
+        return
+    if path.stat().st_size != shard.num_bytes:
+        yield f"{shard.name}: {path.stat().st_size} bytes, the manifest says {shard.num_bytes}"
+    end = 0
+    for block in blocks:
+        if block.offset != end:
+            yield f"{shard.name}: a block at byte {block.offset}, expected at {end}"
+        end = block.offset + block.num_bytes
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+            yield f"{shard.name}: sha256 of the file is not the manifest's"
+        file.seek(end)
+        tail = file.read()
+    if len(tail) < END_OF_ARCHIVE_BYTES or any(tail):
+        yield f"{shard.name}: the end-of-archive bytes after byte {end} are not {END_OF_ARCHIVE_BYTES} or more zeros"
+    found = (len(blocks), sum(block.count for block in blocks), sum(block.events for block in blocks))
+    if found != (shard.samples, shard.count, shard.events):
+        yield f"{shard.name}: blocks, rows and events are {found}, its entry says otherwise"
+
+
+def _read(
+    store: Store, blocks: tuple[Block, ...], split: str
+) -> Iterator[tuple[str, Block, dict[str, np.ndarray] | str]]:
+    """Name, entry and arrays of each block; a message in their place where it cannot be read."""
+    for i, block in enumerate(tqdm(blocks, desc=split, unit="block", disable=None)):
+        name = f"{split} block {i} ({block.shard} at byte {block.offset})"
+        try:
+            yield name, block, store.read_block(block)
+        except UserError as error:
+            yield name, block, f"{name}: {error}"
+
+
+def _check_fields(name: str, arrays: dict[str, np.ndarray], expected: Expected) -> list[str]:
+    """Problems of a block's fields against ``expected`` dtype and shape."""
+    if set(arrays) != set(expected):
+        return [f"{name}: fields {sorted(arrays)}, expected {sorted(expected)}"]
+    return [
+        f"{name}: {field} is {arrays[field].dtype} {list(arrays[field].shape)}, expected {dtype} {list(shape)}"
+        for field, (dtype, shape) in expected.items()
+        if arrays[field].dtype != dtype or arrays[field].shape != shape
+    ]
+
+
+def _check_items(store: Store) -> Iterator[str]:
+    """Every item once, features of the claimed dims, finite, zero where absent, as many present as claimed."""
+    manifest = store.manifest
+    seen = np.zeros(manifest.num_items, np.int64)
+    present = dict.fromkeys((feature.name for feature in manifest.features), 0)
+    for name, block, arrays in _read(store, manifest.items, "items"):
+        if isinstance(arrays, str):
+            yield arrays
+            continue
+        expected: Expected = {"ids": ("int64", (block.count,))}
+        for feature in manifest.features:
+            expected[feature.name] = (feature.dtype, (block.count, feature.dim))
+            if feature.masked:
+                expected[f"{feature.name}.mask"] = ("bool", (block.count,))
+        problems = _check_fields(name, arrays, expected)
+        yield from problems
+        if problems:
+            continue
+        ids = arrays["ids"]
+        inside = (ids >= 0) & (ids < manifest.num_items)
+        if not inside.all():
+            yield f"{name}: item ids outside 0 ... {manifest.num_items - 1}"
+        np.add.at(seen, ids[inside], 1)
+        for feature in manifest.features:
+            rows, mask = arrays[feature.name], arrays.get(f"{feature.name}.mask", np.ones(block.count, bool))
+            present[feature.name] += int(mask.sum())
+            if not np.isfinite(rows).all():
+                yield f"{name}: {feature.name} holds NaN or infinity"
+            if rows[~mask].any():
+                yield f"{name}: {feature.name} is not zero where its mask is false"
+    if not (seen == 1).all():
+        yield f"items: {int((seen != 1).sum())} of {manifest.num_items} items are not in exactly one block"
+    for feature in manifest.features:
+        if present[feature.name] != feature.present:
+            yield f"feature {feature.name}: {present[feature.name]} items have it, the manifest says {feature.present}"
+
+
+def _check_histories(store: Store, split: str, users: np.ndarray, train_count: np.ndarray) -> Iterator[str]:
+    """Each user at most once, rising starts, items of the catalogue; marks ``users``, adds to ``train_count``."""
+    num_items = store.manifest.num_items
+    min_events = {"train": 1, "valid": 2, "test": 3}[split]
+    for name, block, arrays in _read(store, store.manifest.splits[split], split):
+        if isinstance(arrays, str):
+            yield arrays
+            continue
+        expected: Expected = {"users": ("int64", (block.count,)), "starts": ("int64", (block.count + 1,))}
+        for field in ("items", "times") if "times" in arrays else ("items",):
+            expected[field] = ("int64", (block.events,))
+        problems = _check_fields(name, arrays, expected)
+        yield from problems
+        if problems:
+            continue
+        starts, items, rows = arrays["starts"], arrays["items"], arrays["users"]
+        if starts[0] != 0 or starts[-1] != block.events or (np.diff(starts) < min_events).any():
+            yield f"{name}: starts do not rise from 0 to {block.events} by at least {min_events}"
+        inside = (items >= 0) & (items < num_items)
+        if not inside.all():
+            yield f"{name}: item ids outside 0 ... {num_items - 1}"
+        if split == "train":
+            train_count += np.bincount(items[inside], minlength=num_items)
+        known = (rows >= 0) & (rows < len(users))
+        if not known.all():
+            yield f"{name}: user ids outside 0 ... {len(users) - 1}"
+        if users[rows[known]].any() or len(np.unique(rows)) < len(rows):
+            yield f"{name}: a user stands twice in {split}"
+        users[rows[known]] = True
+
+
+def _check_tables(store: Store, train_count: np.ndarray) -> Iterator[str]:
+    """Rows, ids and content of the vocabulary and of the users."""
+    sizes = {VOCAB_FILE: ("item", store.manifest.num_items), USERS_FILE: ("user", store.manifest.num_users)}
+    for name, (id_column, num_rows) in sizes.items():
+        try:
+            table = pq.read_table(store.path / name)
+        except (pa.ArrowException, OSError) as error:
+            yield f"{name}: cannot be read ({' '.join(str(error).split())})"
+            continue
+        if table.num_rows != num_rows:
+            yield f"{name}: {table.num_rows} rows, the manifest says {num_rows}"
+        if content_sha256(table) != store.manifest.tables[name]:
+            yield f"{name}: its rows are not those that were written"
+        elif not np.array_equal(table[id_column].to_numpy(), np.arange(num_rows)):
+            yield f"{name}: column {id_column!r} does not count from 0"
+        elif name == VOCAB_FILE and not np.array_equal(table["train_count"].to_numpy(), train_count):
+            yield f"{name}: train_count is not what the train blocks hold"
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,42 @@
+"""What every test gets: fixed seeds, an environment without ranks, and the fixtures below."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+from tests.processes import REPOSITORY, is_launch_variable
+
+SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+
+settings.register_profile("fmrl", deadline=None)  # a first call that compiles or warms up is no failure
+settings.load_profile("fmrl")
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No rank, world size, address or thread count left behind by a launcher around pytest."""
+    for name in list(os.environ):
+        if is_launch_variable(name):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets beside the repository; the test is skipped where there is none."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"real data not found: {SHARED_DATA} does not exist")
+    return SHARED_DATA

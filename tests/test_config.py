@@ -1,0 +1,235 @@
+"""The configuration: what is refused and with which words, overrides, defaults, the round trip, the command line."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fmrl_dist.config import DEMO_CONFIG, Config, ModelConfig, TrainConfig, config_from_dict, load_config
+from fmrl_dist.errors import UserError
+from tests.processes import REPOSITORY
+
+CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
+
+
+def write(folder: Path, raw: Any, name: str = "experiment.yaml") -> Path:
+    path = folder / name
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def refusal(folder: Path, raw: Any, overrides: tuple[str, ...] = ()) -> str:
+    """The message with which ``raw`` is refused; always one line."""
+    with pytest.raises(UserError) as error:
+        load_config(write(folder, raw), overrides)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_load_and_live_under_their_own_name(path: Path) -> None:
+    config = load_config(path)
+    assert (config.store.path, config.run.dir) == (f"stores/{path.stem}", f"runs/{path.stem}")
+
+
+def test_no_path_is_the_demo() -> None:
+    assert load_config(None) == load_config(DEMO_CONFIG)
+    assert load_config(None).data.demo is not None
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"train": {"batchsize": 3}}, "unknown config key 'train.batchsize'; did you mean 'batch_size'?"),
+        ({"modle": {}}, "unknown config key 'modle'; did you mean 'model'?"),
+        ({"eval": {"zzz": 1}}, "unknown config key 'eval.zzz'; known keys: metric, size, every_steps, users"),
+        ({"data": {"features": {"text": {"sauce": "npy"}}}}, "unknown config key 'data.features.text.sauce'; did you"),
+        ({7: {}}, "unknown config key '7'; known keys: data, store"),
+    ],
+)
+def test_unknown_key(raw: Any, message: str, tmp_path: Path) -> None:
+    assert refusal(tmp_path, raw).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"train": {"epochs": "many"}}, "train.epochs is 'many'; expected int"),
+        ({"train": {"epochs": 2.5}}, "train.epochs is 2.5; expected int"),
+        ({"train": {"epochs": True}}, "train.epochs is True; expected int"),
+        ({"train": {"lr": "fast"}}, "train.lr is 'fast'; expected float"),
+        ({"train": {"lr": float("nan")}}, "train.lr is nan; expected a finite number"),
+        ({"train": {"threads": [1]}}, "train.threads is [1]; expected int or str"),
+        ({"run": {"tensorboard": 1}}, "run.tensorboard is 1; expected bool"),
+        ({"model": {"sizes": 8}}, "model.sizes is 8; expected a list"),
+        ({"model": {"sizes": [8, "x"]}}, "model.sizes[1] is 'x'; expected int"),
+        ({"data": {"features": ["text"]}}, "data.features is ['text']; expected a mapping"),
+        ({"train": [1]}, "train is [1]; expected a mapping"),
+        ({"store": "here"}, "store is 'here'; expected a mapping"),
+    ],
+)
+def test_wrong_type(raw: Any, message: str, tmp_path: Path) -> None:
+    assert refusal(tmp_path, raw) == message
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"model": {"sizes": []}}, "model.sizes is empty"),
+        ({"model": {"sizes": [8, 8, 128]}}, "model.sizes [8, 8, 128] do not increase"),
+        ({"model": {"sizes": [16, 8], "width": 8}}, "model.sizes [16, 8] do not increase"),
+        ({"model": {"sizes": [2, 128]}}, "model.sizes [2, 128] have a chunk of 2 channels"),
+        ({"model": {"sizes": [8, 11, 128]}}, "model.sizes [8, 11, 128] have a chunk of 3 channels"),
+        ({"model": {"sizes": [8, 64], "width": 128}}, "the last of model.sizes is 64 but model.width is 128"),
+        ({"model": {"depth": 0}}, "model.depth is 0; expected at least 1"),
+        ({"model": {"dropout": 1.0}}, "model.dropout is 1.0; expected 0 <= rate < 1"),
+        ({"model": {"r_min": 0.2, "r_max": 0.1}}, "model.r_min, r_max are 0.2, 0.1"),
+        ({"model": {"features": []}}, "model.features is empty and model.id_table is off"),
+        ({"model": {"features": ["text", "text"]}}, "model.features ['text', 'text'] name a feature twice"),
+        ({"model": {"feature_scale": "big"}}, "model.feature_scale is 'big'"),
+        ({"model": {"feature_scale": 0}}, "model.feature_scale is 0.0"),
+        ({"train": {"batch_size": 32, "lanes": 5}}, "train.lanes is 5, which does not divide train.batch_size 32"),
+        ({"train": {"log_every_steps": 0}}, "train.log_every_steps is 0; expected at least 1"),
+        ({"train": {"warmup_steps": -1}}, "train.warmup_steps is -1; expected at least 0"),
+        ({"train": {"lr": 0}}, "train.lr is 0.0; expected more than 0"),
+        ({"train": {"beta2": 1}}, "train.beta2 is 1.0"),
+        ({"train": {"precision": "fp16"}}, "train.precision is 'fp16'; expected one of: fp32, bf16"),
+        ({"train": {"threads": "all"}}, "train.threads is 'all'; expected 'auto' or a number"),
+        ({"eval": {"metric": "auc"}}, "eval.metric is 'auc'; expected one of: recall@5"),
+        ({"eval": {"size": 12}}, "eval.size is 12, which is not trained; choose one of [8, 16, 32, 64, 128]"),
+        ({"data": {"max_length": 0}}, "data.max_length is 0; expected at least 1"),
+        ({"data": {"windows": "first"}}, "data.windows is 'first'; expected one of: last, all"),
+        ({"data": {"features": {"users": {"path": "x.npy"}}}}, "feature name 'users' is not allowed"),
+        ({"data": {"features": {"Text": {"path": "x.npy"}}}}, "feature name 'Text' is not allowed"),
+        ({"data": {"features": {"text": {}}}}, "data.features.text has no path; source 'npy' needs one"),
+        ({"data": {"features": {"text": {"source": "tfidf"}}}}, "data.features.text has no dim; source 'tfidf'"),
+        ({"data": {"sequences": {"layout": "rows"}}}, "data.sequences.layout is 'rows'"),
+    ],
+)
+def test_impossible_value(raw: Any, message: str, tmp_path: Path) -> None:
+    assert refusal(tmp_path, raw).startswith(message)
+
+
+def test_file_that_is_no_config(tmp_path: Path) -> None:
+    missing, text, binary = tmp_path / "missing.yaml", tmp_path / "text.yaml", tmp_path / "binary.yaml"
+    text.write_text("train: [1,\nmodel: }")
+    binary.write_bytes(b"\xff\xfe\x00")
+    for path, message in [(missing, "does not exist"), (text, "is not YAML"), (binary, "is not YAML")]:
+        with pytest.raises(UserError, match=re.escape(f"config {path} {message}")) as error:
+            load_config(path)
+        assert "\n" not in str(error.value)
+    assert "holds list; expected a mapping of sections" in refusal(tmp_path, [1])
+
+
+def test_overrides(tmp_path: Path) -> None:
+    path = write(tmp_path, {"train": {"epochs": 3, "lr": 0.1}, "eval": None})
+    words = "--train.epochs 7 --train.lr=1e-4 --model.sizes [8,16] --model.width 16 --eval.size 8 --run.dir".split()
+    config = load_config(path, [*words, "here", "--data.features.text.path", "a.npy", "--train.threads", "2"])
+    assert (config.train.epochs, config.train.lr, config.train.threads) == (7, 1e-4, 2)
+    assert (config.model.sizes, config.eval.size, config.run.dir) == ((8, 16), 8, "here")
+    assert config.data.features["text"].path == "a.npy"
+    assert config == load_config(write(tmp_path, config.to_dict()))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("--train.epochs",), "override --train.epochs has no value"),
+        (("--train.epochs", "--train.lr", "1"), "override --train.epochs has no value"),
+        (("--resum", "auto"), "argument '--resum' is not known"),
+        (("train.epochs", "3"), "argument 'train.epochs' is not known"),
+        (("--train.epochs.first", "3"), "override --train.epochs.first: 'epochs' holds a value, not a section"),
+        (("--train.epochs", "[1"), "override --train.epochs: '[1' is not a YAML value"),
+        (("--train.epoch", "1"), "unknown config key 'train.epoch'; did you mean 'epochs'?"),
+        (("--run.dir", "7"), "run.dir is 7; expected str"),
+    ],
+)
+def test_bad_override(overrides: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    assert refusal(tmp_path, {"train": {"epochs": 2}}, overrides).startswith(message)
+
+
+def test_config_of_a_run_keeps_the_run_as_its_name(tmp_path: Path) -> None:
+    folder = tmp_path / "blue"
+    folder.mkdir()
+    assert load_config(write(folder, {}, "config.yaml")).run.dir == "runs/blue"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_round_trip(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(config.to_yaml())
+    assert load_config(copy) == config == config_from_dict(config.to_dict())
+    assert load_config(copy).hash == config.hash
+
+
+def test_hash_names_the_configuration() -> None:
+    assert Config().hash == Config().hash == config_from_dict(Config().to_dict()).hash
+    assert re.fullmatch(r"[0-9a-f]{12}", Config().hash)
+    assert load_config(None).hash != load_config(None, ["--train.seed", "1"]).hash
+
+
+def test_config_cannot_be_changed() -> None:
+    with pytest.raises(FrozenInstanceError):
+        Config().train.lr = 1.0  # type: ignore[misc]
+
+
+@given(st.lists(st.integers(-2, 40), min_size=1, max_size=6))
+def test_sizes_are_accepted_exactly_when_they_nest(sizes: list[int]) -> None:
+    nested = sizes[0] >= 4 and all(high - low >= 4 for low, high in zip(sizes, sizes[1:], strict=False))
+    try:
+        ModelConfig(sizes=tuple(sizes), width=sizes[-1])
+    except UserError:
+        assert not nested
+    else:
+        assert nested
+
+
+@given(st.integers(1, 400))
+def test_lanes_are_the_largest_divisor_up_to_sixteen(batch_size: int) -> None:
+    lanes = TrainConfig(batch_size=batch_size).num_lanes
+    assert batch_size % lanes == 0
+    assert lanes == max(n for n in range(1, 17) if batch_size % n == 0)
+
+
+def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+
+
+def test_print_config_shows_what_is_in_force() -> None:
+    result = run("shards.build", "--config", "configs/clothing-id.yaml", "--train.epochs", "3", "--print-config")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (
+        yaml.safe_load(result.stdout)
+        == load_config(REPOSITORY / "configs" / "clothing-id.yaml", ["--train.epochs", "3"]).to_dict()
+    )
+
+
+def test_help_and_version() -> None:
+    help_text = run("fmrl_dist.train", "--help")
+    assert help_text.returncode == 0
+    assert all(flag in help_text.stdout for flag in ("--config", "--resume", "--print-config", "--section.key"))
+    version = run("shards.build", "--version")
+    assert (version.returncode, version.stdout.split()[0]) == (0, "fmrl-dist")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("--train.epoch", "3"), "error: unknown config key 'train.epoch'; did you mean 'epochs'?"),
+        (("--config",), "error: argument --config: expected one argument; see --help"),
+    ],
+)
+def test_a_user_mistake_ends_in_one_line_and_exit_code_2(arguments: tuple[str, ...], line: str) -> None:
+    result = run("shards.build", *arguments)
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", f"{line}\n")

@@ -1,0 +1,169 @@
+"""The doubling scan against the plain one: forward, every gradient, ugly lengths, a neighbour's NaN, one event at a time."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fmrl_dist.ops.scan import complex_mul, packed_scan, scan_step
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+MODULI = [0.001, 0.1, 0.999]
+
+
+def make_starts(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int64)
+
+
+def make_decay(width: int, modulus: float, generator: torch.Generator) -> Tensor:
+    """Λ [2, D] float64 on the circle of ``modulus``, at random phases."""
+    return modulus * torch.nn.functional.normalize(
+        torch.randn(2, width, dtype=torch.float64, generator=generator), dim=0
+    )
+
+
+def assert_twins_agree(lengths: list[int], width: int, modulus: float, dtype: torch.dtype, seed: int = 0) -> None:
+    """States and the gradients of Λ and x, each to the dtype's tolerance, in units of its largest value."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = make_starts(lengths)
+    decay = make_decay(width, modulus, generator).to(dtype)
+    x, upstream = torch.randn(2, sum(lengths), 2, width, dtype=torch.float64, generator=generator).to(dtype)
+    decay.requires_grad_()
+    x = x.clone().requires_grad_()
+    found, expected = (packed_scan(decay, x, starts, impl) for impl in ("doubling", "plain"))
+    results = [(found, expected)]
+    if max(lengths, default=0) > 1:  # else no state depends on Λ
+        results += zip(*(torch.autograd.grad(h, (decay, x), upstream) for h in (found, expected)), strict=True)
+    else:
+        grad_decay, grad_x = torch.autograd.grad(found, (decay, x), upstream)
+        results += [(grad_decay, torch.zeros_like(decay)), (grad_x, upstream)]
+    for result, twin in results:
+        assert result.shape == twin.shape and result.dtype == dtype
+        scale = twin.abs().amax().item() if twin.numel() else 0.0
+        torch.testing.assert_close(result, twin, rtol=0, atol=TOLERANCE[dtype] * max(scale, 1e-3))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("modulus", MODULI)
+@pytest.mark.parametrize(
+    "lengths",
+    [[], [0], [0, 0, 0], [1], [1, 1, 1], [0, 1, 0, 0, 3, 0], [2, 1, 63, 64, 65], list(range(68)), [507]],
+    ids=["none", "empty", "empties", "one", "ones", "gaps", "powers", "1-67", "507"],
+)
+def test_doubling_equals_its_plain_twin(lengths: list[int], modulus: float, dtype: torch.dtype) -> None:
+    assert_twins_agree(lengths, 5, modulus, dtype)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    lengths=st.lists(st.integers(0, 20), max_size=8),
+    width=st.integers(1, 9),
+    modulus=st.floats(0.0, 1.0),
+    seed=st.integers(0, 2**16),
+)
+def test_doubling_equals_its_plain_twin_anywhere(lengths: list[int], width: int, modulus: float, seed: int) -> None:
+    assert_twins_agree(lengths, width, modulus, torch.float64, seed)
+
+
+def test_states_are_the_sums_of_powers() -> None:
+    """h_k = Σ_j Λ^j x_{k-j} in complex arithmetic: an answer that neither twin gave."""
+    decay = torch.tensor([0.3 + 0.4j, -0.9j], dtype=torch.complex128)
+    x = torch.randn(6, 2, dtype=torch.complex128, generator=torch.Generator().manual_seed(0))
+    expected = torch.stack(
+        [
+            sum(decay**j * x[k - j] for j in range(k - first + 1))
+            for first, k in [(0, 0), (0, 1), (2, 2), (2, 3), (2, 4), (2, 5)]
+        ]
+    )
+    pairs = torch.stack((x.real, x.imag), 1)
+    found = packed_scan(torch.stack((decay.real, decay.imag)), pairs, torch.tensor([0, 2, 6]))
+    torch.testing.assert_close(torch.complex(found[:, 0], found[:, 1]), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("modulus", MODULI)
+def test_gradients_equal_finite_differences(modulus: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    decay = make_decay(2, modulus, generator).requires_grad_()
+    x = torch.randn(9, 2, 2, dtype=torch.float64, generator=generator, requires_grad=True)
+    starts = make_starts([1, 0, 5, 3])
+    assert torch.autograd.gradcheck(lambda decay, x: packed_scan(decay, x, starts), (decay, x))
+
+
+def test_second_gradients_equal_finite_differences() -> None:
+    generator = torch.Generator().manual_seed(0)
+    decay = make_decay(1, 0.9, generator).requires_grad_()
+    x = torch.randn(5, 2, 1, dtype=torch.float64, generator=generator, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda decay, x: packed_scan(decay, x, make_starts([1, 4])), (decay, x))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("lengths", [[5, 9, 1, 6], [1, 1, 3, 1], [0, 4, 0, 70]])
+def test_a_broken_sequence_leaves_its_neighbours_untouched(lengths: list[int], bad: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    starts = make_starts(lengths)
+    decay = make_decay(3, 0.5, generator)
+    clean, upstream = torch.randn(2, sum(lengths), 2, 3, dtype=torch.float64, generator=generator)
+    clean_leaf = clean.clone().requires_grad_()
+    clean_states = packed_scan(decay, clean_leaf, starts)
+    clean_states.backward(upstream)
+    for low, high in itertools.pairwise(starts.tolist()):
+        x = clean.clone()
+        x[low:high] = bad
+        x.requires_grad_()
+        states = packed_scan(decay, x, starts)
+        states.backward(upstream)
+        others = torch.ones(len(x), dtype=torch.bool)
+        others[low:high] = False
+        assert torch.equal(states[others], clean_states[others])
+        assert x.grad is not None and clean_leaf.grad is not None
+        assert torch.equal(x.grad[others], clean_leaf.grad[others])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_broken_upstream_gradient_stays_in_its_sequence(bad: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    starts = make_starts([5, 4, 6])
+    decay = make_decay(3, 0.5, generator)
+    x, upstream = torch.randn(2, 15, 2, 3, dtype=torch.float64, generator=generator)
+    x = x.clone().requires_grad_()
+    broken = upstream.clone()
+    broken[5:9] = bad
+    (clean_grad,) = torch.autograd.grad(packed_scan(decay, x, starts), x, upstream)
+    (grad,) = torch.autograd.grad(packed_scan(decay, x, starts), x, broken)
+    assert torch.equal(grad[:5], clean_grad[:5]) and torch.equal(grad[9:], clean_grad[9:])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("modulus", MODULI)
+def test_one_event_at_a_time_gives_the_scans_states(modulus: float, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    num_histories, length, width = 3, 67, 4
+    decay = make_decay(width, modulus, generator).to(dtype)
+    x = torch.randn(num_histories, length, 2, width, dtype=torch.float64, generator=generator).to(dtype)
+    scanned = packed_scan(decay, x.flatten(0, 1), make_starts([length] * num_histories)).unflatten(0, x.shape[:2])
+    state = x.new_zeros(num_histories, 2, width)
+    for event in range(length):
+        state = scan_step(decay, state, x[:, event])
+        torch.testing.assert_close(
+            state, scanned[:, event], rtol=0, atol=TOLERANCE[dtype] * scanned.abs().amax().item()
+        )
+
+
+def test_strong_decay_leaves_no_denormal_state() -> None:
+    """0.1^32 … 0.1^63 cross float32's denormals: such powers of Λ are flushed, the states before them stay exact."""
+    x = torch.zeros(200, 2, 1)
+    x[0, 0] = 1.0
+    states = packed_scan(torch.tensor([[0.1], [0.0]]), x, make_starts([200]))[:, 0, 0]
+    assert states[:19].tolist() == pytest.approx([10.0**-k for k in range(19)], rel=1e-5)
+    assert not ((states != 0) & (states.abs() < torch.finfo(torch.float32).tiny)).any()
+
+
+def test_complex_mul_is_complex_multiplication() -> None:
+    a, b = torch.randn(2, 3, 4, dtype=torch.complex128, generator=torch.Generator().manual_seed(0))
+    found = complex_mul(torch.stack((a[0].real, a[0].imag)), torch.stack((b.real, b.imag), 1))
+    torch.testing.assert_close(torch.complex(found[:, 0], found[:, 1]), a[0] * b, rtol=0, atol=1e-14)

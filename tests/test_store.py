@@ -1,0 +1,294 @@
+"""The store as its readers see it: stock webdataset, one block at a time, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import re
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from fmrl_dist.data.store import Block, Manifest, Store, block_sha256, parse_block
+from fmrl_dist.errors import UserError
+from shards.build import build
+from shards.verify import main as verify_main
+from shards.verify import verify
+from tests.store_fixture import tiny_config, write_raw
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    write_raw(tmp_path / "raw")
+    return build(tiny_config(tmp_path / "raw", tmp_path / "store", text=["{title}"]))[0]
+
+
+Change = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
+
+
+def load(data: bytes) -> np.ndarray:
+    return np.load(io.BytesIO(data), allow_pickle=False)
+
+
+def all_blocks(manifest: Manifest) -> list[Block]:
+    return [*manifest.items, *(block for blocks in manifest.splits.values() for block in blocks)]
+
+
+def test_stock_webdataset_reads_the_same_arrays(store: Store) -> None:
+    assert len(store.manifest.shards) > 4
+    for shard in store.manifest.shards:
+        blocks = [block for block in all_blocks(store.manifest) if block.shard == shard.name]
+        dataset = webdataset.WebDataset(str(store.path / shard.name), shardshuffle=False, empty_check=False)
+        with (store.path / shard.name).open("rb") as file:
+            by_file = list(group_by_keys(tar_file_expander([{"url": shard.name, "stream": file}])))
+        for samples in (list(dataset), by_file):
+            assert len(samples) == len(blocks) == shard.samples
+            for sample, block in zip(samples, blocks, strict=True):
+                fields = {key: load(data) for key, data in sample.items() if not key.startswith("__")}
+                ours = store.read_block(block)
+                assert {f"{field}.npy" for field in ours} == set(fields)
+                for field, array in ours.items():
+                    np.testing.assert_array_equal(array, fields[f"{field}.npy"], strict=True)
+
+
+def test_manifest_survives_json(store: Store) -> None:
+    text = store.manifest.to_json()
+    again = Manifest.from_json(text)
+    assert again == store.manifest
+    assert again.sha256 == json.loads(text)["sha256"]
+
+
+def write_manifest(store: Store, **changes: object) -> None:
+    """Change the manifest and sign it again, as a forger could."""
+    (store.path / "manifest.json").write_text(dataclasses.replace(store.manifest, **changes).to_json())  # type: ignore[arg-type]
+
+
+def test_another_schema_version_names_both(store: Store) -> None:
+    write_manifest(store, schema_version=7)
+    with pytest.raises(UserError, match="version 7.*version 1.*--overwrite"):
+        Store.open(store.path)
+
+
+def test_an_edited_manifest_is_refused(store: Store) -> None:
+    file = store.path / "manifest.json"
+    file.write_text(file.read_text().replace('"num_dropped_users": 1', '"num_dropped_users": 0'))
+    with pytest.raises(UserError, match="changed after it was written"):
+        Store.open(store.path)
+
+
+@pytest.mark.parametrize("name", ["pipe:touch pwned", "/etc/passwd", "../items-000000.tar", "items-000000.tar.gz", ""])
+def test_a_signed_manifest_cannot_name_other_files(
+    store: Store, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shards = (dataclasses.replace(store.manifest.shards[0], name=name), *store.manifest.shards[1:])
+    write_manifest(store, shards=shards)
+    with pytest.raises(UserError, match="plain file name"):
+        Store.open(store.path)
+    with pytest.raises(UserError, match="no such shard"):
+        store.read_block(dataclasses.replace(store.manifest.items[0], shard=name))
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_manifest_that_does_not_add_up_is_refused(store: Store) -> None:
+    write_manifest(store, num_items=store.manifest.num_items + 1)
+    with pytest.raises(UserError, match="num_items is 7 but its blocks hold 6"):
+        Store.open(store.path)
+    beyond = dataclasses.replace(store.manifest.items[0], num_bytes=10**9)
+    write_manifest(store, items=(beyond, *store.manifest.items[1:]))
+    with pytest.raises(UserError, match="no such shard"):
+        Store.open(store.path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema_version": 1}', "\0", "[" * 9])
+def test_what_is_no_manifest_is_refused(store: Store, text: str) -> None:
+    (store.path / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match="manifest"):
+        Store.open(store.path)
+
+
+def test_missing_store_and_other_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist; build it"):
+        Store.open(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="is not a store"):
+        Store.open(tmp_path)
+
+
+def test_every_flipped_byte_of_a_block_is_noticed(store: Store) -> None:
+    """Tar headers and padding included: the hash covers the block's whole byte range."""
+    block = store.manifest.splits["train"][1]
+    path = store.path / block.shard
+    whole = path.read_bytes()
+    places = {0, 100, 511, 512, 520, block.num_bytes - 1, *range(7, block.num_bytes, 97)}
+    for place in sorted(places):
+        data = bytearray(whole)
+        data[block.offset + place] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=rf"byte {block.offset} of shard .*{block.shard} is damaged.*shards.verify"):
+            store.read_block(block)
+    path.write_bytes(whole)
+    store.read_block(block)
+
+
+def test_truncated_and_missing_shard(store: Store) -> None:
+    block = store.manifest.splits["test"][0]
+    path = store.path / block.shard
+    os.truncate(path, block.offset + block.num_bytes - 1)
+    with pytest.raises(UserError, match="is truncated"):
+        store.read_block(block)
+    path.unlink()
+    with pytest.raises(UserError, match="no such shard"):
+        store.read_block(block)
+
+
+def tar_bytes(*members: tuple[tarfile.TarInfo, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for member, data in members:
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def npy(array: np.ndarray, allow_pickle: bool = False) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=allow_pickle)
+    return buffer.getvalue()
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    info.linkname = "/etc/passwd"
+    return info
+
+
+PLAIN = npy(np.arange(3))
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([(member("000000.ids.npy"), npy(np.array([{}], object), allow_pickle=True))], "cannot be read"),
+        ([(member("000000.ids.npy", tarfile.SYMTYPE), b"")], "odd member"),
+        ([(member("000000.ids.npy", tarfile.FIFOTYPE), b"")], "odd member"),
+        ([(member("../000000.ids.npy"), PLAIN)], "odd member"),
+        ([(member("000000.ids.pkl"), PLAIN)], "odd member"),
+        ([(member("000000.ids.npy"), PLAIN), (member("000000.ids.npy"), PLAIN)], "odd member"),
+        ([(member("000000.ids.npy"), PLAIN), (member("000001.text.npy"), PLAIN)], "2 blocks"),
+        ([(member("000000.ids.npy"), PLAIN[:-3])], "cannot be read"),
+        ([(member("000000.ids.npy"), b"PK\x03\x04 an archive")], "cannot be read"),
+    ],
+)
+def test_members_that_are_no_plain_arrays_are_refused(
+    members: list[tuple[tarfile.TarInfo, bytes]], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        parse_block(tar_bytes(*members), "here")
+    assert "\n" not in str(caught.value)
+
+
+def test_verify_accepts_a_sound_store(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    verify_main([str(store.path)])
+    assert capsys.readouterr().out.startswith("ok: ")
+
+
+def test_verify_notices_every_byte_of_every_shard(store: Store) -> None:
+    """Also those after the last block, which no reader of blocks ever looks at."""
+    for shard in store.manifest.shards:
+        path = store.path / shard.name
+        whole = path.read_bytes()
+        for place in range(3, len(whole), 1999):
+            data = bytearray(whole)
+            data[place] ^= 1
+            path.write_bytes(data)
+            assert any(shard.name in problem for problem in verify(store)), f"{shard.name} byte {place}"
+        path.write_bytes(whole)
+    assert list(verify(store)) == []
+
+
+def forge(store: Store, split: str, **fields: np.ndarray) -> Store:
+    """Replace fields of the split's first block, alone in its shard, and sign again: only the contents are wrong."""
+    manifest = store.manifest
+    blocks = list(manifest.items if split == "items" else manifest.splits[split])
+    block = blocks[0]
+    arrays = store.read_block(block) | fields
+    data = tar_bytes(*((member(f"000000.{name}.npy"), npy(array)) for name, array in arrays.items()))
+    sized = data.rstrip(b"\0")
+    sized += bytes(-len(sized) % 512)
+    (store.path / block.shard).write_bytes(data)
+    blocks[0] = dataclasses.replace(block, num_bytes=len(sized), sha256=block_sha256(sized))
+    shards = tuple(
+        dataclasses.replace(shard, num_bytes=len(data), sha256=block_sha256(data))
+        if shard.name == block.shard
+        else shard
+        for shard in manifest.shards
+    )
+    change = {"items": tuple(blocks)} if split == "items" else {"splits": manifest.splits | {split: tuple(blocks)}}
+    return Store(store.path, dataclasses.replace(manifest, shards=shards, **change))
+
+
+@pytest.mark.parametrize("tail", [b"", bytes(512), bytes(600) + b"x" + bytes(423)])
+def test_verify_checks_the_end_of_the_archive(store: Store, tail: bytes) -> None:
+    """With hashes that agree: the bytes after the last block are none, too few, or not zero."""
+    shard = store.manifest.shards[0]
+    end = max(block.offset + block.num_bytes for block in all_blocks(store.manifest) if block.shard == shard.name)
+    data = (store.path / shard.name).read_bytes()[:end] + tail
+    (store.path / shard.name).write_bytes(data)
+    signed = dataclasses.replace(shard, num_bytes=len(data), sha256=block_sha256(data))
+    manifest = dataclasses.replace(store.manifest, shards=(signed, *store.manifest.shards[1:]))
+    (problem,) = verify(Store(store.path, manifest))
+    assert f"{shard.name}: the end-of-archive bytes after byte {end}" in problem
+
+
+def nan_in_vector(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {"vector": np.where(np.arange(4) == 1, np.float16("nan"), arrays["vector"])}
+
+
+@pytest.mark.parametrize(
+    ("split", "change", "problem"),
+    [
+        ("items", nan_in_vector, "vector holds NaN"),
+        ("items", lambda a: {"vector": a["vector"].astype(np.float32)}, "vector is float32"),
+        ("items", lambda a: {"vector": a["vector"][:, :3]}, r"vector is float16 \[2, 3\], expected float16 \[2, 4\]"),
+        ("items", lambda a: {"ids": a["ids"][[0, 0]]}, "not in exactly one block"),
+        ("items", lambda a: {"ids": a["ids"] + 6}, "item ids outside 0 ... 5"),
+        ("items", lambda a: {"extra": a["ids"]}, "fields"),
+        ("train", lambda a: {"starts": a["starts"][::-1].copy()}, "starts do not rise"),
+        ("train", lambda a: {"items": a["items"] - 6}, "item ids outside 0 ... 5"),
+        ("train", lambda a: {"items": (a["items"] + 1) % 6}, "train_count is not what the train blocks hold"),
+        ("train", lambda a: {"users": a["users"] * 0}, "stands twice in train"),
+        ("test", lambda a: {"users": a["users"] + 9}, "user ids outside 0 ... 3"),
+    ],
+)
+def test_verify_looks_past_the_hashes(tmp_path: Path, split: str, change: Change, problem: str) -> None:
+    write_raw(tmp_path / "raw")
+    config = tiny_config(tmp_path / "raw", tmp_path / "store")
+    config = dataclasses.replace(config, store=dataclasses.replace(config.store, blocks_per_shard=1))
+    store = build(config)[0]
+    block = store.manifest.items[0] if split == "items" else store.manifest.splits[split][0]
+    changed = change(store.read_block(block))
+    store = forge(store, split)
+    assert list(verify(store)) == []
+    problems = list(verify(forge(store, split, **changed)))
+    assert any(re.search(problem, line) for line in problems), problems
+
+
+def test_verify_reports_each_problem_and_ends_with_a_user_error(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (store.path / "items-000001.tar").unlink()
+    (store.path / "train-000099.tar").write_bytes(b"stray")
+    (store.path / "users.parquet").write_bytes((store.path / "vocab.parquet").read_bytes())
+    with pytest.raises(UserError, match=r"has \d+ problems"):
+        verify_main([str(store.path)])
+    lines = capsys.readouterr().out.splitlines()
+    for words in ("items-000001.tar: missing", "train-000099.tar: not in the manifest", "users.parquet: its rows"):
+        assert any(words in line for line in lines), lines
