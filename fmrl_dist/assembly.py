@@ -38,7 +38,8 @@ def restore_model(config: ModelConfig, checkpoint: Checkpoint) -> FMRLRec:
     try:
         model.load_state_dict(checkpoint.model)
     except RuntimeError as error:
-        raise UserError(f"checkpoint {checkpoint.path} does not fit its config: {' '.join(str(error).split())}") from None
+        problem = " ".join(str(error).split())
+        raise UserError(f"checkpoint {checkpoint.path} does not fit its config: {problem}") from None
     return model
 
 
@@ -50,7 +51,10 @@ def load_catalogue_table(store: Store, checkpoint: Checkpoint) -> ItemTable:
     """
     table = load_item_table(store, tuple(checkpoint.features))
     if dict(table.dims) != checkpoint.features:
-        raise UserError(f"checkpoint {checkpoint.path} reads features {checkpoint.features}; store {store.path} has {dict(table.dims)}")
+        raise UserError(
+            f"checkpoint {checkpoint.path} reads features {checkpoint.features}; "
+            f"store {store.path} has {dict(table.dims)}"
+        )
     has_id_table = checkpoint.config["model"]["id_table"]
     if has_id_table and store.manifest.num_items != checkpoint.num_items:
         raise UserError(

@@ -69,7 +69,8 @@ def save_checkpoint(
     aside = folder / f".{path.name}.{os.getpid()}"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    save_file({name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}, aside / "model.safetensors")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, aside / "model.safetensors")
     save_file(_optimizer_tensors(model, optimizer), aside / "optimizer.safetensors")
     record = {"checkpoint_version": CHECKPOINT_VERSION, "state": asdict(state), **facts}
     (aside / "state.json").write_text(json.dumps(record, indent=1))
@@ -110,7 +111,7 @@ def load_checkpoint(path: Path, link: str = "best") -> Checkpoint:
         raise UserError(f"checkpoint {path} is damaged ({error}); use another or start again") from None
     if record.get("checkpoint_version") != CHECKPOINT_VERSION:
         raise UserError(
-            f"checkpoint {path} has version {record.get('checkpoint_version')!r}, this program reads {CHECKPOINT_VERSION}"
+            f"checkpoint {path} has version {record.get('checkpoint_version')!r}; expected {CHECKPOINT_VERSION}"
         )
     state = TrainState(**{f.name: record["state"][f.name] for f in fields(TrainState)})
     facts = {name: record[name] for name in ("config", "features", "num_items", "manifest_sha256")}

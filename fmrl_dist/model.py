@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmrl_dist.ops.nested import NestedLayerNorm, NestedLinear, init_nested, matmul_linear, nested_linear, nested_mask
+from fmrl_dist.ops.nested import NestedLayerNorm, NestedLinear, init_nested, matmul_linear, nested_linear, shared_mask
 from fmrl_dist.ops.scan import packed_scan, scan_step
 
 RING_MARGIN = 1e-3  # keeps |Λ| off the ring's edges: at 0 the gradient of ν is NaN
@@ -83,12 +83,10 @@ class LRU(nn.Module):
     float32 whatever the products' dtype.
     """
 
-    mask: Tensor
-
     def __init__(self, sizes: Sequence[int], r_min: float, r_max: float, matmul_dtype: torch.dtype | None) -> None:
         super().__init__()
         width = sizes[-1]
-        self.matmul_dtype = matmul_dtype
+        self.sizes, self.matmul_dtype = tuple(sizes), matmul_dtype
         self.B = nn.Parameter(init_nested(2, width, width, sizes=sizes))
         self.C = nn.Parameter(init_nested(2, width, width, sizes=sizes))
         self.b = nn.Parameter(init_nested(2, width, sizes=sizes))
@@ -98,7 +96,6 @@ class LRU(nn.Module):
         self.nu = nn.Parameter(torch.log(-0.5 * torch.log(modulus_squared)))
         self.theta = nn.Parameter(torch.log(2 * math.pi * torch.rand(width).clamp(RING_MARGIN, 1)))
         self.gamma_log = nn.Parameter(0.5 * torch.log(1 - modulus_squared))
-        self.register_buffer("mask", nested_mask(sizes), persistent=False)
 
     def decay(self) -> Tensor:
         """Λ [2, D]."""
@@ -116,13 +113,17 @@ class LRU(nn.Module):
 
     def _drive(self, x: Tensor) -> Tensor:
         """γ⊙(B x + b), [P, 2, D]."""
-        driven = nested_linear(x, self.B.flatten(0, 1), self.b.flatten(), self.mask, self.matmul_dtype)
+        driven = nested_linear(
+            x, self.B.flatten(0, 1), self.b.flatten(), shared_mask(self.sizes, x.device), self.matmul_dtype
+        )
         return driven.unflatten(1, (2, -1)) * torch.exp(self.gamma_log)
 
     def _read(self, states: Tensor) -> Tensor:
         """Re(C h + c), [P, D]."""
         weight = torch.cat((self.C[0], -self.C[1]), 1)
-        return nested_linear(states.flatten(1), weight, self.c, self.mask, self.matmul_dtype)
+        return nested_linear(
+            states.flatten(1), weight, self.c, shared_mask(self.sizes, states.device), self.matmul_dtype
+        )
 
 
 class FeedForward(nn.Module):
@@ -250,6 +251,7 @@ class FMRLRec(nn.Module):
         """One event of each of B histories: state [B, depth, 2, D], item embeddings [B, D] → new state, z [B, D]."""
         x, new_states = self.input_dropout(embeddings), []
         for layer, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
             new_state, x = block.step(state[:, layer], x)
             new_states.append(new_state)
         return torch.stack(new_states, 1), x

@@ -43,7 +43,8 @@ def _draw(result: dict[str, Any], path: Path) -> None:
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.set_ylim(bottom=0)
     axes.set_xlabel("model size (channels kept)")
-    axes.set_ylabel(f"{result['split']}, {result['users']:,} users" + (", seen items masked" if result["mask_seen"] else ""))
+    masked = ", seen items masked" if result["mask_seen"] else ""
+    axes.set_ylabel(f"{result['split']}, {result['users']:,} users{masked}")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

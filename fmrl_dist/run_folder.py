@@ -12,7 +12,10 @@ from fmrl_dist.errors import UserError
 # What a resumed run must share with its checkpoint, or its losses would not be those of one run.
 FIXED = {
     "data": ("max_length", "windows"),
-    "model": ("sizes", "width", "depth", "dropout", "lru_dropout", "r_min", "r_max", "features", "id_table", "feature_scale"),
+    "model": (
+        *("sizes", "width", "depth", "dropout", "lru_dropout", "r_min", "r_max"),
+        *("features", "id_table", "feature_scale"),
+    ),
     "loss": ("predict_first",),
     "train": (
         *("batch_size", "num_lanes", "seed", "precision", "lr", "min_lr_ratio", "warmup_steps"),
@@ -36,7 +39,7 @@ def open_run(config: Config, resume: str | None, manifest_sha256: str) -> Checkp
     folder = Path(config.run.dir)
     if resume is None:
         if folder.exists():
-            raise UserError(f"run folder {folder} exists; go on with it by --resume auto, or choose another with --run.dir")
+            raise UserError(f"run folder {folder} exists; go on with it by --resume auto, or choose another --run.dir")
         return None
     if resume == "auto":
         if not (folder / "checkpoints" / "latest").exists():

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 
 from fmrl_dist.errors import UserError
 
@@ -76,11 +75,14 @@ def start_runtime(threads: int | str, lanes: int | None, precision: str = "fp32"
     """
     refuse_one_process_trap(os.environ)
     precision = launched_precision(os.environ, precision)
-    accelerator = Accelerator(
-        mixed_precision="no",
-        # The only buffers are masks and feature scales, equal on all ranks from the start.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
+    # Said outright: on a machine without a GPU, --multi_gpu would otherwise start processes that never meet.
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
+    asked_for = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != asked_for:
+        raise UserError(
+            f"{asked_for} processes were asked for but {accelerator.num_processes} joined; "
+            "start them with accelerate launch --multi_gpu --num_processes N …"
+        )
     if lanes is not None and accelerator.num_processes > lanes:
         raise UserError(
             f"{accelerator.num_processes} processes share {lanes} lanes; "
@@ -99,7 +101,7 @@ def refuse_one_process_trap(environment: os._Environ[str] | dict[str, str]) -> N
     if "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
         raise UserError(
             "several processes were asked for but one was started (accelerate launch --cpu does that silently); "
-            "start them with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N …"
+            "start them with accelerate launch --multi_gpu --num_processes N …"
         )
 
 

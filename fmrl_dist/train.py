@@ -1,7 +1,7 @@
 """``accelerate launch -m fmrl_dist.train [--config C]``: train every size at once, then evaluate the best on test.
 
-The loop below is the whole of training: batch → losses → backward → clip → step → log → evaluate → save. Losses are sums
-over positions, divided once by the global count, so they do not depend on the number of processes (at dropout 0).
+The loop below is the whole of training: batch → losses → backward → clip → step → log → evaluate → save. Losses are
+sums over positions, divided once by the global count, so they do not depend on the number of processes (at dropout 0).
 Dropout is seeded by (seed, step, rank): a resumed run draws what the uninterrupted one would have drawn.
 """
 
@@ -276,7 +276,7 @@ def describe_start(run: Run, model: torch.nn.Module, step: int) -> str:
     manifest = run.store.manifest
     return (
         f"{run.folder}: {run.runtime.describe()}\n"
-        f"  config {run.config.hash}, {num_parameters:,} parameters, sizes {', '.join(map(str, run.config.model.sizes))}\n"
+        f"  config {run.config.hash}, {num_parameters:,} parameters, sizes {list(run.config.model.sizes)}\n"
         f"  {manifest.num_users:,} users, {manifest.num_items:,} items, {run.order.steps_per_epoch} steps an epoch, "
         f"from step {step} to at most {run.total_steps}"
     )
@@ -285,7 +285,8 @@ def describe_start(run: Run, model: torch.nn.Module, step: int) -> str:
 def describe_validation(config: Config, state: TrainState, epoch: int, record: dict[str, float]) -> str:
     metric, sizes = config.eval.metric, config.model.sizes
     values = "  ".join(f"{size}: {record[f'{metric}@{size}']:.4f}" for size in sizes)
-    return f"epoch {epoch + 1}, step {state.step}: valid {metric}  {values}  (best {state.best_value:.4f} at step {state.best_step})"
+    best = f"(best {state.best_value:.4f} at step {state.best_step})"
+    return f"epoch {epoch + 1}, step {state.step}: valid {metric}  {values}  {best}"
 
 
 def _evaluate_best(config: Config, runtime: Runtime, store: Store, folder: Path) -> None:
@@ -297,7 +298,7 @@ def _evaluate_best(config: Config, runtime: Runtime, store: Store, folder: Path)
 
 
 def build_missing_demo_store(config: Config) -> None:
-    """Build the demo's store where there is none: one rank does it, before the ranks meet, and the others wait there."""
+    """Build the demo's store where there is none: rank 0 does it, before the ranks meet, and the others wait there."""
     missing = config.data.demo is not None and not (Path(config.store.path) / MANIFEST_FILE).exists()
     if not missing or os.environ.get("RANK", "0") != "0":
         return

@@ -79,10 +79,12 @@ def test_groups_of_inputs_and_outputs_are_each_nested() -> None:
     bias = random_tensor(2 * width, dtype=torch.float64, seed=3)
     no_bias = bias.new_zeros(width)
     rows = [
-        sum(
-            nested_linear_plain(x_part, block, no_bias, sizes)
-            for x_part, block in zip(x.split(width, 1), row.split(width, 1), strict=True)
-        )
+        torch.stack(
+            [
+                nested_linear_plain(x_part, block, no_bias, sizes)
+                for x_part, block in zip(x.split(width, 1), row.split(width, 1), strict=True)
+            ]
+        ).sum(0)
         for row in weight.split(width, 0)
     ]
     expected = torch.cat(rows, 1) + bias

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,12 @@ def nested_mask(sizes: Sequence[int]) -> Tensor:
     """P(M) of eq. 5, [D, D] in [out, in] layout: 1 where output chunk j may read the input (channel < m_j)."""
     reach = torch.cat([torch.full((high - low,), high) for low, high in chunks(sizes)])
     return (torch.arange(sizes[-1]) < reach[:, None]).float()
+
+
+@lru_cache(maxsize=32)
+def shared_mask(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """:func:`nested_mask` on ``device``, made once for all layers; never write to it."""
+    return nested_mask(sizes).to(device)
 
 
 def nested_linear(x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -80,18 +87,15 @@ def init_nested(*shape: int, sizes: Sequence[int]) -> Tensor:
 class NestedLinear(nn.Module):
     """D → D nested linear layer; ``weight`` [D, D], ``bias`` [D]."""
 
-    mask: Tensor
-
     def __init__(self, sizes: Sequence[int], dtype: torch.dtype | None = None) -> None:
         super().__init__()
         width = sizes[-1]
-        self.matmul_dtype = dtype
+        self.sizes, self.matmul_dtype = tuple(sizes), dtype
         self.weight = nn.Parameter(init_nested(width, width, sizes=sizes))
         self.bias = nn.Parameter(init_nested(width, sizes=sizes))
-        self.register_buffer("mask", nested_mask(sizes), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return nested_linear(x, self.weight, self.bias, self.mask, self.matmul_dtype)
+        return nested_linear(x, self.weight, self.bias, shared_mask(self.sizes, x.device), self.matmul_dtype)
 
 
 class NestedLayerNorm(nn.Module):

@@ -63,7 +63,7 @@ class _Doubling(torch.autograd.Function):
         return states
 
     @staticmethod
-    def backward(ctx: Any, grad_states: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_states: Tensor) -> tuple[Tensor, Tensor, None]:
         decay, states, before, after = ctx.saved_tensors
         conjugate = torch.stack((decay[0], -decay[1]))
         grad_x = _scan_rows(conjugate, grad_states, after, 1)
