@@ -6,8 +6,9 @@
     checkpoints/latest -> step-00000120
     checkpoints/best   -> step-00000090
 
-A folder is written aside, flushed and renamed; then the link is swapped. Dropout is seeded per step and rank
-(``train.py``), so there is no generator state to keep.
+A folder is written aside, flushed and renamed, and never written over; then the links are swapped. So a run killed at
+any instant has a whole ``latest``. Dropout is seeded per step and rank (``train.py``), so there is no generator state
+to keep.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from fmrl_dist.errors import UserError
@@ -56,7 +57,7 @@ class Checkpoint:
 def save_checkpoint(
     folder: Path, state: TrainState, model: nn.Module, optimizer: torch.optim.Optimizer, facts: dict[str, Any]
 ) -> Path:
-    """Write ``folder/step-…`` and point ``latest`` at it.
+    """Write ``folder/step-…`` and point ``latest`` at it, and ``best`` too if its evaluation was the best so far.
 
     Args:
         folder: the run's ``checkpoints``.
@@ -65,9 +66,9 @@ def save_checkpoint(
         optimizer: its AdamW.
         facts: ``config``, ``features``, ``num_items``, ``manifest_sha256`` and whatever else is worth recording.
     """
-    path = folder / f"step-{state.step:08d}"
-    aside = folder / f".{path.name}.{os.getpid()}"
-    shutil.rmtree(aside, ignore_errors=True)
+    _prune(folder)
+    path = _unused_path(folder, state.step)
+    aside = folder / f".{path.name}"
     aside.mkdir(parents=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, aside / "model.safetensors")
@@ -77,24 +78,35 @@ def save_checkpoint(
     for file in aside.iterdir():
         _flush(file)
     _flush(aside)
-    if path.exists():  # the same step saved again, now with its evaluation
-        shutil.rmtree(path)
     aside.rename(path)
-    _flush(folder)
+    if state.best_step == state.step:  # first: a run killed in between does this step again, and finds it best again
+        point(folder, "best", path)
     point(folder, "latest", path)
     return path
 
 
 def point(folder: Path, link: str, target: Path) -> None:
     """Make ``folder/link`` lead to ``target`` in one step, and remove checkpoints that no link leads to."""
-    aside = folder / f".{link}.{os.getpid()}"
+    aside = folder / f".{link}"
     aside.unlink(missing_ok=True)
     aside.symlink_to(target.name)
     aside.replace(folder / link)
+    _flush(folder)
+    _prune(folder)
+
+
+def _prune(folder: Path) -> None:
+    """Remove checkpoints that no link leads to, and what a killed process left half-written."""
     kept = {(folder / name).resolve() for name in ("latest", "best")}
-    for path in folder.glob("step-*"):
+    for path in (*folder.glob("step-*"), *folder.glob(".step-*")):
         if path.resolve() not in kept:
             shutil.rmtree(path)
+
+
+def _unused_path(folder: Path, step: int) -> Path:
+    """Where to save ``step``: while a link leads to an earlier save of the same step, the next one gets a suffix."""
+    names = (f"step-{step:08d}{suffix}" for suffix in ("", "-again", "-once-more"))  # two links: one name is free
+    return next(folder / name for name in names if not (folder / name).exists())
 
 
 def load_checkpoint(path: Path, link: str = "best") -> Checkpoint:
@@ -106,15 +118,18 @@ def load_checkpoint(path: Path, link: str = "best") -> Checkpoint:
     path = find_checkpoint(path, link)
     try:
         record = json.loads((path / "state.json").read_text())
-        model, optimizer = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"checkpoint {path} is damaged ({error}); use another or start again") from None
-    if record.get("checkpoint_version") != CHECKPOINT_VERSION:
-        raise UserError(
-            f"checkpoint {path} has version {record.get('checkpoint_version')!r}; expected {CHECKPOINT_VERSION}"
-        )
-    state = TrainState(**{f.name: record["state"][f.name] for f in fields(TrainState)})
-    facts = {name: record[name] for name in ("config", "features", "num_items", "manifest_sha256")}
+        version = record["checkpoint_version"]
+        if version != CHECKPOINT_VERSION:
+            raise UserError(f"checkpoint {path} has version {version!r}; expected {CHECKPOINT_VERSION}")
+        # Read, not mapped: this folder may be removed while its tensors are in use.
+        model, optimizer = (load((path / f"{name}.safetensors").read_bytes()) for name in ("model", "optimizer"))
+        state = TrainState(**{f.name: record["state"][f.name] for f in fields(TrainState)})
+        facts = {name: record[name] for name in ("config", "features", "num_items", "manifest_sha256")}
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        problem = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"checkpoint {path} is damaged ({problem}); use another or start again") from None
     return Checkpoint(path, model, optimizer, state, **facts)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from fmrl_dist.data.histories import Packed
+from fmrl_dist.data.histories import RankingBlock
 from fmrl_dist.metrics import CUTOFF
 from fmrl_dist.model import FMRLRec
 from fmrl_dist.ops.nested import chunks
@@ -24,14 +24,14 @@ TOP = 2 * CUTOFF  # a target at rank ≤ CUTOFF has at most 2·CUTOFF - 2 other 
 
 
 @torch.no_grad()
-def rank_histograms(model: FMRLRec, items: Tensor, blocks: Iterable[Packed], mask_seen: bool) -> Tensor:
+def rank_histograms(model: FMRLRec, items: Tensor, blocks: Iterable[RankingBlock], mask_seen: bool) -> Tensor:
     """Histogram of 2·rank for each size, int64 [S, 2·CUTOFF + 1] (see :mod:`fmrl_dist.metrics`).
 
     Args:
         model: in evaluation mode.
         items: embeddings of the whole catalogue, float32 [V, D], on the model's device.
         blocks: users, each with a history and one target.
-        mask_seen: leave out the items of a user's history, never the target.
+        mask_seen: leave out the items of a user's whole history, never the target.
     """
     histograms = torch.zeros(len(model.sizes), 2 * CUTOFF + 1, dtype=torch.int64, device=items.device)
     for block in blocks:
@@ -43,7 +43,7 @@ def rank_histograms(model: FMRLRec, items: Tensor, blocks: Iterable[Packed], mas
     return histograms
 
 
-def target_ranks(z: Tensor, items: Tensor, batch: Packed, sizes: Sequence[int], mask_seen: bool) -> Tensor:
+def target_ranks(z: Tensor, items: Tensor, batch: RankingBlock, sizes: Sequence[int], mask_seen: bool) -> Tensor:
     """Rank of each user's target at each size, float [S, U]; exact up to CUTOFF, above it only known to be above.
 
     Args:
@@ -51,25 +51,25 @@ def target_ranks(z: Tensor, items: Tensor, batch: Packed, sizes: Sequence[int], 
         items: embeddings [V, D].
         batch: the same U users' histories and targets.
         sizes: Matryoshka sizes.
-        mask_seen: leave out the items of a user's history, never the target.
+        mask_seen: leave out the items of a user's whole history, never the target.
     """
     top = z.new_full((len(sizes), len(z), TOP), -torch.inf)
     target_scores = z.new_empty(len(sizes), len(z))
     user_rows = torch.arange(len(z), device=z.device)
-    item_rows = user_rows.repeat_interleave(batch.starts.diff())
-    hidden = (batch.items != batch.targets[item_rows]) & mask_seen
+    seen_rows = user_rows.repeat_interleave(batch.seen_starts.diff())
+    hidden = (batch.seen != batch.targets[seen_rows]) & mask_seen
     for low in range(0, len(items), TILE_ITEMS):
         tile = items[low : low + TILE_ITEMS]
         here = (batch.targets >= low) & (batch.targets < low + len(tile))
-        seen = hidden & (batch.items >= low) & (batch.items < low + len(tile))
+        seen = hidden & (batch.seen >= low) & (batch.seen < low + len(tile))
         scores = z.new_zeros(len(z), -(-len(tile) // GROUPED) * GROUPED)
         scores[:, len(tile) :] = -torch.inf
-        scores[item_rows[seen], batch.items[seen] - low] = -torch.inf  # and stays so, whatever is added
+        scores[seen_rows[seen], batch.seen[seen] - low] = -torch.inf  # and stays so, whatever is added
         for j, (first, last) in enumerate(chunks(sizes)):
             scores[:, : len(tile)].addmm_(z[:, first:last], tile[:, first:last].T)
             target_scores[j, here] = scores[user_rows[here], batch.targets[here] - low]
             top[j] = torch.cat((top[j], _candidates(scores)), 1).topk(TOP, sorted=False).values
-    higher = (top > target_scores[..., None]).sum(2)
+    higher = (~(top <= target_scores[..., None])).sum(2)  # a NaN, of the target or another, is never to its advantage
     equal = (top == target_scores[..., None]).sum(2) - 1  # less the target, which is in the list unless far below
     return 1 + higher + 0.5 * equal.clamp_min(0)
 

@@ -1,8 +1,8 @@
 """Ranking metrics from integer histograms of ranks, so that sums over ranks of a job are exact in any order.
 
 The rank of a target is 1 + #(items scored higher) + ½·#(other items scored equal). It is a multiple of ½, so a
-histogram of 2·rank counts it exactly. At rank r, recall@k is [r ≤ k], ndcg@k is [r ≤ k] / log2(1 + r), mrr@k is [r ≤ k] / r; a
-metric is the mean over users.
+histogram of 2·rank counts it exactly. At rank r, recall@k is [r ≤ k], ndcg@k is [r ≤ k] / log2(1 + r) and mrr@k is
+[r ≤ k] / r; a metric is the mean over users.
 
     >>> import torch
     >>> histogram = torch.zeros(21, dtype=torch.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,12 @@ def write_report(folder: Path, result: dict[str, Any]) -> tuple[Path, Path]:
     name = evaluation_file(result["split"], result["mask_seen"])
     json_path, picture_path = folder / f"{name}.json", folder / f"{name}.png"
     write_atomically(json_path, json.dumps(result, indent=1).encode() + b"\n")
-    _draw(result, picture_path)
+    write_atomically(picture_path, _draw(result))
     return json_path, picture_path
 
 
-def _draw(result: dict[str, Any], path: Path) -> None:
+def _draw(result: dict[str, Any]) -> bytes:
+    """The picture, as PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -47,4 +49,6 @@ def _draw(result: dict[str, Any], path: Path) -> None:
     axes.set_ylabel(f"{result['split']}, {result['users']:,} users{masked}")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    return picture.getvalue()

@@ -130,13 +130,12 @@ def test_bfloat16_errs_no_more_than_the_plain_twin_in_bfloat16(
 def test_huge_scores_do_not_overflow(impl: str) -> None:
     z, items, targets = make_inputs(40, 1300, dtype=torch.float32)
     huge_z = (1e4 * z).detach().requires_grad_()
-    highest = (huge_z @ items.T).abs().amax().item()
-    assert highest > 1e5  # exp overflows float32 at 89
+    assert (huge_z @ items.T).abs().amax() > 1e5  # exp overflows float32 at 89
     results = losses_and_gradients(huge_z, items, targets, SIZES, WEIGHTS["sum"], impl=impl)
     truths = losses_and_gradients(huge_z.double(), items.double(), targets, SIZES, WEIGHTS["sum"], impl="plain")
     for result, truth in zip(results, truths, strict=True):
         assert result.isfinite().all()
-        assert (result - truth).norm() <= torch.finfo(torch.float32).eps * highest * truth.norm()  # a score's own error
+        assert (result - truth).norm() <= 1e-5 * truth.norm()  # gaps between the scores are far above their rounding
 
 
 class HeldMemory(TorchDispatchMode):

@@ -34,6 +34,14 @@ class Packed:
         return replace(self, **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
 
 
+@dataclass(frozen=True)
+class RankingBlock(Packed):
+    """Users to rank the catalogue for: the model reads their last events, and masking needs all of them."""
+
+    seen: Tensor  # int64, items of the whole histories, those before the cut too
+    seen_starts: Tensor  # int64 [B+1], first row of each history in ``seen``
+
+
 class TrainStream:
     """Training batches of a store, in the order that :class:`Order` computes."""
 
@@ -105,7 +113,7 @@ def ragged_rows(firsts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 def evaluation_blocks(
     store: Store, split: str, max_length: int, block_numbers: Sequence[int], num_users: int = 0
-) -> Iterator[Packed]:
+) -> Iterator[RankingBlock]:
     """The users of some blocks of ``split``: whole histories' last ``max_length`` events, the next item as target.
 
     Args:
@@ -124,11 +132,14 @@ def evaluation_blocks(
         positions = begins[number] + np.arange(blocks[number].count)
         rows = np.flatnonzero((positions + 1) * wanted // total > positions * wanted // total)
         begin, target = arrays["starts"][rows], arrays["starts"][rows + 1] - 1
-        lengths = np.minimum(target - begin, max_length)
-        yield Packed(
+        whole = target - begin
+        lengths = np.minimum(whole, max_length)
+        yield RankingBlock(
             users=torch.from_numpy(arrays["users"][rows]),
             items=torch.from_numpy(arrays["items"][ragged_rows(target - lengths, lengths)]),
             starts=torch.from_numpy(np.concatenate(([0], np.cumsum(lengths)))),
             from_start=torch.zeros(len(rows), dtype=torch.bool),
             targets=torch.from_numpy(arrays["items"][target]),
+            seen=torch.from_numpy(arrays["items"][ragged_rows(begin, whole)]),
+            seen_starts=torch.from_numpy(np.concatenate(([0], np.cumsum(whole)))),
         )
