@@ -79,6 +79,7 @@ def save_checkpoint(
         _flush(file)
     _flush(aside)
     aside.rename(path)
+    _flush(folder)
     if state.best_step == state.step:  # first: a run killed in between does this step again, and finds it best again
         point(folder, "best", path)
     point(folder, "latest", path)
@@ -105,7 +106,7 @@ def _prune(folder: Path) -> None:
 
 def _unused_path(folder: Path, step: int) -> Path:
     """Where to save ``step``: while a link leads to an earlier save of the same step, the next one gets a suffix."""
-    names = (f"step-{step:08d}{suffix}" for suffix in ("", "-again", "-once-more"))  # two links: one name is free
+    names = (f"step-{step:08d}{suffix}" for suffix in ("", "-2", "-3"))  # two links: one of these is free
     return next(folder / name for name in names if not (folder / name).exists())
 
 

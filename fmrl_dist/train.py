@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fmrl_dist.assembly import build_model, normalize_catalogue
-from fmrl_dist.checkpoint import TrainState, load_checkpoint, point, restore_optimizer, save_checkpoint
+from fmrl_dist.checkpoint import TrainState, load_checkpoint, restore_optimizer, save_checkpoint
 from fmrl_dist.config import Config, command_parser, parse_command
 from fmrl_dist.data.histories import Packed, TrainStream, evaluation_blocks
 from fmrl_dist.data.items import load_item_table
@@ -43,8 +43,11 @@ def train(config: Config, resume: str | None) -> None:
     """Run or go on with a training run (see the module's docstring)."""
     build_missing_demo_store(config)
     runtime = start_runtime(config.train.threads, config.train.num_lanes, config.train.precision)
+    config = replace(config, train=replace(config.train, precision=runtime.precision))
     folder = Path(config.run.dir)
     store = Store.open(config.store.path)
+    if not store.manifest.splits["test"]:
+        raise UserError(f"store {store.path} has no validation and test users; expected histories of 3 events or more")
     checkpoint = open_run(config, resume, store.manifest.sha256)
     order = Order(
         [block.count for block in store.manifest.splits["train"]],
@@ -56,13 +59,9 @@ def train(config: Config, resume: str | None) -> None:
     total_steps = min(total_steps, config.train.max_steps or total_steps)
 
     if checkpoint is None or not training_is_over(config, checkpoint, total_steps):
-        runtime.accelerator.wait_for_everyone()  # every rank has looked at the folder before one writes to it
-        if runtime.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / "config.yaml", config.to_yaml().encode())
         _train_steps(Run(config, runtime, folder, store, order, total_steps), resume_from=checkpoint)
         runtime.accelerator.wait_for_everyone()
-    elif (folder / f"{evaluation_file('test', False)}.json").exists():
+    elif final_evaluation(folder).exists():
         runtime.say(f"{folder} is finished (step {checkpoint.state.step}); nothing to do")
         return
     _evaluate_best(config, runtime, store, folder)
@@ -111,6 +110,7 @@ def _train_steps(run: Run, resume_from: Any) -> None:
         "manifest_sha256": run.store.manifest.sha256,
         "lanes": order.lanes,
     }
+    open_folder(run)
     runtime.say(describe_start(run, model, state.step))
     progress = Progress(run.total_steps, state.step, runtime.is_main)
     meter = Meter(model.sizes, runtime)
@@ -151,18 +151,15 @@ def _train_steps(run: Run, resume_from: Any) -> None:
                 logbook.write({"step": state.step, "epoch": epoch, "split": "train"} | record)
                 progress.update(state.step, meter.line(record))
             evaluate_now = state.step % run.evaluate_every_steps == 0 or is_last
-            improved = False
             if evaluate_now:
                 record = validate(run, module)
                 logbook.write({"step": state.step, "epoch": epoch, "split": "valid"} | record)
-                improved = update_early_stopping(config, state, record)
+                update_early_stopping(config, state, record)
                 progress.say(describe_validation(config, state, epoch, record))
                 meter.restart_clock()
             save_every = config.train.checkpoint_every_steps
             if runtime.is_main and (evaluate_now or (save_every and state.step % save_every == 0)):
-                path = save_checkpoint(run.folder / "checkpoints", state, model, optimizer, facts)
-                if improved:
-                    point(run.folder / "checkpoints", "best", path)
+                save_checkpoint(run.folder / "checkpoints", state, model, optimizer, facts)
     progress.close()
 
 
@@ -188,15 +185,13 @@ def validate(run: Run, module: TrainingModule) -> dict[str, float]:
     }
 
 
-def update_early_stopping(config: Config, state: TrainState, record: dict[str, float]) -> bool:
-    """Whether the chosen metric is the best so far; every rank has the same figures and so the same answer."""
+def update_early_stopping(config: Config, state: TrainState, record: dict[str, float]) -> None:
+    """Note whether the chosen metric is the best so far; every rank has the same figures and so the same answer."""
     value = record[f"{config.eval.metric}@{config.eval.size or config.model.width}"]
-    improved = value > state.best_value
-    if improved:
+    if value > state.best_value:
         state.best_value, state.best_step, state.evaluations_without_gain = value, state.step, 0
     else:
         state.evaluations_without_gain += 1
-    return improved
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:
@@ -207,9 +202,10 @@ def seed_dropout(seed: int, step: int, rank: int) -> None:
 def stop_if_not_finite(runtime: Runtime, step: int, grad_norm: Tensor, loss_sums: Tensor, batch: Packed) -> None:
     """End all ranks, naming step and users, before a NaN reaches the parameters.
 
-    The gradients are summed over ranks, so every rank sees the same norm.
+    The gradients are summed over ranks, so every rank sees the same norm; a loss is its rank's own.
     """
-    if bool(torch.isfinite(grad_norm)):
+    healthy = torch.isfinite(loss_sums).all() & torch.isfinite(grad_norm)
+    if not bool(runtime.sum((~healthy).long())):
         return
     finite = bool(torch.isfinite(loss_sums).all())
     users = "" if finite else f"; users of the batch: {batch.users[:8].tolist()}…"
@@ -289,9 +285,21 @@ def describe_validation(config: Config, state: TrainState, epoch: int, record: d
     return f"epoch {epoch + 1}, step {state.step}: valid {metric}  {values}  {best}"
 
 
+def final_evaluation(folder: Path) -> Path:
+    """What a finished run leaves last."""
+    return folder / f"{evaluation_file('test', mask_seen=False)}.json"
+
+
+def open_folder(run: Run) -> None:
+    """Make the run's folder, once nothing can be refused any more, and take back that the run is finished."""
+    run.runtime.accelerator.wait_for_everyone()  # every rank has looked at the folder before one writes to it
+    if run.runtime.is_main:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(run.folder / "config.yaml", run.config.to_yaml().encode())
+        final_evaluation(run.folder).unlink(missing_ok=True)
+
+
 def _evaluate_best(config: Config, runtime: Runtime, store: Store, folder: Path) -> None:
-    if not store.manifest.splits["test"]:
-        raise UserError(f"store {store.path} has no test users (all histories are shorter than 3 events)")
     result = evaluate_checkpoint(load_checkpoint(folder), config, store, runtime, "test", mask_seen=False)
     if runtime.is_main:
         report(result, folder)

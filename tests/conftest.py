@@ -15,6 +15,8 @@ from tests.processes import REPOSITORY, is_launch_variable
 
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
+torch.set_num_threads(1)  # the tensors here are small: threads would only wait for each other
+
 settings.register_profile("fmrl", deadline=None)  # a first call that compiles or warms up is no failure
 settings.load_profile("fmrl")
 

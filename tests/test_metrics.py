@@ -1,0 +1,69 @@
+"""Metrics against figures computed by hand, at whole and half ranks, at the cut-offs, and for no user."""
+
+from __future__ import annotations
+
+import doctest
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import fmrl_dist.metrics
+from fmrl_dist.metrics import CUTOFF, METRICS, metrics_from_histogram
+
+
+def histogram(*ranks: float, beyond: int = 0) -> Tensor:
+    counts = torch.zeros(2 * CUTOFF + 1, dtype=torch.int64)
+    for rank in ranks:
+        counts[int(2 * rank)] += 1
+    counts[0] = beyond
+    return counts
+
+
+def test_the_example_in_the_docstring_runs() -> None:
+    result = doctest.testmod(fmrl_dist.metrics)
+    assert result.attempted >= 4 and result.failed == 0
+
+
+def test_by_hand() -> None:
+    """Ranks 1, 3, 3 and 7 of five users: 1/log2(1 + r) is 1, 1/2, 1/2 and 1/3."""
+    found = metrics_from_histogram(histogram(1, 3, 3, 7, beyond=1))
+    assert found == pytest.approx(
+        {
+            "recall@5": 3 / 5,
+            "ndcg@5": (1 + 0.5 + 0.5) / 5,
+            "recall@10": 4 / 5,
+            "ndcg@10": (1 + 0.5 + 0.5 + 1 / 3) / 5,
+            "mrr@10": (1 + 1 / 3 + 1 / 3 + 1 / 7) / 5,
+        },
+        rel=1e-12,
+    )
+    assert tuple(found) == METRICS
+
+
+def test_half_ranks() -> None:
+    """A target tied with one other item at the top is at rank 1.5; one tied across the cut-off 5 is beyond it."""
+    found = metrics_from_histogram(histogram(1.5, 5.5))
+    assert found["recall@5"] == 0.5 and found["recall@10"] == 1
+    assert found["ndcg@5"] == pytest.approx(1 / math.log2(2.5) / 2)
+    assert found["ndcg@10"] == pytest.approx((1 / math.log2(2.5) + 1 / math.log2(6.5)) / 2)
+    assert found["mrr@10"] == pytest.approx((1 / 1.5 + 1 / 5.5) / 2)
+
+
+@pytest.mark.parametrize(("rank", "at_5", "at_10"), [(5, 1, 1), (5.5, 0, 1), (9.5, 0, 1), (10, 0, 1)])
+def test_cutoffs_include_their_rank(rank: float, at_5: float, at_10: float) -> None:
+    found = metrics_from_histogram(histogram(rank))
+    assert (found["recall@5"], found["recall@10"]) == (at_5, at_10)
+    assert found["ndcg@5"] == pytest.approx(at_5 / math.log2(1 + rank))
+    assert found["ndcg@10"] == pytest.approx(at_10 / math.log2(1 + rank))
+    assert found["mrr@10"] == pytest.approx(at_10 / rank)
+
+
+def test_perfect_and_hopeless() -> None:
+    assert set(metrics_from_histogram(histogram(1, 1, 1)).values()) == {1.0}
+    assert set(metrics_from_histogram(histogram(beyond=4)).values()) == {0.0}
+
+
+def test_no_user() -> None:
+    assert metrics_from_histogram(histogram()) == dict.fromkeys(METRICS, 0.0)
