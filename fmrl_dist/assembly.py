@@ -35,12 +35,21 @@ def build_model(config: ModelConfig, table: ItemTable, matmul_dtype: torch.dtype
 def restore_model(config: ModelConfig, checkpoint: Checkpoint) -> FMRLRec:
     """The model of a checkpoint, in float32."""
     model = _construct(config, checkpoint.features, checkpoint.num_items, None)
+    load_weights(model, checkpoint)
+    return model
+
+
+def load_weights(model: FMRLRec, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint's tensors into a model of its config.
+
+    Raises:
+        UserError: a tensor is missing, unknown or of another shape.
+    """
     try:
         model.load_state_dict(checkpoint.model)
     except RuntimeError as error:
         problem = " ".join(str(error).split())
         raise UserError(f"checkpoint {checkpoint.path} does not fit its config: {problem}") from None
-    return model
 
 
 def load_catalogue_table(store: Store, checkpoint: Checkpoint) -> ItemTable:

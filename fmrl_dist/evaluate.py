@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 from fmrl_dist.assembly import load_catalogue_table, normalize_catalogue, restore_model
 from fmrl_dist.checkpoint import Checkpoint, load_checkpoint
-from fmrl_dist.config import Config, config_from_dict
+from fmrl_dist.config import CommandParser, Config, config_from_dict
 from fmrl_dist.data.histories import evaluation_blocks
 from fmrl_dist.data.store import Store
-from fmrl_dist.errors import UserError, run_command
+from fmrl_dist.errors import UserError, require, run_command
 from fmrl_dist.evaluation import rank_histograms
 from fmrl_dist.metrics import metrics_from_histogram
 from fmrl_dist.report import size_table, write_report
@@ -45,13 +44,14 @@ def report(result: dict[str, Any], folder: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m fmrl_dist.evaluate", description=__doc__, allow_abbrev=False)
+    parser = CommandParser(prog="python -m fmrl_dist.evaluate", description=__doc__, allow_abbrev=False)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a run folder (its best) or a checkpoint")
     parser.add_argument("--split", choices=("valid", "test"), default="test")
     parser.add_argument("--mask-seen", action="store_true", help="leave out items of a user's history")
     parser.add_argument("--store", help="shard store (default: the recorded one)")
     parser.add_argument("--threads", type=int, default=0, help="threads per process (default: cores / processes)")
     arguments = parser.parse_args(argv)
+    require(arguments.threads >= 0, f"--threads is {arguments.threads}; expected at least 1, or 0 to share the cores")
 
     checkpoint = load_checkpoint(arguments.checkpoint)
     config = config_from_dict(checkpoint.config)
@@ -61,13 +61,13 @@ def main(argv: list[str]) -> None:
     runtime = start_runtime(arguments.threads or "auto", lanes=None)
     result = evaluate_checkpoint(checkpoint, config, store, runtime, arguments.split, arguments.mask_seen)
     if runtime.is_main:
-        report(result, run_folder(checkpoint))
+        report(result, report_folder(checkpoint))
 
 
-def run_folder(checkpoint: Checkpoint) -> Path:
-    """The run that a checkpoint belongs to."""
-    parent = checkpoint.path.parent
-    return parent.parent if parent.name == "checkpoints" else checkpoint.path
+def report_folder(checkpoint: Checkpoint) -> Path:
+    """The run, where this is its best checkpoint; else the checkpoint: a run's figures are those of its best."""
+    run = checkpoint.path.parent.parent
+    return run if (run / "checkpoints" / "best").resolve() == checkpoint.path else checkpoint.path
 
 
 if __name__ == "__main__":

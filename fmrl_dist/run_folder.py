@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
-from fmrl_dist.checkpoint import Checkpoint, load_checkpoint
+from fmrl_dist.checkpoint import Checkpoint, TrainState, load_checkpoint
 from fmrl_dist.config import Config, config_from_dict
 from fmrl_dist.errors import UserError
 
@@ -18,7 +19,7 @@ FIXED = {
     ),
     "loss": ("predict_first",),
     "train": (
-        *("batch_size", "num_lanes", "seed", "precision", "lr", "min_lr_ratio", "warmup_steps"),
+        *("batch_size", "seed", "precision", "lr", "min_lr_ratio", "warmup_steps"),
         *("weight_decay", "beta1", "beta2", "eps", "clip_norm"),
     ),
     "eval": ("metric", "size"),
@@ -30,7 +31,8 @@ def open_run(config: Config, resume: str | None, manifest_sha256: str) -> Checkp
 
     Args:
         config: of this run.
-        resume: None (a fresh run), "auto" (the run's own latest checkpoint, if there is one) or a path.
+        resume: None (a fresh run), "auto" (the run's own latest checkpoint, if there is one) or a path. From a path
+            the search for the best starts anew unless the folder holds the best that the checkpoint knows of.
         manifest_sha256: of the store.
 
     Raises:
@@ -47,6 +49,8 @@ def open_run(config: Config, resume: str | None, manifest_sha256: str) -> Checkp
         checkpoint = load_checkpoint(folder, "latest")
     else:
         checkpoint = load_checkpoint(Path(resume), "latest")
+        if not _is_best_step(folder, checkpoint.state.best_step):  # else training could end without a best to evaluate
+            checkpoint = replace(checkpoint, state=TrainState(step=checkpoint.state.step))
     _check_same_run(config, checkpoint, manifest_sha256)
     return checkpoint
 
@@ -66,6 +70,12 @@ def out_of_patience(config: Config, evaluations_without_gain: int) -> bool:
     return evaluations_without_gain >= (config.train.patience or math.inf)
 
 
+def _is_best_step(folder: Path, step: int) -> bool:
+    """Whether the folder's best checkpoint is of ``step``."""
+    best = folder / "checkpoints" / "best"
+    return best.exists() and load_checkpoint(best).state.step == step
+
+
 def _check_same_run(config: Config, checkpoint: Checkpoint, manifest_sha256: str) -> None:
     saved = config_from_dict(checkpoint.config)
     pairs = [
@@ -73,6 +83,7 @@ def _check_same_run(config: Config, checkpoint: Checkpoint, manifest_sha256: str
         for section, keys in FIXED.items()
         for key in keys
     ]
+    pairs.append(("train.lanes", saved.train.num_lanes, config.train.num_lanes))
     pairs.append(("train.schedule_epochs", schedule_epochs(saved), schedule_epochs(config)))
     pairs.append(("the store's manifest", checkpoint.manifest_sha256[:12], manifest_sha256[:12]))
     for key, before, now in pairs:

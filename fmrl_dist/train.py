@@ -10,17 +10,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fmrl_dist.assembly import build_model, normalize_catalogue
-from fmrl_dist.checkpoint import TrainState, load_checkpoint, restore_optimizer, save_checkpoint
+from fmrl_dist.assembly import build_model, load_weights, normalize_catalogue
+from fmrl_dist.checkpoint import Checkpoint, TrainState, load_checkpoint, restore_optimizer, save_checkpoint
 from fmrl_dist.config import Config, command_parser, parse_command
 from fmrl_dist.data.histories import Packed, TrainStream, evaluation_blocks
 from fmrl_dist.data.items import load_item_table
@@ -31,6 +30,7 @@ from fmrl_dist.evaluate import evaluate_checkpoint, report
 from fmrl_dist.evaluation import rank_histograms
 from fmrl_dist.files import write_atomically
 from fmrl_dist.logbook import Logbook, Progress
+from fmrl_dist.meter import Meter
 from fmrl_dist.metrics import metrics_from_histogram
 from fmrl_dist.optim import build_optimizer, learning_rate
 from fmrl_dist.report import evaluation_file
@@ -83,15 +83,24 @@ class Run:
         return self.config.eval.every_steps or self.order.steps_per_epoch
 
 
-def _train_steps(run: Run, resume_from: Any) -> None:
-    config, runtime, order = run.config, run.runtime, run.order
+@dataclass(frozen=True)
+class Learner:
+    """What training changes, and the facts that every checkpoint of it records."""
+
+    module: TrainingModule
+    engine: nn.Module  # the module, as Accelerate wrapped it
+    optimizer: torch.optim.Optimizer
+    facts: dict[str, Any]
+
+
+def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
+    """Model, loss and optimiser: fresh from the seed, or as a checkpoint holds them."""
+    config, runtime = run.config, run.runtime
     torch.manual_seed(config.train.seed)
     table = load_item_table(run.store, config.model.features)
     model = build_model(config.model, table, runtime.matmul_dtype)
-    state = TrainState()
     if resume_from is not None:
-        model.load_state_dict(resume_from.model)
-        state = resume_from.state
+        load_weights(model, resume_from)
     model.to(runtime.device)
     catalogue = normalize_catalogue(model, table, runtime.device)
     module = TrainingModule(model, catalogue.features, catalogue.present, config.loss.impl, runtime.matmul_dtype)
@@ -100,16 +109,23 @@ def _train_steps(run: Run, resume_from: Any) -> None:
     )
     if resume_from is not None:
         restore_optimizer(model, optimizer, resume_from.optimizer)
-    engine = runtime.accelerator.prepare_model(module)
-    stream = TrainStream(run.store, order, config.data.max_length, config.data.windows, config.loss.predict_first)
-    lanes = runtime.my_share(order.lanes)
     facts = {
         "config": config.to_dict(),
         "features": dict(table.dims),
         "num_items": run.store.manifest.num_items,
         "manifest_sha256": run.store.manifest.sha256,
-        "lanes": order.lanes,
+        "lanes": run.order.lanes,
     }
+    return Learner(module, runtime.accelerator.prepare_model(module), optimizer, facts)
+
+
+def _train_steps(run: Run, resume_from: Checkpoint | None) -> None:
+    config, runtime, order = run.config, run.runtime, run.order
+    learner = prepare_learner(run, resume_from)
+    model, engine, optimizer = learner.module.model, learner.engine, learner.optimizer
+    state = resume_from.state if resume_from is not None else TrainState()
+    stream = TrainStream(run.store, order, config.data.max_length, config.data.windows, config.loss.predict_first)
+    lanes = runtime.my_share(order.lanes)
     open_folder(run)
     runtime.say(describe_start(run, model, state.step))
     progress = Progress(run.total_steps, state.step, runtime.is_main)
@@ -131,35 +147,28 @@ def _train_steps(run: Run, resume_from: Any) -> None:
             runtime.accelerator.backward(loss)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.clip_norm)
             stop_if_not_finite(runtime, step + 1, grad_norm, loss_sums, batch)
-            lr = learning_rate(
-                step,
-                config.train.lr,
-                config.train.warmup_steps,
-                schedule_epochs(config) * order.steps_per_epoch,
-                config.train.min_lr_ratio,
-            )
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            lr = set_learning_rate(optimizer, run, step)
             optimizer.step()
             optimizer.zero_grad()
             meter.add(loss_sums.detach(), num_targets)
 
             state.step = step + 1
-            is_last = state.step == run.total_steps
-            if state.step % config.train.log_every_steps == 0 or is_last:
+            evaluate_now = state.step % run.evaluate_every_steps == 0 or state.step == run.total_steps
+            save_every = config.train.checkpoint_every_steps
+            save_now = evaluate_now or bool(save_every and state.step % save_every == 0)
+            if state.step % config.train.log_every_steps == 0 or save_now:  # a resumed run has the same records
                 record = meter.record() | {"lr": lr, "grad_norm": float(grad_norm)}
                 logbook.write({"step": state.step, "epoch": epoch, "split": "train"} | record)
                 progress.update(state.step, meter.line(record))
-            evaluate_now = state.step % run.evaluate_every_steps == 0 or is_last
             if evaluate_now:
-                record = validate(run, module)
+                record = validate(run, learner.module)
                 logbook.write({"step": state.step, "epoch": epoch, "split": "valid"} | record)
                 update_early_stopping(config, state, record)
                 progress.say(describe_validation(config, state, epoch, record))
+            if save_now:
+                if runtime.is_main:
+                    save_checkpoint(run.folder / "checkpoints", state, model, optimizer, learner.facts)
                 meter.restart_clock()
-            save_every = config.train.checkpoint_every_steps
-            if runtime.is_main and (evaluate_now or (save_every and state.step % save_every == 0)):
-                save_checkpoint(run.folder / "checkpoints", state, model, optimizer, facts)
     progress.close()
 
 
@@ -183,6 +192,16 @@ def validate(run: Run, module: TrainingModule) -> dict[str, float]:
         for size, histogram in zip(module.model.sizes, histograms, strict=True)
         for metric, value in metrics_from_histogram(histogram).items()
     }
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, run: Run, step: int) -> float:
+    """Put the rate of ``step`` into the optimiser, and return it."""
+    train = run.config.train
+    schedule_steps = schedule_epochs(run.config) * run.order.steps_per_epoch
+    lr = learning_rate(step, train.lr, train.warmup_steps, schedule_steps, train.min_lr_ratio)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
 
 
 def update_early_stopping(config: Config, state: TrainState, record: dict[str, float]) -> None:
@@ -213,57 +232,6 @@ def stop_if_not_finite(runtime: Runtime, step: int, grad_norm: Tensor, loss_sums
         f"step {step}, rank {runtime.rank}: {'gradient' if finite else 'loss'} is not finite{users}. "
         "The last checkpoint is untouched; lower train.lr, or look for extreme features with shards.verify"
     )
-
-
-@dataclass
-class Meter:
-    """Losses, rate and data wait since the last record; sums stay on the device until one is asked for."""
-
-    sizes: tuple[int, ...]
-    runtime: Runtime
-    _losses: Tensor | None = None
-    _targets: Tensor | None = None
-    _wait_s: float = 0.0
-    _began: float = field(default_factory=time.monotonic)
-
-    def waiting(self) -> Meter:
-        """A context whose duration counts as waiting for data."""
-        return self
-
-    def __enter__(self) -> None:
-        self._wait_began = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        self._wait_s += time.monotonic() - self._wait_began
-
-    def add(self, loss_sums: Tensor, num_targets: Tensor) -> None:
-        """One step: this rank's loss sums [S], the global number of targets."""
-        self._losses = loss_sums if self._losses is None else self._losses + loss_sums
-        self._targets = num_targets if self._targets is None else self._targets + num_targets
-
-    def record(self) -> dict[str, float]:
-        """Mean losses over all ranks since the last record, and start anew. Called by every rank at once."""
-        assert self._losses is not None and self._targets is not None
-        losses = (self.runtime.sum(self._losses) / self._targets.clamp_min(1)).tolist()
-        elapsed_s = max(time.monotonic() - self._began, 1e-9)
-        result = {"loss": sum(losses) / len(losses)}
-        result |= {f"loss@{size}": value for size, value in zip(self.sizes, losses, strict=True)}
-        result["tokens_per_s"] = float(self._targets) / elapsed_s
-        result["data_wait_share"] = self._wait_s / elapsed_s
-        self._losses = self._targets = None
-        self.restart_clock()
-        return result
-
-    def restart_clock(self) -> None:
-        """Leave out what has passed since the last record, such as an evaluation."""
-        self._wait_s, self._began = 0.0, time.monotonic()
-
-    @staticmethod
-    def line(record: dict[str, float]) -> str:
-        return (
-            f"loss {record['loss']:.4f}, {record['tokens_per_s']:,.0f} tokens/s, "
-            f"data wait {record['data_wait_share']:.1%}"
-        )
 
 
 def describe_start(run: Run, model: torch.nn.Module, step: int) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,7 +48,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 def reference_windows(history: list[int], max_length: int, windows: str, predict_first: bool) -> list[Window]:
     """Windows of one user, the last one first: runs of at most ``max_length`` targets, cut from the end."""
     targets = list(range(len(history)) if predict_first else range(1, len(history)))
-    runs = []
+    runs: list[list[int]] = []
     while targets and not (windows == "last" and runs):
         runs.append(targets[-max_length:])
         targets = targets[:-max_length]
@@ -181,7 +180,9 @@ def test_the_last_window_is_the_first_of_all(lengths: list[int], max_length: int
     array = np.array(lengths, dtype=np.int64)
     owner, first, last = target_windows(array, max_length, "all", predict_first)
     kept = np.flatnonzero(np.diff(owner, prepend=-1))  # each owner's first window
-    for found, whole in zip(target_windows(array, max_length, "last", predict_first), (owner, first, last), strict=True):
+    for found, whole in zip(
+        target_windows(array, max_length, "last", predict_first), (owner, first, last), strict=True
+    ):
         np.testing.assert_array_equal(found, whole[kept], strict=True)
 
 
@@ -250,7 +251,7 @@ def evaluated(store: Store, split_name: str, max_length: int, num_users: int = 0
 @pytest.mark.parametrize("max_length", [1, 50, 1000])
 @pytest.mark.parametrize(("split_name", "held_out"), [("valid", 2), ("test", 1)])
 def test_evaluation_histories(store: Store, split_name: str, held_out: int, max_length: int) -> None:
-    """The last events before the target, and the whole history for masking; the test history has the validation item."""
+    """The last events before the target, and all of them for masking; the test history has the validation item."""
     expected = {}
     for user, history in enumerate(raw_histories()):
         if len(history) >= 3:

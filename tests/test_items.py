@@ -54,7 +54,9 @@ def test_all_features_in_the_order_of_the_store(store: Store, raw: Path) -> None
     torch.testing.assert_close(vector, precomputed(raw, "vectors"), rtol=0, atol=0)
     torch.testing.assert_close(short, precomputed(raw, "short"), rtol=0, atol=0)
     has_picture = torch.tensor([item in PICTURED for item in ITEMS])
-    torch.testing.assert_close(table.present, torch.stack((has_picture.new_ones(6), has_picture, has_picture | True), 1))
+    torch.testing.assert_close(
+        table.present, torch.stack((has_picture.new_ones(6), has_picture, has_picture | True), 1)
+    )
     assert picture[has_picture].any(1).all()
     assert not picture[~has_picture].any()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmrl_dist.data.order import WINDOW_BLOCKS, Order
@@ -29,6 +29,7 @@ def permutation(block_counts: list[int], seed: int, epoch: int) -> Pairs:
     return as_pairs(Order(block_counts, sum(block_counts), 1, seed).batch(epoch, 0, 0))
 
 
+@settings(max_examples=50)
 @given(counts, lanes_and_batches, seeds, epochs)
 def test_each_user_once_per_epoch(block_counts: list[int], shape: tuple[int, int], seed: int, epoch: int) -> None:
     lanes, batch_size = shape
@@ -42,6 +43,7 @@ def test_each_user_once_per_epoch(block_counts: list[int], shape: tuple[int, int
     assert sorted(seen) == [(block, row) for block, count in enumerate(block_counts) for row in range(count)]
 
 
+@settings(max_examples=50)
 @given(counts, lanes_and_batches, seeds, epochs)
 def test_lanes_are_slices_of_the_permutation(
     block_counts: list[int], shape: tuple[int, int], seed: int, epoch: int
@@ -57,6 +59,7 @@ def test_lanes_are_slices_of_the_permutation(
             assert as_pairs(order.batch(epoch, step, lane)) == expected
 
 
+@settings(max_examples=50)
 @given(counts, lanes_and_batches, seeds)
 def test_an_epoch_ends_for_all_lanes_at_once(block_counts: list[int], shape: tuple[int, int], seed: int) -> None:
     """The last step has a user in some lane, the one after it in none. Lanes differ by one user at most, so only the
@@ -71,6 +74,7 @@ def test_an_epoch_ends_for_all_lanes_at_once(block_counts: list[int], shape: tup
     assert (sizes[:-3] == batch_size // lanes).all()
 
 
+@settings(max_examples=50)
 @given(counts, lanes_and_batches, seeds, epochs)
 def test_the_global_batch_does_not_depend_on_the_number_of_ranks(
     block_counts: list[int], shape: tuple[int, int], seed: int, epoch: int
@@ -91,6 +95,7 @@ def test_the_global_batch_does_not_depend_on_the_number_of_ranks(
             assert sorted(sum(shared, [])) == sorted(sum(whole, []))
 
 
+@settings(max_examples=50)
 @given(counts, lanes_and_batches, seeds, st.data())
 def test_a_batch_depends_on_epoch_and_step_alone(
     block_counts: list[int], shape: tuple[int, int], seed: int, data: st.DataObject
@@ -114,7 +119,9 @@ def test_a_window_holds_whole_blocks_and_mixes_their_users() -> None:
     """So a reader needs at most WINDOW_BLOCKS blocks for a lane at a time, and yet block mates are spread."""
     num_blocks, per_block = 2 * WINDOW_BLOCKS + 5, 7
     blocks = np.array(permutation([per_block] * num_blocks, seed=3, epoch=1))[:, 0]
-    windows = [blocks[low : low + WINDOW_BLOCKS * per_block] for low in range(0, len(blocks), WINDOW_BLOCKS * per_block)]
+    windows = [
+        blocks[low : low + WINDOW_BLOCKS * per_block] for low in range(0, len(blocks), WINDOW_BLOCKS * per_block)
+    ]
     assert [len(np.unique(window)) for window in windows] == [WINDOW_BLOCKS, WINDOW_BLOCKS, 5]
     first = set(windows[0].tolist())
     assert first != set(range(WINDOW_BLOCKS))  # the blocks themselves are shuffled

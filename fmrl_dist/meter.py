@@ -1,0 +1,61 @@
+"""Losses, rate and data wait between two log records; sums stay on the device until one is asked for."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from fmrl_dist.runtime import Runtime
+
+
+@dataclass
+class Meter:
+    """What has passed since the last record."""
+
+    sizes: tuple[int, ...]
+    runtime: Runtime
+    _losses: Tensor | None = None
+    _targets: Tensor | None = None
+    _wait_s: float = 0.0
+    _began: float = field(default_factory=time.monotonic)
+
+    def waiting(self) -> Meter:
+        """A context whose duration counts as waiting for data."""
+        return self
+
+    def __enter__(self) -> None:
+        self._wait_began = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self._wait_s += time.monotonic() - self._wait_began
+
+    def add(self, loss_sums: Tensor, num_targets: Tensor) -> None:
+        """One step: this rank's loss sums [S], the global number of targets."""
+        self._losses = loss_sums if self._losses is None else self._losses + loss_sums
+        self._targets = num_targets if self._targets is None else self._targets + num_targets
+
+    def record(self) -> dict[str, float]:
+        """Mean losses over all ranks since the last record, and start anew. Called by every rank at once."""
+        assert self._losses is not None and self._targets is not None
+        losses = (self.runtime.sum(self._losses) / self._targets.clamp_min(1)).tolist()
+        elapsed_s = max(time.monotonic() - self._began, 1e-9)
+        result = {"loss": sum(losses) / len(losses)}
+        result |= {f"loss@{size}": value for size, value in zip(self.sizes, losses, strict=True)}
+        result["tokens_per_s"] = float(self._targets) / elapsed_s
+        result["data_wait_share"] = self._wait_s / elapsed_s
+        self._losses = self._targets = None
+        self.restart_clock()
+        return result
+
+    def restart_clock(self) -> None:
+        """Leave out what has passed since the last record: evaluating and saving."""
+        self._wait_s, self._began = 0.0, time.monotonic()
+
+    @staticmethod
+    def line(record: dict[str, float]) -> str:
+        return (
+            f"loss {record['loss']:.4f}, {record['tokens_per_s']:,.0f} tokens/s, "
+            f"data wait {record['data_wait_share']:.1%}"
+        )

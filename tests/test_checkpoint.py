@@ -1,0 +1,176 @@
+"""Checkpoints: the same bits come back, links lead to what they should, and nothing else is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from fmrl_dist.checkpoint import (
+    TrainState,
+    find_checkpoint,
+    load_checkpoint,
+    point,
+    restore_optimizer,
+    save_checkpoint,
+)
+from fmrl_dist.errors import UserError
+from tests.checkpoint_fixture import FACTS, assert_same_bits, make_training, names_in, save_step_3, train
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A run with one checkpoint, of step 3; returns the checkpoint."""
+    return save_step_3(tmp_path / "run" / "checkpoints")
+
+
+def test_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    model, optimizer = make_training()
+    train(model, optimizer, 0, 3)
+    state = TrainState(step=3, best_value=0.1 + 0.2, best_step=2, evaluations_without_gain=1)
+    save_checkpoint(tmp_path / "checkpoints", state, model, optimizer, FACTS)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    again, optimizer_again = make_training(seed=1)
+    checkpoint = load_checkpoint(tmp_path, "latest")
+    assert checkpoint.state == state
+    assert_same_bits(checkpoint.model, before)
+    again.load_state_dict(checkpoint.model)
+    restore_optimizer(again, optimizer_again, checkpoint.optimizer)
+    moments = dict(zip(model.parameters(), again.parameters(), strict=True))
+    for parameter, other in moments.items():
+        assert optimizer.state[parameter].keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert_same_bits(optimizer_again.state[other], optimizer.state[parameter])
+
+    train(model, optimizer, 3, 8)
+    train(again, optimizer_again, 3, 8)
+    assert_same_bits(again.state_dict(), model.state_dict())
+    assert not torch.equal(again.encoder.weight, before["encoder.weight"])
+
+
+def test_facts_come_back(saved: Path) -> None:
+    checkpoint = load_checkpoint(saved)
+    facts = {name: getattr(checkpoint, name) for name in FACTS}
+    assert facts == FACTS
+    assert checkpoint.path == saved
+    assert list(checkpoint.features) == ["text", "image"]  # the order of the feature matrix's columns
+
+
+def test_files_are_safetensors_and_json(saved: Path) -> None:
+    assert names_in(saved) == ["model.safetensors", "optimizer.safetensors", "state.json"]
+    checkpoint = load_checkpoint(saved)
+    assert_same_bits(checkpoint.model, load_file(saved / "model.safetensors"))
+    assert_same_bits(checkpoint.optimizer, load_file(saved / "optimizer.safetensors"))
+    record = json.loads((saved / "state.json").read_text())
+    assert record["checkpoint_version"] == 1
+    assert record["state"] == {"step": 3, "best_value": 0.25, "best_step": 3, "evaluations_without_gain": 0}
+
+
+def test_a_parameter_that_has_taken_no_step_has_no_moments(tmp_path: Path) -> None:
+    model, optimizer = make_training()
+    save_checkpoint(tmp_path, TrainState(1), model, optimizer, FACTS)
+    assert load_checkpoint(tmp_path / "latest").optimizer == {}
+    model.encoder.bias.grad = torch.ones(8)
+    optimizer.step()
+    save_checkpoint(tmp_path, TrainState(2), model, optimizer, FACTS)
+    checkpoint = load_checkpoint(tmp_path / "latest")
+    assert {name.split("/")[1] for name in checkpoint.optimizer} == {"encoder.bias"}
+    again, optimizer_again = make_training()
+    restore_optimizer(again, optimizer_again, checkpoint.optimizer)
+    assert list(optimizer_again.state) == [again.encoder.bias]
+
+
+def test_a_parameter_whose_name_ends_like_anothers_keeps_its_own_moments() -> None:
+    model = nn.ModuleDict({"a": nn.ModuleDict({"bias": nn.Linear(1, 1)}), "bias": nn.Linear(1, 1)})
+    optimizer = torch.optim.AdamW(model.parameters())
+    names = [name for name, _ in model.named_parameters()]
+    restore_optimizer(
+        model,
+        optimizer,
+        {f"exp_avg/{name}": torch.full((1,), float(i)) for i, name in reversed(list(enumerate(names)))},
+    )
+    for i, parameter in enumerate(model.parameters()):
+        assert optimizer.state[parameter]["exp_avg"].item() == i
+
+
+def save_steps(folder: Path, states: list[TrainState]) -> list[Path]:
+    model, optimizer = make_training()
+    return [save_checkpoint(folder, state, model, optimizer, FACTS) for state in states]
+
+
+def leads_to(folder: Path, link: str) -> str:
+    assert (folder / link).is_symlink()
+    assert not os.path.isabs(os.readlink(folder / link))  # a run's folder may be moved
+    return (folder / link).resolve().name
+
+
+def test_links_follow_and_what_no_link_leads_to_is_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    save_steps(folder, [TrainState(10, 0.1, 10)])
+    assert names_in(folder) == ["best", "latest", "step-00000010"]
+    save_steps(folder, [TrainState(20, 0.2, 20)])
+    assert names_in(folder) == ["best", "latest", "step-00000020"]
+    save_steps(folder, [TrainState(30, 0.2, 20, 1), TrainState(40, 0.2, 20, 2)])
+    assert names_in(folder) == ["best", "latest", "step-00000020", "step-00000040"]
+    assert (leads_to(folder, "best"), leads_to(folder, "latest")) == ("step-00000020", "step-00000040")
+    assert load_checkpoint(tmp_path).state.step == 20
+    assert load_checkpoint(tmp_path, "latest").state.step == 40
+
+
+def test_a_link_is_swapped(tmp_path: Path) -> None:
+    first = save_steps(tmp_path, [TrainState(1, 0.5, 1)])[0]
+    second = save_steps(tmp_path, [TrainState(2, 0.5, 1)])[0]
+    point(tmp_path, "best", second)
+    assert leads_to(tmp_path, "best") == leads_to(tmp_path, "latest") == second.name
+    assert not first.exists()
+
+
+def test_a_run_folder_may_be_moved(tmp_path: Path) -> None:
+    save_steps(tmp_path / "run" / "checkpoints", [TrainState(1, 0.5, 1), TrainState(2, 0.5, 1)])
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    assert load_checkpoint(tmp_path / "elsewhere").state.step == 1
+    assert load_checkpoint(tmp_path / "elsewhere", "latest").state.step == 2
+
+
+def test_the_same_step_saved_again_replaces_the_first(tmp_path: Path) -> None:
+    """As after a resume from an earlier checkpoint, or once more with an evaluation."""
+    save_steps(tmp_path, [TrainState(7, 0.1, 3), TrainState(7, 0.2, 7), TrainState(7, 0.2, 7, 1)])
+    checkpoints = [name for name in names_in(tmp_path) if name.startswith("step-")]
+    assert len(checkpoints) == 1
+    assert load_checkpoint(tmp_path / "latest").state.evaluations_without_gain == 1
+    assert leads_to(tmp_path, "best") == leads_to(tmp_path, "latest")
+
+
+def test_left_overs_of_a_killed_process_are_removed(tmp_path: Path) -> None:
+    save_steps(tmp_path, [TrainState(1, 0.5, 1)])
+    (tmp_path / ".step-00000002").mkdir()
+    (tmp_path / ".step-00000002" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / ".latest").symlink_to("step-00000002")
+    save_steps(tmp_path, [TrainState(3, 0.5, 1)])
+    assert names_in(tmp_path) == ["best", "latest", "step-00000001", "step-00000003"]
+
+
+def test_a_loaded_checkpoint_does_not_hold_on_to_its_files(saved: Path) -> None:
+    """A run prunes the checkpoint that it was resumed from; network file systems keep a mapped file's folder busy."""
+    checkpoint = load_checkpoint(saved)
+    assert str(saved) not in Path("/proc/self/maps").read_text()
+    (saved / "model.safetensors").write_bytes(b"")
+    assert checkpoint.model["encoder.weight"].isfinite().all()
+
+
+@pytest.mark.parametrize("where", ["run", "run/checkpoints/latest", "run/checkpoints/best", "run/checkpoints/STEP"])
+def test_a_run_or_a_checkpoint_is_found(saved: Path, tmp_path: Path, where: str) -> None:
+    assert find_checkpoint(tmp_path / where.replace("STEP", saved.name), "latest") == saved
+
+
+@pytest.mark.parametrize("where", ["", "run/checkpoints", "nothing", "run/checkpoints/latest/state.json"])
+def test_where_there_is_no_checkpoint(saved: Path, tmp_path: Path, where: str) -> None:
+    assert saved.is_dir()
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / where)) + " holds no checkpoint; expected a run"):
+        load_checkpoint(tmp_path / where)

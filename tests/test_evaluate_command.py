@@ -1,0 +1,184 @@
+"""``python -m fmrl_dist.evaluate`` from end to end on a small shop."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from fmrl_dist import evaluate
+from fmrl_dist.config import load_config
+from fmrl_dist.report import size_table
+from shards.build import build
+from tests.training_fixture import (
+    contents,
+    evaluation,
+    make_shop,
+    records,
+    refusal,
+    run_here,
+    run_module,
+    shop_values,
+    train_here,
+    write_shop,
+)
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shop(tmp_path_factory.mktemp("evaluate"))
+
+
+@pytest.fixture(scope="module")
+def trained(shop: Path) -> Path:
+    """A run whose best checkpoint is not its latest."""
+    run = train_here(shop, shop.parent / "run")
+    assert (run / "checkpoints" / "best").resolve() != (run / "checkpoints" / "latest").resolve()
+    return run
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    shutil.copytree(trained, tmp_path / "run", symlinks=True)
+    return tmp_path / "run"
+
+
+def evaluate_here(*words: object) -> None:
+    run_here(evaluate.main, ["--checkpoint", *words, "--threads", 1])
+
+
+def test_command_repeats_the_end_of_training(run: Path) -> None:
+    """By the command itself: the table, the JSON and the picture, into a run that has lost them."""
+    expected = (run / "evaluation.json").read_bytes()
+    for name in ("evaluation.json", "evaluation.png"):
+        (run / name).unlink()
+    result = run_module("fmrl_dist.evaluate", "--checkpoint", run, "--threads", 1)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (run / "evaluation.json").read_bytes() == expected
+    assert (run / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+    users, sizes = evaluation(run)["users"], evaluation(run)["sizes"]
+    assert result.stdout == (
+        f"test, {users} users, whole catalogue ranked:\n{size_table(sizes)}\n"
+        f"written: {run / 'evaluation.json'}\npicture: {run / 'evaluation.png'}\n"
+    )
+
+
+def test_validation_of_the_best_is_what_training_saw(run: Path) -> None:
+    evaluate_here(run, "--split", "valid")
+    result = evaluation(run, "evaluation-valid")
+    assert (result["split"], result["mask_seen"]) == ("valid", False)
+    best = max(records(run, "valid"), key=lambda record: record["ndcg@10@4"])
+    assert result["sizes"] == {
+        size: {metric: best[f"{metric}@{size}"] for metric in row} for size, row in result["sizes"].items()
+    }
+
+
+def test_masking_seen_items_only_helps(run: Path) -> None:
+    evaluate_here(run, "--mask-seen")
+    masked, plain = evaluation(run, "evaluation-masked"), evaluation(run)
+    assert masked["mask_seen"] is True and masked["users"] == plain["users"]
+    for size, row in plain["sizes"].items():
+        assert all(masked["sizes"][size][metric] >= value for metric, value in row.items())
+    assert masked["sizes"] != plain["sizes"]
+    assert (run / "evaluation-masked.png").exists()
+
+
+def test_best_checkpoint_stands_for_its_run(run: Path) -> None:
+    expected = (run / "evaluation.json").read_bytes()
+    (run / "evaluation.json").unlink()
+    evaluate_here(run / "checkpoints" / "best")
+    assert (run / "evaluation.json").read_bytes() == expected
+
+
+def test_latest_checkpoint_leaves_the_figures_of_the_run(run: Path) -> None:
+    before = (run / "evaluation.json").read_bytes()
+    evaluate_here(run / "checkpoints" / "latest")
+    assert (run / "evaluation.json").read_bytes() == before
+    assert evaluation(run / "checkpoints" / "latest")["sizes"] != evaluation(run)["sizes"]
+
+
+def test_store_that_was_moved(run: Path, shop: Path, tmp_path: Path) -> None:
+    shutil.copytree(shop.parent / "store", tmp_path / "store")
+    expected = (run / "evaluation.json").read_bytes()
+    (run / "evaluation.json").unlink()
+    evaluate_here(run, "--store", tmp_path / "store")
+    assert (run / "evaluation.json").read_bytes() == expected
+
+
+def other_store(root: Path, num_items: int, dim: int) -> Path:
+    """A store whose catalogue has ``num_items`` items and whose feature ``vector`` has ``dim`` channels."""
+    write_shop(root / "raw", num_items)
+    np.save(root / "raw" / "vector.npy", np.ones((num_items, dim), np.float32))
+    values = shop_values(root)
+    (root / "config.yaml").write_text(yaml.safe_dump(values))
+    build(load_config(root / "config.yaml"))
+    return Path(values["store"]["path"])
+
+
+def test_store_with_another_feature_dim(run: Path, tmp_path: Path) -> None:
+    store = other_store(tmp_path / "other", num_items=40, dim=5)
+    before = contents(run)
+    line = refusal(evaluate.main, "--checkpoint", run, "--store", store)
+    assert "reads features {'vector': 6, 'colour': 4}" in line and f"store {store} has {{'vector': 5" in line
+    assert contents(run) == before
+
+
+def test_store_with_another_catalogue(shop: Path, run: Path, tmp_path: Path) -> None:
+    """A model of features alone ranks a catalogue it has not seen; an id table cannot."""
+    store = other_store(tmp_path / "other", num_items=50, dim=6)
+    evaluate_here(run, "--store", store)
+    ids = train_here(shop, tmp_path / "ids", "--model.id_table", "true", "--train.max_steps", 1)
+    line = refusal(evaluate.main, "--checkpoint", ids, "--store", store)
+    assert "has an id table of 40 items" in line and f"store {store} has 50" in line
+
+
+def test_store_without_the_feature(shop: Path, run: Path, tmp_path: Path) -> None:
+    values = shop_values(shop.parent)
+    values["data"]["features"].pop("colour")
+    values["store"]["path"] = str(tmp_path / "store")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    build(load_config(tmp_path / "config.yaml"))
+    line = refusal(evaluate.main, "--checkpoint", run, "--store", tmp_path / "store")
+    assert f"'colour'; the store {tmp_path / 'store'} has: vector" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--checkpoint", "nowhere"], "nowhere holds no checkpoint; expected a run folder"),
+        ([], "--checkpoint"),
+        (["--checkpoint", "nowhere", "--split", "train"], "invalid choice: 'train'"),
+        (["--checkpoint", "nowhere", "--threads", "-1"], "--threads is -1; expected at least 1"),
+    ],
+)
+def test_mistake_on_the_command_line(words: list[str], complaint: str) -> None:
+    assert complaint in refusal(evaluate.main, *words)
+
+
+def test_run_without_a_checkpoint(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+    before = contents(run)
+    assert f"{run} holds no checkpoint" in refusal(evaluate.main, "--checkpoint", run)
+    assert contents(run) == before
+
+
+def test_damaged_checkpoint(run: Path) -> None:
+    file = run / "checkpoints" / "best" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    before = contents(run)
+    line = refusal(evaluate.main, "--checkpoint", run)
+    assert f"checkpoint {(run / 'checkpoints' / 'best').resolve()} is damaged" in line
+    assert contents(run) == before
+
+
+def test_store_is_gone(run: Path, tmp_path: Path) -> None:
+    line = refusal(evaluate.main, "--checkpoint", run, "--store", tmp_path / "gone")
+    assert f"store {tmp_path / 'gone'} does not exist" in line
+
+
+def test_launcher_precision_is_no_way_round(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert "mixed precision 'fp16'; expected no or bf16" in refusal(evaluate.main, "--checkpoint", run)

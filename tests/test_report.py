@@ -1,0 +1,84 @@
+"""The per-size table, evaluation.json and its picture; and files that are whole or not there."""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from fmrl_dist.files import write_atomically
+from fmrl_dist.metrics import METRICS
+from fmrl_dist.report import evaluation_file, size_table, write_report
+
+
+def make_result(**changes: Any) -> dict[str, Any]:
+    sizes = {str(8 * 2**j): {metric: (j + 1) / 8 + i / 100 for i, metric in enumerate(METRICS)} for j in range(3)}
+    return {"split": "test", "users": 1234, "mask_seen": False, "sizes": sizes} | changes
+
+
+@pytest.mark.parametrize(
+    ("split", "mask_seen", "name"),
+    [
+        ("test", False, "evaluation"),
+        ("valid", False, "evaluation-valid"),
+        ("test", True, "evaluation-masked"),
+        ("valid", True, "evaluation-valid-masked"),
+    ],
+)
+def test_names_of_the_files(tmp_path: Path, split: str, mask_seen: bool, name: str) -> None:
+    assert evaluation_file(split, mask_seen) == name
+    paths = write_report(tmp_path, make_result(split=split, mask_seen=mask_seen))
+    assert paths == (tmp_path / f"{name}.json", tmp_path / f"{name}.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{name}.json", f"{name}.png"]
+
+
+def test_the_json_is_the_result(tmp_path: Path) -> None:
+    text = write_report(tmp_path, make_result())[0].read_text()
+    assert text.endswith("}\n")
+    assert json.loads(text) == make_result()
+    assert list(json.loads(text)["sizes"]) == ["8", "16", "32"]
+
+
+def test_table() -> None:
+    lines = size_table(make_result()["sizes"]).splitlines()
+    assert lines[0].split() == ["size", *METRICS]
+    assert [line.split() for line in lines[1:]] == [
+        ["8", "0.1250", "0.1350", "0.1450", "0.1550", "0.1650"],
+        ["16", "0.2500", "0.2600", "0.2700", "0.2800", "0.2900"],
+        ["32", "0.3750", "0.3850", "0.3950", "0.4050", "0.4150"],
+    ]
+    assert len({len(line) for line in lines}) == 1
+
+
+@pytest.mark.parametrize("sizes", [["8", "16", "48", "1024"], ["8"]])
+@pytest.mark.parametrize("value", [0.0, 0.3])
+def test_a_picture_is_drawn_without_a_warning(tmp_path: Path, sizes: list[str], value: float) -> None:
+    result = make_result(sizes={size: dict.fromkeys(METRICS, value) for size in sizes})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        path = write_report(tmp_path, result)[1]
+    with Image.open(io.BytesIO(path.read_bytes())) as picture:
+        picture.load()
+        assert picture.format == "PNG" and picture.width > 400
+        assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 10  # lines and letters, not one colour
+
+
+def test_a_file_is_replaced_and_nothing_stays_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_atomically(path, b"first, the longer one")
+    write_atomically(path, b"second")
+    assert path.read_bytes() == b"second"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    write_atomically(path, b"old")
+    with pytest.raises(TypeError):
+        write_atomically(path, "not bytes")  # type: ignore[arg-type]
+    assert path.read_bytes() == b"old"

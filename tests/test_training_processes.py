@@ -1,0 +1,201 @@
+"""Training and evaluation in two gloo processes, and through the real launcher."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from fmrl_dist import evaluate, train
+from fmrl_dist.data.histories import Packed
+from fmrl_dist.data.order import Order
+from fmrl_dist.data.store import Store
+from fmrl_dist.errors import UserError
+from fmrl_dist.runtime import start_runtime
+from tests.processes import launch, run_processes
+from tests.training_fixture import (
+    STEPS_PER_EPOCH,
+    contents,
+    evaluation,
+    figures,
+    make_shop,
+    records,
+    run_here,
+    train_here,
+)
+
+pytestmark = pytest.mark.multiproc
+
+NO_DROPOUT = ["--model.dropout", "0", "--model.lru_dropout", "0"]
+STOP = STEPS_PER_EPOCH + 5
+TWO_HALVES = ["--eval.every_steps", str(STOP), "--train.epochs", "2"]
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shop(tmp_path_factory.mktemp("processes"))
+
+
+def train_on_each_rank(config: str, folder: str) -> dict[str, Any]:
+    """Several runs one after the other in one process group; what each rank has to say about those that fail."""
+    root = Path(folder)
+    said: dict[str, Any] = {}
+    train_here(Path(config), root / "plain", *NO_DROPOUT)
+    train_here(Path(config), root / "begun-by-one", *NO_DROPOUT, "--resume", "auto")
+    train_here(Path(config), root / "whole", *TWO_HALVES)
+    train_here(Path(config), root / "halved", *TWO_HALVES, "--train.max_steps", STOP)
+    train_here(Path(config), root / "halved", *TWO_HALVES, "--resume", "auto")
+    run_here(evaluate.main, ["--checkpoint", root / "plain", "--split", "valid", "--threads", 1])
+    train_here(Path(config), root / "broken", "--train.max_steps", 2)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        file = root / "broken" / "checkpoints" / "latest" / "model.safetensors"
+        save_file({name: tensor * 1e30 for name, tensor in load_file(file).items()}, file)
+        said["before"] = digest(root / "broken")
+    dist.barrier()
+    try:
+        train_here(Path(config), root / "broken", "--resume", "auto")
+    except FloatingPointError as error:
+        said["broken"] = str(error)
+    dist.barrier()
+    said["after"] = digest(root / "broken")
+    try:
+        train_here(Path(config), root / "lanes", "--train.lanes", 1)
+    except UserError as error:
+        said["lanes"] = str(error)
+    try:
+        stop_where_one_loss_is_infinite()
+    except FloatingPointError as error:
+        said["infinite"] = str(error)
+    return said
+
+
+def stop_where_one_loss_is_infinite() -> None:
+    """Rank 1's loss is infinite in step 5, while every gradient is finite."""
+    runtime = start_runtime(1, lanes=2)
+    empty = torch.empty(0, dtype=torch.int64)
+    batch = Packed(torch.tensor([7, 9]), empty, torch.tensor([0]), torch.empty(0, dtype=torch.bool), empty)
+    train.stop_if_not_finite(runtime, 4, torch.tensor(1.0), torch.tensor([1.0, 2.0]), batch)
+    losses = torch.tensor([1.0, math.inf if runtime.rank == 1 else 2.0])
+    train.stop_if_not_finite(runtime, 5, torch.tensor(1.0), losses, batch)
+
+
+def digest(run: Path) -> list[str]:
+    """Names and sizes of what a run has saved and logged."""
+    kept = [path for path in contents(run) if path.startswith(("checkpoints", "metrics"))]
+    return sorted(f"{path} {(run / path).stat().st_size}" for path in kept)
+
+
+@pytest.fixture(scope="module")
+def two(shop: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """The runs of two ranks: their folder, and what each rank said."""
+    folder = tmp_path_factory.mktemp("two")
+    train_here(shop, folder / "begun-by-one", *NO_DROPOUT, "--train.max_steps", 2 * STEPS_PER_EPOCH)
+    return folder, run_processes(2, train_on_each_rank, str(shop), str(folder), timeout_s=200)
+
+
+@pytest.fixture(scope="module")
+def one(shop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process without dropout."""
+    return train_here(shop, tmp_path_factory.mktemp("one") / "plain", *NO_DROPOUT)
+
+
+def test_one_rank_is_empty_in_the_last_step(shop: Path) -> None:
+    """What the tests below rely on: the ranks' shares differ, and at an epoch's end one rank has no user."""
+    order = Order([b.count for b in Store.open(shop.parent / "store").manifest.splits["train"]], 16, 16, 0)
+    assert order.steps_per_epoch == STEPS_PER_EPOCH
+    users = [sum(len(order.batch(0, STEPS_PER_EPOCH - 1, lane)) for lane in range(rank, 16, 2)) for rank in (0, 1)]
+    assert users == [0, 1]
+
+
+@pytest.mark.parametrize("run", ["plain", "begun-by-one"])
+def test_two_processes_train_as_one(run: str, one: Path, two: tuple[Path, list[dict[str, Any]]]) -> None:
+    alone, together = records(one), records(two[0] / run)
+    assert len(alone) == 24
+    for expected, found in zip(alone, together, strict=True):
+        for key in ("step", "epoch", "lr"):
+            assert found[key] == expected[key]
+        for key in ("loss", "loss@4", "loss@8", "grad_norm"):
+            assert found[key] == pytest.approx(expected[key], rel=1e-5), (found["step"], key)
+    assert evaluation(two[0] / run) == evaluation(one)
+    assert records(two[0] / run, "valid") == records(one, "valid")
+
+
+def test_two_processes_evaluate_as_one(two: tuple[Path, list[dict[str, Any]]]) -> None:
+    """The same checkpoint, digit for digit."""
+    run = two[0] / "plain"
+    together = (run / "evaluation-valid.json").read_bytes(), (run / "evaluation.json").read_bytes()
+    run_here(evaluate.main, ["--checkpoint", run, "--split", "valid", "--threads", 1])
+    run_here(evaluate.main, ["--checkpoint", run, "--split", "test", "--threads", 1])
+    assert ((run / "evaluation-valid.json").read_bytes(), (run / "evaluation.json").read_bytes()) == together
+
+
+def test_two_processes_resume_bit_for_bit(two: tuple[Path, list[dict[str, Any]]]) -> None:
+    halved, whole = two[0] / "halved", two[0] / "whole"
+    assert figures(halved) == figures(whole)
+    assert len(records(whole)) == 16
+    assert evaluation(halved) == evaluation(whole)
+    for file in ("model", "optimizer"):
+        left, right = (load_file(run / "checkpoints" / "latest" / f"{file}.safetensors") for run in (halved, whole))
+        assert all(torch.equal(left[name], right[name]) for name in right)
+
+
+def test_ranks_draw_different_dropout(shop: Path, two: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
+    alone = records(train_here(shop, tmp_path / "run", "--train.max_steps", 1))
+    assert alone[0]["loss"] != pytest.approx(records(two[0] / "whole")[0]["loss"], rel=1e-5)
+
+
+def test_all_ranks_stop_at_a_loss_that_is_not_finite(two: tuple[Path, list[dict[str, Any]]]) -> None:
+    said = two[1]
+    for rank in (0, 1):
+        assert said[rank]["broken"].startswith(f"step 3, rank {rank}: loss is not finite; users of the batch: [")
+    assert said[0]["after"] == said[0]["before"]
+    assert {line["step"] for line in figures(two[0] / "broken")} == {1, 2}
+
+
+def test_more_processes_than_lanes(two: tuple[Path, list[dict[str, Any]]]) -> None:
+    for said in two[1]:
+        assert said["lanes"].startswith("2 processes share 1 lanes; raise train.lanes")
+    assert not (two[0] / "lanes").exists()
+
+
+def test_infinite_loss_on_one_rank_stops_the_other(two: tuple[Path, list[dict[str, Any]]]) -> None:
+    said = [rank["infinite"] for rank in two[1]]
+    assert said[0].startswith("step 5, rank 0: ")
+    assert said[1].startswith("step 5, rank 1: loss is not finite; users of the batch: [7, 9]")
+
+
+def test_launcher_with_two_processes(shop: Path, one: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ["-m", "fmrl_dist.train", "--config", str(shop), "--run.dir", str(run), *NO_DROPOUT]
+    result = launch(2, words)
+    assert result.returncode == 0, result.stderr
+    assert "2 process(es), engine multi_cpu, device cpu" in result.stdout
+    assert result.stdout.count("whole catalogue ranked") == 1, "one rank speaks"
+    for found, expected in zip(records(run), records(one), strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert evaluation(run) == evaluation(one)
+
+
+def test_launcher_with_one_process_and_its_precision(shop: Path, tmp_path: Path) -> None:
+    words = ["-m", "fmrl_dist.train", "--config", str(shop), "--train.max_steps", "3", "--run.dir"]
+    result = launch(1, ["--mixed_precision", "bf16", *words, tmp_path / "launched"])
+    assert result.returncode == 0, result.stderr
+    assert "1 process(es), engine no, device cpu, 1 thread(s) each, precision bf16" in result.stdout
+    here = train_here(shop, tmp_path / "here", "--train.max_steps", 3, "--train.precision", "bf16")
+    assert figures(tmp_path / "launched") == figures(here)
+    assert evaluation(tmp_path / "launched") == evaluation(here)
+
+
+def test_launcher_that_starts_one_process_instead_of_two(shop: Path, tmp_path: Path) -> None:
+    words = ["-m", "fmrl_dist.train", "--config", str(shop), "--run.dir", str(tmp_path / "run")]
+    result = launch(1, ["--cpu", "--num_processes", "2", *words])
+    assert result.returncode != 0
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "several processes were asked for but one was started (accelerate launch --cpu does that silently)" in line
+    assert not (tmp_path / "run").exists()
