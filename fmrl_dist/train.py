@@ -279,10 +279,10 @@ def build_missing_demo_store(config: Config) -> None:
     if not missing or os.environ.get("RANK", "0") != "0":
         return
     print(f"building the demo store {config.store.path} …", flush=True)
-    with_config = Path(config.store.path).with_suffix(".yaml")
-    with_config.parent.mkdir(parents=True, exist_ok=True)
-    with_config.write_text(config.to_yaml())
-    built = subprocess.run([sys.executable, "-m", "shards.build", "--config", str(with_config)], check=False)
+    with tempfile.TemporaryDirectory() as folder:
+        with_config = Path(folder) / "config.yaml"
+        with_config.write_text(config.to_yaml())
+        built = subprocess.run([sys.executable, "-m", "shards.build", "--config", str(with_config)], check=False)
     if built.returncode != 0:
         raise UserError("the demo store could not be built; see the lines above")
 

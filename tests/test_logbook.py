@@ -1,0 +1,31 @@
+"""The progress bar on a terminal; what a run writes otherwise is tested where it is run (test_training)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+from pathlib import Path
+
+from fmrl_dist.logbook import Logbook, Progress
+
+
+def test_bar_on_a_terminal_shows_facts_and_time_left() -> None:
+    reader, writer = pty.openpty()
+    with os.fdopen(writer, "w") as terminal, contextlib.redirect_stderr(terminal):
+        progress = Progress(total=10, done=2, enabled=True)
+        progress.update(7, "loss 1.2500, 900 tokens/s, data wait 3.0%")
+        progress.update(10, "loss 1.0000, 900 tokens/s, data wait 2.0%")
+        progress.close()
+        shown = os.read(reader, 1 << 16).decode()
+    os.close(reader)
+    assert "2/10" in shown, "a resumed run starts where it was"
+    assert "10/10" in shown
+    assert "loss 1.0000, 900 tokens/s, data wait 2.0%" in shown
+    assert "00:00<" in shown
+
+
+def test_other_ranks_are_silent(tmp_path: Path) -> None:
+    with Logbook(tmp_path, step=0, tensorboard=True, enabled=False) as logbook:
+        logbook.write({"step": 1, "epoch": 0, "split": "train", "loss": 1.0})
+    assert list(tmp_path.iterdir()) == []
