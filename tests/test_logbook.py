@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pty
+import termios
 from pathlib import Path
 
 from fmrl_dist.logbook import Logbook, Progress
@@ -12,6 +13,7 @@ from fmrl_dist.logbook import Logbook, Progress
 
 def test_bar_on_a_terminal_shows_facts_and_time_left() -> None:
     reader, writer = pty.openpty()
+    termios.tcsetwinsize(writer, (24, 120))
     with os.fdopen(writer, "w") as terminal, contextlib.redirect_stderr(terminal):
         progress = Progress(total=10, done=2, enabled=True)
         progress.update(7, "loss 1.2500, 900 tokens/s, data wait 3.0%")

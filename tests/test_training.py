@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from fmrl_dist.assembly import build_model, normalize_catalogue
-from fmrl_dist.config import load_config
+from fmrl_dist.config import DEMO_CONFIG, load_config
 from fmrl_dist.data.histories import TrainStream
 from fmrl_dist.data.items import load_item_table
 from fmrl_dist.data.order import Order
@@ -87,6 +87,11 @@ def test_start_message(finished: tuple[Path, str]) -> None:
         *(f"{parameters:,} parameters", "sizes [4, 8]", "8 steps an epoch", "from step 0 to at most 24"),
     ):
         assert fact in start
+
+
+def test_progress_says_rate_data_wait_and_time_left(finished: tuple[Path, str]) -> None:
+    line = r"step 24/24, at most 0\.0 min left, loss \d\.\d{4}, [\d,]+ tokens/s, data wait \d+\.\d%"
+    assert re.search(line, finished[1])
 
 
 def test_metrics_are_flat_records(finished: tuple[Path, str]) -> None:
@@ -332,6 +337,16 @@ def overwrite_weights(run: Path, factor: float) -> None:
     """Multiply the latest checkpoint's weights."""
     file = run / "checkpoints" / "latest" / "model.safetensors"
     save_file({name: tensor * factor for name, tensor in load_file(file).items()}, file)
+
+
+def test_missing_demo_store_is_built(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    store = tmp_path / "stores" / "demo"
+    words = ["--data.demo", "{users: 60, items: 80}", "--data.root", tmp_path / "data", "--store.path", store]
+    words += ["--data.features", "{text: {source: tfidf, dim: 8}}", "--train.max_steps", 1, "--train.threads", 1]
+    run = train_here(DEMO_CONFIG, tmp_path / "run", *words, "--run.tensorboard", "false")
+    assert f"building the demo store {store} …" in capfd.readouterr().out
+    assert list(store.parent.iterdir()) == [store]
+    assert list(evaluation(run)["sizes"]) == ["8", "16", "32", "64", "128"]
 
 
 def test_loss_that_is_not_finite_stops_and_leaves_the_best(shop: Path, tmp_path: Path) -> None:

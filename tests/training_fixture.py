@@ -95,7 +95,7 @@ def run_module(module: str, *words: object) -> subprocess.CompletedProcess[str]:
     """``python -m module words`` in a process of its own."""
     command = [sys.executable, "-m", module, *map(str, words)]
     environment = clean_environment() | {"CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240)
 
 
 def records(run: Path, split: str = "train") -> list[dict[str, Any]]:
