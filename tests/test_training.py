@@ -143,9 +143,11 @@ def test_tensorboard_has_the_same_figures(finished: tuple[Path, str]) -> None:
         assert shown == [(step, pytest.approx(value, rel=1e-6)) for step, value in written]
 
 
-def test_first_loss_is_the_mean_cross_entropy(shop: Path, tmp_path: Path) -> None:
+def test_first_step_by_definition(shop: Path, tmp_path: Path) -> None:
+    """Loss: the mean over sizes of the mean cross-entropy over positions. AdamW's first step moves by the rate."""
     words = ["--train.max_steps", 1, "--model.dropout", 0, "--model.lru_dropout", 0]
-    (record,) = records(train_here(shop, tmp_path / "run", *words))
+    run = train_here(shop, tmp_path / "run", *words)
+    (record,) = records(run)
     config = load_config(shop, [str(word) for word in words])
     store = Store.open(config.store.path)
     torch.manual_seed(config.train.seed)
@@ -156,9 +158,14 @@ def test_first_loss_is_the_mean_cross_entropy(shop: Path, tmp_path: Path) -> Non
     batch = TrainStream(store, order, 50, "last", predict_first=True).batch(0, 0, range(16))
     items = model.encoder(catalogue.features, catalogue.present)
     z = model(items[batch.items], batch.starts, batch.from_start)
-    for size in (4, 8):
-        expected = F.cross_entropy(z[:, :size] @ items[:, :size].T, batch.targets).item()
-        assert record[f"loss@{size}"] == pytest.approx(expected, rel=1e-5)
+    losses = {size: F.cross_entropy(z[:, :size] @ items[:, :size].T, batch.targets) for size in (4, 8)}
+    for size, loss in losses.items():
+        assert record[f"loss@{size}"] == pytest.approx(loss.item(), rel=1e-5)
+    (sum(losses.values(), torch.tensor(0.0)) / 2).backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
+    assert record["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    moved = load_file(run / "checkpoints" / "latest" / "model.safetensors")["encoder.bias"] - model.encoder.bias
+    assert moved.abs().tolist() == pytest.approx([record["lr"]] * 8, rel=1e-4)
 
 
 def test_record_covers_all_steps_since_the_last(finished: tuple[Path, str], shop: Path, tmp_path: Path) -> None:
