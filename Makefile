@@ -11,7 +11,7 @@ setup: $(VENV)/installed  ## the virtual environment, with the versions of const
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[shards,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[shards,text,minilm,images,deepspeed,dev]'
 	touch $@
 
 train: setup  ## the demo: generate data, build its store, train, evaluate every size

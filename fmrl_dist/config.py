@@ -22,23 +22,13 @@ import yaml
 
 from fmrl_dist import __version__
 from fmrl_dist.errors import UserError, require
-from fmrl_dist.plain_values import apply_overrides, build, open_section
+from fmrl_dist.feature_config import FeatureConfig
+from fmrl_dist.plain_values import apply_overrides, build, open_section, require_at_least, require_choice
 
 DEMO_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
 FEATURE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 RESERVED_NAMES = {"ids", "users", "starts", "items", "times", "targets", "mask", "count", "block_items"}
 MIN_CHUNK_WIDTH = 4
-
-
-def require_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    require(value in choices, f"{key} is {value!r}; expected one of: {', '.join(choices)}")
-
-
-def require_at_least(section: object, prefix: str, low: float, *keys: str) -> None:
-    """Raise :class:`UserError` where one of the section's ``keys`` is less than ``low``."""
-    for key in keys:
-        value = getattr(section, key)
-        require(value >= low, f"{prefix}.{key} is {value}; expected at least {low}")
 
 
 @dataclass(frozen=True)
@@ -75,25 +65,6 @@ class ItemTable:
     path: str = "items.parquet"
     id: str = "item_id"
     title: str = ""  # optional column, kept in the vocabulary for reading recommendations
-
-
-@dataclass(frozen=True)
-class FeatureConfig:
-    """One frozen item feature and where it comes from."""
-
-    source: str = "npy"  # npy: a precomputed [V, dim] array | tfidf: TF-IDF + SVD of the item text | pixels: descriptor
-    path: str = ""  # npy: the array | pixels: a table of item id and image bytes
-    dim: int = 0  # npy: 0 takes the file's, another is checked | tfidf: the SVD's rank | pixels: the descriptor's own
-    id: str = "item_id"  # pixels: column of the item id
-    image: str = "image"  # pixels: column of the encoded image bytes
-    text: tuple[str, ...] = ()  # tfidf: parts of the item text; () takes data.text
-
-    def check(self, key: str) -> None:
-        """Refuse an impossible combination; ``key`` is where in the config this feature stands."""
-        require_choice(f"{key}.source", self.source, ("npy", "tfidf", "pixels"))
-        require(self.source == "tfidf" or bool(self.path), f"{key} has no path; source {self.source!r} needs one")
-        require_at_least(self, key, 0, "dim")
-        require(self.source != "tfidf" or self.dim > 0, f"{key} has no dim; source 'tfidf' needs the rank of its SVD")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,17 @@ import yaml
 from fmrl_dist.errors import UserError, require
 
 
+def require_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    require(value in choices, f"{key} is {value!r}; expected one of: {', '.join(choices)}")
+
+
+def require_at_least(section: object, prefix: str, low: float, *keys: str) -> None:
+    """Raise :class:`UserError` where one of the section's ``keys`` is less than ``low``."""
+    for key in keys:
+        value = getattr(section, key)
+        require(value >= low, f"{prefix}.{key} is {value}; expected at least {low}")
+
+
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
     """Write each ``--section.key value`` (or ``--section.key=value``) into ``raw``, its value read as YAML.
 
@@ -64,6 +75,9 @@ def build(kind: Any, value: Any, where: str) -> Any:
         return _build_union(arguments, value, where)
     if dataclasses.is_dataclass(kind):
         return _build_dataclass(kind, value, where)
+    if origin is typing.Literal:
+        require(value in arguments, f"{where} is {value!r}; expected {' or '.join(map(repr, arguments))}")
+        return value
     if origin is tuple:
         require(isinstance(value, list | tuple), f"{where} is {value!r}; expected a list")
         return tuple(build(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
@@ -87,10 +101,22 @@ def _build_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
     kinds = tuple(sorted((k for k in kinds if k is not type(None)), key=lambda k: k is str))  # a number before a name
     if len(kinds) == 1:
         return build(kinds[0], value, where)
+    if all(dataclasses.is_dataclass(kind) for kind in kinds):
+        return _build_dataclass(_tagged(kinds, value, where), value, where)
     for kind in kinds:
         with contextlib.suppress(UserError):
             return build(kind, value, where)
     raise UserError(f"{where} is {value!r}; expected {' or '.join(kind.__name__ for kind in kinds)}")
+
+
+def _tagged(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
+    """The dataclass that ``value`` asks for: their first field is a literal that tells them apart."""
+    tag = dataclasses.fields(kinds[0])[0]
+    by_name = {dataclasses.fields(kind)[0].default: kind for kind in kinds}
+    name = value.get(tag.name, tag.default) if isinstance(value, dict) else tag.default
+    found = by_name.get(name) if isinstance(name, str) else None
+    require(found is not None, f"{_join(where, tag.name)} is {name!r}; expected one of: {', '.join(map(str, by_name))}")
+    return found
 
 
 def _build_dataclass(kind: Any, value: Any, where: str) -> Any:

@@ -1,7 +1,8 @@
 """``python -m shards.build``: raw tables in, shard store out.
 
 Items, then features, then histories are written into a folder beside the store, which is renamed in the end: a build
-that fails leaves nothing. The same input gives the same shards and the same manifest hash.
+that fails leaves nothing but the blocks that its encoders had finished (``shards.encoding``), which the next one takes
+over. The same input gives the same shards and the same manifest hash.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from fmrl_dist.data.store import (
     Store,
 )
 from fmrl_dist.errors import UserError, run_command
+from fmrl_dist.feature_config import TextFeature
+from shards.encoding import encoding_folder
 from shards.features import FeatureRows, make_feature
 from shards.histories import SplitWriter, UserBlocks, read_histories
 from shards.tables import ItemIds, as_ids, check_unique, content_sha256, read_table
@@ -59,7 +62,7 @@ def build(config: Config, overwrite: bool = False) -> tuple[Store, list[FeatureR
     aside = target.with_name(f"{target.name}.tmp-{os.getpid()}")
     aside.mkdir(parents=True)
     try:
-        features = _write_store(config, aside)
+        features = _write_store(config, aside, encoding_folder(target))
         if target.exists():
             old = target.with_name(f"{target.name}.old-{os.getpid()}")
             target.rename(old)
@@ -67,6 +70,7 @@ def build(config: Config, overwrite: bool = False) -> tuple[Store, list[FeatureR
             shutil.rmtree(old)
         else:
             aside.rename(target)
+        shutil.rmtree(encoding_folder(target), ignore_errors=True)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -90,14 +94,14 @@ def _make_demo_data(data: DataConfig) -> None:
         write_demo(Path(data.root), data.demo.users, data.demo.items, data.demo.seed)
 
 
-def _write_store(config: Config, folder: Path) -> list[FeatureRows]:
-    """Write all files of the store into ``folder``."""
+def _write_store(config: Config, folder: Path, encoding: Path) -> list[FeatureRows]:
+    """Write all files of the store into ``folder``; finished blocks of encoders are kept in ``encoding``."""
     data = config.data
     path = Path(data.root) / data.items.path
     items = read_table(path, _item_columns(data))
     ids = ItemIds(as_ids(items[data.items.id], f"column {data.items.id!r} of {path}"))
     check_unique(ids.external, f"column {data.items.id!r} of {path}")
-    features = [make_feature(name, feature, data, items, ids) for name, feature in data.features.items()]
+    features = [make_feature(name, data, items, ids, encoding) for name in data.features]
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(BlockWriter(folder, split, config.store.blocks_per_shard))
@@ -143,7 +147,7 @@ def _item_columns(data: DataConfig) -> list[str]:
     """Columns of the item table that this build reads."""
     columns = [data.items.id, *([data.items.title] if data.items.title else [])]
     for feature in data.features.values():
-        if feature.source == "tfidf":
+        if isinstance(feature, TextFeature):
             columns += template_columns(feature.text or data.text)
     return columns
 

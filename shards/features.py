@@ -1,7 +1,8 @@
-"""Item features for the store: a precomputed array, or a light encoder that needs no weights.
+"""Item features for the store: a precomputed array, or what an encoder makes of the items' texts or images.
 
 An item that a source says nothing about is *absent*: its row is zero and its mask false. ``V`` items, width ``dim``.
-A precomputed array stays on disk, memory-mapped; the encoders hold float16 [V, dim].
+A precomputed array stays on disk, memory-mapped, as does what the pretrained encoders make; the two light encoders
+(``tfidf``, ``pixels``) hold float16 [V, dim].
 """
 
 from __future__ import annotations
@@ -15,9 +16,18 @@ from types import ModuleType
 import numpy as np
 import pyarrow as pa
 
-from fmrl_dist.config import DataConfig, FeatureConfig
+from fmrl_dist.config import DataConfig
 from fmrl_dist.data.store import Feature
 from fmrl_dist.errors import UserError
+from fmrl_dist.feature_config import (
+    NpyFeature,
+    OpenClipFeature,
+    PixelsFeature,
+    TextFeature,
+    TfidfFeature,
+    TransformersFeature,
+)
+from shards.encoding import Encoded
 from shards.tables import ItemIds
 from shards.text import item_texts
 
@@ -42,41 +52,57 @@ class FeatureRows:
         return fields
 
 
-def make_feature(name: str, config: FeatureConfig, data: DataConfig, items: pa.Table, ids: ItemIds) -> FeatureRows:
+def make_feature(name: str, data: DataConfig, items: pa.Table, ids: ItemIds, encoding: Path) -> FeatureRows:
     """Feature ``name`` of all items, from the source that the config names.
+
+    Args:
+        name: of the feature.
+        data: the config's section.
+        items: the item table, with the columns of the texts.
+        ids: the items' ids, in the same order.
+        encoding: folder in which an encoder keeps finished blocks.
 
     Raises:
         UserError: the source cannot be read, does not fit the items, or no item has the feature.
     """
-    path = Path(data.root) / config.path
-    if config.source == "npy":
-        return _from_npy(name, path, config.dim, len(ids.external))
-    if config.source == "tfidf":
-        texts, has_text = item_texts(items, config.text or data.text, data.text_separator)
-        encoder = _import_encoder("shards.tfidf", name)
-        rows, present = encoder.encode_texts(name, texts, has_text, config.dim)
-        note = ""
-    else:
-        encoder = _import_encoder("shards.pixels", name)
-        if config.dim not in (0, encoder.DIM):
-            raise UserError(f"data.features.{name}.dim is {config.dim}; the pixel descriptor has {encoder.DIM} (or 0)")
-        rows, present, note = encoder.encode_images(path, config.id, config.image, ids)
+    config, root = data.features[name], Path(data.root)
+    match config:
+        case NpyFeature():
+            return _from_npy(name, root / config.path, config.dim, len(ids.external))
+        case TfidfFeature():
+            encoder = _import_encoder("shards.tfidf", name, "shards")
+            encoded: Encoded = encoder.encode_texts(name, config.dim, *_texts(config, data, items))
+        case PixelsFeature():
+            encoder = _import_encoder("shards.pixels", name, "shards")
+            encoded = encoder.encode_images(config, root, ids)
+        case TransformersFeature():
+            encoder = _import_encoder("shards.text_encoder", name, "text")
+            encoded = encoder.encode_texts(name, config, *_texts(config, data, items), encoding)
+        case OpenClipFeature():
+            encoder = _import_encoder("shards.image_encoder", name, "images")
+            encoded = encoder.encode_images(name, config, root, ids, encoding)
+    present = encoded.present
     if not present.any():
         raise UserError(
             f"feature {name!r}: no item has it; check its columns and that its item ids are the item table's"
         )
-    masked = not bool(present.all())
-    num_present = int(present.sum())
-    info = Feature(name, rows.shape[1], "float16", encoder.ENCODER, encoder.REVISION, num_present, masked)
-    return FeatureRows(info, rows, present, note)
+    dim, num_present = encoded.rows.shape[1], int(present.sum())
+    info = Feature(name, dim, "float16", encoded.encoder, encoded.revision, num_present, not bool(present.all()))
+    return FeatureRows(info, encoded.rows, present, encoded.note)
 
 
-def _import_encoder(module: str, feature: str) -> ModuleType:
-    """An encoder whose packages come with the extra ``[shards]``, which an ``npy`` feature does without."""
+def _texts(config: TextFeature, data: DataConfig, items: pa.Table) -> tuple[list[str], np.ndarray]:
+    return item_texts(items, config.text or data.text, data.text_separator)
+
+
+def _import_encoder(module: str, feature: str, extra: str) -> ModuleType:
+    """An encoder whose packages come with an extra, which other features do without."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise UserError(f"feature {feature!r} needs {error.name}; install it with pip install -e '.[shards]'") from None
+        raise UserError(
+            f"feature {feature!r} needs {error.name}; install it with pip install -e '.[{extra}]'"
+        ) from None
 
 
 def _from_npy(name: str, path: Path, dim: int, num_items: int) -> FeatureRows:

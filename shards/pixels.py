@@ -3,24 +3,20 @@
 Three parts, each L2-normalised so that none drowns another: an 8 x 8 thumbnail (192 values, centred), a histogram over
 hue, saturation and value (8 x 4 x 4 = 128) and histograms of gradient orientation in a 4 x 4 grid (9 x 16 = 144; Dalal
 and Triggs 2005, without block normalisation). The whole is L2-normalised.
-
-Images come from strangers: only raster formats are opened, the size is checked before any pixel is decoded, and an
-image that cannot be decoded makes its item's feature absent.
 """
 
 from __future__ import annotations
 
-import io
-import warnings
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 from PIL import Image
 from tqdm import tqdm
 
-from fmrl_dist.errors import UserError
-from shards.tables import ItemIds, as_ids, open_parquet
+from fmrl_dist.feature_config import PixelsFeature
+from shards.encoding import Encoded
+from shards.images import decode_image, describe_unused, image_rows, num_image_rows
+from shards.tables import ItemIds
 
 SIDE = 64  # pixels per side at which gradients are taken
 THUMBNAIL = 8
@@ -28,61 +24,40 @@ HSV_BINS = (8, 4, 4)
 GRID = 4
 ORIENTATIONS = 9
 DIM = 3 * THUMBNAIL**2 + HSV_BINS[0] * HSV_BINS[1] * HSV_BINS[2] + ORIENTATIONS * GRID**2
-ENCODER = "pixels"
 REVISION = "1"
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-MAX_PIXELS = 64_000_000
 BATCH_IMAGES = 256
 
 
-def encode_images(path: Path, id_column: str, image_column: str, ids: ItemIds) -> tuple[np.ndarray, np.ndarray, str]:
-    """Descriptors of all items from a Parquet table of item ids and encoded images; an item's first good image counts.
-
-    Returns:
-        float16 [V, 464], bool [V] (true = present), and a note on images that were not used ("" if none).
+def encode_images(config: PixelsFeature, root: Path, ids: ItemIds) -> Encoded:
+    """Descriptors of all items; an item's first good image counts.
 
     Raises:
-        UserError: missing file or column, or a column that does not hold bytes.
+        UserError: missing file or column, or a column that holds no images.
     """
     rows = np.zeros((len(ids.external), DIM), np.float16)
     present = np.zeros(len(rows), bool)
     unreadable = unknown = 0
-    with open_parquet(path, [id_column, image_column]) as table:
-        kind = table.schema_arrow.field(image_column).type
-        if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-            raise UserError(f"column {image_column!r} of {path} is of type {kind}; expected the images' encoded bytes")
-        progress = tqdm(total=table.metadata.num_rows, desc="images", unit="image", disable=None)
-        for batch in table.iter_batches(BATCH_IMAGES, columns=[id_column, image_column]):
-            items = ids.find(as_ids(batch[id_column], f"column {id_column!r} of {path}"))
-            for item, data in zip(items.tolist(), batch[image_column], strict=True):
+    with tqdm(total=num_image_rows(config, root), desc="images", unit="image", disable=None) as progress:
+        for batch in image_rows(config, root, ids, BATCH_IMAGES):
+            for row, item in enumerate(batch.items.tolist()):
                 progress.update()
                 if item < 0:
                     unknown += 1
                 elif not present[item]:
-                    vector = encode_image(data.as_py())
+                    vector = encode_image(batch.read(row))
                     if vector is None:
                         unreadable += 1
                     else:
                         rows[item], present[item] = vector, True
-        progress.close()
-    notes = [f"{unreadable} images unreadable"] * (unreadable > 0) + [f"{unknown} of unknown items"] * (unknown > 0)
-    return rows, present, ", ".join(notes)
+    return Encoded(rows, present, "pixels", REVISION, describe_unused(unreadable, unknown))
 
 
 def encode_image(data: bytes | None) -> np.ndarray | None:
     """Descriptor float32 [464] of one encoded image, L2-normalised; None where there is none that can be decoded."""
-    if not data:
+    image = decode_image(data, SIDE)
+    if image is None:
         return None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is below Pillow's own limit
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            if image.width * image.height > MAX_PIXELS:
-                return None
-            image.draft("RGB", (SIDE, SIDE))  # a JPEG is decoded near the size wanted
-            small = image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-    except Exception:  # noqa: BLE001 - Pillow's decoders raise whatever a malformed file leads them to
-        return None
+    small = image.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
     parts = (_thumbnail(small), _colours(small), _orientations(small))
     return _normalise(np.concatenate([_normalise(part) for part in parts]))
 

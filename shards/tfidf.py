@@ -11,18 +11,16 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from fmrl_dist.errors import UserError
+from shards.encoding import Encoded
 
-ENCODER = "tfidf+svd"
-REVISION = f"scikit-learn {sklearn.__version__}"
 SVD_SEED = 0
 MAX_TERMS = 100_000
 
 
-def encode_texts(name: str, texts: list[str], has_text: np.ndarray, dim: int) -> tuple[np.ndarray, np.ndarray]:
+def encode_texts(name: str, dim: int, texts: list[str], has_text: np.ndarray) -> Encoded:
     """L2-normalised vectors of the texts of feature ``name``, fitted on those where ``has_text`` (bool [V]).
 
-    Returns:
-        float16 [V, dim] and bool [V], true where the text holds a term.
+    An item is present where its text holds a term.
 
     Raises:
         UserError: no words at all, or fewer items or terms than ``dim``.
@@ -45,4 +43,4 @@ def encode_texts(name: str, texts: list[str], has_text: np.ndarray, dim: int) ->
     rows[chosen] = dense / np.where(norms > 0, norms, 1)
     present = np.zeros(len(texts), bool)
     present[chosen] = norms[:, 0] > 0
-    return rows, present
+    return Encoded(rows, present, "tfidf+svd", f"scikit-learn {sklearn.__version__}")

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from fmrl_dist.config import DEMO_CONFIG, Config, ModelConfig, TrainConfig, config_from_dict, load_config
 from fmrl_dist.errors import UserError
+from fmrl_dist.feature_config import NpyFeature
 from tests.processes import REPOSITORY
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -136,7 +137,7 @@ def test_overrides(tmp_path: Path) -> None:
     config = load_config(path, [*words, "here", "--data.features.text.path", "a.npy", "--train.threads", "2"])
     assert (config.train.epochs, config.train.lr, config.train.threads) == (7, 1e-4, 2)
     assert (config.model.sizes, config.eval.size, config.run.dir) == ((8, 16), 8, "here")
-    assert config.data.features["text"].path == "a.npy"
+    assert config.data.features["text"] == NpyFeature(path="a.npy")
     assert config == load_config(write(tmp_path, config.to_dict()))
 
 

@@ -21,6 +21,7 @@ from PIL import Image
 
 from fmrl_dist.config import DEMO_CONFIG, load_config
 from fmrl_dist.errors import UserError
+from fmrl_dist.feature_config import PixelsFeature
 from shards.demo import (
     FILES,
     IMAGE_SIZE_PX,
@@ -62,9 +63,10 @@ def histories(demo: Path) -> list[NDArray[np.int64]]:
 
 def test_config_fits_the_generator() -> None:
     data = load_config(DEMO_CONFIG).data
-    assert data.demo is not None
+    image = data.features["image"]
+    assert data.demo is not None and isinstance(image, PixelsFeature)
     assert (data.demo.users, data.demo.items, data.demo.seed) == (USERS, ITEMS, SEED)
-    assert (data.sequences.path, data.items.path, data.features["image"].path) == tuple(f"demo/{f}" for f in FILES)
+    assert (data.sequences.path, data.items.path, image.path) == tuple(f"demo/{f}" for f in FILES)
 
 
 def test_same_arguments_same_bytes(tmp_path: Path) -> None:

@@ -20,10 +20,13 @@ LAYERS = (
     ("__version__", "errors", "files"),
     ("ops",),
     ("model",),
-    ("plain_values", "config"),
+    ("plain_values", "feature_config", "config"),
     ("data", "losses", "metrics", "checkpoint", "evaluation"),
 )
-SHARDS_MAY_IMPORT = ("fmrl_dist.__version__", "fmrl_dist.config", "fmrl_dist.errors", "fmrl_dist.data.store")
+SHARDS_MAY_IMPORT = (
+    *("fmrl_dist.__version__", "fmrl_dist.config", "fmrl_dist.feature_config", "fmrl_dist.errors"),
+    *("fmrl_dist.files", "fmrl_dist.data.store"),
+)
 LAUNCH_MAY_IMPORT = ("fmrl_dist.__version__", "fmrl_dist.config", "fmrl_dist.errors")
 RANKS_AND_LAUNCHERS = ("torch.distributed", "accelerate", "deepspeed")
 SOURCES = sorted(path for folder in (*PACKAGES, "benchmarks") for path in (REPOSITORY / folder).rglob("*.py"))

@@ -149,11 +149,16 @@ CASES: dict[str, tuple[Spoil, str]] = {
         data(features={"vector": {"source": "npy", "path": "vectors.npy", "dim": 8}}),
         "has 4 columns but its dim is 8",
     ),
-    "wrong descriptor dim": (
+    "a key of another source": (
         data(features={"image": {"source": "pixels", "path": "images.parquet", "dim": 8}}),
-        "dim is 8; the pixel descriptor has 464",
+        "unknown config key 'data.features.image.dim'; known keys: source, path, id, image",
     ),
-    "images that are no bytes": (image_table(pa.array(ITEMS)), "is of type string; expected the images' encoded bytes"),
+    "unknown source": (
+        data(features={"image": {"source": "pixel"}}),
+        "features.image.source is 'pixel'; expected one of: npy, tfidf, pixels, transformers, open_clip",
+    ),
+    "images that are numbers": (image_table(pa.array(range(6))), "is of type int64; expected encoded image bytes"),
+    "images that are not there": (image_table(pa.array(ITEMS)), "no item has it"),
     "no image at all": (image_table(pa.array([b""] * 6)), "no item has it"),
     "tfidf rank": (text_feature("{title}", dim=100), "dim is 100 but the texts give a matrix of 6 items"),
     "text column": (text_feature("{colour}"), "no column 'colour'; it has: item_id, title"),

@@ -24,8 +24,9 @@ from fmrl_dist.config import StoreConfig
 from fmrl_dist.data.store import Store
 from fmrl_dist.errors import UserError
 from shards.build import build
+from shards.images import MAX_PIXELS
 from shards.inspect import main as inspect_main
-from shards.pixels import DIM, MAX_PIXELS, encode_image
+from shards.pixels import DIM, encode_image
 from shards.text import UNTITLED, item_texts, template_columns
 from shards.verify import verify
 from tests.store_fixture import HISTORIES, ITEMS, png, tiny_config, write_histories, write_items, write_raw

@@ -1,0 +1,91 @@
+"""What an encoder hands over, and what it has done so far: hours of encoding survive an interruption.
+
+    <store>.encoding/<feature>-<key>/encoding.json     what is being encoded, by which encoder: the key is its hash
+                                     000000.npz        ids int64 [n], rows float16 [n, dim] of one block
+
+A block's file is whole or not there. Anything that changes the figures (encoder, revision, settings, input) changes the
+key, and with it the folder: rows of another encoding are never taken for ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fmrl_dist.errors import UserError
+from fmrl_dist.files import write_atomically
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One feature of all V items."""
+
+    rows: np.ndarray  # float16 [V, dim]; zero where absent
+    present: np.ndarray  # bool [V]
+    encoder: str  # which, as the manifest names it
+    revision: str  # of its weights or its code
+    note: str = ""  # what the summary should say about absent items
+
+
+def encoding_folder(store: Path) -> Path:
+    """Where the encodings of a store that is being built are kept until it stands."""
+    return store.with_name(f"{store.name}.encoding")
+
+
+class EncodedBlocks:
+    """The blocks of one feature, some of them done.
+
+    Args:
+        parent: :func:`encoding_folder` of the store.
+        feature: its name.
+        recipe: everything that the rows depend on, as JSON takes it.
+        num_blocks: in which the work is cut.
+    """
+
+    def __init__(self, parent: Path, feature: str, recipe: dict[str, Any], num_blocks: int) -> None:
+        text = json.dumps({"feature": feature, "num_blocks": num_blocks, **recipe}, indent=1, sort_keys=True)
+        self.folder = parent / f"{feature}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        self.num_blocks = num_blocks
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / "encoding.json", text.encode())
+
+    def missing(self) -> list[int]:
+        """Numbers of the blocks that are yet to do."""
+        return [block for block in range(self.num_blocks) if not self._path(block).exists()]
+
+    def save(self, block: int, ids: np.ndarray, rows: np.ndarray) -> None:
+        """Keep a finished block: ids int64 [n] of the items that got a row, and their rows float16 [n, dim]."""
+        buffer = io.BytesIO()
+        np.savez(buffer, ids=ids, rows=rows)
+        write_atomically(self._path(block), buffer.getvalue())
+
+    def gather(self, num_items: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
+        """All blocks together: float16 [V, dim], memory-mapped, and bool [V], true for the items that have a row.
+
+        An item that several blocks have keeps the row of the first.
+
+        Raises:
+            UserError: a block's file is damaged, or of another dim.
+        """
+        rows = np.lib.format.open_memmap(self.folder / "rows.npy", "w+", np.float16, (num_items, dim))
+        present = np.zeros(num_items, np.bool_)
+        for block in range(self.num_blocks):
+            path = self._path(block)
+            try:
+                with np.load(path, allow_pickle=False) as arrays:
+                    ids, block_rows = arrays["ids"], arrays["rows"]
+                new = ~present[ids]
+                rows[ids[new]] = block_rows[new]
+            except Exception as error:  # noqa: BLE001 - a damaged archive makes zipfile and NumPy raise what they like
+                raise UserError(f"encoded block {path} is damaged ({error}); remove it and build again") from None
+            present[ids] = True
+        return rows, present
+
+    def _path(self, block: int) -> Path:
+        return self.folder / f"{block:06d}.npz"
