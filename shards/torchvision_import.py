@@ -37,7 +37,9 @@ def make_torchvision_importable() -> torch.library.Library | None:
 
 
 def _has_own_operators() -> bool:
-    """Whether torchvision is absent, or loads its operators as it would do on import."""
+    """Whether torchvision is absent, or loads its operators as it would do on import, or someone declared them."""
+    if hasattr(torch.ops.torchvision, "nms"):
+        return True
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
         return True
