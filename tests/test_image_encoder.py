@@ -434,7 +434,8 @@ def running_build(config: Path) -> Iterator[subprocess.Popen[str]]:
 
 def write_build(tmp_path: Path, weights: Path, name: str, num_images: int) -> Path:
     """A config of a build with two workers; the images are slow enough to decode for it to be caught at work."""
-    images = [photo(i % 20, size=(640, 480), kind="JPEG") for i in range(num_images)]
+    photos = [photo(i, size=(640, 480), kind="JPEG") for i in range(20)]
+    images: list[bytes] = [photos[i % len(photos)] for i in range(num_images)]
     images[5] = b"bad"
     write_raw(tmp_path / "raw", pa.array(images), list(range(num_images)))
     values = tiny_values(tmp_path / "raw", tmp_path / name)
