@@ -1,7 +1,8 @@
 """What an encoder hands over, and what it has done so far: hours of encoding survive an interruption.
 
     <store>.encoding/<feature>-<key>/encoding.json     what is being encoded, by which encoder: the key is its hash
-                                     000000.npz        ids int64 [n], rows float16 [n, dim] of one block
+                                     000000.npz        ids int64 [n], rows float16 [n, dim] of one block, and
+                                                       failed int64: how many inputs could not be encoded
 
 A block's file is whole or not there. Anything that changes the figures (encoder, revision, settings, input) changes the
 key, and with it the folder: rows of another encoding are never taken for ours.
@@ -59,10 +60,17 @@ class EncodedBlocks:
         """Numbers of the blocks that are yet to do."""
         return [block for block in range(self.num_blocks) if not self._path(block).exists()]
 
-    def save(self, block: int, ids: np.ndarray, rows: np.ndarray) -> None:
-        """Keep a finished block: ids int64 [n] of the items that got a row, and their rows float16 [n, dim]."""
+    def save(self, block: int, ids: np.ndarray, rows: np.ndarray, num_failed: int = 0) -> None:
+        """Keep a finished block: ids int64 [n] of the items that got a row, and their rows float16 [n, dim].
+
+        Args:
+            block: its number.
+            ids: each once.
+            rows: in the same order.
+            num_failed: inputs of the block that could not be encoded.
+        """
         buffer = io.BytesIO()
-        np.savez(buffer, ids=ids, rows=rows)
+        np.savez(buffer, ids=ids, rows=rows, failed=np.int64(num_failed))
         write_atomically(self._path(block), buffer.getvalue())
 
     def gather(self, num_items: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
@@ -76,16 +84,31 @@ class EncodedBlocks:
         rows = np.lib.format.open_memmap(self.folder / "rows.npy", "w+", np.float16, (num_items, dim))
         present = np.zeros(num_items, np.bool_)
         for block in range(self.num_blocks):
-            path = self._path(block)
-            try:
-                with np.load(path, allow_pickle=False) as arrays:
-                    ids, block_rows = arrays["ids"], arrays["rows"]
-                new = ~present[ids]
-                rows[ids[new]] = block_rows[new]
-            except Exception as error:  # noqa: BLE001 - a damaged archive makes zipfile and NumPy raise what they like
-                raise UserError(f"encoded block {path} is damaged ({error}); remove it and build again") from None
+            ids, block_rows, _ = self._read(block)
+            if block_rows.shape != (len(ids), dim):
+                raise self._damaged(block, f"rows are {list(block_rows.shape)}, expected {[len(ids), dim]}")
+            new = ~present[ids]
+            rows[ids[new]] = block_rows[new]
             present[ids] = True
         return rows, present
+
+    def num_failed(self) -> int:
+        """Inputs of all blocks that could not be encoded.
+
+        Raises:
+            UserError: a block's file is damaged.
+        """
+        return sum(self._read(block)[2] for block in range(self.num_blocks))
+
+    def _read(self, block: int) -> tuple[np.ndarray, np.ndarray, int]:
+        try:
+            with np.load(self._path(block), allow_pickle=False) as arrays:
+                return arrays["ids"], arrays["rows"], int(arrays["failed"])
+        except Exception as error:  # noqa: BLE001 - a damaged archive makes zipfile and NumPy raise what they like
+            raise self._damaged(block, error) from None
+
+    def _damaged(self, block: int, what: object) -> UserError:
+        return UserError(f"encoded block {self._path(block)} is damaged ({what}); remove it and build again")
 
     def _path(self, block: int) -> Path:
         return self.folder / f"{block:06d}.npz"

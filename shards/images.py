@@ -6,6 +6,7 @@ may not leave the table's folder, and what cannot be read or decoded is no image
 
 from __future__ import annotations
 
+import hashlib
 import io
 import warnings
 from collections.abc import Iterator
@@ -18,11 +19,12 @@ from PIL import Image
 
 from fmrl_dist.errors import UserError
 from fmrl_dist.feature_config import ImageFeature
-from shards.tables import ItemIds, as_ids, open_parquet
+from shards.tables import BATCH_ROWS, ItemIds, as_ids, iter_table, open_parquet, read_table
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 64_000_000  # of one image file
+MAX_ASPECT = 100  # long side to short side: resized to a short side of hundreds, a line would fill the memory
 
 
 @dataclass(frozen=True)
@@ -30,67 +32,107 @@ class ImageRows:
     """Some rows of the table, in order."""
 
     items: np.ndarray  # int64 [n], internal ids; -1 where the item is not in the item table
-    images: pa.Array  # [n], encoded bytes, or file names relative to ``folder``
-    folder: Path
-
-    def read(self, row: int) -> bytes | None:
-        """Encoded bytes of one row; None where there are none."""
-        value = self.images[row].as_py()
-        return read_image_file(self.folder, value) if isinstance(value, str) else value
+    images: list[bytes | str | None]  # [n], encoded bytes, or file names relative to the table's folder
 
 
-def image_rows(config: ImageFeature, root: Path, ids: ItemIds, rows_at_once: int) -> Iterator[ImageRows]:
-    """The image table of a feature, ``rows_at_once`` rows at a time.
+@dataclass(frozen=True)
+class ImageTable:
+    """The image table of a feature."""
 
-    Raises:
-        UserError: missing file or column, or a column that holds neither bytes nor file names.
-    """
-    path = root / config.path
-    with open_parquet(path, [config.id, config.image]) as table:
-        kind = table.schema_arrow.field(config.image).type
-        holds_bytes = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-        if not (holds_bytes or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    path: Path
+    column: str  # of the images
+    items: np.ndarray  # int64 [rows], internal ids; -1 where the item is not in the item table
+    holds_names: bool  # file names, not bytes
+
+    @classmethod
+    def open(cls, config: ImageFeature, root: Path, ids: ItemIds) -> ImageTable:
+        """Look at the table, and read its ids.
+
+        Raises:
+            UserError: missing file or column, or a column that holds neither bytes nor file names.
+        """
+        path = root / config.path
+        with open_parquet(path, [config.id, config.image]) as table:
+            kind = table.schema_arrow.field(config.image).type
+        holds_names = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        if not (holds_names or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
             raise UserError(
                 f"column {config.image!r} of {path} is of type {kind}; expected encoded image bytes or file names"
             )
-        for batch in table.iter_batches(rows_at_once, columns=[config.id, config.image]):
-            items = ids.find(as_ids(batch[config.id], f"column {config.id!r} of {path}"))
-            yield ImageRows(items, batch[config.image], path.parent)
+        external = read_table(path, [config.id])[config.id]
+        return cls(path, config.image, ids.find(as_ids(external, f"column {config.id!r} of {path}")), holds_names)
+
+    @property
+    def folder(self) -> Path:
+        return self.path.parent
+
+    @property
+    def num_unknown(self) -> int:
+        """Rows of items that are not in the item table."""
+        return int((self.items < 0).sum())
+
+    def rows(self, rows_at_once: int) -> Iterator[ImageRows]:
+        """All rows, ``rows_at_once`` at a time (fewer only in the end)."""
+        low = 0
+        for batch in iter_table(self.path, [self.column], rows_at_once=rows_at_once):
+            yield ImageRows(self.items[low : low + batch.num_rows], batch[self.column].to_pylist())
+            low += batch.num_rows
+
+    def sha256(self) -> str:
+        """Digest of which item has which image: of the table, and of the sizes of the files that it names."""
+        with self.path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+        digest.update(self.items.tobytes())
+        if self.holds_names:
+            for rows in self.rows(BATCH_ROWS):
+                for name in rows.images:
+                    path = _file_below(self.folder, str(name))
+                    digest.update(f"{path.stat().st_size if path else -1}\n".encode())
+        return digest.hexdigest()
 
 
-def num_image_rows(config: ImageFeature, root: Path) -> int:
-    """Rows of the image table of a feature."""
-    with open_parquet(root / config.path, [config.id, config.image]) as table:
-        return int(table.metadata.num_rows)
+def read_image(folder: Path, image: bytes | str | None) -> bytes | None:
+    """Encoded bytes of an image that is given as such or by its file name; None where there are none."""
+    return read_image_file(folder, image) if isinstance(image, str) else image
 
 
 def read_image_file(folder: Path, name: str) -> bytes | None:
     """Bytes of a file below ``folder``; None where it is missing, elsewhere, or too large."""
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()) or not path.is_file() or path.stat().st_size > MAX_BYTES:
-        return None
+    path = _file_below(folder, name)
     try:
-        return path.read_bytes()
+        return path.read_bytes() if path and path.stat().st_size <= MAX_BYTES else None
     except OSError:
         return None
 
 
-def decode_image(data: bytes | None, side: int) -> Image.Image | None:
-    """An RGB image of encoded bytes; None where there is none that can be decoded.
+def _file_below(folder: Path, name: str) -> Path | None:
+    """The file that a name leads to, links followed; None where it is missing or elsewhere."""
+    try:
+        path = (folder / name).resolve()
+        return path if path.is_relative_to(folder.resolve()) and path.is_file() else None
+    except (OSError, ValueError, RuntimeError):  # too long a name, a zero byte in it, a circle of links
+        return None
+
+
+def decode_image(data: bytes | None, side: int | None = None) -> Image.Image | None:
+    """An RGB image of encoded bytes, of an animation the first frame; None where there is none that can be decoded.
 
     Args:
         data: a file's content.
-        side: a JPEG may be decoded at a fraction of its size, if both sides remain at least this long.
+        side: a JPEG may be decoded at a fraction of its size, if both sides remain at least this long; None: never.
     """
     if not data:
         return None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is below Pillow's own limit
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            if image.width * image.height > MAX_PIXELS:
+            image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+            if not 0 < image.width * image.height <= MAX_PIXELS or max(image.size) > MAX_ASPECT * min(image.size):
                 return None
-            image.draft("RGB", (side, side))
+            if side is not None:
+                image.draft("RGB", (side, side))
+            if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip instead of scale
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image.convert("RGB")
     except Exception:  # noqa: BLE001 - Pillow's decoders raise whatever a malformed file leads them to
         return None

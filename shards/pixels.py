@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fmrl_dist.feature_config import PixelsFeature
 from shards.encoding import Encoded
-from shards.images import decode_image, describe_unused, image_rows, num_image_rows
+from shards.images import ImageTable, decode_image, describe_unused, read_image
 from shards.tables import ItemIds
 
 SIDE = 64  # pixels per side at which gradients are taken
@@ -34,22 +34,21 @@ def encode_images(config: PixelsFeature, root: Path, ids: ItemIds) -> Encoded:
     Raises:
         UserError: missing file or column, or a column that holds no images.
     """
+    table = ImageTable.open(config, root, ids)
     rows = np.zeros((len(ids.external), DIM), np.float16)
     present = np.zeros(len(rows), bool)
-    unreadable = unknown = 0
-    with tqdm(total=num_image_rows(config, root), desc="images", unit="image", disable=None) as progress:
-        for batch in image_rows(config, root, ids, BATCH_IMAGES):
-            for row, item in enumerate(batch.items.tolist()):
+    unreadable = 0
+    with tqdm(total=len(table.items), desc="images", unit="image", disable=None) as progress:
+        for batch in table.rows(BATCH_IMAGES):
+            for item, image in zip(batch.items.tolist(), batch.images, strict=True):
                 progress.update()
-                if item < 0:
-                    unknown += 1
-                elif not present[item]:
-                    vector = encode_image(batch.read(row))
+                if item >= 0 and not present[item]:
+                    vector = encode_image(read_image(table.folder, image))
                     if vector is None:
                         unreadable += 1
                     else:
                         rows[item], present[item] = vector, True
-    return Encoded(rows, present, "pixels", REVISION, describe_unused(unreadable, unknown))
+    return Encoded(rows, present, "pixels", REVISION, describe_unused(unreadable, table.num_unknown))
 
 
 def encode_image(data: bytes | None) -> np.ndarray | None:

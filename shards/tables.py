@@ -42,14 +42,16 @@ def read_table(path: Path, columns: Sequence[str], text: Sequence[str] = ()) -> 
     return table
 
 
-def iter_table(path: Path, columns: Sequence[str], text: Sequence[str] = ()) -> Iterator[pa.Table]:
+def iter_table(
+    path: Path, columns: Sequence[str], text: Sequence[str] = (), rows_at_once: int = BATCH_ROWS
+) -> Iterator[pa.Table]:
     """Like :func:`read_table`, a batch of rows at a time (a CSV is read whole, since its types are guessed)."""
     if _ending(path) == ".csv":
         yield read_table(path, columns, text)
         return
     with open_parquet(path, columns) as file:
         try:
-            for batch in file.iter_batches(BATCH_ROWS, columns=list(columns)):
+            for batch in file.iter_batches(rows_at_once, columns=list(columns)):
                 yield pa.Table.from_batches([batch])
         except (pa.ArrowException, OSError) as error:
             raise _unreadable(path, error) from None
