@@ -2,7 +2,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-SHELL_SCRIPTS := .ci/run $(wildcard launch/*.sh launch/*.slurm)
+SHELL_SCRIPTS := .ci/run .ci/install-slurm $(wildcard launch/*.sh launch/*.slurm)
 BENCHMARKS := $(filter-out benchmarks/__init__.py,$(wildcard benchmarks/*.py))
 
 .PHONY: setup train test test-all lint bench clean
