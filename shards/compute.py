@@ -1,0 +1,43 @@
+"""Where the pretrained encoders run, and at which precision."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+from fmrl_dist.feature_config import Precision
+
+CPU_BF16_FEATURES = ("amx_bf16", "avx512_bf16")  # without one of them a CPU multiplies bfloat16 ten times slower
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Device of an encoder and dtype of its matrix products; weights stay float32."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def precision(self) -> str:
+        """fp32 or bf16, as a recipe of an encoding names it."""
+        return "bf16" if self.dtype == torch.bfloat16 else "fp32"
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Context of a forward pass: casts the inputs of matrix products where ``dtype`` is bfloat16."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+
+def choose_compute(precision: Precision) -> Compute:
+    """The GPU where there is one, otherwise the CPU; ``auto`` is bf16 where the hardware multiplies it."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if precision == "auto":
+        precision = "bf16" if _multiplies_bf16(device) else "fp32"
+    return Compute(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(torch.cpu.get_capabilities().get(feature, False) for feature in CPU_BF16_FEATURES)
