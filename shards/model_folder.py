@@ -1,0 +1,91 @@
+"""Where a pretrained text model lies: a local folder, an installed package's, or a snapshot of a hub repository.
+
+Everything is loaded from the folder found here, so nothing later asks the network, and one place says why a model
+cannot be had.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from pathlib import Path
+
+from fmrl_dist.errors import UserError, require
+
+PACKAGE_PREFIX = "package:"
+# Weights (safetensors only), config and tokenizer: what is fetched from a hub, and what a local revision hashes.
+MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+
+
+def find_model(name: str, revision: str) -> tuple[Path, str]:
+    """Folder of a model and the revision of what is in it.
+
+    Args:
+        name: a local folder, ``package:NAME/PATH`` (folder PATH inside the installed package NAME) or a hub id.
+        revision: branch, tag or commit of a hub model; "" takes its default branch.
+
+    Returns:
+        The folder, and the commit of a hub model or else the SHA-256 of :data:`MODEL_FILES`.
+
+    Raises:
+        UserError: no such folder or package, a path that leaves its package, or a hub model that cannot be fetched.
+    """
+    if name.startswith(PACKAGE_PREFIX):
+        folder = _package_folder(name)
+    elif Path(name).is_dir():
+        folder = Path(name)
+    else:
+        return _hub_snapshot(name, revision)
+    require(not revision, f"model {name!r} has revision {revision!r}, but only a hub model has revisions; leave it out")
+    return folder, _content_sha256(folder)
+
+
+def _package_folder(name: str) -> Path:
+    package, _, path = name.removeprefix(PACKAGE_PREFIX).partition("/")
+    require(
+        package.isidentifier() and bool(path),
+        f"model {name!r} is malformed; expected package:NAME/PATH, NAME as Python imports it",
+    )
+    spec = importlib.util.find_spec(package)  # of a top-level name: finds it without running it
+    require(
+        spec is not None,
+        f"model {name!r}: package {package} is not installed; pip install {package.replace('_', '-')}",
+    )
+    assert spec is not None
+    roots = [Path(root).resolve() for root in spec.submodule_search_locations or ()]
+    for root in roots:
+        folder = (root / path).resolve()
+        require(folder.is_relative_to(root), f"model {name!r} leaves the package; expected a folder inside {root}")
+        if folder.is_dir():
+            return folder
+    raise UserError(f"model {name!r}: package {package} has no folder {path!r}; check its files")
+
+
+def _hub_snapshot(name: str, revision: str) -> tuple[Path, str]:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        # "*/*": exports to other formats lie in subfolders and weigh more than the model.
+        folder = snapshot_download(
+            name, revision=revision or None, allow_patterns=list(MODEL_FILES), ignore_patterns=["*/*"]
+        )
+    except HFValidationError:
+        raise UserError(
+            f"model {name!r} is no folder and no hub id; expected a folder that exists or OWNER/NAME"
+        ) from None
+    except OSError as error:  # what the hub's client raises for a missing model, a missing right, or no network
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model {name!r} cannot be fetched from the hub ({type(error).__name__}: {reason}); check its name, "
+            "revision and the network, or give a local folder"
+        ) from None
+    return Path(folder), Path(folder).name
+
+
+def _content_sha256(folder: Path) -> str:
+    total = hashlib.sha256()
+    for path in sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)}):
+        with path.open("rb") as file:
+            total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()

@@ -1,0 +1,96 @@
+"""Where a model is looked for: folders, installed packages, the hub; and what is refused."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from fmrl_dist.errors import UserError
+from shards.model_folder import find_model
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An installed package with a model, that must not be run to look into it."""
+    site = tmp_path / "site"
+    (site / "some_model" / "weights").mkdir(parents=True)
+    (site / "some_model" / "__init__.py").write_text("raise SystemExit('was run')")
+    (site / "some_model" / "weights" / "config.json").write_text("{}")
+    (site / "single.py").write_text("")
+    (site / "outside").mkdir()
+    (site / "some_model" / "link").symlink_to(site / "outside")
+    monkeypatch.syspath_prepend(str(site))
+    return site / "some_model"
+
+
+def test_a_package_is_looked_into_but_not_run(package: Path) -> None:
+    folder, revision = find_model("package:some_model/weights", "")
+    assert folder == package / "weights"
+    assert "some_model" not in sys.modules
+    assert find_model(str(package / "weights"), "") == (folder, revision)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("package:no_such_model/weights", "not installed; pip install no-such-model"),
+        ("package:some_model/../outside", "leaves the package"),
+        ("package:some_model//etc", "leaves the package"),
+        ("package:some_model/link", "leaves the package"),
+        ("package:some_model/nothing", "has no folder 'nothing'"),
+        ("package:single/weights", "has no folder"),
+        ("package:some_model", "malformed"),
+        ("package:os.path/x", "malformed"),
+        ("package:/x", "malformed"),
+        ("./no/such/folder", "no folder and no hub id"),
+    ],
+)
+def test_refusals(package: Path, name: str, words: str) -> None:
+    with pytest.raises(UserError, match=words) as refused:
+        find_model(name, "")
+    assert "\n" not in str(refused.value)
+
+
+def test_the_revision_is_of_the_content(tmp_path: Path) -> None:
+    files = {"config.json": "{}", "model.safetensors": "weights", "vocab.txt": "a"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    first = find_model(str(tmp_path), "")[1]
+    (tmp_path / "README.md").write_text("says nothing about the rows")
+    assert find_model(str(tmp_path), "")[1] == first
+    for name, text in files.items():
+        (tmp_path / name).write_text(text + " ")
+        assert find_model(str(tmp_path), "")[1] != first
+        (tmp_path / name).write_text(text)
+    assert find_model(str(tmp_path), "")[1] == first
+
+
+def test_a_folder_has_no_revision(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="only a hub model has revisions"):
+        find_model(str(tmp_path), "main")
+
+
+def test_a_hub_model_that_cannot_be_fetched_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody answers
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="cannot be fetched from the hub") as refused:
+        find_model("nobody/has-this-model", "")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_cached_hub_model_is_taken_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--some--model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    (repository / "snapshots" / commit / "config.json").write_text("{}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", "http://127.0.0.1:9")
+    assert find_model("some/model", "") == (repository / "snapshots" / commit, commit)

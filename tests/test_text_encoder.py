@@ -1,0 +1,215 @@
+"""The text encoder against a plain loop over the same model; batching, truncation, absent items, refusals."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModel, AutoTokenizer
+
+from fmrl_dist.errors import UserError
+from fmrl_dist.feature_config import TransformersFeature
+from shards import text_encoder
+from shards.encoding import Encoded
+from shards.text_encoder import encode_texts, load_encoder, pool, token_batches
+from tests.text_model_fixture import DIM, MAX_POSITIONS, random_texts, write_text_model
+
+Pooling = Literal["cls", "mean"]
+# Two float32 results that differ by rounding can fall to neighbouring float16 values: at most 1, so 2^-11 apart.
+FLOAT16_STEP = 2.0**-11 + 1e-6
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_encoder, "BLOCK_ITEMS", 16)
+
+
+def config(model: Path, pooling: Pooling = "cls", max_tokens: int = 32, batch_tokens: int = 256) -> TransformersFeature:
+    return TransformersFeature(
+        model=str(model), pooling=pooling, max_tokens=max_tokens, batch_tokens=batch_tokens, precision="fp32"
+    )
+
+
+def encode(feature: TransformersFeature, texts: list[str], folder: Path, has: np.ndarray | None = None) -> Encoded:
+    return encode_texts("text", feature, texts, np.ones(len(texts), bool) if has is None else has, folder)
+
+
+def plain_rows(model: Path, texts: list[str], pooling: Pooling, max_tokens: int) -> np.ndarray:
+    """The specification: one text at a time, in order, nothing padded."""
+    tokenizer, bert = AutoTokenizer.from_pretrained(model), AutoModel.from_pretrained(model).eval()
+    rows = []
+    for text in texts:
+        tokens = tokenizer(text, truncation=True, max_length=max_tokens, return_tensors="pt")
+        with torch.no_grad():
+            hidden = bert(**tokens).last_hidden_state[0]
+        vector = hidden[0] if pooling == "cls" else hidden.mean(0)
+        rows.append((vector / vector.norm()).numpy())
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("max_tokens", [4, 32])
+def test_equals_a_plain_loop(
+    model: Path, small_blocks: None, tmp_path: Path, pooling: Pooling, max_tokens: int
+) -> None:
+    texts = random_texts(70)
+    encoded = encode(config(model, pooling, max_tokens), texts, tmp_path)
+    expected = plain_rows(model, texts, pooling, max_tokens)
+    assert encoded.rows.dtype == np.float16 and encoded.present.all()
+    np.testing.assert_allclose(encoded.rows.astype(np.float32), expected, rtol=0, atol=FLOAT16_STEP)
+    assert (
+        np.abs(expected - np.roll(expected, 1, axis=0)).max() > 0.1
+    )  # rows that could not be told apart prove nothing
+    assert encoded.encoder == f"transformers:{model} {pooling} {max_tokens}"
+
+
+def test_poolings_and_lengths_differ(model: Path, tmp_path: Path) -> None:
+    texts = random_texts(8)
+    kinds: list[tuple[Pooling, int]] = [("cls", 32), ("mean", 32), ("cls", 4), ("mean", 4)]
+    rows = [encode(config(model, *kind), texts, tmp_path).rows for kind in kinds]
+    for i in range(len(rows)):
+        for j in range(i):
+            assert np.abs(rows[i] - rows[j]).max() > 0.05
+
+
+def test_order_and_batches_change_nothing(model: Path, small_blocks: None, tmp_path: Path) -> None:
+    texts = random_texts(50)
+    shuffled = np.random.default_rng(1).permutation(len(texts))
+    first = encode(config(model, "mean"), texts, tmp_path).rows
+    second = encode(config(model, "mean", batch_tokens=32), [texts[i] for i in shuffled], tmp_path).rows
+    np.testing.assert_allclose(second.astype(np.float32), first[shuffled].astype(np.float32), rtol=0, atol=FLOAT16_STEP)
+
+
+def test_padding_changes_nothing(model: Path) -> None:
+    encoder = load_encoder(config(model, "mean", batch_tokens=4096))
+    alone, beside = encoder.encode(["red soap"]), encoder.encode(["red soap", random_texts(1, 30)[0] + " oil" * 20])
+    np.testing.assert_allclose(alone[0].astype(np.float32), beside[0].astype(np.float32), rtol=0, atol=FLOAT16_STEP)
+
+
+def test_pool_ignores_padding() -> None:
+    hidden = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [100.0, 100.0]]], dtype=torch.bfloat16)
+    mask = torch.tensor([[1, 1, 0]])
+    assert pool(hidden, mask, "mean").tolist() == [[2.0, 3.0]]
+    assert pool(hidden, mask, "cls").tolist() == [[1.0, 2.0]]
+    assert pool(hidden, mask, "mean").dtype == torch.float32
+
+
+def test_the_models_own_limit_holds(model: Path, tmp_path: Path) -> None:
+    texts = ["red " * 200, "mint"]
+    encoded = encode(config(model, max_tokens=512, batch_tokens=512), texts, tmp_path)
+    assert encoded.encoder.endswith(f" cls {MAX_POSITIONS}")
+    expected = plain_rows(model, texts, "cls", MAX_POSITIONS)
+    np.testing.assert_allclose(encoded.rows.astype(np.float32), expected, rtol=0, atol=FLOAT16_STEP)
+
+
+def test_items_without_text_are_absent(model: Path, tmp_path: Path) -> None:
+    texts, has = random_texts(6), np.array([True, False, True, True, False, True])
+    encoded = encode(config(model), texts, tmp_path, has)
+    np.testing.assert_array_equal(encoded.present, has)
+    assert not encoded.rows[~has].any()
+    np.testing.assert_allclose(np.linalg.norm(encoded.rows[has].astype(np.float32), axis=1), 1, atol=1e-3)
+    assert encoded.rows.shape == (6, DIM)
+
+
+def test_finished_blocks_are_taken_over(
+    model: Path, small_blocks: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = random_texts(40)
+    undisturbed = np.array(encode(config(model), texts, tmp_path).rows)
+    (folder,) = tmp_path.iterdir()
+    (folder / "000001.npz").unlink()
+    kept = (folder / "000000.npz").stat().st_mtime_ns
+    capsys.readouterr()
+    again = encode(config(model, batch_tokens=64), texts, tmp_path)  # a smaller batch is what helps when memory ran out
+    assert "2 of 3 blocks were done before" in capsys.readouterr().out
+    assert (folder / "000000.npz").stat().st_mtime_ns == kept
+    np.testing.assert_allclose(again.rows.astype(np.float32), undisturbed, rtol=0, atol=FLOAT16_STEP)
+
+
+def test_another_recipe_starts_anew(model: Path, tmp_path: Path) -> None:
+    texts = random_texts(5)
+    other = shutil.copytree(model, tmp_path / "model")
+    encode(config(other), texts, tmp_path / "done")
+    encode(config(other, "mean"), texts, tmp_path / "done")
+    encode(config(other, max_tokens=5), texts, tmp_path / "done")
+    encode(config(other), [*texts[:4], "rose"], tmp_path / "done")
+    encode(config(other), texts, tmp_path / "done", np.array([True] * 4 + [False]))
+    bert = AutoModel.from_pretrained(other)
+    with torch.no_grad():
+        bert.embeddings.word_embeddings.weight[7, 0] += 1e-3
+    bert.save_pretrained(other)
+    encode(config(other), texts, tmp_path / "done")
+    assert len(list((tmp_path / "done").iterdir())) == 6
+
+
+def test_bf16_is_near(model: Path, tmp_path: Path) -> None:
+    texts = random_texts(12)
+    exact = encode(config(model, "mean"), texts, tmp_path).rows.astype(np.float32)
+    feature = TransformersFeature(model=str(model), pooling="mean", max_tokens=32, batch_tokens=256, precision="bf16")
+    rows = encode(feature, texts, tmp_path).rows.astype(np.float32)
+    assert np.abs(rows - exact).max() > 1e-4
+    assert (rows * exact).sum(1).min() > 0.99
+
+
+@given(lengths=st.lists(st.integers(0, 50), max_size=60), budget=st.integers(1, 300))
+def test_batches_hold_every_text_once_under_the_budget(lengths: list[int], budget: int) -> None:
+    batches = [batch.tolist() for batch in token_batches(lengths, budget)]
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    ordered = [lengths[i] for batch in batches for i in batch]
+    assert ordered == sorted(lengths, reverse=True)
+    for i, batch in enumerate(batches):
+        longest = max(lengths[i] for i in batch)
+        assert len(batch) == 1 or len(batch) * longest <= budget
+        assert i == len(batches) - 1 or (len(batch) + 1) * longest > budget  # as full as it may be
+
+
+def test_no_text_at_all_is_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no item has a text"):
+        encode(config(model), ["Untitled Item"], tmp_path, np.array([False]))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: (folder / "model.safetensors").unlink(), "expected config.json, model.safetensors"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"short"), "cannot be loaded"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "unheard-of"}'), "unheard-of"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "cannot be loaded"),
+    ],
+)
+def test_a_damaged_model_is_refused_on_one_line(model: Path, tmp_path: Path, damage: object, words: str) -> None:
+    folder = shutil.copytree(model, tmp_path / "model")
+    assert callable(damage)
+    damage(folder)
+    with pytest.raises(UserError, match=words) as refused:
+        load_encoder(config(folder))
+    assert "\n" not in str(refused.value)
+
+
+def test_weights_that_would_stay_random_are_refused(model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model, tmp_path / "model")
+    bert = AutoModel.from_pretrained(folder)
+    lost = "encoder.layer.1.output.dense.weight"
+    bert.save_pretrained(folder, state_dict={k: v for k, v in bert.state_dict().items() if k != lost})
+    with pytest.raises(UserError, match=f"lacks 1 weights, such as {lost}"):
+        load_encoder(config(folder))
+
+
+def test_weights_as_pickles_are_not_read(model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model, tmp_path / "model")
+    bert = AutoModel.from_pretrained(folder)
+    torch.save(bert.state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="expected config.json, model.safetensors"):
+        load_encoder(config(folder))
