@@ -89,6 +89,8 @@ def write_export(recommender: Recommender, folder: Path, vocab: Path) -> None:
         _save(recommender.model.state_dict(), aside / MODEL_FILE)
         _save({ITEMS_TENSOR: recommender.items}, aside / ITEMS_FILE)
         shutil.copyfile(vocab, aside / VOCAB_FILE)
+        for name in (MODEL_FILE, ITEMS_FILE):  # safetensors lets nobody but the writer read
+            shutil.copymode(aside / CONFIG_FILE, aside / name)
 
 
 def read_export(folder: Path) -> Recommender:

@@ -210,6 +210,7 @@ def test_the_command_says_what_it_wrote(run: Path) -> None:
     assert (result.returncode, result.stderr) == (0, "")
     folder = run / "export-8"
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+    assert len({(folder / name).stat().st_mode for name in FILES}) == 1
     num_bytes = {name: (folder / name).stat().st_size for name in FILES}
     num_parameters = sum(parameter.numel() for parameter in FMRLRec.from_pretrained(folder).parameters())
     first, *rows, last = result.stdout.splitlines()
