@@ -1,4 +1,4 @@
-"""From configuration and store to a model: the one place where both meet."""
+"""From configuration and store to a model, and to a recommender: the one place where both meet."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fmrl_dist import __version__
 from fmrl_dist.checkpoint import Checkpoint
-from fmrl_dist.config import ModelConfig
+from fmrl_dist.config import Config, ModelConfig
 from fmrl_dist.data.items import ItemTable, feature_affine, load_item_table
 from fmrl_dist.data.store import Store
 from fmrl_dist.errors import UserError
+from fmrl_dist.export_folder import Origin, Recommender
 from fmrl_dist.model import FMRLRec
 
 
@@ -77,6 +79,42 @@ def normalize_catalogue(model: FMRLRec, table: ItemTable, device: torch.device) 
     """Scale the table's features once, on the model's device."""
     present = table.present.to(device)
     return Catalogue(model.encoder.normalize(table.values.to(device), present), present)
+
+
+def build_recommender(
+    checkpoint: Checkpoint, config: Config, store: Store, device: torch.device, size: int | None = None
+) -> Recommender:
+    """A checkpoint's model and the embeddings of the items of ``store``.
+
+    Args:
+        checkpoint: of a run.
+        config: that run's.
+        store: whose catalogue is to be ranked, not always the one of the run.
+        device: to compute and to leave the tensors on.
+        size: which of the trained sizes to cut out; None for the whole model.
+
+    Raises:
+        UserError: the size was not trained, or the store does not fit the model.
+    """
+    model = restore_model(config.model, checkpoint)
+    if size is not None:
+        model = model.truncate(size)
+    model = model.to(device).eval()
+    catalogue = normalize_catalogue(model, load_catalogue_table(store, checkpoint), device)
+    origin = Origin(
+        fmrl_dist_version=__version__,
+        step=checkpoint.state.step,
+        training_manifest_sha256=checkpoint.manifest_sha256,
+        manifest_sha256=store.manifest.sha256,
+        store=str(store.path),
+    )
+    return Recommender(
+        model=model,
+        items=model.encoder(catalogue.features, catalogue.present).detach(),
+        max_length=config.data.max_length,
+        predict_first=config.loss.predict_first,
+        origin=origin,
+    )
 
 
 def _construct(

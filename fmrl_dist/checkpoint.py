@@ -14,7 +14,6 @@ to keep.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -26,6 +25,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from fmrl_dist.errors import UserError
+from fmrl_dist.files import flush
 
 CHECKPOINT_VERSION = 1
 
@@ -76,10 +76,10 @@ def save_checkpoint(
     record = {"checkpoint_version": CHECKPOINT_VERSION, "state": asdict(state), **facts}
     (aside / "state.json").write_text(json.dumps(record, indent=1))
     for file in aside.iterdir():
-        _flush(file)
-    _flush(aside)
+        flush(file)
+    flush(aside)
     aside.rename(path)
-    _flush(folder)
+    flush(folder)
     if state.best_step == state.step:  # first: a run killed in between does this step again, and finds it best again
         point(folder, "best", path)
     point(folder, "latest", path)
@@ -92,7 +92,7 @@ def point(folder: Path, link: str, target: Path) -> None:
     aside.unlink(missing_ok=True)
     aside.symlink_to(target.name)
     aside.replace(folder / link)
-    _flush(folder)
+    flush(folder)
     _prune(folder)
 
 
@@ -158,11 +158,3 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
         for name, parameter in model.named_parameters()
         for moment, tensor in optimizer.state.get(parameter, {}).items()
     }
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

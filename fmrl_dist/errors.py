@@ -1,11 +1,15 @@
-"""The user's mistakes, and how a command ends on one: one line, exit code 2, no traceback."""
+"""How a command ends: on a user's mistake with one line and exit code 2, quietly where nobody reads its output."""
 
 from __future__ import annotations
 
+import os
+import select
+import signal
 import sys
 from collections.abc import Callable
 
 EXIT_USER_ERROR = 2
+EXIT_NO_READER = 128 + signal.SIGPIPE  # what a shell shows for a program that ``| head`` ended
 
 
 class UserError(ValueError):
@@ -21,10 +25,34 @@ def require(condition: bool, message: str) -> None:
 def run_command(main: Callable[[list[str]], None]) -> None:
     """Run a command's ``main(argv)``; end a :class:`UserError` with one line on stderr and exit code 2.
 
-    Any other exception keeps its traceback and Python's exit code 1: that is a crash, and ours to mend.
+    A command whose output is no longer read (``| head -1``) ends without a word. Any other exception keeps its
+    traceback and Python's exit code 1: that is a crash, and ours to mend.
     """
+    try:
+        status = _run(main)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if _stdout_is_read():
+            raise  # another pipe broke
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains of it once more at exit
+        status = EXIT_NO_READER
+    if status:
+        sys.exit(status)
+
+
+def _run(main: Callable[[list[str]], None]) -> int | str | None:
     try:
         main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+        return EXIT_USER_ERROR
+    except SystemExit as end:  # of --help, --version, --print-config
+        return end.code
+    return 0
+
+
+def _stdout_is_read() -> bool:
+    """Whether somebody still holds the other end: of a pipe that nobody reads, the kernel reports an error."""
+    poll = select.poll()
+    poll.register(sys.stdout, select.POLLOUT)
+    return not any(events & select.POLLERR for _, events in poll.poll(0))

@@ -5,29 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fmrl_dist.assembly import load_catalogue_table, normalize_catalogue, restore_model
-from fmrl_dist.checkpoint import Checkpoint, load_checkpoint
-from fmrl_dist.config import CommandParser, Config, config_from_dict
+import torch
+
+from fmrl_dist.assembly import build_recommender
+from fmrl_dist.checkpoint import load_checkpoint
+from fmrl_dist.config import CommandParser, config_from_dict
 from fmrl_dist.data.histories import evaluation_blocks
 from fmrl_dist.data.store import Store
 from fmrl_dist.errors import UserError, require, run_command
 from fmrl_dist.evaluation import rank_histograms
+from fmrl_dist.export_folder import Recommender, is_export, read_export
 from fmrl_dist.metrics import metrics_from_histogram
 from fmrl_dist.report import size_table, write_report
+from fmrl_dist.run_folder import run_of_best
 from fmrl_dist.runtime import Runtime, start_runtime
 
+Subject = tuple[Recommender, Store, Path]  # what ranks, the store of its users, the folder of its report
 
-def evaluate_checkpoint(
-    checkpoint: Checkpoint, config: Config, store: Store, runtime: Runtime, split: str, mask_seen: bool
-) -> dict[str, Any]:
+
+def evaluate(recommender: Recommender, store: Store, runtime: Runtime, split: str, mask_seen: bool) -> dict[str, Any]:
     """Metrics of every size, as ``evaluation.json`` holds them; each rank takes its share of the user blocks."""
-    table = load_catalogue_table(store, checkpoint)
-    model = restore_model(config.model, checkpoint).to(runtime.device).eval()
-    catalogue = normalize_catalogue(model, table, runtime.device)
     numbers = runtime.my_share(len(store.manifest.splits[split]))
-    items = model.encoder(catalogue.features, catalogue.present).detach()
-    blocks = evaluation_blocks(store, split, config.data.max_length, numbers)
-    histograms = runtime.sum(rank_histograms(model, items, blocks, mask_seen))
+    blocks = evaluation_blocks(store, split, recommender.max_length, numbers)
+    model = recommender.model
+    histograms = runtime.sum(rank_histograms(model, recommender.items, blocks, mask_seen))
     return {
         "split": split,
         "users": int(histograms[0].sum()),
@@ -45,7 +46,7 @@ def report(result: dict[str, Any], folder: Path) -> None:
 
 def main(argv: list[str]) -> None:
     parser = CommandParser(prog="python -m fmrl_dist.evaluate", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a run folder (its best) or a checkpoint")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a run (its best), a checkpoint or an export")
     parser.add_argument("--split", choices=("valid", "test"), default="test")
     parser.add_argument("--mask-seen", action="store_true", help="leave out items of a user's history")
     parser.add_argument("--store", help="shard store (default: the recorded one)")
@@ -53,21 +54,41 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     require(arguments.threads >= 0, f"--threads is {arguments.threads}; expected at least 1, or 0 to share the cores")
 
-    checkpoint = load_checkpoint(arguments.checkpoint)
-    config = config_from_dict(checkpoint.config)
-    store = Store.open(arguments.store or config.store.path)
-    if not store.manifest.splits[arguments.split]:
-        raise UserError(f"store {store.path} has no {arguments.split} users (all histories are shorter than 3 events)")
+    open_subject = open_export if is_export(arguments.checkpoint) else open_checkpoint
     runtime = start_runtime(arguments.threads or "auto", lanes=None)
-    result = evaluate_checkpoint(checkpoint, config, store, runtime, arguments.split, arguments.mask_seen)
+    recommender, store, folder = open_subject(arguments.checkpoint, arguments.store, arguments.split, runtime.device)
+    result = evaluate(recommender, store, runtime, arguments.split, arguments.mask_seen)
     if runtime.is_main:
-        report(result, report_folder(checkpoint))
+        report(result, folder)
 
 
-def report_folder(checkpoint: Checkpoint) -> Path:
-    """The run, where this is its best checkpoint; else the checkpoint: a run's figures are those of its best."""
-    run = checkpoint.path.parent.parent
-    return run if (run / "checkpoints" / "best").resolve() == checkpoint.path else checkpoint.path
+def open_checkpoint(path: Path, store_path: str | None, split: str, device: torch.device) -> Subject:
+    """A run or one of its checkpoints, with the catalogue of the store."""
+    checkpoint = load_checkpoint(path)
+    config = config_from_dict(checkpoint.config)
+    store = open_store(store_path or config.store.path, split)
+    folder = run_of_best(checkpoint) or checkpoint.path
+    return build_recommender(checkpoint, config, store, device), store, folder
+
+
+def open_export(path: Path, store_path: str | None, split: str, device: torch.device) -> Subject:
+    """An export, with its own item embeddings."""
+    recommender = read_export(path)
+    store = open_store(store_path or recommender.origin.store, split)
+    num_items = store.manifest.num_items
+    require(
+        len(recommender.items) == num_items,
+        f"export {path} ranks {len(recommender.items)} items; store {store.path} has {num_items}",
+    )
+    return recommender.to(device), store, path
+
+
+def open_store(path: str, split: str) -> Store:
+    """The store at ``path``, which must have users in ``split``."""
+    store = Store.open(path)
+    if not store.manifest.splits[split]:
+        raise UserError(f"store {store.path} has no {split} users (all histories are shorter than 3 events)")
+    return store
 
 
 if __name__ == "__main__":

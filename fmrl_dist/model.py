@@ -1,7 +1,8 @@
 """fMRLRec (paper section 3.3): frozen item features, nested LRU blocks, tied scores; every prefix a model of its own.
 
 B histories, N packed items, P positions (items and start positions), V items, D width, F features' total dim, M
-features. The model knows plain tensors only: no rank, no file, no config object.
+features. The model knows plain tensors and values only: no rank, no config object, no file but the two that
+``from_pretrained`` reads.
 
     item encoder   E = X·W_proj + b_proj (+ stand-ins + id table)          eq. 7
     block          x + Dropout(LRU(LayerNorm(x))), x + FFN(LayerNorm(x))    eq. 8-12
@@ -13,16 +14,25 @@ gives the model of size m (``truncate``).
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fmrl_dist.errors import UserError
 from fmrl_dist.ops.nested import NestedLayerNorm, NestedLinear, init_nested, matmul_linear, nested_linear, shared_mask
 from fmrl_dist.ops.scan import packed_scan, scan_step
 
+FORMAT_VERSION = 1  # of the folder that from_pretrained reads
+CONFIG_FILE = "config.json"
+MODEL_FILE = "model.safetensors"
 RING_MARGIN = 1e-3  # keeps |Λ| off the ring's edges: at 0 the gradient of ν is NaN
 
 
@@ -256,23 +266,58 @@ class FMRLRec(nn.Module):
             new_states.append(new_state)
         return torch.stack(new_states, 1), x
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the constructor was given, but for ``matmul_dtype``, as values that JSON can carry."""
+        return {
+            "sizes": list(self.sizes),
+            "depth": self.depth,
+            "feature_dims": self.encoder.feature_dims,
+            "num_items": self.num_items,
+            **self.rates,
+            **self.ring,
+        }
+
     def truncate(self, size: int) -> FMRLRec:
         """A stand-alone copy of the model of ``size``: every weight cut to its prefix (section 3.2).
 
         Raises:
-            ValueError: ``size`` is not one of the trained sizes.
+            UserError: ``size`` is not one of the trained sizes.
         """
         if size not in self.sizes:
-            raise ValueError(f"size {size} was not trained; the trained sizes are {list(self.sizes)}")
-        small = FMRLRec(
-            sizes=self.sizes[: self.sizes.index(size) + 1],
-            depth=self.depth,
-            feature_dims=self.encoder.feature_dims,
-            num_items=self.num_items,
-            matmul_dtype=self.matmul_dtype,
-            **self.rates,
-            **self.ring,
-        ).to(self.encoder.weight)
+            raise UserError(f"size {size} was not trained; the trained sizes are {list(self.sizes)}")
+        sizes = self.sizes[: self.sizes.index(size) + 1]
+        small = FMRLRec(**self.arguments | {"sizes": sizes}, matmul_dtype=self.matmul_dtype).to(self.encoder.weight)
         full = self.state_dict()
         small.load_state_dict({k: full[k][tuple(map(slice, v.shape))] for k, v in small.state_dict().items()})
         return small.train(self.training)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> FMRLRec:
+        """The model of an exported folder, float32 on the CPU, in evaluation mode.
+
+        Reads ``config.json`` and ``model.safetensors`` (docs/format.md, "The export") and nothing else.
+
+        Raises:
+            UserError: the folder is not an export, is damaged, or of another version.
+        """
+        folder = Path(folder)
+        if not (folder / CONFIG_FILE).is_file():
+            raise UserError(f"{folder} is not an export: it has no {CONFIG_FILE}; make one with fmrl_dist.export")
+        try:
+            config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+            version = config.get("format_version")
+            if version != FORMAT_VERSION:
+                raise UserError(f"{folder / CONFIG_FILE} has format_version {version!r}; expected {FORMAT_VERSION}")
+            tensors = load_file(folder / MODEL_FILE)
+            if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
+                raise ValueError(f"{MODEL_FILE} is not float32 throughout")
+            with torch.device("meta"):  # the file's tensors become the parameters: nothing is drawn, then overwritten
+                model = cls(**config["model"])
+            model.load_state_dict(tensors, assign=True)
+        except UserError:
+            raise
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+            problem = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(f"export {folder} is damaged ({problem}); export it again") from None
+        return model.eval()

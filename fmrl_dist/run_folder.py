@@ -70,6 +70,12 @@ def out_of_patience(config: Config, evaluations_without_gain: int) -> bool:
     return evaluations_without_gain >= (config.train.patience or math.inf)
 
 
+def run_of_best(checkpoint: Checkpoint) -> Path | None:
+    """The run whose best checkpoint this is: its figures and exports are those of its best. None for any other."""
+    run = checkpoint.path.parent.parent
+    return run if (run / "checkpoints" / "best").resolve() == checkpoint.path else None
+
+
 def _is_best_step(folder: Path, step: int) -> bool:
     """Whether the folder's best checkpoint is of ``step``."""
     best = folder / "checkpoints" / "best"

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fmrl_dist.assembly import build_model, load_weights, normalize_catalogue
+from fmrl_dist.assembly import build_model, build_recommender, load_weights, normalize_catalogue
 from fmrl_dist.checkpoint import Checkpoint, TrainState, load_checkpoint, restore_optimizer, save_checkpoint
 from fmrl_dist.config import Config, command_parser, parse_command
 from fmrl_dist.data.histories import Packed, TrainStream, evaluation_blocks
@@ -27,7 +27,7 @@ from fmrl_dist.data.items import load_item_table
 from fmrl_dist.data.order import Order
 from fmrl_dist.data.store import MANIFEST_FILE, Store
 from fmrl_dist.errors import UserError, run_command
-from fmrl_dist.evaluate import evaluate_checkpoint, report
+from fmrl_dist.evaluate import evaluate, report
 from fmrl_dist.evaluation import rank_histograms
 from fmrl_dist.files import write_atomically
 from fmrl_dist.logbook import Logbook, Progress
@@ -269,7 +269,8 @@ def open_folder(run: Run) -> None:
 
 
 def _evaluate_best(config: Config, runtime: Runtime, store: Store, folder: Path) -> None:
-    result = evaluate_checkpoint(load_checkpoint(folder), config, store, runtime, "test", mask_seen=False)
+    recommender = build_recommender(load_checkpoint(folder), config, store, runtime.device)
+    result = evaluate(recommender, store, runtime, "test", mask_seen=False)
     if runtime.is_main:
         report(result, folder)
 

@@ -7,7 +7,6 @@ over. The same input gives the same shards and the same manifest hash.
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from fmrl_dist.data.store import (
 )
 from fmrl_dist.errors import UserError, run_command
 from fmrl_dist.feature_config import TextFeature
+from fmrl_dist.files import replaced_folder
 from shards.encoding import encoding_folder
 from shards.features import FeatureRows, make_feature
 from shards.histories import SplitWriter, UserBlocks, read_histories
@@ -59,21 +59,9 @@ def build(config: Config, overwrite: bool = False) -> tuple[Store, list[FeatureR
     target = Path(config.store.path).resolve()
     _check_target(target, overwrite)
     _make_demo_data(config.data)
-    aside = target.with_name(f"{target.name}.tmp-{os.getpid()}")
-    aside.mkdir(parents=True)
-    try:
+    with replaced_folder(target) as aside:
         features = _write_store(config, aside, encoding_folder(target))
-        if target.exists():
-            old = target.with_name(f"{target.name}.old-{os.getpid()}")
-            target.rename(old)
-            aside.rename(target)
-            shutil.rmtree(old)
-        else:
-            aside.rename(target)
-        shutil.rmtree(encoding_folder(target), ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+    shutil.rmtree(encoding_folder(target), ignore_errors=True)
     return Store.open(target), features
 
 

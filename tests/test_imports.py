@@ -22,6 +22,7 @@ LAYERS = (
     ("model",),
     ("plain_values", "feature_config", "config"),
     ("data", "losses", "metrics", "checkpoint", "evaluation"),
+    ("export_folder",),
 )
 SHARDS_MAY_IMPORT = (
     *("fmrl_dist.__version__", "fmrl_dist.config", "fmrl_dist.feature_config", "fmrl_dist.errors"),

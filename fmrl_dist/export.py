@@ -1,0 +1,56 @@
+"""``python -m fmrl_dist.export --checkpoint RUN --size M``: cut the model of one trained size out, ready to deploy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fmrl_dist.assembly import build_recommender
+from fmrl_dist.checkpoint import Checkpoint, load_checkpoint
+from fmrl_dist.config import CommandParser, config_from_dict
+from fmrl_dist.data.store import VOCAB_FILE, Store
+from fmrl_dist.errors import UserError, run_command
+from fmrl_dist.export_folder import FILES, check_output, write_export
+from fmrl_dist.run_folder import run_of_best
+
+
+def main(argv: list[str]) -> None:
+    parser = CommandParser(prog="python -m fmrl_dist.export", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a run (its best) or a checkpoint")
+    parser.add_argument("--size", type=int, required=True, help="one of the trained sizes")
+    parser.add_argument("--output", type=Path, help="folder to write (default: export-SIZE in the run)")
+    parser.add_argument("--store", help="shard store of the catalogue (default: the recorded one)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an export that is already there")
+    arguments = parser.parse_args(argv)
+
+    checkpoint = load_checkpoint(arguments.checkpoint)
+    config = config_from_dict(checkpoint.config)
+    output = (arguments.output or default_output(checkpoint, arguments.size)).resolve()
+    check_output(output, arguments.overwrite)
+    store = Store.open(arguments.store or config.store.path)
+    recommender = build_recommender(checkpoint, config, store, torch.device("cpu"), arguments.size)
+    write_export(recommender, output, store.path / VOCAB_FILE)
+    num_parameters = sum(parameter.numel() for parameter in recommender.model.parameters())
+    print(f"size {arguments.size}: {num_parameters:,} parameters, {len(recommender.items):,} items")
+    print(file_table(output))
+    print(f"written: {output}", flush=True)
+
+
+def default_output(checkpoint: Checkpoint, size: int) -> Path:
+    """``export-SIZE`` in the run whose best checkpoint this is."""
+    run = run_of_best(checkpoint)
+    if run is None:
+        raise UserError(f"checkpoint {checkpoint.path} is not the best of its run; say by --output where to export it")
+    return run / f"export-{size}"
+
+
+def file_table(folder: Path) -> str:
+    """Bytes of each file of an export, and of all."""
+    rows = [((folder / name).stat().st_size, name) for name in FILES]
+    rows.append((sum(num_bytes for num_bytes, _ in rows), "in all"))
+    return "\n".join(f"{num_bytes:>15,} bytes  {name}" for num_bytes, name in rows)
+
+
+if __name__ == "__main__":
+    run_command(main)

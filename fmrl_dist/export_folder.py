@@ -1,0 +1,120 @@
+"""An exported model: one folder that needs neither a run nor a store. docs/format.md, "The export", describes it.
+
+    config.json                   how to build the model, how it reads a history, where it came from
+    model.safetensors             its state dict, float32
+    item_embeddings.safetensors   what its outputs are scored against: no item features are needed to deploy
+    vocab.parquet                 the store's: external ids, training counts, titles where there are any
+
+V items, D the model's width, which is the size that was exported.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fmrl_dist.data.store import VOCAB_FILE
+from fmrl_dist.errors import UserError, require
+from fmrl_dist.files import replaced_folder
+from fmrl_dist.model import CONFIG_FILE, FORMAT_VERSION, MODEL_FILE, FMRLRec
+
+ITEMS_FILE = "item_embeddings.safetensors"
+ITEMS_TENSOR = "item_embeddings"
+FILES = (CONFIG_FILE, MODEL_FILE, ITEMS_FILE, VOCAB_FILE)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model and its catalogue came from."""
+
+    fmrl_dist_version: str  # that wrote the export
+    step: int  # of the checkpoint
+    training_manifest_sha256: str  # of the store it was trained on
+    manifest_sha256: str  # of the store its catalogue and vocabulary are of
+    store: str  # that store's path
+
+
+@dataclass(frozen=True)
+class Recommender:
+    """A trained model with the catalogue that it ranks."""
+
+    model: FMRLRec  # float32, in evaluation mode
+    items: Tensor  # scoring embeddings, float32 [V, D]
+    max_length: int  # last events of a history that the model is to read
+    predict_first: bool  # whether the start position, which serves an empty history, was trained
+    origin: Origin
+
+    def to(self, device: torch.device) -> Recommender:
+        return replace(self, model=self.model.to(device), items=self.items.to(device))
+
+
+def is_export(folder: Path) -> bool:
+    """Whether ``folder`` looks like an export, whole or damaged."""
+    return (folder / CONFIG_FILE).is_file()
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that is there, unless it is an export to overwrite."""
+    if not folder.exists():
+        return
+    require(is_export(folder), f"{folder} exists and is not an export; choose another --output")
+    require(overwrite, f"export {folder} exists; keep it, or write it again with --overwrite")
+
+
+def write_export(recommender: Recommender, folder: Path, vocab: Path) -> None:
+    """Write ``folder``, in place of an export that was there; ``vocab`` is the store's vocabulary.
+
+    Raises:
+        UserError: there is no vocabulary.
+    """
+    require(vocab.is_file(), f"the store's vocabulary {vocab} does not exist; build the store again")
+    config = {
+        "format_version": FORMAT_VERSION,
+        "model": recommender.model.arguments,
+        "num_items": len(recommender.items),
+        "max_length": recommender.max_length,
+        "predict_first": recommender.predict_first,
+        "origin": asdict(recommender.origin),
+    }
+    with replaced_folder(folder) as aside:
+        (aside / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        _save(recommender.model.state_dict(), aside / MODEL_FILE)
+        _save({ITEMS_TENSOR: recommender.items}, aside / ITEMS_FILE)
+        shutil.copyfile(vocab, aside / VOCAB_FILE)
+        for name in (MODEL_FILE, ITEMS_FILE):  # safetensors lets nobody but the writer read
+            shutil.copymode(aside / CONFIG_FILE, aside / name)
+
+
+def read_export(folder: Path) -> Recommender:
+    """Read what :func:`write_export` wrote, but for the vocabulary, on the CPU.
+
+    Raises:
+        UserError: the folder is not an export, is damaged, or of another version.
+    """
+    model = FMRLRec.from_pretrained(folder)
+    try:
+        config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        items = load_file(folder / ITEMS_FILE)[ITEMS_TENSOR]
+        shape = (config["num_items"], model.width)
+        if items.dtype != torch.float32 or items.shape != shape:
+            raise ValueError(f"{ITEMS_FILE} is {items.dtype} {list(items.shape)}; expected float32 {list(shape)}")
+        max_length, predict_first, origin = config["max_length"], config["predict_first"], Origin(**config["origin"])
+        if type(max_length) is not int or max_length < 1 or type(predict_first) is not bool:
+            raise ValueError(f"max_length, predict_first are {max_length!r}, {predict_first!r}")
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+        problem = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"export {folder} is damaged ({problem}); export it again") from None
+    return Recommender(model, items, max_length, predict_first, origin)
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, path, metadata={"format": "pt"})  # which other readers of the Hub look for

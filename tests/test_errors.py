@@ -1,0 +1,92 @@
+"""How a command ends, by real processes whose output is a real pipe that its reader leaves."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fmrl_dist.errors import EXIT_NO_READER, EXIT_USER_ERROR
+from tests.processes import REPOSITORY, clean_environment
+from tests.training_fixture import make_shop, train_here
+
+# Prints a line, waits until it is told to go on, and does {then}.
+PROGRAM = """
+import os, sys
+from fmrl_dist.errors import UserError, run_command
+
+def main(argv):
+    print("first", flush=True)
+    sys.stdin.readline()
+    {then}
+
+run_command(main)
+"""
+PRINT = "print('second')"
+BREAK_ANOTHER_PIPE = "r, w = os.pipe(); os.close(r); os.write(w, b'x')"
+BUFFERINGS = pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+
+
+def run(then: str, unbuffered: str, leave: bool) -> tuple[int, str]:
+    """Exit status and stderr of the program, whose reader takes one line and then leaves, or reads to the end."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(then=then)],
+        cwd=REPOSITORY,
+        env=clean_environment() | {"PYTHONUNBUFFERED": unbuffered},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin and process.stdout and process.stderr
+    assert process.stdout.readline() == "first\n"
+    if leave:
+        process.stdout.close()
+    process.stdin.write("go on\n")
+    process.stdin.close()
+    rest = "" if leave else process.stdout.read()
+    complaint = process.stderr.read()
+    process.stderr.close()
+    process.stdout.close()
+    assert rest == ("second\n" if PRINT in then and not leave else "")
+    return process.wait(timeout=60), complaint
+
+
+@BUFFERINGS
+@pytest.mark.parametrize(("then", "status"), [(PRINT, 0), (f"{PRINT}; sys.exit(3)", 3), (f"{PRINT}; sys.exit()", 0)])
+def test_a_command_whose_reader_leaves_ends_quietly(then: str, status: int, unbuffered: str) -> None:
+    assert run(then, unbuffered, leave=False) == (status, "")
+    assert run(then, unbuffered, leave=True) == (EXIT_NO_READER, "")
+
+
+@BUFFERINGS
+def test_a_user_error_is_one_line_whoever_reads(unbuffered: str) -> None:
+    for leave in (False, True):
+        assert run("raise UserError('mend it')", unbuffered, leave) == (EXIT_USER_ERROR, "error: mend it\n")
+
+
+@BUFFERINGS
+@pytest.mark.parametrize(
+    ("then", "error"), [(BREAK_ANOTHER_PIPE, "BrokenPipeError"), ("raise RuntimeError('ours')", "RuntimeError: ours")]
+)
+def test_a_crash_keeps_its_traceback(then: str, error: str, unbuffered: str) -> None:
+    status, complaint = run(then, unbuffered, leave=False)
+    assert status == 1 and complaint.startswith("Traceback") and error in complaint
+
+
+def test_evaluate_into_a_closed_pipe(tmp_path: Path) -> None:
+    run_folder = train_here(make_shop(tmp_path), tmp_path / "run", "--train.max_steps", 1)
+    (run_folder / "evaluation.json").unlink()
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-m", "fmrl_dist.evaluate", "--checkpoint", str(run_folder), "--threads", "1"]
+    environment = clean_environment() | {"CUDA_VISIBLE_DEVICES": ""}
+    try:
+        ended = subprocess.run(command, cwd=REPOSITORY, env=environment, stdout=write_end, stderr=subprocess.PIPE)
+    finally:
+        os.close(write_end)
+    assert (ended.returncode, ended.stderr) == (EXIT_NO_READER, b"")
+    assert (run_folder / "evaluation.json").exists()

@@ -1,0 +1,332 @@
+"""An export is a slice: it ranks as the large model does at its sizes, and by itself."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+from torch import Tensor
+
+from fmrl_dist import evaluate, export
+from fmrl_dist.assembly import build_recommender
+from fmrl_dist.checkpoint import load_checkpoint
+from fmrl_dist.config import config_from_dict, load_config
+from fmrl_dist.data.histories import RankingBlock, evaluation_blocks
+from fmrl_dist.data.store import Store
+from fmrl_dist.evaluation import target_ranks
+from fmrl_dist.export_folder import FILES, ITEMS_FILE, Origin, Recommender, read_export, write_export
+from fmrl_dist.metrics import CUTOFF
+from fmrl_dist.model import CONFIG_FILE, MODEL_FILE, FMRLRec
+from shards.build import build
+from tests.training_fixture import (
+    contents,
+    evaluation,
+    make_shop,
+    refusal,
+    run_here,
+    run_module,
+    shop_values,
+    train_here,
+    write_shop,
+)
+
+SIZES = (4, 8, 16)
+MODEL_WORDS = ("--model.sizes", "[4, 8, 16]", "--model.width", 16, "--model.depth", 2, "--eval.size", 16)
+ID_TABLE = ("--model.id_table", "true")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A shop whose items have titles, and colours that standardize has to shift and scale."""
+    root = tmp_path_factory.mktemp("export")
+    write_shop(root / "raw")
+    np.save(root / "raw" / "colour.npy", 5 * np.load(root / "raw" / "colour.npy") + 3)
+    values = shop_values(root)
+    values["data"]["items"] = {"title": "title"}
+    (root / "shop.yaml").write_text(yaml.safe_dump(values))
+    build(load_config(root / "shop.yaml"))
+    return root / "shop.yaml"
+
+
+@pytest.fixture(scope="module")
+def trained(shop: Path) -> Path:
+    return train_here(shop, shop.parent / "run", *MODEL_WORDS)
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    shutil.copytree(trained, tmp_path / "run", symlinks=True)
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def exported(run: Path) -> Path:
+    """The export of size 8."""
+    export_here(run, 8)
+    return run / "export-8"
+
+
+def export_here(run: Path, size: int, *words: object) -> None:
+    run_here(export.main, ["--checkpoint", run, "--size", size, *words])
+
+
+def evaluate_here(*words: object) -> None:
+    run_here(evaluate.main, ["--checkpoint", *words, "--threads", 1])
+
+
+# The same figures as the large model
+
+
+@pytest.mark.parametrize("words", [(), ("--mask-seen",), ("--split", "valid")], ids=["test", "masked", "valid"])
+def test_every_size_evaluates_as_that_size_of_the_run(run: Path, words: tuple[str, ...]) -> None:
+    name = {(): "evaluation", ("--mask-seen",): "evaluation-masked"}.get(words, "evaluation-valid")
+    evaluate_here(run, *words)
+    for size in SIZES:
+        export_here(run, size)
+        evaluate_here(run / f"export-{size}", *words)
+        found, expected = evaluation(run / f"export-{size}", name), evaluation(run, name)
+        assert list(found["sizes"]) == [str(m) for m in SIZES if m <= size]
+        expected["sizes"] = {m: expected["sizes"][m] for m in found["sizes"]}
+        assert found == expected
+    assert len({json.dumps(row) for row in evaluation(run, name)["sizes"].values()}) == len(SIZES)
+
+
+@pytest.mark.parametrize(
+    "words", [(), ("--model.id_table", "true"), ("--model.features", "[]", "--model.id_table", "true")]
+)
+def test_ranks_are_those_of_the_large_model(shop: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
+    run = train_here(shop, tmp_path / "run", *MODEL_WORDS, *words, "--train.max_steps", 6)
+    checkpoint = load_checkpoint(run)
+    config = config_from_dict(checkpoint.config)
+    store = Store.open(config.store.path)
+    large = build_recommender(checkpoint, config, store, CPU)
+    blocks = list(evaluation_blocks(store, "test", config.data.max_length, range(len(store.manifest.splits["test"]))))
+    for size in SIZES:
+        export_here(run, size)
+        small = read_export(run / f"export-{size}")
+        assert small.model.sizes == tuple(m for m in SIZES if m <= size)
+        for block in blocks:
+            assert_same_ranks(large, small, block)
+
+
+@torch.no_grad()
+def assert_same_ranks(large: Recommender, small: Recommender, block: RankingBlock) -> None:
+    """Scores equal to 1e-6, and ranks but for other items' scores as near as that to the target's."""
+    z, z_small = (
+        r.model(r.items[block.items], block.starts, block.from_start)[block.starts[1:] - 1] for r in (large, small)
+    )
+    sizes = small.model.sizes
+    ranks = target_ranks(z_small, small.items, block, sizes, mask_seen=False)
+    for j, size in enumerate(sizes):
+        scores = z[:, :size] @ large.items[:, :size].T
+        near = 1e-6 * scores.abs().amax().clamp_min(1)
+        assert (z_small[:, :size] @ small.items[:, :size].T - scores).abs().max() <= near
+        target = scores.gather(1, block.targets[:, None])
+        best, worst = 1 + (scores > target + near).sum(1), (scores >= target - near).sum(1)
+        found = ranks[j]
+        assert bool(((best <= found) & (found <= worst) | (found > CUTOFF) & (worst > CUTOFF)).all())
+
+
+@st.composite
+def models(draw: st.DrawFn) -> tuple[FMRLRec, int, int]:
+    """A model with every tensor drawn, the number of its items, and one of its sizes."""
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    sizes = list(itertools.accumulate(draw(st.lists(st.integers(4, 12), min_size=1, max_size=4))))
+    names = draw(st.sets(st.sampled_from(["text", "image", "price"])))
+    dims = {name: draw(st.integers(1, 6)) for name in sorted(names)}
+    num_items = draw(st.integers(1, 60))
+    id_rows = num_items if draw(st.booleans()) or not dims else 0
+    model = FMRLRec(sizes, draw(st.integers(1, 3)), dims, id_rows, dropout=0.3).eval()
+    for values in itertools.chain(model.parameters(), model.buffers()):
+        values.data.normal_(0, 0.5)
+    return model, num_items, draw(st.sampled_from(sizes))
+
+
+def recommender_of(model: FMRLRec, values: Tensor, present: Tensor) -> Recommender:
+    with torch.no_grad():
+        items = model.encoder(model.encoder.normalize(values, present), present)
+    return Recommender(model, items, 50, False, Origin("0", 1, "a", "b", "c"))
+
+
+@settings(max_examples=40)
+@given(case=models(), lengths=st.lists(st.integers(0, 9), min_size=1, max_size=5))
+def test_an_export_of_any_model_ranks_as_it(case: tuple[FMRLRec, int, int], lengths: list[int]) -> None:
+    """Any width, sizes, depth, features (some missing, all scaled and shifted), with an id table or without."""
+    model, num_items, size = case
+    values = torch.randn(num_items, sum(model.encoder.feature_dims.values()))
+    present = torch.rand(num_items, len(model.encoder.feature_dims)) < 0.7
+    small = recommender_of(model.truncate(size), values, present)
+    with tempfile.TemporaryDirectory() as folder:
+        vocab = Path(folder) / "vocab.parquet"
+        vocab.write_bytes(b"of no interest here")
+        write_export(small, Path(folder) / "export", vocab)
+        found = read_export(Path(folder) / "export")
+    assert_same_recommender(found, small)
+    events = torch.randint(num_items, (sum(lengths),))
+    starts = torch.tensor([0, *itertools.accumulate(lengths)])
+    block = RankingBlock(
+        users=torch.arange(len(lengths)),
+        items=events,
+        starts=starts,
+        from_start=torch.ones(len(lengths), dtype=torch.bool),  # an empty history is served by its start position
+        targets=torch.randint(num_items, (len(lengths),)),
+        seen=events,
+        seen_starts=starts,
+    )
+    assert_same_ranks(recommender_of(model, values, present), found, block)
+
+
+def assert_same_recommender(found: Recommender, expected: Recommender) -> None:
+    assert replace(found, model=expected.model, items=expected.items) == expected
+    assert torch.equal(found.items, expected.items)
+    assert found.model.arguments == expected.model.arguments
+    tensors, wanted = found.model.state_dict(), expected.model.state_dict()
+    assert list(tensors) == list(wanted)
+    assert all(tensors[name].dtype == torch.float32 and torch.equal(tensors[name], wanted[name]) for name in wanted)
+    assert [n for n, p in found.model.named_parameters() if p.requires_grad] == [
+        n for n, _ in found.model.named_parameters()
+    ]
+    assert not found.model.training
+
+
+# The folder
+
+
+def test_the_command_says_what_it_wrote(run: Path) -> None:
+    result = run_module("fmrl_dist.export", "--checkpoint", run, "--size", 8)
+    assert (result.returncode, result.stderr) == (0, "")
+    folder = run / "export-8"
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+    assert len({(folder / name).stat().st_mode for name in FILES}) == 1
+    num_bytes = {name: (folder / name).stat().st_size for name in FILES}
+    num_parameters = sum(parameter.numel() for parameter in FMRLRec.from_pretrained(folder).parameters())
+    first, *rows, last = result.stdout.splitlines()
+    assert first == f"size 8: {num_parameters:,} parameters, 40 items"
+    assert [row.split() for row in rows] == [
+        *([f"{count:,}", "bytes", name] for name, count in num_bytes.items()),
+        [f"{sum(num_bytes.values()):,}", "bytes", "in", "all"],
+    ]
+    assert last == f"written: {folder}"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_files_hold_the_slice(run: Path, shop: Path, size: int) -> None:
+    export_here(run, size)
+    folder = run / f"export-{size}"
+    checkpoint = load_checkpoint(run)
+    config = config_from_dict(checkpoint.config)
+    store = Store.open(config.store.path)
+    large = build_recommender(checkpoint, config, store, CPU)
+    small = large.model.truncate(size)
+    tensors = load_file(folder / MODEL_FILE)
+    assert set(tensors) == set(small.state_dict())
+    assert all(np.array_equal(tensors[name], tensor.numpy()) for name, tensor in small.state_dict().items())
+    ((name, items),) = load_file(folder / ITEMS_FILE).items()
+    assert name == "item_embeddings" and items.dtype == np.float32 and items.shape == (40, size)
+    np.testing.assert_allclose(items, large.items[:, :size], rtol=0, atol=1e-6)
+    assert (folder / "vocab.parquet").read_bytes() == (store.path / "vocab.parquet").read_bytes()
+    assert pq.read_table(folder / "vocab.parquet").column_names == ["item", "external_id", "train_count", "title"]
+    assert json.loads((folder / CONFIG_FILE).read_text()) == {
+        "format_version": 1,
+        "model": {
+            **{"sizes": [m for m in SIZES if m <= size], "depth": 2, "feature_dims": {"vector": 6, "colour": 4}},
+            **{"num_items": 0, "dropout": 0.2, "lru_dropout": 0.2, "r_min": 0.0, "r_max": 0.1},
+        },
+        **{"num_items": 40, "max_length": 50, "predict_first": True},
+        "origin": {
+            "fmrl_dist_version": "0.1.0",
+            "step": checkpoint.state.best_step,
+            "training_manifest_sha256": store.manifest.sha256,
+            "manifest_sha256": store.manifest.sha256,
+            "store": str(store.path),
+        },
+    }
+
+
+def test_the_model_needs_two_files_and_draws_nothing(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "two").mkdir()
+    for name in (CONFIG_FILE, MODEL_FILE):
+        shutil.copy(exported / name, tmp_path / "two")
+    before = torch.get_rng_state()
+    model = FMRLRec.from_pretrained(str(tmp_path / "two"))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.width == 8 and not model.training
+    z = model(torch.zeros(0, 8), torch.tensor([0, 0]), torch.tensor([True]))
+    z.sum().backward()  # it can be trained further
+    assert model.encoder.bias.grad is not None
+
+
+def test_another_stores_catalogue(run: Path, tmp_path: Path) -> None:
+    """A model of features alone is exported with a catalogue it was not trained on, and evaluated on that only."""
+    store = make_shop(tmp_path / "other", num_items=50).parent / "store"
+    export_here(run, 8, "--store", store, "--output", tmp_path / "new")
+    recommender = read_export(tmp_path / "new")
+    assert len(recommender.items) == 50 and recommender.origin.store == str(store)
+    assert recommender.origin.manifest_sha256 != recommender.origin.training_manifest_sha256
+    evaluate_here(tmp_path / "new")
+    before = contents(tmp_path / "new")
+    line = refusal(evaluate.main, "--checkpoint", tmp_path / "new", "--store", shop_store(run))
+    assert f"export {tmp_path / 'new'} ranks 50 items; store {shop_store(run)} has 40" in line
+    assert contents(tmp_path / "new") == before
+
+
+def shop_store(run: Path) -> str:
+    return load_config(run / "config.yaml").store.path
+
+
+def test_an_export_is_replaced_only_when_asked(run: Path, exported: Path) -> None:
+    (exported / "evaluation.json").write_text("of what was there before")
+    before = contents(exported)
+    line = refusal(export.main, "--checkpoint", run, "--size", 8)
+    assert line == f"error: export {exported} exists; keep it, or write it again with --overwrite"
+    assert contents(exported) == before
+    export_here(run, 4, "--output", exported, "--overwrite")
+    assert sorted(path.name for path in exported.iterdir()) == sorted(FILES)
+    assert FMRLRec.from_pretrained(exported).width == 4
+    assert [path.name for path in run.iterdir() if path.name.startswith((".", "export"))] == ["export-8"]
+
+
+def test_nothing_but_an_export_is_overwritten(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    before = contents(tmp_path)
+    line = refusal(export.main, "--checkpoint", run, "--size", 8, "--output", tmp_path / "mine", "--overwrite")
+    assert line == f"error: {tmp_path / 'mine'} exists and is not an export; choose another --output"
+    assert contents(tmp_path) == before
+
+
+def test_refusals_write_nothing(run: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(shop_store(run), store)
+    (store / "vocab.parquet").unlink()
+    latest = (run / "checkpoints" / "latest").resolve()
+    before = contents(tmp_path)
+    for words, complaint in {
+        (run, "--size", 48): "error: size 48 was not trained; the trained sizes are [4, 8, 16]",
+        (run, "--size", 8, "--store", store): f"the store's vocabulary {store / 'vocab.parquet'} does not exist",
+        (run, "--size", 8, "--store", tmp_path / "gone"): "gone does not exist; build it",
+        (latest, "--size", 8): f"checkpoint {latest} is not the best of its run; say by --output",
+        (tmp_path / "nowhere", "--size", 8): "nowhere holds no checkpoint; expected a run folder",
+        (run, "--size", "small"): "invalid int value: 'small'",
+    }.items():
+        assert complaint in refusal(export.main, "--checkpoint", *words)
+    assert contents(tmp_path) == before
+
+
+def test_a_checkpoint_that_is_not_the_best(run: Path, tmp_path: Path) -> None:
+    latest = (run / "checkpoints" / "latest").resolve()
+    export_here(latest, 8, "--output", tmp_path / "latest")
+    assert read_export(tmp_path / "latest").origin.step == load_checkpoint(latest).state.step
