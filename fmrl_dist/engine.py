@@ -113,7 +113,11 @@ class ZeroEngine:
         (step, *_) = (state["step"] for state in self._optimizer.state.values())  # the same for all: see restore
         tensors = {}
         for name, parameter in self._model.named_parameters():
-            whole = {moment: safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS}
+            # DeepSpeed knows nothing of a parameter without elements (the projection of no features).
+            whole = {
+                moment: safe_get_full_optimizer_state(parameter, moment) if parameter.numel() else parameter.detach()
+                for moment in MOMENTS
+            }
             if self._runtime.is_main:
                 tensors[f"step/{name}"] = step.clone()
                 tensors |= {f"{moment}/{name}": tensor.cpu() for moment, tensor in whole.items()}

@@ -62,6 +62,7 @@ def main(argv: list[str]) -> None:
     result = evaluate_checkpoint(checkpoint, config, store, runtime, arguments.split, arguments.mask_seen)
     if runtime.is_main:
         report(result, report_folder(checkpoint))
+    runtime.leave()
 
 
 def report_folder(checkpoint: Checkpoint) -> Path:

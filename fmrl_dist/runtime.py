@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from fmrl_dist.errors import UserError, require
-from fmrl_dist.zero_config import asks_for_deepspeed, checked_plugin
+from fmrl_dist.zero_config import asks_for_deepspeed, checked_plugin, leave_out_unused_build
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,11 @@ def start_accelerator(environment: os._Environ[str] | dict[str, str]) -> Acceler
     if not asks_for_deepspeed(environment):
         # Said outright: on a machine without a GPU, --multi_gpu would otherwise start processes that never meet.
         return Accelerator(cpu=on_cpu, mixed_precision="no")
+    plugin = checked_plugin(environment)
+    leave_out_unused_build()
     # With cpu=True, Accelerate would silently take DDP. Without it, it has to be told the CPU's backend.
     handlers = [InitProcessGroupKwargs(backend="gloo")] if on_cpu else []
-    return Accelerator(mixed_precision="no", deepspeed_plugin=checked_plugin(environment), kwargs_handlers=handlers)
+    return Accelerator(mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=handlers)
 
 
 def refuse_one_process_trap(environment: os._Environ[str] | dict[str, str]) -> None:

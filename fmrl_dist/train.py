@@ -46,6 +46,12 @@ def train(config: Config, resume: str | None) -> None:
     build_missing_demo_store(config)
     runtime = start_runtime(config.train.threads, config.train.num_lanes, config.train.precision)
     config = replace(config, train=replace(config.train, precision=runtime.precision))
+    train_and_evaluate(config, runtime, resume)
+    runtime.leave()
+
+
+def train_and_evaluate(config: Config, runtime: Runtime, resume: str | None) -> None:
+    """What is left of a run: steps, if there are any, then the evaluation of its best checkpoint."""
     folder = Path(config.run.dir)
     store = Store.open(config.store.path)
     if not store.manifest.splits["test"]:

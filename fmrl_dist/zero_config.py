@@ -8,14 +8,10 @@ engine. DeepSpeed's bf16 and fp16 would cast every parameter, Λ's angle θ amon
 from __future__ import annotations
 
 import importlib.util
-import os
-import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import DeepSpeedPlugin
 
 from fmrl_dist.errors import UserError, require
@@ -40,8 +36,8 @@ def checked_plugin(environment: Mapping[str, str]) -> DeepSpeedPlugin:
     """DeepSpeed's configuration, from the launcher's file or options.
 
     Raises:
-        UserError: DeepSpeed, or what it needs to build its communication, is not there; this process would silently
-            train without it; its configuration is missing, damaged or asks for what is not supported.
+        UserError: DeepSpeed is not installed; this process would silently train without it; its configuration is
+            missing, damaged or asks for what is not supported.
     """
     refuse_silent_fallback(environment)
     require_installed()
@@ -107,17 +103,19 @@ def refuse_silent_fallback(environment: Mapping[str, str]) -> None:
 
 
 def require_installed() -> None:
-    """DeepSpeed, and on the CPU what its C++ communication is built with (once, for about half a minute)."""
+    """Refuse to start where the extra that brings DeepSpeed is not installed."""
     require(
         importlib.util.find_spec("deepspeed") is not None,
         "DeepSpeed was asked for but is not installed; pip install -e '.[deepspeed]'",
     )
-    if torch.cuda.is_available():
-        return
-    # The extra brings ninja along, beside this interpreter; it is not on PATH where no environment was activated.
-    os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)))
-    for tool, mend in ((os.environ.get("CXX", "c++"), "a C++ compiler, such as g++"), ("ninja", "pip install ninja")):
-        require(
-            shutil.which(tool) is not None,
-            f"DeepSpeed builds its communication on the CPU and found no {tool}; install it ({mend})",
-        )
+
+
+def leave_out_unused_build() -> None:
+    """Keep DeepSpeed on the CPU from compiling an all-reduce of its own before it starts.
+
+    Only its inference uses that one; training reduces through torch. The build needs g++ and ninja, takes minutes and
+    3 GB on two cores, and one that is killed leaves a lock on which every later start waits for ever.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
