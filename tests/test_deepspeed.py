@@ -83,14 +83,14 @@ def assert_equal_runs(found: Path, expected: Path) -> None:
         assert record["step"] == other["step"]
         for key in FIGURES:
             assert record[key] == pytest.approx(other[key], rel=1e-5), (record["step"], key)
-    for file in ("model", "optimizer"):
+    for file, tolerance in (("model", 1e-5), ("optimizer", 1e-4)):
         left, right = (load_file(run / "checkpoints" / "latest" / f"{file}.safetensors") for run in (found, expected))
         assert left.keys() == right.keys()
         for name, tensor in right.items():
             assert left[name].dtype == tensor.dtype and left[name].shape == tensor.shape
             if tensor.numel():
                 error = (left[name] - tensor).abs().max() / tensor.abs().max().clamp_min(1e-12)
-                assert error < 1e-4 if "exp_avg_sq" in name else error < 3e-5, (file, name, error)
+                assert error < tolerance, (file, name, error)
     assert evaluation(found) == evaluation(expected)
     assert records(found, "valid") == records(expected, "valid")
 
@@ -137,17 +137,17 @@ def test_zero_1_with_a_projection_of_no_features(shop: Path, tmp_path: Path) -> 
 @pytest.mark.slow
 def test_bf16_of_the_launcher_is_ours(shop: Path, tmp_path: Path) -> None:
     """Products in bfloat16; parameters, moments and gradients' sums stay float32."""
-    words = [*WORDS, "--train.max_steps", 3]
+    words = [*WORDS, "--train.max_steps", 1]
     result = launch_training(shop, tmp_path / "zero", *words, options=("--mixed_precision", "bf16"))
     assert "engine deepspeed ZeRO 2, device cpu, 1 thread(s) each, precision bf16" in result.stdout
     for file in ("model", "optimizer"):
         tensors = load_file(tmp_path / "zero" / "checkpoints" / "latest" / f"{file}.safetensors")
         assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
-    run = train_here(shop, tmp_path / "one", *words, "--train.precision", "bf16")
-    single = train_here(shop, tmp_path / "fp32", *words)
-    for found, expected, other in zip(*map(records, (tmp_path / "zero", run, single)), strict=True):
-        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
-        assert abs(found["loss"] - other["loss"]) > 10 * abs(found["loss"] - expected["loss"])
+    train_here(shop, tmp_path / "bf16", *words, "--train.precision", "bf16")
+    train_here(shop, tmp_path / "fp32", *words)
+    found, half, single = (records(tmp_path / run)[0]["loss"] for run in ("zero", "bf16", "fp32"))
+    assert found == pytest.approx(half, rel=1e-6)
+    assert found != pytest.approx(single, rel=1e-5)
 
 
 @pytest.mark.slow
