@@ -287,9 +287,13 @@ def _evaluate_best(config: Config, runtime: Runtime, store: Store, folder: Path)
 
 
 def build_missing_demo_store(config: Config) -> None:
-    """Build the demo's store where there is none: rank 0 does it, before the ranks meet, and the others wait there."""
-    missing = config.data.demo is not None and not (Path(config.store.path) / MANIFEST_FILE).exists()
-    if not missing or os.environ.get("RANK", "0") != "0":
+    """Build the demo's store where there is none: rank 0 does it, before the ranks meet, and the others wait there.
+
+    The others do not even look: a network file system may remember for a minute that a file was not there.
+    """
+    if config.data.demo is None or os.environ.get("RANK", "0") != "0":
+        return
+    if (Path(config.store.path) / MANIFEST_FILE).exists():
         return
     print(f"building the demo store {config.store.path} …", flush=True)
     with tempfile.TemporaryDirectory() as folder:

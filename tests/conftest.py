@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from hypothesis import settings
 
 from tests.processes import REPOSITORY, is_launch_variable
+from tests.slurm_cluster import SlurmCluster, what_is_missing
 
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
@@ -42,3 +44,14 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"real data not found: {SHARED_DATA} does not exist")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[SlurmCluster]:
+    """A SLURM of two idle nodes. Where none can be had, the test is skipped; with ``CI`` set, it fails."""
+    if missing := what_is_missing():
+        if os.environ.get("CI"):
+            pytest.fail(missing, pytrace=False)
+        pytest.skip(missing)
+    with SlurmCluster(num_nodes=2) as cluster:
+        yield cluster

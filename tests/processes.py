@@ -170,8 +170,7 @@ def launch(
         if num_processes != 1:  # `--cpu --num_processes 2` would silently start one process
             options += ["--multi_gpu"]
             variables["ACCELERATE_USE_CPU"] = "true"
-    # The same as `accelerate launch`, which also imports timm where it is installed, and so torchvision, which does not
-    # fit every torch.
+    # `accelerate launch` without its imports: timm, where there is one, and so torchvision, fit for this torch or not.
     command = [str(Path(sys.executable).with_name("accelerate-launch")), *options, *map(str, arguments)]
     process = subprocess.Popen(
         command,
