@@ -55,7 +55,7 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, state: TrainState, model: nn.Module, optimizer: torch.optim.Optimizer, facts: dict[str, Any]
+    folder: Path, state: TrainState, model: nn.Module, optimizer: dict[str, Tensor], facts: dict[str, Any]
 ) -> Path:
     """Write ``folder/step-…`` and point ``latest`` at it, and ``best`` too if its evaluation was the best so far.
 
@@ -63,7 +63,7 @@ def save_checkpoint(
         folder: the run's ``checkpoints``.
         state: where the run stands.
         model: the unwrapped model.
-        optimizer: its AdamW.
+        optimizer: the whole of its AdamW, as :func:`optimizer_tensors` names it.
         facts: ``config``, ``features``, ``num_items``, ``manifest_sha256`` and whatever else is worth recording.
     """
     _prune(folder)
@@ -72,7 +72,7 @@ def save_checkpoint(
     aside.mkdir(parents=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, aside / "model.safetensors")
-    save_file(_optimizer_tensors(model, optimizer), aside / "optimizer.safetensors")
+    save_file(optimizer, aside / "optimizer.safetensors")
     record = {"checkpoint_version": CHECKPOINT_VERSION, "state": asdict(state), **facts}
     (aside / "state.json").write_text(json.dumps(record, indent=1))
     for file in aside.iterdir():
@@ -142,6 +142,15 @@ def find_checkpoint(path: Path, link: str) -> Path:
     raise UserError(f"{path} holds no checkpoint; expected a run folder or one of its checkpoints/…")
 
 
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """``<moment>/<parameter>`` of every parameter that has taken a step, on the CPU."""
+    return {
+        f"{moment}/{name}": tensor.detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        for moment, tensor in optimizer.state.get(parameter, {}).items()
+    }
+
+
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Put saved moments back; a parameter that had taken no step yet has none."""
     for name, parameter in model.named_parameters():
@@ -150,11 +159,3 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
             optimizer.state[parameter] = {
                 moment: t if moment == "step" else t.to(parameter.device) for moment, t in saved.items()
             }
-
-
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{moment}/{name}": tensor.detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        for moment, tensor in optimizer.state.get(parameter, {}).items()
-    }

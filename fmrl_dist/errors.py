@@ -44,7 +44,7 @@ def _run(main: Callable[[list[str]], None]) -> int | str | None:
     try:
         main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"error: {error}\n")  # in one piece: other ranks may write the same
         return EXIT_USER_ERROR
     except SystemExit as end:  # of --help, --version, --print-config
         return end.code

@@ -60,6 +60,7 @@ def main(argv: list[str]) -> None:
     result = evaluate(recommender, store, runtime, arguments.split, arguments.mask_seen)
     if runtime.is_main:
         report(result, folder)
+    runtime.leave()
 
 
 def open_checkpoint(path: Path, store_path: str | None, split: str, device: torch.device) -> Subject:

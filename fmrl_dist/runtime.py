@@ -6,9 +6,12 @@ import os
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
-from fmrl_dist.errors import UserError
+from fmrl_dist.errors import UserError, require
+from fmrl_dist.zero_config import asks_for_deepspeed, checked_plugin, leave_out_unused_build
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,7 @@ class Runtime:
     accelerator: Accelerator
     threads: int
     precision: str  # fp32 | bf16
+    joined_group: bool  # the process group was set up for this runtime, which therefore leaves it
 
     @property
     def rank(self) -> int:
@@ -34,6 +38,10 @@ class Runtime:
     @property
     def device(self) -> torch.device:
         return self.accelerator.device
+
+    @property
+    def uses_deepspeed(self) -> bool:
+        return bool(self.accelerator.distributed_type == DistributedType.DEEPSPEED)
 
     @property
     def matmul_dtype(self) -> torch.dtype | None:
@@ -53,8 +61,16 @@ class Runtime:
         if self.is_main:
             print(text, flush=True)
 
+    def leave(self) -> None:
+        """End the process group once every rank has got here: one that is left to the exit can kill its process."""
+        self.accelerator.wait_for_everyone()
+        if self.joined_group:
+            self.accelerator.end_training()
+
     def describe(self) -> str:
         engine = str(self.accelerator.distributed_type).split(".")[-1].lower()
+        if self.uses_deepspeed:
+            engine += f" ZeRO {self.accelerator.deepspeed_plugin.zero_stage}"
         return (
             f"{self.world_size} process(es), engine {engine}, device {self.device}, "
             f"{self.threads} thread(s) each, precision {self.precision}"
@@ -70,13 +86,14 @@ def start_runtime(threads: int | str, lanes: int | None, precision: str = "fp32"
         precision: fp32 or bf16, if the launcher leaves the choice.
 
     Raises:
-        UserError: the launcher was asked for several processes but started one, asks for a precision that is not
-            supported, or starts more processes than there are lanes.
+        UserError: the launcher was asked for several processes but started one, asks for a precision, an accumulation
+            or a DeepSpeed configuration that is not supported, or starts more processes than there are lanes.
     """
     refuse_one_process_trap(os.environ)
+    refuse_accumulation(os.environ)
     precision = launched_precision(os.environ, precision)
-    # Said outright: on a machine without a GPU, --multi_gpu would otherwise start processes that never meet.
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
+    in_group = dist.is_initialized()
+    accelerator = start_accelerator(os.environ)
     asked_for = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != asked_for:
         raise UserError(
@@ -93,7 +110,20 @@ def start_runtime(threads: int | str, lanes: int | None, precision: str = "fp32"
     num_threads = max(cores // local_ranks, 1) if threads == "auto" else int(threads)
     torch.set_num_threads(num_threads)
     torch.set_flush_denormal(True)  # decayed states underflow; denormals would only be slow
-    return Runtime(accelerator, num_threads, precision)
+    return Runtime(accelerator, num_threads, precision, joined_group=dist.is_initialized() and not in_group)
+
+
+def start_accelerator(environment: os._Environ[str] | dict[str, str]) -> Accelerator:
+    """Meet the other processes under the engine that the launcher asked for; precision stays ours."""
+    on_cpu = not torch.cuda.is_available()
+    if not asks_for_deepspeed(environment):
+        # Said outright: on a machine without a GPU, --multi_gpu would otherwise start processes that never meet.
+        return Accelerator(cpu=on_cpu, mixed_precision="no")
+    plugin = checked_plugin(environment)
+    leave_out_unused_build()
+    # With cpu=True, Accelerate would silently take DDP. Without it, it has to be told the CPU's backend.
+    handlers = [InitProcessGroupKwargs(backend="gloo")] if on_cpu else []
+    return Accelerator(mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=handlers)
 
 
 def refuse_one_process_trap(environment: os._Environ[str] | dict[str, str]) -> None:
@@ -111,3 +141,12 @@ def launched_precision(environment: os._Environ[str] | dict[str, str], configure
     if launched not in ("no", "bf16"):
         raise UserError(f"the launcher asks for mixed precision {launched!r}; expected no or bf16")
     return "bf16" if launched == "bf16" else configured
+
+
+def refuse_accumulation(environment: os._Environ[str] | dict[str, str]) -> None:
+    """The launcher's accumulation would only divide the loss: the batch of a step is ``train.batch_size``."""
+    steps = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    require(
+        steps in ("1", "auto"),
+        f"the launcher asks for {steps} gradient accumulation steps; accumulation is not supported, expected 1",
+    )

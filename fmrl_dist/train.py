@@ -17,15 +17,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fmrl_dist.assembly import build_model, build_recommender, load_weights, normalize_catalogue
-from fmrl_dist.checkpoint import Checkpoint, TrainState, load_checkpoint, restore_optimizer, save_checkpoint
+from fmrl_dist.checkpoint import Checkpoint, TrainState, load_checkpoint, save_checkpoint
 from fmrl_dist.config import Config, command_parser, parse_command
 from fmrl_dist.data.histories import Packed, TrainStream, evaluation_blocks
 from fmrl_dist.data.items import load_item_table
 from fmrl_dist.data.order import Order
 from fmrl_dist.data.store import MANIFEST_FILE, Store
+from fmrl_dist.engine import Engine, prepare_engine
 from fmrl_dist.errors import UserError, run_command
 from fmrl_dist.evaluate import evaluate, report
 from fmrl_dist.evaluation import rank_histograms
@@ -45,6 +46,12 @@ def train(config: Config, resume: str | None) -> None:
     build_missing_demo_store(config)
     runtime = start_runtime(config.train.threads, config.train.num_lanes, config.train.precision)
     config = replace(config, train=replace(config.train, precision=runtime.precision))
+    train_and_evaluate(config, runtime, resume)
+    runtime.leave()
+
+
+def train_and_evaluate(config: Config, runtime: Runtime, resume: str | None) -> None:
+    """What is left of a run: steps, if there are any, then the evaluation of its best checkpoint."""
     folder = Path(config.run.dir)
     store = Store.open(config.store.path)
     if not store.manifest.splits["test"]:
@@ -89,7 +96,7 @@ class Learner:
     """What training changes, and the facts that every checkpoint of it records."""
 
     module: TrainingModule
-    engine: nn.Module  # the module, as Accelerate wrapped it
+    engine: Engine  # runs the module and the optimiser on all ranks together
     optimizer: torch.optim.Optimizer
     facts: dict[str, Any]
 
@@ -108,8 +115,9 @@ def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
     optimizer = build_optimizer(
         model, config.train.lr, (config.train.beta1, config.train.beta2), config.train.eps, config.train.weight_decay
     )
+    engine = prepare_engine(runtime, module, optimizer, config.train.clip_norm)
     if resume_from is not None:
-        restore_optimizer(model, optimizer, resume_from.optimizer)
+        engine.restore_optimizer(resume_from.optimizer)
     facts = {
         "config": config.to_dict(),
         "features": dict(table.dims),
@@ -117,13 +125,13 @@ def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
         "manifest_sha256": run.store.manifest.sha256,
         "lanes": run.order.lanes,
     }
-    return Learner(module, runtime.accelerator.prepare_model(module), optimizer, facts)
+    return Learner(module, engine, optimizer, facts)
 
 
 def _train_steps(run: Run, resume_from: Checkpoint | None) -> None:
     config, runtime, order = run.config, run.runtime, run.order
     learner = prepare_learner(run, resume_from)
-    model, engine, optimizer = learner.module.model, learner.engine, learner.optimizer
+    model, engine = learner.module.model, learner.engine
     state = resume_from.state if resume_from is not None else TrainState()
     stream = TrainStream(run.store, order, config.data.max_length, config.data.windows, config.loss.predict_first)
     lanes = runtime.my_share(order.lanes)
@@ -143,14 +151,12 @@ def _train_steps(run: Run, resume_from: Checkpoint | None) -> None:
 
             seed_dropout(config.train.seed, step, runtime.rank)
             loss_sums = engine(batch)  # [S]
-            # DDP averages gradients over ranks: times the world size they are sums, over the global count.
+            # Engines average gradients over ranks: times the world size they are sums, over the global count.
             loss = loss_sums.mean() * runtime.world_size / num_targets.clamp_min(1)
-            runtime.accelerator.backward(loss)
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.clip_norm)
+            engine.backward(loss)
+            lr = set_learning_rate(learner.optimizer, run, step)
+            grad_norm = engine.clip_and_step()
             stop_if_not_finite(runtime, step + 1, grad_norm, loss_sums, batch)
-            lr = set_learning_rate(optimizer, run, step)
-            optimizer.step()
-            optimizer.zero_grad()
             meter.add(loss_sums.detach(), num_targets)
 
             state.step = step + 1
@@ -167,8 +173,7 @@ def _train_steps(run: Run, resume_from: Checkpoint | None) -> None:
                 update_early_stopping(config, state, record)
                 progress.say(describe_validation(config, state, epoch, record))
             if save_now:
-                if runtime.is_main:
-                    save_checkpoint(run.folder / "checkpoints", state, model, optimizer, learner.facts)
+                save(run, learner, state)
                 meter.restart_clock()
     progress.close()
 
@@ -193,6 +198,13 @@ def validate(run: Run, module: TrainingModule) -> dict[str, float]:
         for size, histogram in zip(module.model.sizes, histograms, strict=True)
         for metric, value in metrics_from_histogram(histogram).items()
     }
+
+
+def save(run: Run, learner: Learner, state: TrainState) -> None:
+    """Write a checkpoint: every rank gives its share of the optimiser, rank 0 writes the whole."""
+    moments = learner.engine.optimizer_tensors()
+    if run.runtime.is_main:
+        save_checkpoint(run.folder / "checkpoints", state, learner.module.model, moments, learner.facts)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, run: Run, step: int) -> float:
@@ -220,7 +232,7 @@ def seed_dropout(seed: int, step: int, rank: int) -> None:
 
 
 def stop_if_not_finite(runtime: Runtime, step: int, grad_norm: Tensor, loss_sums: Tensor, batch: Packed) -> None:
-    """End all ranks, naming step and users, before a NaN reaches the parameters.
+    """End all ranks, naming step and users, before a NaN reaches a checkpoint.
 
     The gradients are summed over ranks, so every rank sees the same norm; a loss is its rank's own.
     """

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fmrl_dist.checkpoint import TrainState, save_checkpoint
+from fmrl_dist.checkpoint import TrainState, optimizer_tensors, save_checkpoint
 from fmrl_dist.model import FMRLRec
 from fmrl_dist.optim import build_optimizer
 
@@ -38,6 +38,11 @@ def train(model: FMRLRec, optimizer: torch.optim.Optimizer, first: int, last: in
         optimizer.zero_grad()
 
 
+def save_training(folder: Path, state: TrainState, model: FMRLRec, optimizer: torch.optim.Optimizer) -> Path:
+    """A checkpoint of a training, with :data:`FACTS`."""
+    return save_checkpoint(folder, state, model, optimizer_tensors(model, optimizer), FACTS)
+
+
 def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -52,4 +57,4 @@ def save_step_3(folder: Path) -> Path:
     """Three steps of training and a checkpoint, the best so far, in ``folder``; returns the checkpoint."""
     model, optimizer = make_training()
     train(model, optimizer, 0, 3)
-    return save_checkpoint(folder, TrainState(3, 0.25, 3, 0), model, optimizer, FACTS)
+    return save_training(folder, TrainState(3, 0.25, 3, 0), model, optimizer)

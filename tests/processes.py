@@ -139,30 +139,37 @@ def _result_path(folder: Path, rank: int) -> Path:
 
 
 def launch(
-    num_processes: int,
+    num_processes: int | None,
     arguments: Sequence[str | Path],
     environment: Mapping[str, str] | None = None,
     cwd: Path = REPOSITORY,
     timeout_s: float = 240,
+    config_file: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run ``accelerate launch … arguments`` on the CPU and return its exit code and output.
 
     Args:
-        num_processes: ranks; 1 starts no process group.
-        arguments: what follows the launcher's own options, such as ``["-m", "fmrl_dist.train", "--config", path]``.
+        num_processes: ranks; 1 starts no process group. None: as many as ``config_file`` says.
+        arguments: what follows, such as ``["-m", "fmrl_dist.train", "--config", path]``; the launcher's options first.
         environment: variables on top of the cleaned environment.
         cwd: where the command runs; the repository can be imported from everywhere.
         timeout_s: then the launcher and all its descendants are killed.
+        config_file: of the launcher, which says what is started; None: DDP.
 
     Raises:
         AssertionError: it ran past ``timeout_s``; the message shows the end of what it wrote.
     """
     variables = clean_environment() | {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
-    options = ["--num_processes", str(num_processes), "--num_machines", "1", "--main_process_port", "0"]
-    options += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    if num_processes > 1:  # `--cpu --num_processes 2` would silently start one process
-        options += ["--multi_gpu"]
-        variables["ACCELERATE_USE_CPU"] = "true"
+    options = ["--main_process_port", "0"]
+    if num_processes is not None:
+        options += ["--num_processes", str(num_processes)]
+    if config_file is not None:
+        options += ["--config_file", str(config_file)]
+    else:
+        options += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        if num_processes != 1:  # `--cpu --num_processes 2` would silently start one process
+            options += ["--multi_gpu"]
+            variables["ACCELERATE_USE_CPU"] = "true"
     # `accelerate launch` without its imports: timm, where there is one, and so torchvision, fit for this torch or not.
     command = [str(Path(sys.executable).with_name("accelerate-launch")), *options, *map(str, arguments)]
     process = subprocess.Popen(

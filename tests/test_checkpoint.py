@@ -18,10 +18,17 @@ from fmrl_dist.checkpoint import (
     load_checkpoint,
     point,
     restore_optimizer,
-    save_checkpoint,
 )
 from fmrl_dist.errors import UserError
-from tests.checkpoint_fixture import FACTS, assert_same_bits, make_training, names_in, save_step_3, train
+from tests.checkpoint_fixture import (
+    FACTS,
+    assert_same_bits,
+    make_training,
+    names_in,
+    save_step_3,
+    save_training,
+    train,
+)
 
 
 @pytest.fixture
@@ -34,7 +41,7 @@ def test_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
     model, optimizer = make_training()
     train(model, optimizer, 0, 3)
     state = TrainState(step=3, best_value=0.1 + 0.2, best_step=2, evaluations_without_gain=1)
-    save_checkpoint(tmp_path / "checkpoints", state, model, optimizer, FACTS)
+    save_training(tmp_path / "checkpoints", state, model, optimizer)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     again, optimizer_again = make_training(seed=1)
@@ -74,11 +81,11 @@ def test_files_are_safetensors_and_json(saved: Path) -> None:
 
 def test_a_parameter_that_has_taken_no_step_has_no_moments(tmp_path: Path) -> None:
     model, optimizer = make_training()
-    save_checkpoint(tmp_path, TrainState(1), model, optimizer, FACTS)
+    save_training(tmp_path, TrainState(1), model, optimizer)
     assert load_checkpoint(tmp_path / "latest").optimizer == {}
     model.encoder.bias.grad = torch.ones(8)
     optimizer.step()
-    save_checkpoint(tmp_path, TrainState(2), model, optimizer, FACTS)
+    save_training(tmp_path, TrainState(2), model, optimizer)
     checkpoint = load_checkpoint(tmp_path / "latest")
     assert {name.split("/")[1] for name in checkpoint.optimizer} == {"encoder.bias"}
     again, optimizer_again = make_training()
@@ -101,7 +108,7 @@ def test_a_parameter_whose_name_ends_like_anothers_keeps_its_own_moments() -> No
 
 def save_steps(folder: Path, states: list[TrainState]) -> list[Path]:
     model, optimizer = make_training()
-    return [save_checkpoint(folder, state, model, optimizer, FACTS) for state in states]
+    return [save_training(folder, state, model, optimizer) for state in states]
 
 
 def leads_to(folder: Path, link: str) -> str:

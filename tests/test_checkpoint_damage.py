@@ -23,10 +23,16 @@ from fmrl_dist.checkpoint import (
     Checkpoint,
     TrainState,
     load_checkpoint,
-    save_checkpoint,
 )
 from fmrl_dist.errors import UserError
-from tests.checkpoint_fixture import FACTS, assert_same_bits, make_training, names_in, save_step_3, train
+from tests.checkpoint_fixture import (
+    assert_same_bits,
+    make_training,
+    names_in,
+    save_step_3,
+    save_training,
+    train,
+)
 
 
 @pytest.fixture
@@ -187,20 +193,20 @@ def test_a_save_killed_at_any_change_leaves_a_whole_run(memory: Path, state: Tra
     model, optimizer = make_training()
     train(model, optimizer, 0, 1)
     before = memory / "before"
-    save_checkpoint(before, TrainState(1, 0.1, 1), model, optimizer, FACTS)
+    save_training(before, TrainState(1, 0.1, 1), model, optimizer)
     for number in range(1, 100):
         run = memory / str(number)
         shutil.copytree(before, run, symlinks=True)
 
         def save(number: int = number, run: Path = run) -> None:
             die_at_change(number)
-            save_checkpoint(run, state, model, optimizer, FACTS)
+            save_training(run, state, model, optimizer)
 
         status = os.waitpid(fork(save), 0)[1]
         check_run(run, {1, state.step})
         for new in set(run.glob("step-*")) - {run / "step-00000001"}:
             assert load_checkpoint(new).state == state  # whole or not there, linked or not
-        save_checkpoint(run, state, model, optimizer, FACTS)  # the run goes on, and leaves no rubbish
+        save_training(run, state, model, optimizer)  # the run goes on, and leaves no rubbish
         assert check_run(run, {state.step}).state == state
         assert len(names_in(run)) == 3, names_in(run)
         if status == 0:
@@ -213,7 +219,7 @@ def test_saves_killed_at_any_time_leave_a_whole_run(memory: Path) -> None:
     """A process that saves without pause, killed ten times; the next one goes on from what it left."""
     model, optimizer = make_training()
     train(model, optimizer, 0, 1)
-    save_checkpoint(memory, TrainState(1, 0.0, 1), model, optimizer, FACTS)
+    save_training(memory, TrainState(1, 0.0, 1), model, optimizer)
 
     def save_for_ever() -> None:
         state = load_checkpoint(memory / "latest").state
@@ -221,7 +227,7 @@ def test_saves_killed_at_any_time_leave_a_whole_run(memory: Path) -> None:
             state.step += 1
             if state.step % 3 == 0:
                 state.best_value, state.best_step = float(state.step), state.step
-            save_checkpoint(memory, state, model, optimizer, FACTS)
+            save_training(memory, state, model, optimizer)
 
     for round_number in range(10):
         step = load_checkpoint(memory / "latest").state.step

@@ -19,7 +19,8 @@ SAY_WORLD = """
 import sys
 from accelerate import Accelerator
 accelerator = Accelerator()
-print(f"{accelerator.process_index}/{accelerator.num_processes} {accelerator.device.type} {sys.argv[1]}", flush=True)
+rank = f"{accelerator.process_index}/{accelerator.num_processes}"
+print(f"{rank} {accelerator.device.type} {sys.argv[1]}\\n", end="", flush=True)  # in one piece: ranks share the pipe
 accelerator.end_training()
 """
 HANG = "import time\nprint('started', flush=True)\ntime.sleep(60)"

@@ -1,0 +1,121 @@
+"""What a launcher may ask of DeepSpeed: ZeRO 1 or 2 in float32. Everything else is refused in one line.
+
+Clipping, optimiser, learning rate and batch size come from our own configuration, so that a run is the same under every
+engine. DeepSpeed's bf16 and fp16 would cast every parameter, Λ's angle θ among them, which in bf16 is off by up to
+0.025 rad per event; ``train.precision: bf16`` casts the inputs of products instead.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import DeepSpeedPlugin
+
+from fmrl_dist.errors import UserError, require
+
+STAGES = (1, 2)
+CASTS = ("fp16", "bf16", "amp", "torch_autocast")  # sections with a key ``enabled``
+OURS = {  # DeepSpeed's key → what decides it here
+    "train_batch_size": "train.batch_size",
+    "train_micro_batch_size_per_gpu": "train.batch_size",
+    "gradient_clipping": "train.clip_norm",
+    "optimizer": "train.lr, train.weight_decay and their neighbours",
+    "scheduler": "train.warmup_steps and train.min_lr_ratio",
+}
+
+
+def asks_for_deepspeed(environment: Mapping[str, str]) -> bool:
+    """Whether the launcher was told to use DeepSpeed."""
+    return environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def checked_plugin(environment: Mapping[str, str]) -> DeepSpeedPlugin:
+    """DeepSpeed's configuration, from the launcher's file or options.
+
+    Raises:
+        UserError: DeepSpeed is not installed; this process would silently train without it; its configuration is
+            missing, damaged or asks for what is not supported.
+    """
+    refuse_silent_fallback(environment)
+    require_installed()
+    source = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    require(
+        source is None or Path(source).is_file(),
+        f"DeepSpeed config {source} does not exist in {Path.cwd()}; start from the repository's root, "
+        "or name the file with accelerate launch --deepspeed_config_file PATH",
+    )
+    try:
+        plugin = DeepSpeedPlugin()
+    except (ValueError, TypeError, AttributeError) as error:
+        problem = " ".join(str(error).split())
+        raise UserError(f"DeepSpeed config {source or 'of the launcher'} is not valid: {problem}") from None
+    check_zero_config(plugin.deepspeed_config, source or "of the launcher")
+    return plugin
+
+
+def check_zero_config(config: dict[str, Any], source: str) -> None:
+    """Refuse what would make a run another one than without DeepSpeed, or what cannot run.
+
+    Args:
+        config: DeepSpeed's own keys.
+        source: where it comes from, for the message.
+    """
+    stage = config["zero_optimization"].get("stage", 0)
+    require(
+        stage in STAGES,
+        f"DeepSpeed config {source} asks for ZeRO {stage}; expected 1 or 2 (0 is accelerate launch --multi_gpu, "
+        "3 is not supported: validation reads whole weights outside the engine)",
+    )
+    for section in CASTS:
+        enabled = str(config.get(section, {}).get("enabled", False)).lower()
+        require(
+            enabled in ("false", "auto"),
+            f"DeepSpeed config {source} turns on {section}, which casts parameters (in bf16, θ is off by up to "
+            f"0.025 rad per event); remove it and use --train.precision bf16",
+        )
+    steps = config.get("gradient_accumulation_steps", 1)
+    require(
+        steps in (1, "auto"),
+        f"DeepSpeed config {source} has gradient_accumulation_steps {steps}; accumulation is not supported, expected 1",
+    )
+    for key, decides in OURS.items():
+        require(
+            config.get(key, "auto") == "auto",
+            f"DeepSpeed config {source} has {key} {config.get(key)!r}; remove it: {decides} decides",
+        )
+
+
+def refuse_silent_fallback(environment: Mapping[str, str]) -> None:
+    """Two ways in which a process that was to use DeepSpeed would train without it and not say so."""
+    require(
+        environment.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true", "yes", "on", "t", "y"),
+        "DeepSpeed was asked for, and ACCELERATE_USE_CPU or --cpu, which silently turns it off; leave that out: "
+        "where there is no GPU the CPU is taken",
+    )
+    require(
+        "LOCAL_RANK" in environment,
+        "DeepSpeed was asked for, but this process has no LOCAL_RANK; "
+        "start it with accelerate launch --use_deepspeed --num_processes N …",
+    )
+
+
+def require_installed() -> None:
+    """Refuse to start where the extra that brings DeepSpeed is not installed."""
+    require(
+        importlib.util.find_spec("deepspeed") is not None,
+        "DeepSpeed was asked for but is not installed; pip install -e '.[deepspeed]'",
+    )
+
+
+def leave_out_unused_build() -> None:
+    """Keep DeepSpeed on the CPU from compiling an all-reduce of its own before it starts.
+
+    Only its inference uses that one; training reduces through torch. The build needs g++ and ninja, takes minutes and
+    3 GB on two cores, and one that is killed leaves a lock on which every later start waits for ever.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,0 +1,336 @@
+"""DeepSpeed ZeRO through the real launcher: the same run as without it, and what of DeepSpeed is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fmrl_dist import evaluate, train
+from tests.processes import REPOSITORY, launch
+from tests.training_fixture import (
+    STEPS_PER_EPOCH,
+    contents,
+    evaluation,
+    make_shop,
+    records,
+    refusal,
+    train_here,
+)
+
+pytestmark = pytest.mark.multiproc
+
+LAUNCHERS = REPOSITORY / "launch" / "accelerate"
+ZERO2 = LAUNCHERS / "zero2-cpu-2.yaml"
+ZERO2_FILE = REPOSITORY / "launch" / "deepspeed" / "zero2.json"
+CLIP_NORM = 0.7
+WORDS = ["--model.dropout", "0", "--model.lru_dropout", "0", "--train.clip_norm", str(CLIP_NORM)]
+FIGURES = ("loss", "loss@4", "loss@8", "grad_norm", "lr")
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shop(tmp_path_factory.mktemp("deepspeed"))
+
+
+@pytest.fixture(scope="module")
+def one(shop: Path) -> Path:
+    """The run of one process: three epochs, and so 24 steps."""
+    return train_here(shop, shop.parent / "one", *WORDS)
+
+
+@pytest.fixture(scope="module")
+def zero(shop: Path) -> tuple[Path, str]:
+    """The same by ZeRO 2 in two processes, on a machine without a compiler: its folder and what it printed."""
+    run, extensions = shop.parent / "zero", shop.parent / "extensions"
+    extensions.mkdir()
+    environment = {"PATH": "/nonexistent", "TORCH_EXTENSIONS_DIR": str(extensions)}
+    result = launch_training(shop, run, *WORDS, environment=environment)
+    assert list(extensions.iterdir()) == [], "DeepSpeed has built something"
+    return run, result.stdout
+
+
+def launch_training(
+    shop: Path,
+    run: Path,
+    *words: object,
+    launcher: Path = ZERO2,
+    options: tuple[str | Path, ...] = (),
+    environment: dict[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Training in two processes that has to end well, and quietly."""
+    result = launch(2, [*options, *training(shop, run, *words)], environment, config_file=launcher)
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    return result
+
+
+def training(shop: Path, run: Path, *words: object) -> list[str]:
+    """What the launcher is to start."""
+    return ["-m", "fmrl_dist.train", "--config", str(shop), "--run.dir", str(run), *map(str, words)]
+
+
+def assert_equal_runs(found: Path, expected: Path) -> None:
+    """Same losses of every size, norms and rates at every step, same checkpoint, same evaluation, to rounding."""
+    for record, other in zip(records(found), records(expected), strict=True):
+        assert record["step"] == other["step"]
+        for key in FIGURES:
+            assert record[key] == pytest.approx(other[key], rel=1e-5), (record["step"], key)
+    for file, tolerance in (("model", 1e-5), ("optimizer", 1e-4)):
+        left, right = (load_file(run / "checkpoints" / "latest" / f"{file}.safetensors") for run in (found, expected))
+        assert left.keys() == right.keys()
+        for name, tensor in right.items():
+            assert left[name].dtype == tensor.dtype and left[name].shape == tensor.shape
+            if tensor.numel():
+                error = (left[name] - tensor).abs().max() / tensor.abs().max().clamp_min(1e-12)
+                assert error < tolerance, (file, name, error)
+    assert evaluation(found) == evaluation(expected)
+    assert records(found, "valid") == records(expected, "valid")
+
+
+@pytest.mark.slow
+def test_zero_2_trains_as_one_process(zero: tuple[Path, str], one: Path) -> None:
+    norms = [record["grad_norm"] for record in records(one)]
+    assert len(norms) >= 20 and min(norms) < CLIP_NORM < max(norms), "some steps are clipped, some are not"
+    assert_equal_runs(zero[0], one)
+
+
+@pytest.mark.slow
+def test_ddp_trains_as_one_process_and_as_zero_2(shop: Path, one: Path, zero: tuple[Path, str]) -> None:
+    launch_training(shop, shop.parent / "ddp", *WORDS, launcher=LAUNCHERS / "cpu-2.yaml")
+    assert_equal_runs(shop.parent / "ddp", one)
+    assert_equal_runs(shop.parent / "ddp", zero[0])
+
+
+@pytest.mark.slow
+def test_the_start_line_names_the_engine(zero: tuple[Path, str]) -> None:
+    assert "2 process(es), engine deepspeed ZeRO 2, device cpu, 1 thread(s) each, precision fp32" in zero[1]
+    assert zero[1].count("whole catalogue ranked") == 1, "one rank speaks"
+
+
+@pytest.mark.slow
+def test_a_run_passes_from_zero_2_to_one_process_and_back(shop: Path, one: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    launch_training(shop, run, *WORDS, "--train.max_steps", STEPS_PER_EPOCH)
+    train_here(shop, run, *WORDS, "--train.max_steps", 2 * STEPS_PER_EPOCH, "--resume", "auto")
+    launch_training(shop, run, *WORDS, "--resume", "auto")
+    assert_equal_runs(run, one)
+
+
+@pytest.mark.slow
+def test_zero_1_with_a_projection_of_no_features(shop: Path, tmp_path: Path) -> None:
+    """Ids alone: the projection has no elements, which DeepSpeed leaves out and a checkpoint has nevertheless."""
+    words = [*WORDS, "--model.features", "[]", "--model.id_table", "true", "--train.max_steps", 5]
+    file = write_config(tmp_path, {"zero_optimization": {"stage": 1}})
+    result = launch_training(shop, tmp_path / "zero", *words, options=("--deepspeed_config_file", file))
+    assert "engine deepspeed ZeRO 1" in result.stdout
+    assert_equal_runs(tmp_path / "zero", train_here(shop, tmp_path / "one", *words))
+
+
+@pytest.mark.slow
+def test_bf16_of_the_launcher_is_ours(shop: Path, tmp_path: Path) -> None:
+    """Products in bfloat16; parameters, moments and gradients' sums stay float32."""
+    words = [*WORDS, "--train.max_steps", 1]
+    result = launch_training(shop, tmp_path / "zero", *words, options=("--mixed_precision", "bf16"))
+    assert "engine deepspeed ZeRO 2, device cpu, 1 thread(s) each, precision bf16" in result.stdout
+    for file in ("model", "optimizer"):
+        tensors = load_file(tmp_path / "zero" / "checkpoints" / "latest" / f"{file}.safetensors")
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    train_here(shop, tmp_path / "bf16", *words, "--train.precision", "bf16")
+    train_here(shop, tmp_path / "fp32", *words)
+    found, half, single = (records(tmp_path / run)[0]["loss"] for run in ("zero", "bf16", "fp32"))
+    assert found == pytest.approx(half, rel=1e-6)
+    assert found != pytest.approx(single, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_all_ranks(shop: Path, tmp_path: Path) -> None:
+    """After a first step that throws the weights away; what is saved is of before."""
+    words = ["--train.lr", 1e30, "--train.checkpoint_every_steps", 1]
+    result = launch(2, training(shop, tmp_path / "run", *words), config_file=ZERO2)
+    assert result.returncode != 0
+    for rank in (0, 1):
+        assert f"FloatingPointError: step 2, rank {rank}: " in result.stderr
+    assert [record["step"] for record in records(tmp_path / "run")] == [1]
+    assert (tmp_path / "run" / "checkpoints" / "latest").resolve().name == "step-00000001"
+
+
+def test_deepspeed_bf16_is_refused_with_the_reason(shop: Path, tmp_path: Path) -> None:
+    """Through the launcher; the other refusals are asked of the command alone, below."""
+    file = write_config(tmp_path, {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}})
+    options = ["--deepspeed_config_file", str(file)]
+    result = launch(2, [*options, *training(shop, tmp_path / "run")], config_file=ZERO2)
+    assert result.returncode != 0
+    lines = {line for line in result.stderr.splitlines() if line.startswith("error: ")}
+    assert lines == {
+        f"error: DeepSpeed config {file} turns on bf16, which casts parameters (in bf16, θ is off by up to 0.025 rad "
+        "per event); remove it and use --train.precision bf16"
+    }
+    assert not (tmp_path / "run").exists()
+
+
+def write_config(folder: Path, config: object) -> Path:
+    file = folder / "deepspeed.json"
+    file.write_text(config if isinstance(config, str) else json.dumps(config))
+    return file
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The environment of a rank that the launcher started with DeepSpeed."""
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(ZERO2_FILE))
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    return monkeypatch
+
+
+def refused(shop: Path, tmp_path: Path) -> str:
+    """The line with which training is refused, before anything is written."""
+    before = contents(tmp_path)
+    line = refusal(train.main, "--config", shop, "--run.dir", tmp_path / "run")
+    assert contents(tmp_path) == before and not (tmp_path / "run").exists()
+    return line
+
+
+ZERO = {"stage": 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        ({"zero_optimization": ZERO, "fp16": {"enabled": True}}, "turns on fp16, which casts parameters"),
+        ({"zero_optimization": ZERO, "torch_autocast": {"enabled": True}}, "turns on torch_autocast, which casts"),
+        ({"zero_optimization": ZERO, "amp": {"enabled": "true"}}, "turns on amp, which casts"),
+        ({"zero_optimization": ZERO, "gradient_accumulation_steps": 2}, "gradient_accumulation_steps 2; accumulation"),
+        ({"zero_optimization": ZERO, "gradient_clipping": 1.0}, "gradient_clipping 1.0; remove it: train.clip_norm"),
+        ({"zero_optimization": ZERO, "train_batch_size": 64}, "train_batch_size 64; remove it: train.batch_size"),
+        ({"zero_optimization": ZERO, "optimizer": {"type": "Adam"}}, "has optimizer {'type': 'Adam'}; remove it"),
+        ({"zero_optimization": ZERO, "scheduler": {"type": "WarmupLR"}}, "remove it: train.warmup_steps"),
+        ({"zero_optimization": {"stage": 0}}, "asks for ZeRO 0; expected 1 or 2 (0 is accelerate launch --multi_gpu"),
+        ({"zero_optimization": {"stage": 3}}, "asks for ZeRO 3; expected 1 or 2"),
+        ({}, "is not valid: Please specify the ZeRO optimization config"),
+        ({"zero_optimization": 2}, "is not valid: "),
+        ([], "is not valid: "),
+        ("{", "is not valid: Expecting property name"),
+    ],
+)
+def test_deepspeed_config_that_is_refused(
+    config: object, complaint: str, shop: Path, tmp_path: Path, launched: pytest.MonkeyPatch
+) -> None:
+    file = write_config(tmp_path, config)
+    launched.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
+    line = refused(shop, tmp_path)
+    assert f"DeepSpeed config {file} " in line and complaint in line
+
+
+def test_deepspeed_config_that_is_not_there(shop: Path, tmp_path: Path, launched: pytest.MonkeyPatch) -> None:
+    """A path in a launcher's file is relative to where the launcher is started."""
+    launched.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "launch/deepspeed/zero2.json")
+    launched.chdir(tmp_path)
+    line = refused(shop, tmp_path)
+    assert f"launch/deepspeed/zero2.json does not exist in {tmp_path}; start from the repository's root" in line
+    assert "--deepspeed_config_file PATH" in line
+
+
+def test_options_of_the_launcher_are_checked_too(shop: Path, tmp_path: Path, launched: pytest.MonkeyPatch) -> None:
+    launched.delenv("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    launched.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    assert "DeepSpeed config of the launcher asks for ZeRO 3" in refused(shop, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "complaint"),
+    [
+        ("ACCELERATE_USE_CPU", "true", "ACCELERATE_USE_CPU or --cpu, which silently turns it off; leave that out"),
+        ("LOCAL_RANK", None, "this process has no LOCAL_RANK; start it with accelerate launch --use_deepspeed"),
+        ("ACCELERATE_MIXED_PRECISION", "fp16", "the launcher asks for mixed precision 'fp16'; expected no or bf16"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "asks for 4 gradient accumulation steps"),
+    ],
+)
+def test_environment_that_is_refused(
+    name: str, value: str | None, complaint: str, shop: Path, tmp_path: Path, launched: pytest.MonkeyPatch
+) -> None:
+    if value is None:
+        launched.delenv(name)
+    else:
+        launched.setenv(name, value)
+    assert complaint in refused(shop, tmp_path)
+
+
+def test_accumulation_is_refused_without_deepspeed_too(
+    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    assert "asks for 2 gradient accumulation steps" in refused(shop, tmp_path)
+
+
+def test_deepspeed_that_is_not_installed(shop: Path, one: Path, tmp_path: Path, launched: pytest.MonkeyPatch) -> None:
+    launched.setitem(sys.modules, "deepspeed", None)  # how Python itself marks what cannot be imported
+    line = refused(shop, tmp_path)
+    assert line == "error: DeepSpeed was asked for but is not installed; pip install -e '.[deepspeed]'"
+    assert line == refusal(evaluate.main, "--checkpoint", one)
+
+
+LEAVE = """
+import torch.distributed as dist
+from fmrl_dist.runtime import start_runtime
+runtime = start_runtime(1, lanes=None)
+said, before = runtime.describe(), dist.is_initialized()
+runtime.leave()
+print(f"{said}: {before} {dist.is_initialized()}\\n", end="", flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "engine"), [("cpu-2", "multi_cpu"), ("zero2-cpu-2", "deepspeed ZeRO 2")])
+def test_process_group_ends_before_the_process_does(launcher: str, engine: str, tmp_path: Path) -> None:
+    (tmp_path / "leave.py").write_text(LEAVE)
+    result = launch(2, [tmp_path / "leave.py"], config_file=LAUNCHERS / f"{launcher}.yaml")
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stdout.splitlines() if line.startswith("2 process(es)")]
+    assert [(f"engine {engine}," in line, line.endswith(": True False")) for line in lines] == [(True, True)] * 2
+
+
+SAY_LAUNCH = """
+import os
+names = ("USE_DEEPSPEED", "DEEPSPEED_CONFIG_FILE", "MIXED_PRECISION")
+names = ("RANK", "WORLD_SIZE", *(f"ACCELERATE_{name}" for name in names))
+os.write(1, (" ".join(os.environ.get(name, "-") for name in names) + "\\n").encode())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "num_processes", "deepspeed"),
+    [
+        ("single", 1, False),
+        ("gpu-8", 8, False),
+        ("cpu-2", 2, False),
+        ("zero2-cpu-2", 2, True),
+        ("zero2-gpu-8", 8, True),
+    ],
+)
+def test_launcher_config_starts_what_its_name_says(
+    name: str, num_processes: int, deepspeed: bool, tmp_path: Path
+) -> None:
+    script = tmp_path / "say.py"
+    script.write_text(SAY_LAUNCH)
+    result = launch(None, [script], config_file=LAUNCHERS / f"{name}.yaml")
+    assert result.returncode == 0, result.stderr
+    said = sorted(line.split() for line in result.stdout.splitlines() if "no" in line.split())
+    rest = ["true", "launch/deepspeed/zero2.json", "no"] if deepspeed else ["-", "-", "no"]
+    if num_processes == 1:
+        assert said == [["-", "-", *rest]]
+    else:
+        assert said == [[str(rank), str(num_processes), *rest] for rank in range(num_processes)]
+
+
+def test_every_launcher_config_is_tested_and_finds_its_file() -> None:
+    assert {path.stem for path in LAUNCHERS.iterdir()} == {"single", "gpu-8", "cpu-2", "zero2-cpu-2", "zero2-gpu-8"}
+    for path in LAUNCHERS.glob("zero2-*.yaml"):
+        assert f"deepspeed_config_file: {ZERO2_FILE.relative_to(REPOSITORY)}\n" in path.read_text()
