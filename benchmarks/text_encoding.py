@@ -116,7 +116,8 @@ def main(argv: list[str]) -> None:
         f"{arguments.model}, {encoder.pooling}, {encoder.max_tokens} tokens, {encoder.compute.precision} on "
         f"{encoder.compute.device}, {arguments.threads} thread(s); {len(texts)} texts, {arguments.repeats} repetitions"
     )
-    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {transformers.__version__=!s}")
+    processor = platform.processor() or platform.machine()
+    print(f"{processor}, torch {torch.__version__}, transformers {transformers.__version__}")
     report(f"sorted, {arguments.batch_tokens} tokens a batch", len(texts), seconds["ours"])
     report(f"plain, {PLAIN_BATCH} texts a batch", len(texts), seconds["plain"])
     ratios = sorted(plain / ours for ours, plain in zip(seconds["ours"], seconds["plain"], strict=True))
