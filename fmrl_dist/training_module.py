@@ -37,7 +37,7 @@ class TrainingModule(nn.Module):
         """Loss of each size, summed over the batch's targets, [S]; zero for an empty batch."""
         items = self.item_embeddings()
         z = self.model(items[batch.items], batch.starts, batch.from_start)
-        return nested_cross_entropy(z, items, batch.targets, self.model.sizes, self.loss_impl, self.matmul_dtype)
+        return nested_cross_entropy(z, items, batch.targets, self.model.sizes, None, self.loss_impl, self.matmul_dtype)
 
     def item_embeddings(self) -> Tensor:
         """Embeddings of the whole catalogue, [V, D]."""

@@ -1,27 +1,20 @@
-"""Nested cross-entropy over the full catalogue (paper eq. 13-14): every size's loss from one pass over the items.
+"""Nested cross-entropy (paper eq. 13-14): the loss of every size, over the whole catalogue or over sampled items.
 
-N positions, V items, D width, S sizes. The score of size m_j is the score of m_{j-1} plus the product of chunk j alone,
-so one pass over D yields the scores of all sizes. Logits exist only as one tile of positions × items at a time, folded
-into a running log-sum-exp per size; the backward pass recomputes the tile. There, size i pulls chunk j whenever i ≥ j,
-so the gradient of chunk j is driven by the sum of the softmaxes of all sizes i ≥ j.
-
-Cost: N·V·D multiplications forward, 3·N·V·D backward, S exponentials per score in each; memory N·S + S tiles.
+N positions, V items, K negatives, D width, S sizes. Both forms are a normaliser less the target's own score; the
+normaliser of all sizes comes from one pass over the items (:mod:`fmrl_dist.losses.log_sum_exp`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fmrl_dist.ops.nested import chunks, matmul_linear
-
-TILE_POSITIONS = 256
-TILE_ITEMS = 512
+from fmrl_dist.losses.log_sum_exp import Correction, nested_log_sum_exp, nested_scores
+from fmrl_dist.ops.nested import matmul_linear
 
 
 def nested_cross_entropy(
@@ -29,16 +22,18 @@ def nested_cross_entropy(
     items: Tensor,
     targets: Tensor,
     sizes: Sequence[int],
+    temperatures: Sequence[float] | None = None,
     impl: str = "tiled",
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Cross-entropy of each size, summed over positions.
+    """Cross-entropy of each size over the full catalogue, summed over positions.
 
     Args:
         z: outputs [N, D], float32 or float64.
         items: item embeddings [V, D], of the same dtype.
         targets: int64 [N], the right item of each position.
         sizes: trained sizes, the last one D.
+        temperatures: by which the scores of each size are divided; None for 1.
         impl: "tiled", or "plain" (all logits at once; the specification).
         dtype: of the products' inputs, z's own if None; log-sum-exp and sums stay in z's dtype.
 
@@ -46,105 +41,65 @@ def nested_cross_entropy(
         [S], differentiable in z and items.
     """
     if impl == "plain":
-        return _plain(z, items, targets, sizes, dtype)
-    return _Tiled.apply(z, items, targets, tuple(sizes), dtype or z.dtype)
+        scores = _all_scores(z, items, sizes, temperatures, dtype)
+        return torch.stack([F.cross_entropy(scores_NV, targets, reduction="sum") for scores_NV in scores])
+    own_SN = _divide(nested_scores(z, items[targets], sizes), temperatures)
+    return (nested_log_sum_exp(z, items, sizes, temperatures, None, impl, dtype) - own_SN).sum(1)
 
 
-def _plain(z: Tensor, items: Tensor, targets: Tensor, sizes: Sequence[int], dtype: torch.dtype | None) -> Tensor:
-    scores = (matmul_linear(z[:, :m], items[:, :m], dtype) for m in sizes)
-    return torch.stack([F.cross_entropy(scores_NV, targets, reduction="sum") for scores_NV in scores])
+@dataclass(frozen=True)
+class Negatives:
+    """Items drawn for some positions to be told from their targets."""
+
+    ids: Tensor  # int64 [K], with repetition
+    log_expected: Tensor  # float32 [K], log(K·q): how often each was to be drawn
 
 
-class _Tiled(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, z: Tensor, items: Tensor, targets: Tensor, sizes: tuple[int, ...], dtype: torch.dtype
-    ) -> Tensor:
-        products = (z * items[targets]).split([high - low for low, high in chunks(sizes)], 1)
-        target_scores_SN = torch.stack([p.sum(1) for p in products]).cumsum(0)
-        scorer = _TileScorer(z, items, sizes, dtype)
-        lse_SN = z.new_empty(len(sizes), len(z))
-        for rows in _ranges(len(z), TILE_POSITIONS):
-            lse_SN[:, rows] = _log_sum_exp(scorer, rows, len(items))
-        ctx.save_for_backward(z, items, targets, lse_SN)
-        ctx.sizes, ctx.dtype = sizes, dtype
-        return (lse_SN - target_scores_SN).sum(1)
+def sampled_cross_entropy(
+    z: Tensor,
+    target_items: Tensor,
+    targets: Tensor,
+    negative_items: Tensor,
+    negatives: Negatives,
+    sizes: Sequence[int],
+    temperatures: Sequence[float] | None = None,
+    impl: str = "tiled",
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Sampled softmax of each size, summed over positions: -s_y + log(e^{s_y} + Σ_k 1[i_k ≠ y] e^{s_{i_k} - log(K q)}).
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_S: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        z, items, targets, lse_SN = ctx.saved_tensors
-        grad_z, grad_items = torch.zeros_like(z), torch.zeros_like(items)
-        scorer = _TileScorer(z, items, ctx.sizes, ctx.dtype)
-        z_in, items_in, weights = z.to(ctx.dtype), items.to(ctx.dtype), grad_S.tolist()
-        for rows in _ranges(len(z), TILE_POSITIONS):
-            for columns in _ranges(len(items), TILE_ITEMS):
-                pulls = _suffix_softmax(scorer(rows, columns), lse_SN[:, rows], weights)
-                for (low, high), pull in zip(chunks(ctx.sizes), pulls, strict=True):
-                    pull_in = pull.to(ctx.dtype)
-                    _add_product(grad_z[rows, low:high], pull_in, items_in[columns, low:high])
-                    _add_product(grad_items[columns, low:high], pull_in.T, z_in[rows, low:high])
-        widths = torch.tensor([high - low for low, high in chunks(ctx.sizes)], device=z.device)
-        target_pull_D = grad_S.flip(0).cumsum(0).flip(0).repeat_interleave(widths)
-        grad_z -= items[targets] * target_pull_D
-        grad_items.index_add_(0, targets, z * target_pull_D, alpha=-1)
-        return grad_z, grad_items, None, None, None
+    The sum over negatives estimates that over all items but the target without bias: each is drawn K·q times on
+    average and counts 1/(K·q). The target is always there by itself, so it gets no correction, and a negative that
+    happens to be the target is left out but counts in K. The logarithm leaves a bias that shrinks as K grows.
 
+    Args:
+        z: outputs [N, D], float32 or float64.
+        target_items: embeddings [N, D] of the targets.
+        targets: int64 [N], their ids.
+        negative_items: embeddings [K, D].
+        negatives: their ids and expected counts; every position sees the same ones.
+        sizes, temperatures, impl, dtype: as in :func:`nested_cross_entropy`.
 
-class _TileScorer:
-    """Scores of every size for one tile of positions × items, each chunk multiplied once, in a buffer used again."""
-
-    def __init__(self, z: Tensor, items: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> None:
-        widths = [high - low for low, high in chunks(sizes)]
-        self._z, self._items = z.to(dtype).split(widths, 1), items.to(dtype).split(widths, 1)
-        self._buffer = z.new_empty(len(sizes), min(len(z), TILE_POSITIONS), min(len(items), TILE_ITEMS))
-
-    def __call__(self, rows: slice, columns: slice) -> Tensor:
-        """[S, n, v]; the next call overwrites it."""
-        scores = self._buffer[:, : rows.stop - rows.start, : columns.stop - columns.start]
-        for j, (z, items) in enumerate(zip(self._z, self._items, strict=True)):
-            z_rows, items_T = z[rows], items[columns].T
-            if z.dtype != scores.dtype:
-                scores[j] = z_rows @ items_T
-                if j > 0:
-                    scores[j] += scores[j - 1]
-            elif j == 0:
-                torch.mm(z_rows, items_T, out=scores[0])
-            else:
-                torch.addmm(scores[j - 1], z_rows, items_T, out=scores[j])
-        return scores
+    Returns:
+        [S], differentiable in z, target_items and negative_items.
+    """
+    own_SN = _divide(nested_scores(z, target_items, sizes), temperatures)
+    if impl == "plain":
+        others = _all_scores(z, negative_items, sizes, temperatures, dtype) - negatives.log_expected
+        others = others.masked_fill(targets[:, None] == negatives.ids, -torch.inf)
+        return (torch.cat((own_SN[..., None], others), 2).logsumexp(2) - own_SN).sum(1)
+    correction = Correction(-negatives.log_expected.to(z.dtype), negatives.ids, targets)
+    others_SN = nested_log_sum_exp(z, negative_items, sizes, temperatures, correction, impl, dtype)
+    return (torch.logaddexp(own_SN, others_SN) - own_SN).sum(1)
 
 
-def _ranges(total: int, step: int) -> list[slice]:
-    return [slice(start, min(start + step, total)) for start in range(0, total, step)]
+def _all_scores(
+    z: Tensor, items: Tensor, sizes: Sequence[int], temperatures: Sequence[float] | None, dtype: torch.dtype | None
+) -> Tensor:
+    """[S, N, V], by one product a size."""
+    scores = torch.stack([matmul_linear(z[:, :m], items[:, :m], dtype) for m in sizes])
+    return scores if temperatures is None else scores / scores.new_tensor(temperatures)[:, None, None]
 
 
-def _add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
-    """accumulator += a · b, in place, also where a and b are of a narrower dtype."""
-    if a.dtype == accumulator.dtype:
-        accumulator.addmm_(a, b)
-    else:
-        accumulator += a @ b
-
-
-def _log_sum_exp(scorer: _TileScorer, rows: slice, num_items: int) -> Tensor:
-    """Log-sum-exp of every size over the whole catalogue, [S, n], folded tile by tile."""
-    first, *others = _ranges(num_items, TILE_ITEMS)
-    scores = scorer(rows, first)
-    highest = scores.amax(2)
-    total = scores.sub_(highest[..., None]).exp_().sum(2)
-    for columns in others:
-        scores = scorer(rows, columns)
-        new_highest = torch.maximum(highest, scores.amax(2))
-        total = total * (highest - new_highest).exp() + scores.sub_(new_highest[..., None]).exp_().sum(2)
-        highest = new_highest
-    return highest + total.log()
-
-
-def _suffix_softmax(scores: Tensor, lse: Tensor, weights: list[float]) -> Tensor:
-    """Σ_{i≥j} w_i softmax_i of one tile, [S, n, v], in the place of its scores."""
-    pulls = scores.sub_(lse[..., None]).exp_()
-    pulls[-1] *= weights[-1]
-    for j in range(len(pulls) - 2, -1, -1):
-        torch.add(pulls[j + 1], pulls[j], alpha=weights[j], out=pulls[j])
-    return pulls
+def _divide(scores_SN: Tensor, temperatures: Sequence[float] | None) -> Tensor:
+    return scores_SN if temperatures is None else scores_SN / scores_SN.new_tensor(temperatures)[:, None]
