@@ -64,7 +64,7 @@ def test_tiled_equals_its_plain_twin(
 def test_loss_word_by_word() -> None:
     """-s_y + log(e^{s_y} + Σ_k 1[i_k ≠ y] exp(s_{i_k} - log(K q))), one position and size at a time."""
     z, target_items, targets, negative_items, negatives = make_inputs(5, 60)
-    losses = sampled_cross_entropy(z, target_items, targets, negative_items, negatives, SIZES, TEMPERATURES)
+    losses = sampled_cross_entropy(z, target_items, targets, negative_items, negatives, SIZES, TEMPERATURES).detach()
     z, target_items, negative_items = z.detach(), target_items.detach(), negative_items.detach()
     hits = 0
     for size, temperature, loss in zip(SIZES, TEMPERATURES, losses, strict=True):
