@@ -9,9 +9,12 @@ that goes on after an interruption forms the same batches, and so the same bits,
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import os
+import signal
 from collections.abc import Collection, Iterable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +32,7 @@ from shards.open_clip_model import ImageModel, find_model, load_tower, make_tran
 from shards.progress import Progress
 from shards.tables import ItemIds
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 BLOCK_ROWS = 512  # a few minutes of SigLIP ViT-L on a CPU are lost at most; a GPU writes a file a second
 
 
@@ -141,6 +145,7 @@ def _encode_blocks(
         num_workers=config.workers,
         # A fork would copy the locks of torch's threads; forkserver's children outlive a build that is killed.
         multiprocessing_context="spawn" if config.workers else None,
+        worker_init_fn=partial(_end_with_parent, os.getpid()),
     )
     progress = Progress(name, "image", num_rows, num_rows - num_left)
     for block, batches in itertools.groupby(loader, key=lambda batch: batch.block):
@@ -153,6 +158,13 @@ def _encode_blocks(
         block_items, first = np.unique(np.concatenate(items), return_index=True)
         blocks.save(block, block_items, np.concatenate(rows)[first], num_failed)
     progress.close()
+
+
+def _end_with_parent(parent: int, _worker: int) -> None:
+    """Have the kernel end this worker with a build that is killed: amid a message, it would wait for the rest."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was killed before
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _raw_batches(table: ImageTable, missing: Collection[int], batch_images: int) -> Iterator[RawBatch]:

@@ -124,9 +124,9 @@ def full_and_sampled(num_negatives: int, num_draws: int, popular: bool) -> tuple
         ids = torch.multinomial(law, num_negatives, replacement=True, generator=generator)
         negatives = Negatives(ids, (num_negatives * law[ids]).log())
         loss = sampled_cross_entropy(z, table[targets], targets, table[ids], negatives, SIZES, impl="plain").sum()
-        mean += float(loss) / num_draws
+        mean += loss.item() / num_draws
         mean_grad += torch.autograd.grad(loss, z)[0] / num_draws
-    return abs(mean / float(full) - 1), float((mean_grad - full_grad).norm() / full_grad.norm())
+    return abs(mean / full.item() - 1), float((mean_grad - full_grad).norm() / full_grad.norm())
 
 
 @pytest.mark.parametrize("popular", [False, True], ids=["uniform", "popularity"])
