@@ -15,13 +15,13 @@ import psutil
 import pytest
 
 from tests.processes import REPOSITORY
-from tests.slurm_cluster import PACKAGES, SlurmCluster
+from tests.slurm_cluster import PACKAGES, SYSTEM_PATH, SlurmCluster
 
 pytestmark = pytest.mark.slurm
 
 START_AND_SLEEP = """
 import time
-from tests.slurm_cluster import SlurmCluster
+from tests.slurm_cluster import SYSTEM_PATH, SlurmCluster
 with SlurmCluster(1) as cluster:
     print(cluster.folder, flush=True)
     time.sleep(100)
@@ -59,9 +59,8 @@ def test_two_clusters_at_once(slurm: SlurmCluster) -> None:
 def test_without_slurm(variables: dict[str, str], ending: str, slurm: SlurmCluster) -> None:
     """On a machine whose slurmd cannot be run: skipped with the reason, but CI fails."""
     test = f"{Path(__file__).relative_to(REPOSITORY)}::test_failed_start"
-    command = (
-        f"mount --bind /dev/null {shutil.which('slurmd')} && {sys.executable} -m pytest -p no:cacheprovider {test}"
-    )
+    slurmd = shutil.which("slurmd", path=SYSTEM_PATH)
+    command = f"mount --bind /dev/null {slurmd} && {sys.executable} -m pytest -p no:cacheprovider {test}"
     environment = {name: value for name, value in os.environ.items() if name != "CI"} | variables
     result = subprocess.run(
         ["unshare", "--mount", "bash", "-c", command], cwd=REPOSITORY, env=environment, capture_output=True, text=True
