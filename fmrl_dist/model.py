@@ -33,6 +33,7 @@ from fmrl_dist.ops.scan import packed_scan, scan_step
 FORMAT_VERSION = 1  # of the folder that from_pretrained reads
 CONFIG_FILE = "config.json"
 MODEL_FILE = "model.safetensors"
+COLUMN_MULTIPLE = 16  # widths of which matrix products are fastest
 RING_MARGIN = 1e-3  # keeps |Λ| off the ring's edges: at 0 the gradient of ν is NaN
 
 
@@ -69,6 +70,25 @@ class ItemEncoder(nn.Module):
         dims = torch.tensor(list(self.feature_dims.values()), dtype=torch.int64, device=values.device)
         scaled = (values.to(self.feature_shift.dtype) - self.feature_shift) * self.feature_scale
         return torch.where(present.repeat_interleave(dims, dim=1), scaled, 0.0)
+
+    @property
+    def num_columns(self) -> int:
+        """C, the columns of :meth:`columns`."""
+        needed = self.weight.shape[1] + len(self.feature_dims) + 1
+        return -(-needed // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
+
+    def columns(self, features: Tensor, present: Tensor) -> Tensor:
+        """What :meth:`projection` maps to embeddings, [n, C]: features, which of them are absent, a one, zeros."""
+        result = F.pad(features, (0, self.num_columns - features.shape[1]))
+        width = self.weight.shape[1]
+        result[:, width : width + len(self.feature_dims)] = ~present
+        result[:, width + len(self.feature_dims)] = 1
+        return result
+
+    def projection(self) -> Tensor:
+        """Weight, stand-ins and bias as one matrix [D, C]: eq. 7 is ``columns · projectionᵀ``, plus the id table."""
+        whole = torch.cat((self.weight, self.stand_ins.T, self.bias[:, None]), 1)
+        return F.pad(whole, (0, self.num_columns - whole.shape[1]))
 
     def forward(self, features: Tensor, present: Tensor, ids: Tensor | None = None) -> Tensor:
         """Embeddings [n, D] of n items.

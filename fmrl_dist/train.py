@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fmrl_dist.assembly import build_model, build_recommender, load_weights, normalize_catalogue
+from fmrl_dist.assembly import build_model, build_recommender, load_weights
+from fmrl_dist.catalogue_columns import catalogue_columns
 from fmrl_dist.checkpoint import Checkpoint, TrainState, load_checkpoint, save_checkpoint
 from fmrl_dist.config import Config, command_parser, parse_command
 from fmrl_dist.data.histories import Packed, TrainStream, evaluation_blocks
@@ -110,8 +111,8 @@ def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
     if resume_from is not None:
         load_weights(model, resume_from)
     model.to(runtime.device)
-    catalogue = normalize_catalogue(model, table, runtime.device)
-    module = TrainingModule(model, catalogue.features, catalogue.present, config.loss.impl, runtime.matmul_dtype)
+    columns = catalogue_columns(model.encoder, table, runtime.matmul_dtype or torch.float32)
+    module = TrainingModule(model, columns, config.loss.impl, runtime.matmul_dtype)
     optimizer = build_optimizer(
         model, config.train.lr, (config.train.beta1, config.train.beta2), config.train.eps, config.train.weight_decay
     )

@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fmrl_dist.losses import log_sum_exp
 from fmrl_dist.losses.log_sum_exp import TILE_ITEMS, TILE_POSITIONS
 from fmrl_dist.losses.nested_cross_entropy import nested_cross_entropy
 from tests.numerics import TOLERANCE, assert_relatively_close
@@ -77,7 +78,10 @@ def test_any_sizes(sizes: tuple[int, ...]) -> None:
 
 def test_gradients_equal_finite_differences() -> None:
     z, items, targets = make_inputs(5, 7, width=6)
-    assert torch.autograd.gradcheck(lambda z, items: nested_cross_entropy(z, items, targets, (2, 3, 6)), (z, items))
+    # A second backward pass, for which nothing is kept, adds in another order.
+    assert torch.autograd.gradcheck(
+        lambda z, items: nested_cross_entropy(z, items, targets, (2, 3, 6)), (z, items), nondet_tol=1e-14
+    )
 
 
 def test_second_gradients_are_refused_rather_than_wrong() -> None:
@@ -167,8 +171,9 @@ def peak_floats(num_positions: int, num_items: int, sizes: Sequence[int], impl: 
 
 
 @pytest.mark.parametrize(("sizes"), [(4, 8), (1, 2, 3, 4, 5, 6, 7, 8)])
-def test_logits_never_exceed_a_tile(sizes: tuple[int, ...]) -> None:
+def test_logits_never_exceed_a_tile_and_what_is_kept(sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Held: the S scores of a tile and of the one before, and what has the size of an input; however large N·V is."""
+    monkeypatch.setattr(log_sum_exp, "KEPT_BYTES", 0)
     num_positions, num_items = 2 * TILE_POSITIONS, 3 * TILE_ITEMS
     all_logits = len(sizes) * num_positions * num_items
     tile = len(sizes) * TILE_POSITIONS * TILE_ITEMS

@@ -1,18 +1,29 @@
 """Nested log-sum-exp: the normaliser of every size's softmax from one pass over the items (paper eq. 13-14).
 
-N positions, V items, D width, S sizes. The score of size m_j is the score of m_{j-1} plus the product of chunk j alone,
-so one pass over D yields the scores of all sizes. Scores exist only as one tile of positions × items at a time, folded
-into a running log-sum-exp per size; the backward pass recomputes the tile. There, size i pulls chunk j whenever i ≥ j,
+N positions, V items, F feature columns, D width, S sizes. The score of size m_j is the score of m_{j-1} plus the
+product of chunk j alone, so one pass over D yields the scores of all sizes. Scores exist only as one tile of positions
+× items at a time, folded into a running log-sum-exp per size. In the backward pass size i pulls chunk j whenever i ≥ j,
 so the gradient of chunk j is driven by the sum of the weighted softmaxes of all sizes i ≥ j.
 
-Cost: N·V·D multiplications forward, 3·N·V·D backward, S exponentials per score in each; memory N·S + S tiles.
+The items' embeddings are given, or projected from frozen features inside the loop, tile by tile. A chunk of width w may
+also be projected *back*: z_c (X W_cᵀ)ᵀ = (z_c W_c) Xᵀ, which takes the positions to the features instead of the items
+to the width. Multiplications of one item, forward and backward, where tiles are kept for the backward pass:
+
+    project         w·F for the embedding, N·w for its score;  2·N·w + w·F back
+    back-project    N·F for the score;                         N·F back
+
+so few positions and wide chunks are better projected back, chunk by chunk (:func:`back_projected`).
+
+Tiles are kept for the backward pass until ``KEPT_BYTES`` are spent; the others are computed again there. Memory beyond
+inputs and gradients: N·S, back-projected N·F, a tile, and what is kept; none of it grows with V.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +33,16 @@ from fmrl_dist.ops.nested import chunks, matmul_linear
 
 TILE_POSITIONS = 256
 TILE_ITEMS = 512
+KEPT_BYTES = 256 * 2**20
+
+
+class Rows(Protocol):
+    """A matrix read by slices of rows: a tensor, or a table that stays on disk."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    def __getitem__(self, rows: slice | Tensor, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -56,23 +77,70 @@ def nested_log_sum_exp(
         sizes: trained sizes, the last one D.
         temperatures: τ of each size; None for 1.
         correction: of sampled items; None where items are the whole catalogue. -inf where it leaves no item.
-        impl: "tiled", or "plain" (all scores at once; the specification).
+        impl: "tiled"; "compiled", the same with its element-wise part compiled; or "plain" (all scores at once; the
+            specification).
         dtype: of the products' inputs, z's own if None; exponentials and sums stay in z's dtype.
 
     Returns:
         [S, N], differentiable in z and items.
     """
-    inverse = [1 / t for t in temperatures] if temperatures is not None else [1.0] * len(sizes)
+    inverse = _inverse(temperatures, sizes)
     if impl == "plain":
         return _plain(z, items, sizes, inverse, correction, dtype)
-    return _Tiled.apply(z, items, tuple(sizes), inverse, correction, dtype or z.dtype)
+    settings = _Settings(tuple(sizes), inverse, correction, dtype or z.dtype, impl == "compiled", (False,) * len(sizes))
+    return _Tiled.apply(z, None, items, None, settings)
+
+
+def catalogue_log_sum_exp(
+    z: Tensor,
+    features: Rows,
+    weight: Tensor,
+    table: Tensor | None,
+    sizes: Sequence[int],
+    temperatures: Sequence[float] | None = None,
+    impl: str = "tiled",
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """:func:`nested_log_sum_exp` over the items that ``weight`` projects from ``features``.
+
+    Args:
+        z: outputs [N, D], float32 or float64.
+        features: [V, F], frozen, read a tile of rows at a time.
+        weight: W_proj [D, F].
+        table: [V, D], added to the projected embeddings; None for nothing.
+        sizes, temperatures, impl, dtype: as in :func:`nested_log_sum_exp`.
+
+    Returns:
+        [S, N], differentiable in z, weight and table.
+    """
+    inverse, dtype = _inverse(temperatures, sizes), dtype or z.dtype
+    if impl == "plain":
+        items = matmul_linear(features[:].to(z.dtype), weight, dtype)
+        return _plain(z, items if table is None else items + table, sizes, inverse, None, dtype)
+    # A table's rows are added to the embeddings, so there they are needed.
+    back = back_projected(sizes, len(z), features.shape[1]) if table is None else (False,) * len(sizes)
+    return _Tiled.apply(
+        z, weight, table, features, _Settings(tuple(sizes), inverse, None, dtype, impl == "compiled", back)
+    )
+
+
+def back_projected(sizes: Sequence[int], num_positions: int, num_features: int) -> tuple[bool, ...]:
+    """Which chunks cost fewer multiplications projected back, by the count in the module's docstring."""
+    return tuple(
+        2 * num_positions * num_features < 2 * (high - low) * num_features + 3 * num_positions * (high - low)
+        for low, high in chunks(sizes)
+    )
+
+
+def _inverse(temperatures: Sequence[float] | None, sizes: Sequence[int]) -> tuple[float, ...]:
+    return tuple(1 / t for t in temperatures) if temperatures is not None else (1.0,) * len(sizes)
 
 
 def _plain(
     z: Tensor,
     items: Tensor,
     sizes: Sequence[int],
-    inverse: list[float],
+    inverse: Sequence[float],
     correction: Correction | None,
     dtype: torch.dtype | None,
 ) -> Tensor:
@@ -85,89 +153,250 @@ def _plain(
     return scores.logsumexp(2)
 
 
+@dataclass(frozen=True)
+class _Settings:
+    sizes: tuple[int, ...]
+    inverse: tuple[float, ...]  # 1 / τ of each size
+    correction: Correction | None
+    dtype: torch.dtype  # of the products' inputs
+    compiled: bool
+    back: tuple[bool, ...]  # which chunks are projected back
+
+
+@dataclass(frozen=True)
+class _Softmax:
+    """exp(scores - shift) of one tile."""
+
+    exponentials: Tensor  # [S, n, v]
+    shift: Tensor  # [S, n], finite
+
+
 class _Tiled(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        z: Tensor,
-        items: Tensor,
-        sizes: tuple[int, ...],
-        inverse: list[float],
-        correction: Correction | None,
-        dtype: torch.dtype,
+        ctx: Any, z: Tensor, weight: Tensor | None, table: Tensor | None, features: Rows | None, settings: _Settings
     ) -> Tensor:
-        scorer = _TileScorer(z, items, sizes, inverse, correction, dtype)
-        lse_SN = z.new_empty(len(sizes), len(z))
-        for rows in _ranges(len(z), TILE_POSITIONS):
-            lse_SN[:, rows] = _log_sum_exp(scorer, rows, len(items))
-        ctx.save_for_backward(z, items, lse_SN)
-        ctx.rest = sizes, inverse, correction, dtype
+        scorer = _Scorer(z, weight, table, features, settings)
+        fold = _compiled(_fold) if settings.compiled else _fold
+        highest = z.new_full((len(settings.sizes), len(z)), torch.finfo(z.dtype).min)
+        total = torch.zeros_like(highest)
+        kept: dict[tuple[int, int], _Softmax] = {}
+        kept_embeddings: dict[int, Tensor] = {}
+        budget = KEPT_BYTES if any(ctx.needs_input_grad) else 0
+        for columns in _ranges(scorer.num_items, TILE_ITEMS):
+            tile = scorer.item_tile(columns)
+            num_bytes = z.element_size() * tile.num_items * (len(settings.sizes) * len(z) + len(tile.transposed))
+            keep = num_bytes <= budget
+            if keep:
+                budget -= num_bytes
+                kept_embeddings[columns.start] = tile.transposed
+            for rows in _ranges(len(z), TILE_POSITIONS):
+                scores = scorer.scores(rows, tile, reuse=not keep)
+                highest[:, rows], total[:, rows] = fold(scores, highest[:, rows], total[:, rows])
+                if keep:
+                    kept[columns.start, rows.start] = _Softmax(scores, highest[:, rows].clone())
+        lse_SN = highest + total.log()
+        ctx.save_for_backward(z, weight, table, lse_SN)
+        ctx.rest = features, settings, kept, kept_embeddings
         return lse_SN
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_SN: Tensor) -> tuple[Tensor | None, ...]:
-        z, items, lse_SN = ctx.saved_tensors
-        sizes, inverse, correction, dtype = ctx.rest
-        grad_z, grad_items = torch.zeros_like(z), torch.zeros_like(items)
-        scorer = _TileScorer(z, items, sizes, inverse, correction, dtype)
-        z_in, items_in = z.to(dtype), items.to(dtype)
-        weights_SN = grad_SN * grad_SN.new_tensor(inverse)[:, None]
-        # A weighted softmax is one exponential: w·exp(s - lse) = sign(w)·exp(s - (lse - log |w|)).
-        shift_SN = lse_SN.clamp_min(torch.finfo(z.dtype).min) - weights_SN.abs().log()
-        signs_SN = weights_SN.sign() if bool((weights_SN < 0).any()) else None
-        for rows in _ranges(len(z), TILE_POSITIONS):
-            for columns in _ranges(len(items), TILE_ITEMS):
-                pulls = scorer(rows, columns).sub_(shift_SN[:, rows, None]).exp_()
-                if signs_SN is not None:
-                    pulls *= signs_SN[:, rows, None]
-                for j in range(len(pulls) - 2, -1, -1):
-                    pulls[j] += pulls[j + 1]
-                for (low, high), pull in zip(chunks(sizes), pulls, strict=True):
-                    pull_in = pull.to(dtype)
-                    _add_product(grad_z[rows, low:high], pull_in, items_in[columns, low:high])
-                    _add_product(grad_items[columns, low:high], pull_in.T, z_in[rows, low:high])
-        return grad_z, grad_items, None, None, None, None
+        z, weight, table, lse_SN = ctx.saved_tensors
+        features, settings, kept, kept_embeddings = ctx.rest
+        scorer = _Scorer(z, weight, table, features, settings)
+        pull = _compiled(_pull) if settings.compiled else _pull
+        gradients = _Gradients(scorer, z, weight, table)
+        weights_SN = grad_SN * grad_SN.new_tensor(settings.inverse)[:, None]
+        finite_lse_SN = lse_SN.clamp_min(torch.finfo(z.dtype).min)
+        for columns in _ranges(scorer.num_items, TILE_ITEMS):
+            tile = scorer.item_tile(columns, kept_embeddings.pop(columns.start, None))
+            gradients.begin_items(tile)
+            for rows in _ranges(len(z), TILE_POSITIONS):
+                softmax = kept.pop((columns.start, rows.start), None)
+                if softmax is None:
+                    shift = finite_lse_SN[:, rows]
+                    exponentials = scorer.scores(rows, tile, reuse=True).sub_(shift[..., None]).exp_()
+                    softmax = _Softmax(exponentials, shift)
+                factors = weights_SN[:, rows] * (softmax.shift - finite_lse_SN[:, rows]).exp()
+                gradients.add(rows, tile, pull(softmax.exponentials, factors))
+            gradients.end_items(tile)
+        grad_z, grad_weight, grad_table = gradients.finish()
+        return grad_z, grad_weight, grad_table, None, None
 
 
-class _TileScorer:
-    """Scores of every size for one tile of positions × items, each chunk multiplied once, in a buffer used again."""
+def _fold(scores: Tensor, highest: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """Add a tile to the running log-sum-exp; ``scores`` [S, n, v] become exp(scores - new highest).
+
+    ``highest`` and ``total`` are [S, n]: the maximum so far, and the sum of exponentials below it. A maximum is never
+    -inf, from which nothing could be subtracted.
+    """
+    new_highest = torch.maximum(highest, scores.amax(2))
+    exponentials = scores.sub_(new_highest[..., None]).exp_()
+    return new_highest, total * (highest - new_highest).exp() + exponentials.sum(2)
+
+
+def _pull(exponentials: Tensor, factors: Tensor) -> Tensor:
+    """What drives each chunk's gradient, [S, n, v] in place: Σ_{i ≥ j} factor_i · exponentials_i."""
+    pulls = exponentials.mul_(factors[..., None])
+    for j in range(len(pulls) - 2, -1, -1):
+        pulls[j] += pulls[j + 1]
+    return pulls
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True)
+
+
+@dataclass(frozen=True)
+class _ItemTile:
+    """Some items, with what the projection makes of them."""
+
+    columns: slice
+    features: Tensor | None  # [v, F]
+    back_scores: Tensor | None  # [B·N, v], the score of each of the B chunks projected back by itself
+    transposed: Tensor  # embeddings [w, v], the channels of the chunks not projected back
+
+    @property
+    def num_items(self) -> int:
+        return self.columns.stop - self.columns.start
+
+
+class _Scorer:
+    """Scores of every size for one tile of positions × items, each chunk multiplied once.
+
+    All that meets the features is stacked, so that one product a tile does it:
+    ``projector`` [B·N + w, F] = the B back-projected chunks of z, then the weight's chunks that are not projected back.
+    """
 
     def __init__(
-        self,
-        z: Tensor,
-        items: Tensor,
-        sizes: Sequence[int],
-        inverse: list[float],
-        correction: Correction | None,
-        dtype: torch.dtype,
+        self, z: Tensor, weight: Tensor | None, table: Tensor | None, features: Rows | None, settings: _Settings
     ) -> None:
-        widths = [high - low for low, high in chunks(sizes)]
-        self._z, self._items = z.to(dtype).split(widths, 1), items.to(dtype).split(widths, 1)
-        self._inverse, self._correction = inverse, correction
-        self._buffer = z.new_empty(len(sizes), min(len(z), TILE_POSITIONS), min(len(items), TILE_ITEMS))
+        self.settings, self.num_positions = settings, len(z)
+        self.num_items = int(features.shape[0]) if features is not None else len(_given(table))
+        bounds = chunks(settings.sizes)
+        self.z_chunks = [z[:, low:high].to(settings.dtype) for low, high in bounds]
+        self.back_rows = len(z) * sum(settings.back)
+        self.embedded: list[slice | None] = []  # of each chunk, its channels among the embeddings; None where back
+        begin = 0
+        for (low, high), back in zip(bounds, settings.back, strict=True):
+            self.embedded.append(None if back else slice(begin, begin + high - low))
+            begin += 0 if back else high - low
+        self.num_embedded = begin
+        self._table, self._features, self._buffer = table, features, z.new_empty(0)
+        self.weight_chunks: list[Tensor] = []
+        if weight is not None:
+            self.weight_chunks = [weight[low:high].to(settings.dtype) for low, high in bounds]
+            parts = list(zip(self.z_chunks, self.weight_chunks, settings.back, strict=True))
+            self.projector = torch.cat(
+                [z @ w for z, w, back in parts if back] + [w for _, w, back in parts if not back]
+            )
 
-    def __call__(self, rows: slice, columns: slice) -> Tensor:
-        """[S, n, v]; the next call overwrites it."""
-        scores = self._buffer[:, : rows.stop - rows.start, : columns.stop - columns.start]
-        for j, (z, items) in enumerate(zip(self._z, self._items, strict=True)):
-            z_rows, items_T = z[rows], items[columns].T
-            if z.dtype != scores.dtype:
-                scores[j] = z_rows @ items_T
-                if j > 0:
-                    scores[j] += scores[j - 1]
-            elif j == 0:
-                torch.mm(z_rows, items_T, out=scores[0])
+    def item_tile(self, columns: slice, transposed: Tensor | None = None) -> _ItemTile:
+        """The items of ``columns``; with the embeddings given only to pull them, not to score them."""
+        if self._features is None:
+            return _ItemTile(columns, None, None, _given(self._table)[columns].to(self.settings.dtype).T)
+        features = self._features[columns].to(self.settings.dtype)
+        if transposed is not None:
+            return _ItemTile(columns, features, None, transposed)
+        back_scores, transposed = (self.projector @ features.T).split((self.back_rows, self.num_embedded))
+        if self._table is not None:
+            transposed = (transposed + self._table[columns].T).to(self.settings.dtype)
+        return _ItemTile(columns, features, back_scores, transposed)
+
+    def scores(self, rows: slice, tile: _ItemTile, reuse: bool) -> Tensor:
+        """[S, n, v]; with ``reuse`` the next such call overwrites it."""
+        shape = len(self.z_chunks), rows.stop - rows.start, tile.num_items
+        scores = self._reused(shape) if reuse else self._buffer.new_empty(shape)
+        back_begin = 0
+        for j, (z_chunk, channels) in enumerate(zip(self.z_chunks, self.embedded, strict=True)):
+            if channels is None:
+                product = _given(tile.back_scores)[back_begin + rows.start : back_begin + rows.stop]
+                back_begin += self.num_positions
+            elif z_chunk.dtype == scores.dtype:
+                product = torch.mm(z_chunk[rows], tile.transposed[channels], out=scores[j])
             else:
-                torch.addmm(scores[j - 1], z_rows, items_T, out=scores[j])
-        for size_scores, factor in zip(scores, self._inverse, strict=True):
+                product = z_chunk[rows] @ tile.transposed[channels]
+            if j > 0:
+                torch.add(scores[j - 1], product, out=scores[j])
+            elif product.data_ptr() != scores.data_ptr():
+                scores[0] = product
+        for size_scores, factor in zip(scores, self.settings.inverse, strict=True):
             if factor != 1:
                 size_scores *= factor
-        if self._correction is not None:
-            scores += self._correction.offsets[columns]
-            hits = self._correction.target_ids[rows, None] == self._correction.item_ids[columns]
-            scores.masked_fill_(hits, -torch.inf)
+        if self.settings.correction is not None:
+            correction, columns = self.settings.correction, tile.columns
+            scores += correction.offsets[columns]
+            scores.masked_fill_(correction.target_ids[rows, None] == correction.item_ids[columns], -torch.inf)
         return scores
+
+    def _reused(self, shape: tuple[int, int, int]) -> Tensor:
+        size = shape[0] * shape[1] * shape[2]
+        if self._buffer.numel() < size:
+            self._buffer = self._buffer.new_empty(size)
+        return self._buffer[:size].view(shape)
+
+
+class _Gradients:
+    """Sums of the gradients over tiles, in z's dtype."""
+
+    def __init__(self, scorer: _Scorer, z: Tensor, weight: Tensor | None, table: Tensor | None) -> None:
+        self._scorer, self._dtype = scorer, scorer.settings.dtype
+        self._grad_z = torch.zeros_like(z)
+        self._grad_projector = None if weight is None else torch.zeros_like(scorer.projector, dtype=z.dtype)
+        self._grad_table = None if table is None else torch.zeros_like(table)
+        self._pulls = z.new_empty(scorer.back_rows + scorer.num_embedded, min(TILE_ITEMS, scorer.num_items))
+
+    def begin_items(self, tile: _ItemTile) -> None:
+        """Rows of ``pulls`` drive the rows of the projector."""
+        self._tile_pulls = self._pulls[:, : tile.num_items]
+        self._tile_pulls[self._scorer.back_rows :] = 0
+
+    def add(self, rows: slice, tile: _ItemTile, pulls: Tensor) -> None:
+        """One tile of positions × items."""
+        scorer, back_begin = self._scorer, 0
+        grad_embeddings = self._tile_pulls[scorer.back_rows :]
+        bounds = chunks(scorer.settings.sizes)
+        for (low, high), z_chunk, channels, pull in zip(bounds, scorer.z_chunks, scorer.embedded, pulls, strict=True):
+            if channels is None:
+                self._tile_pulls[back_begin + rows.start : back_begin + rows.stop] = pull
+                back_begin += scorer.num_positions
+            else:
+                pull_in = pull.to(self._dtype)
+                _add_product(self._grad_z[rows, low:high], pull_in, tile.transposed[channels].T)
+                _add_product(grad_embeddings[channels], z_chunk[rows].T, pull_in)
+
+    def end_items(self, tile: _ItemTile) -> None:
+        """All positions have pulled these items: on to what the embeddings were made of."""
+        if self._grad_table is not None:
+            self._grad_table[tile.columns] = self._tile_pulls[self._scorer.back_rows :].T
+        if self._grad_projector is not None:
+            _add_product(self._grad_projector, self._tile_pulls.to(self._dtype), _given(tile.features))
+
+    def finish(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Gradients of z, weight and table."""
+        if self._grad_projector is None:
+            return self._grad_z, None, self._grad_table
+        scorer, back_begin, parts = self._scorer, 0, []
+        bounds = chunks(scorer.settings.sizes)
+        for (low, high), z_chunk, weight, channels in zip(
+            bounds, scorer.z_chunks, scorer.weight_chunks, scorer.embedded, strict=True
+        ):
+            if channels is None:
+                grad = self._grad_projector[back_begin : back_begin + scorer.num_positions].to(self._dtype)
+                back_begin += scorer.num_positions
+                _add_product(self._grad_z[:, low:high], grad, weight.T)
+                parts.append((z_chunk.T @ grad).to(self._grad_z.dtype))
+            else:
+                parts.append(self._grad_projector[scorer.back_rows :][channels])
+        return self._grad_z, torch.cat(parts), self._grad_table
+
+
+def _given(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
 
 
 def _ranges(total: int, step: int) -> list[slice]:
@@ -180,22 +409,3 @@ def _add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
         accumulator.addmm_(a, b)
     else:
         accumulator += a @ b
-
-
-def _log_sum_exp(scorer: _TileScorer, rows: slice, num_items: int) -> Tensor:
-    """Log-sum-exp of every size over all items, [S, n], folded tile by tile."""
-    first, *others = _ranges(num_items, TILE_ITEMS)
-    scores = scorer(rows, first)
-    highest = _finite(scores.amax(2))
-    total = scores.sub_(highest[..., None]).exp_().sum(2)
-    for columns in others:
-        scores = scorer(rows, columns)
-        new_highest = torch.maximum(highest, scores.amax(2))
-        total = total * (highest - new_highest).exp() + scores.sub_(new_highest[..., None]).exp_().sum(2)
-        highest = new_highest
-    return highest + total.log()
-
-
-def _finite(highest: Tensor) -> Tensor:
-    """A maximum that can be subtracted from -inf, where every item was left out."""
-    return highest.clamp_min(torch.finfo(highest.dtype).min)

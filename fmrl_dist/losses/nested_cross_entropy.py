@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmrl_dist.losses.log_sum_exp import Correction, nested_log_sum_exp, nested_scores
+from fmrl_dist.losses.log_sum_exp import Correction, Rows, catalogue_log_sum_exp, nested_log_sum_exp, nested_scores
 from fmrl_dist.ops.nested import matmul_linear
 
 
@@ -45,6 +45,34 @@ def nested_cross_entropy(
         return torch.stack([F.cross_entropy(scores_NV, targets, reduction="sum") for scores_NV in scores])
     own_SN = _divide(nested_scores(z, items[targets], sizes), temperatures)
     return (nested_log_sum_exp(z, items, sizes, temperatures, None, impl, dtype) - own_SN).sum(1)
+
+
+def catalogue_cross_entropy(
+    z: Tensor,
+    target_items: Tensor,
+    columns: Rows,
+    projection: Tensor,
+    table: Tensor | None,
+    sizes: Sequence[int],
+    temperatures: Sequence[float] | None = None,
+    impl: str = "tiled",
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """:func:`nested_cross_entropy` over items that are projected from their features where they are scored.
+
+    Args:
+        z: outputs [N, D], float32 or float64.
+        target_items: embeddings [N, D] of the right items.
+        columns: [V, C], what the projection maps; read a tile of rows at a time.
+        projection: [D, C].
+        table: id table [V, D], or None.
+        sizes, temperatures, impl, dtype: as in :func:`nested_cross_entropy`.
+
+    Returns:
+        [S], differentiable in z, target_items, projection and table.
+    """
+    own_SN = _divide(nested_scores(z, target_items, sizes), temperatures)
+    return (catalogue_log_sum_exp(z, columns, projection, table, sizes, temperatures, impl, dtype) - own_SN).sum(1)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,60 @@
+"""The catalogue as the loss reads it: every item's columns (:meth:`ItemEncoder.columns`), resident or made on demand.
+
+V items, C columns. A table that fits the device is normalised once and stays there, in the dtype of the products. A
+larger one stays where it is, float16 and perhaps memory-mapped, and only the rows asked for are normalised: the loss
+asks for a tile, the batch for its own items, so nothing that is held grows with V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fmrl_dist.data.items import ItemTable
+from fmrl_dist.losses.log_sum_exp import Rows
+from fmrl_dist.model import ItemEncoder
+
+RESIDENT_BYTES = 2 * 2**30  # on the CPU, for each process
+RESIDENT_SHARE = 0.25  # of a GPU's memory
+MADE_AT_ONCE = 4096  # items
+
+
+class TableColumns:
+    """Columns made from the table's rows when they are asked for.
+
+    Args:
+        encoder: on the device of the products; its feature scale is what the columns are made with.
+        table: float16 values and masks, on the CPU.
+        dtype: of the columns.
+    """
+
+    def __init__(self, encoder: ItemEncoder, table: ItemTable, dtype: torch.dtype) -> None:
+        self._encoder, self._table, self._dtype = encoder, table, dtype
+
+    @property
+    def shape(self) -> Sequence[int]:
+        return len(self._table.values), self._encoder.num_columns
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        device = self._encoder.feature_shift.device
+        rows = rows if isinstance(rows, slice) else rows.to(self._table.values.device)
+        values, present = self._table.values[rows].to(device), self._table.present[rows].to(device)
+        return self._encoder.columns(self._encoder.normalize(values, present), present).to(self._dtype)
+
+
+def catalogue_columns(encoder: ItemEncoder, table: ItemTable, dtype: torch.dtype) -> Rows:
+    """All items' columns [V, C] on the encoder's device, resident if the device has room for them."""
+    made = TableColumns(encoder, table, dtype)
+    device = encoder.feature_shift.device
+    num_items, num_columns = made.shape
+    num_bytes = num_items * num_columns * dtype.itemsize
+    on_gpu = device.type == "cuda"
+    room = RESIDENT_SHARE * torch.cuda.get_device_properties(device).total_memory if on_gpu else RESIDENT_BYTES
+    if num_bytes > room:
+        return made
+    resident = torch.empty(num_items, num_columns, dtype=dtype, device=device)
+    for begin in range(0, num_items, MADE_AT_ONCE):
+        resident[begin : begin + MADE_AT_ONCE] = made[begin : begin + MADE_AT_ONCE]
+    return resident
