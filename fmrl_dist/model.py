@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fmrl_dist.errors import UserError
-from fmrl_dist.ops.nested import NestedLayerNorm, NestedLinear, init_nested, matmul_linear, nested_linear, shared_mask
+from fmrl_dist.ops.nested import NestedLayerNorm, NestedLinear, init_nested, matmul_linear, nested_linear
 from fmrl_dist.ops.scan import packed_scan, scan_step
 
 FORMAT_VERSION = 1  # of the folder that from_pretrained reads
@@ -143,17 +143,13 @@ class LRU(nn.Module):
 
     def _drive(self, x: Tensor) -> Tensor:
         """γ⊙(B x + b), [P, 2, D]."""
-        driven = nested_linear(
-            x, self.B.flatten(0, 1), self.b.flatten(), shared_mask(self.sizes, x.device), self.matmul_dtype
-        )
-        return driven.unflatten(1, (2, -1)) * torch.exp(self.gamma_log)
+        driven = nested_linear(x[:, None], self.B[:, None], self.b, self.sizes, self.matmul_dtype)
+        return driven * torch.exp(self.gamma_log)
 
     def _read(self, states: Tensor) -> Tensor:
         """Re(C h + c), [P, D]."""
-        weight = torch.cat((self.C[0], -self.C[1]), 1)
-        return nested_linear(
-            states.flatten(1), weight, self.c, shared_mask(self.sizes, states.device), self.matmul_dtype
-        )
+        conjugate = states * states.new_tensor((1.0, -1.0))[:, None]  # Re(C h) = Re C · Re h - Im C · Im h
+        return nested_linear(conjugate, self.C[None], self.c[None], self.sizes, self.matmul_dtype)[:, 0]
 
 
 class FeedForward(nn.Module):

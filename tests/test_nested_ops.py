@@ -13,6 +13,7 @@ from fmrl_dist.model import LRU
 from fmrl_dist.ops.nested import (
     NestedLayerNorm,
     NestedLinear,
+    chunk_groups,
     chunks,
     init_nested,
     nested_layer_norm,
@@ -22,7 +23,7 @@ from fmrl_dist.ops.nested import (
 )
 from tests.numerics import TOLERANCE, assert_relatively_close
 
-SIZES = [(4,), (8, 16, 32), (4, 11, 16, 63), (63, 507)]
+SIZES = [(4,), (8, 16, 32), (4, 11, 16, 63), (63, 507), (5, 17, 300, 307, 560)]
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -60,9 +61,8 @@ def test_nested_linear_equals_its_plain_twin(sizes: tuple[int, ...], num_rows: i
     weight = random_tensor(width, width, dtype=dtype, seed=2)  # dense: the mask must hide what is not the model's
     bias = random_tensor(width, dtype=dtype, seed=3)
     upstream = random_tensor(num_rows, width, dtype=dtype, seed=4).detach()
-    mask = nested_mask(sizes).to(dtype)
 
-    found = nested_linear(x, weight, bias, mask)
+    found = nested_linear(x[:, None], weight[None, None], bias[None], sizes)[:, 0]
     expected = nested_linear_plain(x, weight, bias, sizes)
     assert_relatively_close(found, expected, TOLERANCE[dtype])
     found_grads = torch.autograd.grad(found, (x, weight, bias), upstream)
@@ -71,25 +71,29 @@ def test_nested_linear_equals_its_plain_twin(sizes: tuple[int, ...], num_rows: i
         assert_relatively_close(found_grad, expected_grad, TOLERANCE[dtype])
 
 
-def test_groups_of_inputs_and_outputs_are_each_nested() -> None:
-    """[2·D, 3·D] weights: every D×D block by itself through the plain twin."""
-    sizes, width = (4, 9, 16), 16
-    x = random_tensor(5, 3 * width, dtype=torch.float64, seed=1)
-    weight = random_tensor(2 * width, 3 * width, dtype=torch.float64, seed=2)
-    bias = random_tensor(2 * width, dtype=torch.float64, seed=3)
+def test_several_inputs_and_outputs_are_each_nested() -> None:
+    """[2, 3, D, D] weights: every D×D block by itself through the plain twin."""
+    sizes, width = (4, 300, 600), 600
+    x = random_tensor(5, 3, width, dtype=torch.float64, seed=1)
+    weight = random_tensor(2, 3, width, width, dtype=torch.float64, seed=2)
+    bias = random_tensor(2, width, dtype=torch.float64, seed=3)
+    upstream = random_tensor(5, 2, width, dtype=torch.float64, seed=4).detach()
     no_bias = bias.new_zeros(width)
-    rows = [
-        torch.stack(
-            [
-                nested_linear_plain(x_part, block, no_bias, sizes)
-                for x_part, block in zip(x.split(width, 1), row.split(width, 1), strict=True)
-            ]
-        ).sum(0)
-        for row in weight.split(width, 0)
-    ]
-    expected = torch.cat(rows, 1) + bias
-    found = nested_linear(x, weight, bias, nested_mask(sizes).double())
+    products = [[nested_linear_plain(x[:, k], weight[g, k], no_bias, sizes) for k in range(3)] for g in range(2)]
+    expected = torch.stack([sum(row, bias[g]) for g, row in enumerate(products)], 1)
+    found = nested_linear(x, weight, bias, sizes)
     assert_relatively_close(found, expected, 1e-10)
+    inputs = (x, weight, bias)
+    for found_grad, expected_grad in zip(
+        torch.autograd.grad(found, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
+    ):
+        assert_relatively_close(found_grad, expected_grad, 1e-10)
+
+
+def test_groups_hold_whole_chunks_and_are_not_thin() -> None:
+    assert chunk_groups((8, 16, 32, 64, 128, 256, 512, 1024)) == [(0, 256), (256, 512), (512, 1024)]
+    assert chunk_groups((8, 64)) == [(0, 64)]
+    assert chunk_groups((300, 310, 700, 710)) == [(0, 300), (300, 700), (700, 710)]
 
 
 def test_bfloat16_products_err_no_more_than_the_plain_twin_in_bfloat16() -> None:
@@ -97,7 +101,7 @@ def test_bfloat16_products_err_no_more_than_the_plain_twin_in_bfloat16() -> None
     x = random_tensor(500, 32, dtype=torch.float32, seed=1)
     weight = random_tensor(32, 32, dtype=torch.float32, seed=2)
     bias = random_tensor(32, dtype=torch.float32, seed=3)
-    found = nested_linear(x, weight, bias, nested_mask(sizes), torch.bfloat16)
+    found = nested_linear(x[:, None], weight[None, None], bias[None], sizes, torch.bfloat16)[:, 0]
     exact = nested_linear_plain(x.double(), weight.double(), bias.double(), sizes)
     own_error = nested_linear_plain(x.bfloat16(), weight.bfloat16(), bias.bfloat16(), sizes).double() - exact
     assert found.dtype == torch.float32

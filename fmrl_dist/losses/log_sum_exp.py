@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fmrl_dist.ops.nested import chunks, matmul_linear
+from fmrl_dist.ops.nested import add_product, chunks, matmul_linear
 
 TILE_POSITIONS = 256
 TILE_ITEMS = 512
@@ -365,15 +365,15 @@ class _Gradients:
                 back_begin += scorer.num_positions
             else:
                 pull_in = pull.to(self._dtype)
-                _add_product(self._grad_z[rows, low:high], pull_in, tile.transposed[channels].T)
-                _add_product(grad_embeddings[channels], z_chunk[rows].T, pull_in)
+                add_product(self._grad_z[rows, low:high], pull_in, tile.transposed[channels].T)
+                add_product(grad_embeddings[channels], z_chunk[rows].T, pull_in)
 
     def end_items(self, tile: _ItemTile) -> None:
         """All positions have pulled these items: on to what the embeddings were made of."""
         if self._grad_table is not None:
             self._grad_table[tile.columns] = self._tile_pulls[self._scorer.back_rows :].T
         if self._grad_projector is not None:
-            _add_product(self._grad_projector, self._tile_pulls.to(self._dtype), _given(tile.features))
+            add_product(self._grad_projector, self._tile_pulls.to(self._dtype), _given(tile.features))
 
     def finish(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Gradients of z, weight and table."""
@@ -387,7 +387,7 @@ class _Gradients:
             if channels is None:
                 grad = self._grad_projector[back_begin : back_begin + scorer.num_positions].to(self._dtype)
                 back_begin += scorer.num_positions
-                _add_product(self._grad_z[:, low:high], grad, weight.T)
+                add_product(self._grad_z[:, low:high], grad, weight.T)
                 parts.append((z_chunk.T @ grad).to(self._grad_z.dtype))
             else:
                 parts.append(self._grad_projector[scorer.back_rows :][channels])
@@ -401,11 +401,3 @@ def _given(tensor: Tensor | None) -> Tensor:
 
 def _ranges(total: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, total)) for start in range(0, total, step)]
-
-
-def _add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
-    """accumulator += a · b, in place, also where a and b are of a narrower dtype."""
-    if a.dtype == accumulator.dtype:
-        accumulator.addmm_(a, b)
-    else:
-        accumulator += a @ b

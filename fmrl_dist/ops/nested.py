@@ -12,12 +12,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 LAYER_NORM_EPS = 1e-5
+GROUP_WIDTH = 256  # channels
 
 
 def chunks(sizes: Sequence[int]) -> list[tuple[int, int]]:
@@ -37,21 +40,89 @@ def shared_mask(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     return nested_mask(sizes).to(device)
 
 
-def nested_linear(x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """P ⊙ W applied to x (eq. 5): one masked dense product.
+def nested_linear(
+    x: Tensor, weight: Tensor, bias: Tensor, sizes: Sequence[int], dtype: torch.dtype | None = None
+) -> Tensor:
+    """P ⊙ W applied to x (eq. 5), without most of the products with zeros.
+
+    Chunks are put together into groups of at least ``GROUP_WIDTH`` channels, and each group reads the input prefix of
+    its last chunk. With sizes that double, the products cost about ⅔ of a dense weight's; narrower groups would save
+    more of them and be slower (``benchmarks.nesting``).
 
     Args:
-        x: [N, K·D] rows; K input groups side by side (2 for real and imaginary parts, else 1).
-        weight: [G·D, K·D], every D×D block nested.
-        bias: [G·D].
-        mask: [D, D], from :func:`nested_mask`.
-        dtype: of the product's inputs, x's own if None; the result comes back in x's dtype.
+        x: [N, K, D]; K inputs side by side (2 for real and imaginary parts, else 1), whose products are added.
+        weight: [G, K, D, D], each D×D block nested; what lies outside of the mask is not read and gets no gradient.
+        bias: [G, D].
+        sizes: trained sizes, the last one D.
+        dtype: of the products' inputs, x's own if None; the result comes back in x's dtype.
 
     Returns:
-        [N, G·D].
+        [N, G, D].
     """
-    masked = weight * mask.repeat(weight.shape[0] // mask.shape[0], weight.shape[1] // mask.shape[1])
-    return matmul_linear(x, masked, dtype) + bias
+    return _NestedLinear.apply(x, weight, bias, tuple(sizes), dtype or x.dtype)
+
+
+class _NestedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, sizes: tuple[int, ...], dtype: torch.dtype
+    ) -> Tensor:
+        x_in = x.to(dtype)
+        y = x.new_empty(len(x), *bias.shape)
+        for block in _blocks(weight.shape[0], sizes):
+            g, low, high = block
+            y[:, g, low:high] = bias[g, low:high]
+            for k in range(x.shape[1]):
+                add_product(y[:, g, low:high], x_in[:, k, :high], _masked(weight, block, k, sizes).to(dtype).T)
+        ctx.save_for_backward(x_in, weight)
+        ctx.rest = sizes, dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x_in, weight = ctx.saved_tensors
+        sizes, dtype = ctx.rest
+        grad_in = grad_y.to(dtype)
+        grad_x = grad_y.new_zeros(x_in.shape)
+        grad_weight = torch.zeros_like(weight)
+        for block in _blocks(weight.shape[0], sizes):
+            g, low, high = block
+            for k in range(x_in.shape[1]):
+                masked = _masked(weight, block, k, sizes).to(dtype)
+                add_product(grad_x[:, k, :high], grad_in[:, g, low:high], masked)
+                add_product(grad_weight[g, k, low:high, :high], grad_in[:, g, low:high].T, x_in[:, k, :high])
+                _mask(grad_weight[g, k, low:high, :high], low, high, sizes)
+        return grad_x, grad_weight, grad_y.sum(0), None, None
+
+
+def _blocks(num_outputs: int, sizes: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    """Output, first and last channel (and so the input prefix) of every product."""
+    return [(g, low, high) for g in range(num_outputs) for low, high in chunk_groups(sizes)]
+
+
+@lru_cache(maxsize=32)
+def chunk_groups(sizes: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Runs of chunks of at least ``GROUP_WIDTH`` channels (the last one perhaps less)."""
+    groups, begin = [], 0
+    for size in sizes:
+        if size - begin >= GROUP_WIDTH or size == sizes[-1]:
+            groups.append((begin, size))
+            begin = size
+    return groups
+
+
+def _masked(weight: Tensor, block: tuple[int, int, int], k: int, sizes: tuple[int, ...]) -> Tensor:
+    """A block of the weight [high - low, high] with zeros outside of the mask."""
+    g, low, high = block
+    return _mask(weight[g, k, low:high, :high], low, high, sizes, in_place=False)
+
+
+def _mask(block: Tensor, low: int, high: int, sizes: tuple[int, ...], in_place: bool = True) -> Tensor:
+    if (low, high) in chunks(sizes):
+        return block  # a single chunk: all of the prefix is its own
+    mask = shared_mask(sizes, block.device)[low:high, :high]
+    return block.mul_(mask) if in_place else block * mask
 
 
 def nested_linear_plain(x: Tensor, weight: Tensor, bias: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -62,6 +133,14 @@ def nested_linear_plain(x: Tensor, weight: Tensor, bias: Tensor, sizes: Sequence
 def matmul_linear(x: Tensor, weight: Tensor, dtype: torch.dtype | None) -> Tensor:
     """x · weightᵀ with the product's inputs in ``dtype`` (None: as they are), the result in x's own dtype."""
     return F.linear(x.to(dtype or x.dtype), weight.to(dtype or weight.dtype)).to(x.dtype)
+
+
+def add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
+    """accumulator += a · b, in place, also where a and b are of a narrower dtype."""
+    if a.dtype == accumulator.dtype:
+        accumulator.addmm_(a, b)
+    else:
+        accumulator += a @ b
 
 
 def nested_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -95,7 +174,8 @@ class NestedLinear(nn.Module):
         self.bias = nn.Parameter(init_nested(width, sizes=sizes))
 
     def forward(self, x: Tensor) -> Tensor:
-        return nested_linear(x, self.weight, self.bias, shared_mask(self.sizes, x.device), self.matmul_dtype)
+        y = nested_linear(x[:, None], self.weight[None, None], self.bias[None], self.sizes, self.matmul_dtype)
+        return y[:, 0]
 
 
 class NestedLayerNorm(nn.Module):
