@@ -32,7 +32,7 @@ from benchmarks.parity import (
     reference_loss,
     relative_errors,
 )
-from benchmarks.timing import in_child, interleave, peak_resident_bytes, spread
+from benchmarks.timing import forget_peak, in_child, interleave, peak_resident_bytes, spread
 from fmrl_dist.data.histories import Packed, ragged_rows, target_windows
 from fmrl_dist.errors import require, run_command
 from fmrl_dist.model import FMRLRec
@@ -64,6 +64,7 @@ def main(argv: list[str]) -> None:
     histories, num_items = read_histories(arguments.sequences)
     if arguments.memory_of is not None:
         step = Sides(module, num_items, arguments.precision, only=arguments.memory_of).step(arguments.memory_of)
+        forget_peak()
         for number in range(2):
             step(draw(histories, number, REFERENCE_BATCH))
         print(peak_resident_bytes())

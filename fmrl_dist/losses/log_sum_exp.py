@@ -2,8 +2,8 @@
 
 N positions, V items, F feature columns, D width, S sizes. The score of size m_j is the score of m_{j-1} plus the
 product of chunk j alone, so one pass over D yields the scores of all sizes. Scores exist only as one tile of positions
-× items at a time, folded into a running log-sum-exp per size. In the backward pass size i pulls chunk j whenever i ≥ j,
-so the gradient of chunk j is driven by the sum of the weighted softmaxes of all sizes i ≥ j.
+× items at a time, whose softmax is folded into a running log-sum-exp per size. In the backward pass size i pulls chunk
+j whenever i ≥ j, so the gradient of chunk j is driven by the sum of the weighted softmaxes of all sizes i ≥ j.
 
 The items' embeddings are given, or projected from frozen features inside the loop, tile by tile. A chunk of width w may
 also be projected *back*: z_c (X W_cᵀ)ᵀ = (z_c W_c) Xᵀ, which takes the positions to the features instead of the items
@@ -31,9 +31,10 @@ from torch.autograd.function import once_differentiable
 
 from fmrl_dist.ops.nested import add_product, chunks, matmul_linear
 
-TILE_POSITIONS = 256
-TILE_ITEMS = 512
-KEPT_BYTES = 256 * 2**20
+TILE_POSITIONS = 512
+TILE_ITEMS = 1024
+KEPT_BYTES = 128 * 2**20
+LEFT_OUT = torch.finfo(torch.float32).min  # score of an item that a position may not see; its exponential is 0
 
 
 class Rows(Protocol):
@@ -165,10 +166,10 @@ class _Settings:
 
 @dataclass(frozen=True)
 class _Softmax:
-    """exp(scores - shift) of one tile."""
+    """Softmax of one tile by itself, and the logarithm of what it was divided by."""
 
-    exponentials: Tensor  # [S, n, v]
-    shift: Tensor  # [S, n], finite
+    shares: Tensor  # [S, n, v]
+    log_sum_exp: Tensor  # [S, n]
 
 
 class _Tiled(torch.autograd.Function):
@@ -177,9 +178,8 @@ class _Tiled(torch.autograd.Function):
         ctx: Any, z: Tensor, weight: Tensor | None, table: Tensor | None, features: Rows | None, settings: _Settings
     ) -> Tensor:
         scorer = _Scorer(z, weight, table, features, settings)
-        fold = _compiled(_fold) if settings.compiled else _fold
-        highest = z.new_full((len(settings.sizes), len(z)), torch.finfo(z.dtype).min)
-        total = torch.zeros_like(highest)
+        softmax = _compiled(_softmax) if settings.compiled else _softmax
+        lse_SN = z.new_full((len(settings.sizes), len(z)), -torch.inf)
         kept: dict[tuple[int, int], _Softmax] = {}
         kept_embeddings: dict[int, Tensor] = {}
         budget = KEPT_BYTES if any(ctx.needs_input_grad) else 0
@@ -191,14 +191,13 @@ class _Tiled(torch.autograd.Function):
                 budget -= num_bytes
                 kept_embeddings[columns.start] = tile.transposed
             for rows in _ranges(len(z), TILE_POSITIONS):
-                scores = scorer.scores(rows, tile, reuse=not keep)
-                highest[:, rows], total[:, rows] = fold(scores, highest[:, rows], total[:, rows])
+                tile_softmax = _Softmax(*softmax(scorer.scores(rows, tile, reuse=not keep)))
+                lse_SN[:, rows] = torch.logaddexp(lse_SN[:, rows], tile_softmax.log_sum_exp)
                 if keep:
-                    kept[columns.start, rows.start] = _Softmax(scores, highest[:, rows].clone())
-        lse_SN = highest + total.log()
+                    kept[columns.start, rows.start] = tile_softmax
         ctx.save_for_backward(z, weight, table, lse_SN)
         ctx.rest = features, settings, kept, kept_embeddings
-        return lse_SN
+        return lse_SN.masked_fill(lse_SN <= LEFT_OUT / 2, -torch.inf)
 
     @staticmethod
     @once_differentiable
@@ -206,40 +205,38 @@ class _Tiled(torch.autograd.Function):
         z, weight, table, lse_SN = ctx.saved_tensors
         features, settings, kept, kept_embeddings = ctx.rest
         scorer = _Scorer(z, weight, table, features, settings)
+        softmax = _compiled(_softmax) if settings.compiled else _softmax
         pull = _compiled(_pull) if settings.compiled else _pull
         gradients = _Gradients(scorer, z, weight, table)
         weights_SN = grad_SN * grad_SN.new_tensor(settings.inverse)[:, None]
-        finite_lse_SN = lse_SN.clamp_min(torch.finfo(z.dtype).min)
         for columns in _ranges(scorer.num_items, TILE_ITEMS):
-            tile = scorer.item_tile(columns, kept_embeddings.pop(columns.start, None))
+            known = kept_embeddings.pop(columns.start, None)
+            tile = scorer.item_tile(columns, known)
             gradients.begin_items(tile)
             for rows in _ranges(len(z), TILE_POSITIONS):
-                softmax = kept.pop((columns.start, rows.start), None)
-                if softmax is None:
-                    shift = finite_lse_SN[:, rows]
-                    exponentials = scorer.scores(rows, tile, reuse=True).sub_(shift[..., None]).exp_()
-                    softmax = _Softmax(exponentials, shift)
-                factors = weights_SN[:, rows] * (softmax.shift - finite_lse_SN[:, rows]).exp()
-                gradients.add(rows, tile, pull(softmax.exponentials, factors))
+                tile_softmax = kept.pop((columns.start, rows.start), None)
+                if tile_softmax is None:
+                    tile_softmax = _Softmax(*softmax(scorer.scores(rows, tile, reuse=True)))
+                factors = weights_SN[:, rows] * (tile_softmax.log_sum_exp - lse_SN[:, rows]).exp()
+                gradients.add(rows, tile, pull(tile_softmax.shares, factors))
             gradients.end_items(tile)
         grad_z, grad_weight, grad_table = gradients.finish()
         return grad_z, grad_weight, grad_table, None, None
 
 
-def _fold(scores: Tensor, highest: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-    """Add a tile to the running log-sum-exp; ``scores`` [S, n, v] become exp(scores - new highest).
+def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax of ``scores`` [S, n, v] over the items, in place, and its log-sum-exp [S, n].
 
-    ``highest`` and ``total`` are [S, n]: the maximum so far, and the sum of exponentials below it. A maximum is never
-    -inf, from which nothing could be subtracted.
+    The library's softmax reads each row once. The highest score's share is exp(0) over the sum, which gives the sum.
     """
-    new_highest = torch.maximum(highest, scores.amax(2))
-    exponentials = scores.sub_(new_highest[..., None]).exp_()
-    return new_highest, total * (highest - new_highest).exp() + exponentials.sum(2)
+    highest = scores.amax(2)
+    shares = torch.softmax(scores, 2, out=scores)
+    return shares, highest - shares.amax(2).log()
 
 
-def _pull(exponentials: Tensor, factors: Tensor) -> Tensor:
-    """What drives each chunk's gradient, [S, n, v] in place: Σ_{i ≥ j} factor_i · exponentials_i."""
-    pulls = exponentials.mul_(factors[..., None])
+def _pull(shares: Tensor, factors: Tensor) -> Tensor:
+    """What drives each chunk's gradient, [S, n, v] in place: Σ_{i ≥ j} factor_i · shares_i."""
+    pulls = shares.mul_(factors[..., None])
     for j in range(len(pulls) - 2, -1, -1):
         pulls[j] += pulls[j + 1]
     return pulls
@@ -329,7 +326,7 @@ class _Scorer:
         if self.settings.correction is not None:
             correction, columns = self.settings.correction, tile.columns
             scores += correction.offsets[columns]
-            scores.masked_fill_(correction.target_ids[rows, None] == correction.item_ids[columns], -torch.inf)
+            scores.masked_fill_(correction.target_ids[rows, None] == correction.item_ids[columns], LEFT_OUT)
         return scores
 
     def _reused(self, shape: tuple[int, int, int]) -> Tensor:
