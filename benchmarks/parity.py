@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import checkout_commit, describe_setting
-from fmrl_dist.data.histories import target_windows
+from fmrl_dist.data.windows import target_windows
 from fmrl_dist.errors import require, run_command
 from fmrl_dist.losses.nested_cross_entropy import nested_cross_entropy
 from fmrl_dist.model import FMRLRec

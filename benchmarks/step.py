@@ -33,7 +33,8 @@ from benchmarks.parity import (
     relative_errors,
 )
 from benchmarks.timing import forget_peak, in_child, interleave, peak_resident_bytes, spread
-from fmrl_dist.data.histories import Packed, ragged_rows, target_windows
+from fmrl_dist.data.histories import Packed
+from fmrl_dist.data.windows import ragged_rows, target_windows
 from fmrl_dist.errors import require, run_command
 from fmrl_dist.model import FMRLRec
 from fmrl_dist.optim import build_optimizer
@@ -163,7 +164,7 @@ def training_module(model: FMRLRec, features: Tensor, precision: str) -> Trainin
             setattr(part, "matmul_dtype", dtype)  # noqa: B010 (typed as a submodule otherwise)
     rows = F.pad(torch.cat((features[0], features[1]), 1), (0, 0, 1, 0))
     columns = model.encoder.columns(rows, torch.ones(len(rows), 2, dtype=torch.bool)).to(dtype or torch.float32)
-    return TrainingModule(model, columns, "tiled", dtype)
+    return TrainingModule(model, columns, None, "tiled", dtype)
 
 
 def one_step(loss: Tensor, optimizer: torch.optim.Optimizer) -> float:

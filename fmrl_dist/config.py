@@ -158,13 +158,34 @@ def check_sizes(sizes: tuple[int, ...], width: int) -> None:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Nested cross-entropy (paper eq. 14)."""
+    """Nested cross-entropy (paper eq. 14), over the whole catalogue or over sampled items."""
 
-    impl: str = "tiled"
+    impl: str = "tiled"  # tiled | compiled: its element-wise part compiled | plain: all scores at once
     predict_first: bool = True  # a start position predicts the first item of a whole history
+    size_weights: tuple[float, ...] | None = None  # c_m of each size; None: 1
+    temperatures: tuple[float, ...] | None = None  # τ_m by which each size's scores are divided; None: 1
+    softmax: str = "full"  # full | sampled
+    negatives: str = "uniform"  # uniform | popularity | in_batch | mixed: uniform and in-batch
+    num_negatives: int = 256  # drawn for each lane
+    popularity_power: float = 0.75  # popularity is (train_count + 1)^power
+    scope: str = "lane"  # lane: a position's negatives are its lane's | batch: the whole global batch's
 
     def __post_init__(self) -> None:
-        require_choice("loss.impl", self.impl, ("tiled", "plain"))
+        require_choice("loss.impl", self.impl, ("tiled", "compiled", "plain"))
+        require_choice("loss.softmax", self.softmax, ("full", "sampled"))
+        require_choice("loss.negatives", self.negatives, ("uniform", "popularity", "in_batch", "mixed"))
+        require_choice("loss.scope", self.scope, ("lane", "batch"))
+        require_at_least(self, "loss", 1, "num_negatives")
+        weights = self.size_weights
+        require(
+            weights is None or min(weights, default=-1) >= 0 < sum(weights),
+            f"loss.size_weights is {list(weights or ())}; expected numbers of at least 0, one of them more",
+        )
+        temperatures = self.temperatures
+        require(
+            temperatures is None or min(temperatures, default=0) > 0,
+            f"loss.temperatures is {list(temperatures or ())}; expected numbers above 0",
+        )
 
 
 @dataclass(frozen=True)
@@ -254,6 +275,13 @@ class Config:
             self.eval.size in (0, *self.model.sizes),
             f"eval.size is {self.eval.size}, which is not trained; choose one of {list(self.model.sizes)}",
         )
+        for key in ("size_weights", "temperatures"):
+            values = getattr(self.loss, key)
+            require(
+                values is None or len(values) == len(self.model.sizes),
+                f"loss.{key} has {len(values or ())} numbers; expected one for each of model.sizes "
+                f"{list(self.model.sizes)}",
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return typing.cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(self))))

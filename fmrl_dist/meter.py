@@ -15,6 +15,7 @@ class Meter:
     """What has passed since the last record."""
 
     sizes: tuple[int, ...]
+    size_weights: tuple[float, ...]  # of the sizes' losses in the loss
     runtime: Runtime
     _losses: Tensor | None = None
     _targets: Tensor | None = None
@@ -41,7 +42,8 @@ class Meter:
         assert self._losses is not None and self._targets is not None
         losses = (self.runtime.sum(self._losses) / self._targets.clamp_min(1)).tolist()
         elapsed_s = max(time.monotonic() - self._began, 1e-9)
-        result = {"loss": sum(losses) / len(losses)}
+        weighted = sum(weight * value for weight, value in zip(self.size_weights, losses, strict=True))
+        result = {"loss": weighted / sum(self.size_weights)}
         result |= {f"loss@{size}": value for size, value in zip(self.sizes, losses, strict=True)}
         result["tokens_per_s"] = float(self._targets) / elapsed_s
         result["data_wait_share"] = self._wait_s / elapsed_s

@@ -17,7 +17,10 @@ FIXED = {
         *("sizes", "width", "depth", "dropout", "lru_dropout", "r_min", "r_max"),
         *("features", "id_table", "feature_scale"),
     ),
-    "loss": ("predict_first",),
+    "loss": (
+        *("predict_first", "size_weights", "temperatures"),
+        *("softmax", "negatives", "num_negatives", "popularity_power", "scope"),
+    ),
     "train": (
         *("batch_size", "seed", "precision", "lr", "min_lr_ratio", "warmup_steps"),
         *("weight_decay", "beta1", "beta2", "eps", "clip_norm"),

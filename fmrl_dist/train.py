@@ -25,6 +25,7 @@ from fmrl_dist.checkpoint import Checkpoint, TrainState, load_checkpoint, save_c
 from fmrl_dist.config import Config, command_parser, parse_command
 from fmrl_dist.data.histories import Packed, TrainStream, evaluation_blocks
 from fmrl_dist.data.items import load_item_table
+from fmrl_dist.data.negatives import make_sampler
 from fmrl_dist.data.order import Order
 from fmrl_dist.data.store import MANIFEST_FILE, Store
 from fmrl_dist.engine import Engine, prepare_engine
@@ -112,7 +113,7 @@ def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
         load_weights(model, resume_from)
     model.to(runtime.device)
     columns = catalogue_columns(model.encoder, table, runtime.matmul_dtype or torch.float32)
-    module = TrainingModule(model, columns, config.loss.impl, runtime.matmul_dtype)
+    module = TrainingModule(model, columns, config.loss.temperatures, config.loss.impl, runtime.matmul_dtype)
     optimizer = build_optimizer(
         model, config.train.lr, (config.train.beta1, config.train.beta2), config.train.eps, config.train.weight_decay
     )
@@ -134,12 +135,13 @@ def _train_steps(run: Run, resume_from: Checkpoint | None) -> None:
     learner = prepare_learner(run, resume_from)
     model, engine = learner.module.model, learner.engine
     state = resume_from.state if resume_from is not None else TrainState()
-    stream = TrainStream(run.store, order, config.data.max_length, config.data.windows, config.loss.predict_first)
+    stream = make_stream(run)
+    weights_S = torch.tensor(size_weights(config), device=runtime.device)
     lanes = runtime.my_share(order.lanes)
     open_folder(run)
     runtime.say(describe_start(run, model, state.step))
     progress = Progress(run.total_steps, state.step, runtime.is_main)
-    meter = Meter(model.sizes, runtime)
+    meter = Meter(model.sizes, size_weights(config), runtime)
 
     with Logbook(run.folder, state.step, config.run.tensorboard, runtime.is_main) as logbook:
         for step in range(state.step, run.total_steps):
@@ -153,7 +155,7 @@ def _train_steps(run: Run, resume_from: Checkpoint | None) -> None:
             seed_dropout(config.train.seed, step, runtime.rank)
             loss_sums = engine(batch)  # [S]
             # Engines average gradients over ranks: times the world size they are sums, over the global count.
-            loss = loss_sums.mean() * runtime.world_size / num_targets.clamp_min(1)
+            loss = (weights_S @ loss_sums) / weights_S.sum() * runtime.world_size / num_targets.clamp_min(1)
             engine.backward(loss)
             lr = set_learning_rate(learner.optimizer, run, step)
             grad_norm = engine.clip_and_step()
@@ -177,6 +179,22 @@ def _train_steps(run: Run, resume_from: Checkpoint | None) -> None:
                 save(run, learner, state)
                 meter.restart_clock()
     progress.close()
+
+
+def make_stream(run: Run) -> TrainStream:
+    """Training batches, with negatives where the softmax is sampled; rank 0 makes what the others only read."""
+    config = run.config
+    with run.runtime.accelerator.main_process_first():
+        sampler = make_sampler(config, run.store)
+    return TrainStream(
+        *(run.store, run.order, config.data.max_length, config.data.windows, config.loss.predict_first),
+        *(sampler, config.loss.scope == "batch"),
+    )
+
+
+def size_weights(config: Config) -> tuple[float, ...]:
+    """c_m of each size's loss."""
+    return config.loss.size_weights or (1.0,) * len(config.model.sizes)
 
 
 def validate(run: Run, module: TrainingModule) -> dict[str, float]:

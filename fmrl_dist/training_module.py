@@ -6,12 +6,14 @@ those of the batch here, those of the catalogue tile by tile in the loss.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-from fmrl_dist.data.histories import Packed
+from fmrl_dist.data.histories import Packed, SampledBatch
 from fmrl_dist.losses.log_sum_exp import Rows
-from fmrl_dist.losses.nested_cross_entropy import catalogue_cross_entropy
+from fmrl_dist.losses.nested_cross_entropy import Negatives, catalogue_cross_entropy, sampled_cross_entropy
 from fmrl_dist.model import FMRLRec
 from fmrl_dist.ops.nested import matmul_linear
 
@@ -19,39 +21,60 @@ EMBEDDED_AT_ONCE = 4096  # items
 
 
 class TrainingModule(nn.Module):
-    """fMRLRec with its nested cross-entropy over the full catalogue.
+    """fMRLRec with its nested cross-entropy, over the full catalogue or over the negatives that a batch brings.
 
     Args:
         model: the model.
         columns: [V, C], the catalogue as the model's item encoder takes it, of the products' dtype.
-        loss_impl: of :func:`~fmrl_dist.losses.nested_cross_entropy.catalogue_cross_entropy`.
+        temperatures: of each size's scores; None for 1.
+        loss_impl: of :mod:`fmrl_dist.losses.nested_cross_entropy`.
         matmul_dtype: of the products' inputs; None keeps float32.
     """
 
-    def __init__(self, model: FMRLRec, columns: Rows, loss_impl: str, matmul_dtype: torch.dtype | None) -> None:
+    def __init__(
+        self,
+        model: FMRLRec,
+        columns: Rows,
+        temperatures: Sequence[float] | None,
+        loss_impl: str,
+        matmul_dtype: torch.dtype | None,
+    ) -> None:
         super().__init__()
         self.model = model
         # A plain attribute, not a buffer: DDP would broadcast it, a checkpoint would hold it, and it may lie on disk.
         self.columns = columns
-        self.loss_impl, self.matmul_dtype = loss_impl, matmul_dtype
+        self.temperatures, self.loss_impl, self.matmul_dtype = temperatures, loss_impl, matmul_dtype
 
     def forward(self, batch: Packed) -> Tensor:
         """Loss of each size, summed over the batch's targets, [S]; zero for an empty batch."""
         projection, table = self.model.encoder.projection(), self.model.encoder.id_table
-        ids, places = torch.cat((batch.items, batch.targets)).unique(return_inverse=True)
+        needed = [batch.items, batch.targets, *([batch.negatives] if isinstance(batch, SampledBatch) else [])]
+        ids, places = torch.cat(needed).unique(return_inverse=True)
         items = self._embed(self.columns[ids], projection, None if table is None else table[ids])
-        z = self.model(items[places[: len(batch.items)]], batch.starts, batch.from_start)
-        return catalogue_cross_entropy(
-            z,
-            items[places[len(batch.items) :]],
-            self.columns,
-            projection,
-            table,
-            self.model.sizes,
-            None,
-            self.loss_impl,
-            self.matmul_dtype,
+        inputs, targets, *negatives = places.split([len(part) for part in needed])
+        z = self.model(items[inputs], batch.starts, batch.from_start)
+        options = self.model.sizes, self.temperatures, self.loss_impl, self.matmul_dtype
+        if isinstance(batch, SampledBatch):
+            return self._sampled(batch, z, items[targets], items[negatives[0]])
+        return catalogue_cross_entropy(z, items[targets], self.columns, projection, table, *options)
+
+    def _sampled(self, batch: SampledBatch, z: Tensor, target_items: Tensor, negative_items: Tensor) -> Tensor:
+        """Sum over the groups, each against its own negatives."""
+        position_counts = batch.position_starts.diff().tolist()
+        negative_counts = batch.negative_starts.diff().tolist()
+        groups = zip(
+            *(part.split(position_counts) for part in (z, target_items, batch.targets)),
+            *(part.split(negative_counts) for part in (negative_items, batch.negatives, batch.log_expected)),
+            strict=True,
         )
+        losses = [
+            sampled_cross_entropy(
+                *(z, own_items, targets, other_items, Negatives(ids, log_expected), self.model.sizes),
+                *(self.temperatures, self.loss_impl, self.matmul_dtype),
+            )
+            for z, own_items, targets, other_items, ids, log_expected in groups
+        ]
+        return torch.stack(losses).sum(0)
 
     @torch.no_grad()
     def item_embeddings(self) -> Tensor:

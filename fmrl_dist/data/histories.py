@@ -1,9 +1,4 @@
-"""Histories from the store, packed for the model: training batches of target windows, and evaluation blocks.
-
-A training window is a run of targets; the input of each target is the event before it, and the target that is a
-history's first event is predicted from the start position. ``last`` takes the last ``max_length`` targets of a user,
-``all`` partitions all of them, counted from the end.
-"""
+"""Histories from the store, packed for the model: training batches of target windows, and evaluation blocks."""
 
 from __future__ import annotations
 
@@ -16,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fmrl_dist.data.negatives import NegativeSampler
 from fmrl_dist.data.order import WINDOW_BLOCKS, Order
 from fmrl_dist.data.store import Store
+from fmrl_dist.data.windows import ragged_rows, target_windows
 
 
 @dataclass(frozen=True)
@@ -35,6 +32,16 @@ class Packed:
 
 
 @dataclass(frozen=True)
+class SampledBatch(Packed):
+    """Windows to train on against sampled items, in G groups of positions that share their negatives."""
+
+    position_starts: Tensor  # int64 [G+1], first position of each group and, last, the number of positions
+    negatives: Tensor  # int64 [K'], with repetition
+    log_expected: Tensor  # float32 [K'], how often each was to be expected among its group's negatives
+    negative_starts: Tensor  # int64 [G+1], first negative of each group and, last, K'
+
+
+@dataclass(frozen=True)
 class RankingBlock(Packed):
     """Users to rank the catalogue for: the model reads their last events, and masking needs all of them."""
 
@@ -43,30 +50,82 @@ class RankingBlock(Packed):
 
 
 class TrainStream:
-    """Training batches of a store, in the order that :class:`Order` computes."""
+    """Training batches of a store, in the order that :class:`Order` computes.
 
-    def __init__(self, store: Store, order: Order, max_length: int, windows: str, predict_first: bool) -> None:
+    Args:
+        store: an open store.
+        order: of its training users.
+        max_length, windows, predict_first: which windows of a user's history are taken.
+        sampler: of negatives; None for the full softmax.
+        share_negatives: all positions of the global batch share the negatives of all lanes; else each lane has its own.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        order: Order,
+        max_length: int,
+        windows: str,
+        predict_first: bool,
+        sampler: NegativeSampler | None = None,
+        share_negatives: bool = False,
+    ) -> None:
         self.order = order
         self._blocks = store.manifest.splits["train"]
         self._max_length, self._windows, self._predict_first = max_length, windows, predict_first
+        self._sampler, self._share_negatives = sampler, share_negatives
         self._read = lru_cache(maxsize=order.lanes * WINDOW_BLOCKS)(lambda b: store.read_block(self._blocks[b]))
 
     def batch(self, epoch: int, step: int, lanes: Sequence[int]) -> Packed:
-        """The windows of the given lanes at ``step`` of ``epoch``; may be empty."""
-        pairs = np.concatenate([self.order.batch(epoch, step, lane) for lane in lanes])
-        users, events, begins, ends = self._gather(pairs)
+        """The windows of the given lanes at ``step`` of ``epoch``; may be empty.
+
+        With a sampler a :class:`SampledBatch`, one group a lane, or one in all.
+        """
+        packed, position_starts = self._windows_of(epoch, step, lanes)
+        if self._sampler is None:
+            return packed
+        run_step = epoch * self.order.steps_per_epoch + step
+        targets = packed.targets.numpy()
+        if self._share_negatives:
+            everyone = range(self.order.lanes)
+            drawn = np.concatenate([self._sampler.lane(run_step, lane) for lane in everyone])
+            if self._sampler.needs_targets and len(lanes) < self.order.lanes:  # other ranks': the order tells them
+                targets = self._windows_of(epoch, step, everyone)[0].targets.numpy()
+            position_starts = position_starts[[0, -1]]
+            groups = [self._sampler.negatives(drawn, targets)]
+        else:
+            bounds = zip(lanes, position_starts[:-1], position_starts[1:], strict=True)
+            groups = [
+                self._sampler.negatives(self._sampler.lane(run_step, lane), targets[begin:end])
+                for lane, begin, end in bounds
+            ]
+        return SampledBatch(
+            **{f.name: getattr(packed, f.name) for f in fields(packed)},
+            position_starts=torch.from_numpy(position_starts),
+            negatives=torch.from_numpy(np.concatenate([ids for ids, _ in groups])),
+            log_expected=torch.from_numpy(np.concatenate([log_expected for _, log_expected in groups])),
+            negative_starts=torch.from_numpy(np.cumsum([0, *(len(ids) for ids, _ in groups)])),
+        )
+
+    def _windows_of(self, epoch: int, step: int, lanes: Sequence[int]) -> tuple[Packed, np.ndarray]:
+        """The windows of some lanes, and the first position of each lane (and, last, the number of positions)."""
+        pairs_of_lanes = [self.order.batch(epoch, step, lane) for lane in lanes]
+        users, events, begins, ends = self._gather(np.concatenate(pairs_of_lanes))
         owner, first, last = target_windows(ends - begins, self._max_length, self._windows, self._predict_first)
         first, last = first + begins[owner], last + begins[owner]  # rows in events
         from_start = first == begins[owner]
         input_first = first - ~from_start  # of each target the event before it; item 1 has only the start position
         lengths = last - 1 - input_first
-        return Packed(
+        packed = Packed(
             users=torch.from_numpy(users[owner]),
             items=torch.from_numpy(events[ragged_rows(input_first, lengths)]),
             starts=torch.from_numpy(np.concatenate(([0], np.cumsum(lengths)))),
             from_start=torch.from_numpy(from_start),
             targets=torch.from_numpy(events[ragged_rows(first, last - first)]),
         )
+        user_ends = np.cumsum([0, *(len(pairs) for pairs in pairs_of_lanes)])
+        positions = np.concatenate(([0], np.cumsum(last - first)))
+        return packed, positions[np.searchsorted(owner, user_ends)]
 
     def _gather(self, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Users and the begin and end of each one's events, for (block, row) pairs, over the blocks' joint events."""
@@ -83,32 +142,6 @@ class TrainStream:
             ends[chosen] = base + block["starts"][rows + 1]
             base += len(block["items"])
         return users, events, begins, ends
-
-
-def target_windows(
-    lengths: np.ndarray, max_length: int, windows: str, predict_first: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Windows of targets of histories of ``lengths`` events.
-
-    Returns:
-        owner, first, last, each int64 [W]: the history of each window, and its targets first … last - 1, counted in
-        events from the history's begin. Windows without targets are left out.
-    """
-    skipped = 0 if predict_first else 1
-    num_targets = np.maximum(lengths - skipped, 0)
-    num_windows = -(-num_targets // max_length)
-    if windows == "last":
-        num_windows = np.minimum(num_windows, 1)
-    owner = np.repeat(np.arange(len(lengths)), num_windows)
-    back = ragged_rows(np.zeros_like(num_windows), num_windows)  # 0 is the window that ends the history
-    last = lengths[owner] - back * max_length
-    return owner, np.maximum(last - max_length, skipped), last
-
-
-def ragged_rows(firsts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The rows first … first + length - 1 of each run, one after the other, int64."""
-    ends = np.cumsum(lengths)
-    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(firsts - (ends - lengths), lengths)
 
 
 def evaluation_blocks(

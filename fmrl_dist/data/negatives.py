@@ -1,0 +1,90 @@
+"""Negatives of a sampled softmax: a pure function of (seed, step, lane), so they do not depend on the processes.
+
+A lane's negatives are K items drawn for it, or the targets of its own positions (``in_batch``), or both (``mixed``).
+With each goes the logarithm of how often the item was to be expected among them; a mixture expects the sum of its
+parts. Where a position's own target stands among the negatives, as it does in-batch, the loss leaves it out.
+
+    kind         negatives of a lane with P positions    expected count of item i
+    uniform      K drawn                                 K / V
+    popularity   K drawn                                 K · (count_i + 1)^power / Σ
+    in_batch     P targets, one of them one's own        (P - 1) · share of i among an epoch's targets
+    mixed        K drawn uniformly and P targets         the sum of both
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fmrl_dist.config import Config
+from fmrl_dist.data.alias import draw
+from fmrl_dist.data.derived import popularity_table, target_log_shares
+from fmrl_dist.data.store import Store
+
+STREAM = 0x6E656761  # "nega": a random stream of its own
+
+
+class NegativeSampler:
+    """Draws the negatives of each lane.
+
+    Args:
+        num_items: V.
+        num_drawn: K, 0 for none.
+        seed: of all draws.
+        popularity: alias table to draw from; None draws uniformly.
+        target_log_shares: [V], for ``in_batch`` and ``mixed``; None leaves targets out.
+    """
+
+    def __init__(
+        self,
+        num_items: int,
+        num_drawn: int,
+        seed: int,
+        popularity: np.ndarray | None = None,
+        target_log_shares: np.ndarray | None = None,
+    ) -> None:
+        self._num_items, self._num_drawn, self._seed = num_items, num_drawn, seed
+        self._popularity, self._target_log_shares = popularity, target_log_shares
+
+    @property
+    def needs_targets(self) -> bool:
+        """Whether a lane's negatives depend on its targets."""
+        return self._target_log_shares is not None
+
+    def lane(self, step: int, lane: int) -> np.ndarray:
+        """The K items drawn for ``lane`` at ``step`` of the whole run, int64."""
+        generator = np.random.default_rng((STREAM, self._seed, step, lane))
+        if self._popularity is not None:
+            return draw(self._popularity, self._num_drawn, generator)
+        return generator.integers(self._num_items, size=self._num_drawn)
+
+    def negatives(self, drawn: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int64 [K'] and log of the expected counts float32 [K'] of positions that share negatives.
+
+        Args:
+            drawn: what was drawn for them, of one lane or of several.
+            targets: of the positions; unused unless ``needs_targets``.
+        """
+        ids = np.concatenate((drawn, targets)) if self.needs_targets else drawn
+        parts = []
+        if len(drawn):
+            log_share = -np.log(self._num_items) if self._popularity is None else self._popularity["log_share"][ids]
+            parts.append(np.log(len(drawn)) + log_share + np.zeros(len(ids)))
+        if self._target_log_shares is not None:
+            with np.errstate(divide="ignore"):
+                parts.append(np.log(max(len(targets) - 1, 0)) + self._target_log_shares[ids])
+        return ids, np.logaddexp.reduce(parts).astype(np.float32)
+
+
+def make_sampler(config: Config, store: Store) -> NegativeSampler | None:
+    """The sampler that a configuration asks for; None for the full softmax."""
+    loss, data = config.loss, config.data
+    if loss.softmax == "full":
+        return None
+    in_batch = loss.negatives in ("in_batch", "mixed")
+    return NegativeSampler(
+        store.manifest.num_items,
+        0 if loss.negatives == "in_batch" else loss.num_negatives,
+        config.train.seed,
+        popularity_table(store, loss.popularity_power) if loss.negatives == "popularity" else None,
+        target_log_shares(store, data.max_length, data.windows, loss.predict_first) if in_batch else None,
+    )

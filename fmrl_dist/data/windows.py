@@ -1,0 +1,36 @@
+"""Which targets of a history are trained on, as rows of packed events.
+
+A training window is a run of targets; the input of each target is the event before it, and the target that is a
+history's first event is predicted from the start position. ``last`` takes the last ``max_length`` targets of a user,
+``all`` partitions all of them, counted from the end.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def target_windows(
+    lengths: np.ndarray, max_length: int, windows: str, predict_first: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Windows of targets of histories of ``lengths`` events.
+
+    Returns:
+        owner, first, last, each int64 [W]: the history of each window, and its targets first … last - 1, counted in
+        events from the history's begin. Windows without targets are left out.
+    """
+    skipped = 0 if predict_first else 1
+    num_targets = np.maximum(lengths - skipped, 0)
+    num_windows = -(-num_targets // max_length)
+    if windows == "last":
+        num_windows = np.minimum(num_windows, 1)
+    owner = np.repeat(np.arange(len(lengths)), num_windows)
+    back = ragged_rows(np.zeros_like(num_windows), num_windows)  # 0 is the window that ends the history
+    last = lengths[owner] - back * max_length
+    return owner, np.maximum(last - max_length, skipped), last
+
+
+def ragged_rows(firsts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The rows first … first + length - 1 of each run, one after the other, int64."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(firsts - (ends - lengths), lengths)

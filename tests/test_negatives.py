@@ -1,0 +1,297 @@
+"""Sampled negatives: the alias table's law, what is kept beside a store, draws that no rank changes, whole runs."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fmrl_dist import train
+from fmrl_dist.assembly import build_model
+from fmrl_dist.catalogue_columns import catalogue_columns
+from fmrl_dist.config import Config, load_config
+from fmrl_dist.data.alias import alias_table, draw
+from fmrl_dist.data.derived import popularity_table, target_log_shares
+from fmrl_dist.data.histories import SampledBatch, TrainStream
+from fmrl_dist.data.items import load_item_table
+from fmrl_dist.data.negatives import NegativeSampler, make_sampler
+from fmrl_dist.data.order import Order
+from fmrl_dist.data.store import Store
+from fmrl_dist.errors import UserError
+from fmrl_dist.losses import nested_cross_entropy as losses
+from fmrl_dist.model import FMRLRec
+from fmrl_dist.training_module import TrainingModule
+from tests.processes import run_processes
+from tests.training_fixture import NUM_ITEMS, evaluation, make_shop, records, refusal, train_here
+
+KINDS = ("uniform", "popularity", "in_batch", "mixed")
+NO_DROPOUT = ["--model.dropout", "0", "--model.lru_dropout", "0"]
+
+
+def sampled(kind: str, scope: str = "lane", num_negatives: int = 7) -> list[str]:
+    words = {"softmax": "sampled", "negatives": kind, "scope": scope, "num_negatives": str(num_negatives)}
+    return [word for key, value in words.items() for word in (f"--loss.{key}", value)]
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shop(tmp_path_factory.mktemp("negatives"))
+
+
+@pytest.fixture(scope="module")
+def store(shop: Path) -> Store:
+    return Store.open(shop.parent / "store")
+
+
+def implied_shares(table: np.ndarray) -> np.ndarray:
+    """The distribution that draws from a table have."""
+    shares = table["threshold"].astype(np.float64)
+    np.add.at(shares, table["alias"], 1.0 - table["threshold"].astype(np.float64))
+    return shares / len(table)
+
+
+@settings(max_examples=200)
+@given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=60))
+def test_alias_table_has_the_law_of_its_weights(weights: list[float]) -> None:
+    table = alias_table(np.array(weights))
+    shares = np.array(weights) / sum(weights)
+    np.testing.assert_allclose(implied_shares(table), shares, rtol=0, atol=1e-7)
+    np.testing.assert_allclose(table["log_share"], np.log(shares), rtol=1e-5, atol=1e-6)
+    assert ((table["threshold"] >= 0) & (table["threshold"] <= 1)).all()
+
+
+@pytest.mark.parametrize("weights", [np.ones(1), np.ones(1000), 1.0 / np.arange(1, 100_001) ** 1.1])
+def test_alias_table_of_many_items(weights: np.ndarray) -> None:
+    table = alias_table(weights)
+    np.testing.assert_allclose(implied_shares(table), weights / weights.sum(), rtol=0, atol=1e-7 / len(weights) ** 0.5)
+
+
+def test_draws_follow_the_shares() -> None:
+    weights = np.array([1.0, 5.0, 0.1, 3.9])
+    items = draw(alias_table(weights), 200_000, np.random.default_rng(0))
+    found = np.bincount(items, minlength=4) / 200_000
+    np.testing.assert_allclose(found, weights / 10, atol=0.005)  # five standard deviations
+
+
+def test_popularity_is_the_train_counts_plus_one_to_the_power(store: Store) -> None:
+    counts = pq.read_table(store.path / "vocab.parquet")["train_count"].to_numpy()
+    weights = (counts + 1.0) ** 0.5
+    table = popularity_table(store, 0.5)
+    assert isinstance(table, np.memmap)
+    np.testing.assert_allclose(np.exp(table["log_share"]), weights / weights.sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("windows", ["last", "all"])
+def test_target_shares_are_those_of_an_epoch(store: Store, windows: str) -> None:
+    order = Order([block.count for block in store.manifest.splits["train"]], 16, 16, 0)
+    stream = TrainStream(store, order, 3, windows, True)
+    counts = np.zeros(NUM_ITEMS)
+    for step in range(order.steps_per_epoch):
+        np.add.at(counts, stream.batch(0, step, range(16)).targets.numpy(), 1)
+    found = np.exp(target_log_shares(store, 3, windows, True))
+    np.testing.assert_allclose(found, counts / counts.sum(), rtol=1e-6)
+
+
+def test_derived_files_are_made_once_and_checked(store: Store) -> None:
+    table = popularity_table(store, 0.25)
+    assert isinstance(table, np.memmap)
+    path = Path(str(table.filename))
+    assert path.parent == Path(f"{store.path}.derived")
+    made = path.stat().st_mtime_ns
+    popularity_table(store, 0.25)
+    assert path.stat().st_mtime_ns == made
+    assert not [other for other in path.parent.iterdir() if other.suffix != ".npy"], "nothing half-written is left"
+    for damage, complaint in ((path.read_bytes()[:100], "cannot be read"), (None, "expected")):
+        if damage is None:
+            np.save(path, np.zeros(3))
+        else:
+            path.write_bytes(damage)
+        with pytest.raises(UserError, match=complaint):
+            popularity_table(store, 0.25)
+    path.unlink()
+
+
+def expected_counts(kind: str, store: Store, num_drawn: int, targets: np.ndarray) -> np.ndarray:
+    """How often each item is to be expected, word by word."""
+    counts = np.zeros(NUM_ITEMS)
+    if kind in ("uniform", "mixed"):
+        counts += num_drawn / NUM_ITEMS
+    if kind == "popularity":
+        counts += num_drawn * implied_shares(popularity_table(store, 0.75))
+    if kind in ("in_batch", "mixed"):
+        counts += (len(targets) - 1) * np.exp(target_log_shares(store, 50, "last", True).astype(np.float64))
+    return counts
+
+
+def loaded(shop: Path, *words: str) -> Config:
+    return load_config(shop, words)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lanes_negatives_and_how_often_each_is_expected(kind: str, shop: Path, store: Store) -> None:
+    sampler = make_sampler(loaded(shop, *sampled(kind)), store)
+    assert sampler is not None
+    targets = np.array([3, 8, 8, 1])
+    drawn = sampler.lane(5, 2)
+    assert len(drawn) == (0 if kind == "in_batch" else 7)
+    assert np.array_equal(drawn, sampler.lane(5, 2))
+    ids, log_expected = sampler.negatives(drawn, targets)
+    assert ids.tolist() == [*drawn.tolist(), *(targets.tolist() if kind in ("in_batch", "mixed") else [])]
+    np.testing.assert_allclose(np.exp(log_expected), expected_counts(kind, store, 7, targets)[ids], rtol=1e-5)
+
+
+def test_steps_lanes_and_seeds_draw_differently() -> None:
+    draws = {
+        tuple(NegativeSampler(10**6, 5, seed).lane(step, lane)) for seed in (0, 1) for step in (0, 1) for lane in (0, 1)
+    }
+    assert len(draws) == 8
+
+
+def make_module(shop: Path, store: Store) -> TrainingModule:
+    config = loaded(shop, *NO_DROPOUT)
+    table = load_item_table(store, None)
+    torch.manual_seed(0)
+    model = build_model(config.model, table)
+    return TrainingModule(model, catalogue_columns(model.encoder, table, torch.float32), None, "tiled", None)
+
+
+@pytest.mark.parametrize("scope", ["lane", "batch"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_do_not_depend_on_the_number_of_ranks(kind: str, scope: str, shop: Path, store: Store) -> None:
+    config = loaded(shop, *sampled(kind, scope))
+    order = Order([block.count for block in store.manifest.splits["train"]], 16, 16, 0)
+    stream = TrainStream(store, order, 50, "last", True, make_sampler(config, store), scope == "batch")
+    module = make_module(shop, store)
+    for step in (0, order.steps_per_epoch - 1):  # in the last step most lanes are empty
+        sums = []
+        for world_size in (1, 2, 3, 4, 16):
+            batches = [stream.batch(1, step, range(rank, 16, world_size)) for rank in range(world_size)]
+            sums.append(torch.stack([module(batch) for batch in batches]).sum(0))
+        for found in sums:
+            torch.testing.assert_close(found, sums[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_groups_are_lanes_each_against_its_own_negatives(kind: str, shop: Path, store: Store) -> None:
+    """The module's loss against the formula, group by group, in a batch of three lanes."""
+    order = Order([block.count for block in store.manifest.splits["train"]], 16, 16, 0)
+    sampler = make_sampler(loaded(shop, *sampled(kind)), store)
+    stream = TrainStream(store, order, 50, "last", True, sampler)
+    batch = stream.batch(0, 1, [4, 5, 9])
+    assert isinstance(batch, SampledBatch)
+    module = make_module(shop, store)
+    items = module.item_embeddings()
+    model: FMRLRec = module.model
+    with torch.no_grad():
+        z = model(items[batch.items], batch.starts, batch.from_start)
+        expected = torch.zeros(len(model.sizes))
+        for group, lane in enumerate((4, 5, 9)):
+            positions = range(*batch.position_starts[group : group + 2].tolist())
+            own = stream.batch(0, 1, [lane])
+            assert batch.targets[list(positions)].tolist() == own.targets.tolist()
+            negatives = range(*batch.negative_starts[group : group + 2].tolist())
+            for position in positions:
+                target = int(batch.targets[position])
+                for s, size in enumerate(model.sizes):
+                    scores = items[:, :size] @ z[position, :size]
+                    others = [
+                        math.exp(scores[batch.negatives[k]] - batch.log_expected[k])
+                        for k in negatives
+                        if batch.negatives[k] != target
+                    ]
+                    expected[s] += math.log(math.exp(scores[target]) + sum(others)) - scores[target]
+        torch.testing.assert_close(module(batch), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_only_the_rows_of_batch_and_negatives_are_read(shop: Path, store: Store) -> None:
+    order = Order([block.count for block in store.manifest.splits["train"]], 16, 16, 0)
+    stream = TrainStream(store, order, 50, "last", True, NegativeSampler(NUM_ITEMS, 2, 0))
+    batch = stream.batch(0, 0, [0])
+    assert isinstance(batch, SampledBatch)
+    module = make_module(shop, store)
+    columns = module.columns[:].clone()
+    needed = torch.cat((batch.items, batch.targets, batch.negatives))
+    others = torch.ones(NUM_ITEMS, dtype=torch.bool).index_fill(0, needed, False)
+    assert others.any()
+    expected = module(batch)
+    columns[others] = torch.nan
+    module.columns = columns
+    assert torch.equal(module(batch), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_learns_from_each_kind(kind: str, shop: Path, tmp_path: Path) -> None:
+    run = train_here(shop, tmp_path / "run", *NO_DROPOUT, *sampled(kind, "batch", 4))
+    lines = records(run)
+    assert all(math.isfinite(line["loss"]) for line in lines)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert evaluation(run)["sizes"]["8"]["recall@10"] > 10 / NUM_ITEMS
+
+
+def train_on_each_rank(config: str, folder: str) -> None:
+    for kind, scope in (("popularity", "lane"), ("mixed", "batch")):
+        train_here(Path(config), Path(folder) / kind, *NO_DROPOUT, *sampled(kind, scope), "--train.epochs", 1)
+
+
+@pytest.mark.multiproc
+def test_two_processes_train_as_one(shop: Path, tmp_path: Path) -> None:
+    run_processes(2, train_on_each_rank, str(shop), str(tmp_path / "two"), timeout_s=120)
+    train_on_each_rank(str(shop), str(tmp_path / "one"))
+    for kind in ("popularity", "mixed"):
+        alone, together = records(tmp_path / "one" / kind), records(tmp_path / "two" / kind)
+        assert len(alone) == 8
+        for expected, found in zip(alone, together, strict=True):
+            for key in ("loss", "loss@4", "loss@8", "grad_norm"):
+                assert found[key] == pytest.approx(expected[key], rel=1e-5), (kind, found["step"], key)
+
+
+def test_size_weights_and_temperatures_from_the_config(shop: Path, tmp_path: Path) -> None:
+    words = ["--loss.size_weights", "[3, 1]", "--loss.temperatures", "[2, 0.5]", "--train.max_steps", "1"]
+    run = train_here(shop, tmp_path / "run", *NO_DROPOUT, *words)
+    (line,) = records(run)
+    assert line["loss"] == pytest.approx((3 * line["loss@4"] + line["loss@8"]) / 4)
+    (plain,) = records(train_here(shop, tmp_path / "plain", *NO_DROPOUT, "--train.max_steps", "1"))
+    assert line["loss@4"] != plain["loss@4"]
+    (silent,) = records(train_here(shop, tmp_path / "one", *NO_DROPOUT, "--loss.size_weights", "[1, 0]", *words[4:]))
+    assert silent["loss"] == silent["loss@4"] == plain["loss@4"]
+
+
+def test_temperatures_divide_the_scores() -> None:
+    z, items, targets = torch.randn(5, 8), torch.randn(11, 8), torch.arange(5)
+    found = losses.nested_cross_entropy(z, items, targets, (4, 8), (2.0, 0.5))
+    expected = [
+        torch.nn.functional.cross_entropy(z[:, :m] @ items[:, :m].T / t, targets, reduction="sum")
+        for m, t in ((4, 2.0), (8, 0.5))
+    ]
+    torch.testing.assert_close(found, torch.stack(expected))
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--loss.temperatures", "[1, 0]"], "loss.temperatures is [1.0, 0.0]; expected numbers above 0"),
+        (["--loss.size_weights", "[0, 0]"], "loss.size_weights is [0.0, 0.0]; expected numbers of at least 0"),
+        (["--loss.size_weights", "[1, 1, 1]"], "loss.size_weights has 3 numbers; expected one for each of model.sizes"),
+        (["--loss.negatives", "hard"], "loss.negatives is 'hard'"),
+        (["--loss.num_negatives", "0"], "loss.num_negatives is 0"),
+    ],
+)
+def test_refused_losses(words: list[str], complaint: str, shop: Path) -> None:
+    assert complaint in refusal(train.main, "--config", shop, *words)
+
+
+@pytest.mark.parametrize(
+    "change", [["--loss.num_negatives", "8"], ["--loss.scope", "batch"], ["--loss.softmax", "full"]]
+)
+def test_another_loss_is_refused_on_resume(change: list[str], shop: Path, tmp_path: Path) -> None:
+    given: list[Any] = [*sampled("uniform"), "--train.max_steps", "2"]
+    run = train_here(shop, tmp_path / "run", *given)
+    words = ["--config", shop, "--run.dir", run, *given, *change, "--resume", "auto"]
+    assert change[0].removeprefix("--") in refusal(train.main, *words)
