@@ -79,7 +79,7 @@ def _scan_rows(decay: Tensor, x: Tensor, reach: Tensor, direction: int) -> Tenso
     states = x.clone()
     power, distance = decay, 1
     rows = reach.ge(1).nonzero().squeeze(1)
-    while len(rows) > 0:
+    while len(rows) > 0 and bool(power.any()):  # a ring of 0.1 has forgotten everything after 38 events
         states.index_add_(0, rows, complex_mul(power, states[rows + direction * distance]))
         power, distance = _flush(complex_mul(power, power)), 2 * distance
         rows = rows[reach[rows] >= distance]
