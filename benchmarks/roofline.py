@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from benchmarks import describe_setting
-from benchmarks.nesting import make_step
+from benchmarks.nesting import make_step, over
 from benchmarks.step import SIZES, draw, pack, read_histories
 from benchmarks.timing import Timing, interleave
 from fmrl_dist.errors import run_command
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
         step = make_step(SIZES, num_items, precision, "tiled")
         for num_histories in arguments.histories:
             batches = [draw(histories, number, num_histories) for number in range(arguments.rounds)]
-            (times,) = interleave({"": lambda number, b=batches: step(b[number])}, arguments.rounds).values()  # type: ignore[misc]
+            (times,) = interleave({"": over(step, batches)}, arguments.rounds).values()
             rate = matmul_rate(torch.float32 if precision == "fp32" else torch.bfloat16)
             with torch.profiler.profile(record_shapes=True) as profile:
                 step(batches[0])
@@ -64,7 +64,7 @@ def report(events: Any, times: Timing, rate: float) -> str:
     for event in events:
         microseconds[event.name] += event.self_cpu_time_total
         if event.name in PRODUCTS:
-            (n, k), (_, m) = event.input_shapes[-2:] if event.name == "aten::mm" else event.input_shapes[1:3]
+            (n, k), (_, m) = event.input_shapes[:2] if event.name == "aten::mm" else event.input_shapes[1:3]
             operations += 2 * n * k * m
     total = sum(microseconds.values())
     lines = [
