@@ -160,7 +160,7 @@ def check_sizes(sizes: tuple[int, ...], width: int) -> None:
 class LossConfig:
     """Nested cross-entropy (paper eq. 14), over the whole catalogue or over sampled items."""
 
-    impl: str = "tiled"  # tiled | compiled: its element-wise part compiled | plain: all scores at once
+    impl: str = "tiled"  # tiled | compiled: with torch.compile | triton: a GPU's kernels | plain: all scores at once
     predict_first: bool = True  # a start position predicts the first item of a whole history
     size_weights: tuple[float, ...] | None = None  # c_m of each size; None: 1
     temperatures: tuple[float, ...] | None = None  # τ_m by which each size's scores are divided; None: 1
@@ -171,7 +171,7 @@ class LossConfig:
     scope: str = "lane"  # lane: a position's negatives are its lane's | batch: the whole global batch's
 
     def __post_init__(self) -> None:
-        require_choice("loss.impl", self.impl, ("tiled", "compiled", "plain"))
+        require_choice("loss.impl", self.impl, ("tiled", "compiled", "triton", "plain"))
         require_choice("loss.softmax", self.softmax, ("full", "sampled"))
         require_choice("loss.negatives", self.negatives, ("uniform", "popularity", "in_batch", "mixed"))
         require_choice("loss.scope", self.scope, ("lane", "batch"))

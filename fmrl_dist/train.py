@@ -34,6 +34,7 @@ from fmrl_dist.evaluate import evaluate, report
 from fmrl_dist.evaluation import rank_histograms
 from fmrl_dist.files import write_atomically
 from fmrl_dist.logbook import Logbook, Progress
+from fmrl_dist.loss_impl import check_loss_impl
 from fmrl_dist.meter import Meter
 from fmrl_dist.metrics import metrics_from_histogram
 from fmrl_dist.optim import build_optimizer, learning_rate
@@ -106,6 +107,7 @@ class Learner:
 def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
     """Model, loss and optimiser: fresh from the seed, or as a checkpoint holds them."""
     config, runtime = run.config, run.runtime
+    check_loss_impl(config.loss.impl, runtime)
     torch.manual_seed(config.train.seed)
     table = load_item_table(run.store, config.model.features)
     model = build_model(config.model, table, runtime.matmul_dtype)

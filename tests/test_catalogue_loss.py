@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
@@ -138,3 +139,13 @@ def test_loss_over_columns_equals_the_loss_over_embeddings() -> None:
     items = columns[:] @ encoder.projection().T
     found = catalogue_cross_entropy(z, items[targets], columns, encoder.projection(), None, SIZES)
     torch.testing.assert_close(found, nested_cross_entropy(z, items, targets, SIZES), rtol=1e-5, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_equals_its_plain_twin() -> None:
+    for num_positions, num_items in ((63, 507), (9, TILE_ITEMS + 3)):
+        inputs = make_inputs(num_positions, num_items, torch.float32)
+        found, expected = (results(inputs, True, impl=impl) for impl in ("compiled", "plain"))
+        for result, twin in zip(found, expected, strict=True):
+            assert_relatively_close(result, twin, TOLERANCE[torch.float32])

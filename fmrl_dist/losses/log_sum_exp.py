@@ -78,8 +78,8 @@ def nested_log_sum_exp(
         sizes: trained sizes, the last one D.
         temperatures: τ of each size; None for 1.
         correction: of sampled items; None where items are the whole catalogue. -inf where it leaves no item.
-        impl: "tiled"; "compiled", the same with its element-wise part compiled; or "plain" (all scores at once; the
-            specification).
+        impl: "tiled"; "compiled", the same with its element-wise part compiled; "triton", kernels of their own, float32
+            sums; or "plain" (all scores at once; the specification).
         dtype: of the products' inputs, z's own if None; exponentials and sums stay in z's dtype.
 
     Returns:
@@ -88,6 +88,11 @@ def nested_log_sum_exp(
     inverse = _inverse(temperatures, sizes)
     if impl == "plain":
         return _plain(z, items, sizes, inverse, correction, dtype)
+    if impl == "triton":
+        from fmrl_dist.losses.triton_log_sum_exp import TritonLogSumExp
+
+        three = (correction.offsets, correction.item_ids, correction.target_ids) if correction else (None,) * 3
+        return TritonLogSumExp.apply(z, items, sizes, inverse, *three, dtype or z.dtype)
     settings = _Settings(tuple(sizes), inverse, correction, dtype or z.dtype, impl == "compiled", (False,) * len(sizes))
     return _Tiled.apply(z, None, items, None, settings)
 
@@ -115,9 +120,9 @@ def catalogue_log_sum_exp(
         [S, N], differentiable in z, weight and table.
     """
     inverse, dtype = _inverse(temperatures, sizes), dtype or z.dtype
-    if impl == "plain":
+    if impl in ("plain", "triton"):  # the catalogue's embeddings whole
         items = matmul_linear(features[:].to(z.dtype), weight, dtype)
-        return _plain(z, items if table is None else items + table, sizes, inverse, None, dtype)
+        return nested_log_sum_exp(z, items if table is None else items + table, sizes, temperatures, None, impl, dtype)
     # A table's rows are added to the embeddings, so there they are needed.
     back = back_projected(sizes, len(z), features.shape[1]) if table is None else (False,) * len(sizes)
     return _Tiled.apply(

@@ -10,10 +10,13 @@ touched. Powers of Λ come by squaring: no division, which |Λ| near 0.1 would n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+ScanRows = Callable[[Tensor, Tensor, Tensor, bool], Tensor]  # decay, x, starts, whether newest first → states
 
 
 def packed_scan(decay: Tensor, x: Tensor, starts: Tensor, impl: str = "doubling") -> Tensor:
@@ -23,14 +26,15 @@ def packed_scan(decay: Tensor, x: Tensor, starts: Tensor, impl: str = "doubling"
         decay: Λ [2, D], float32 or float64.
         x: [N, 2, D], of the same dtype.
         starts: int64 [B+1], non-decreasing; empty sequences are allowed.
-        impl: "doubling" or "plain" (one event at a time; the specification).
+        impl: "doubling"; "triton", a kernel that walks each sequence; or "plain" (one event at a time; the
+            specification).
 
     Returns:
         h [N, 2, D].
     """
     if impl == "plain":
         return _plain(decay, x, starts)
-    return _Doubling.apply(decay, x, starts)
+    return _Scan.apply(decay, x, starts, _walk_rows if impl == "triton" else _double_rows)
 
 
 def scan_step(decay: Tensor, state: Tensor, x: Tensor) -> Tensor:
@@ -52,30 +56,42 @@ def _plain(decay: Tensor, x: Tensor, starts: Tensor) -> Tensor:
     return torch.stack(states) if states else x
 
 
-class _Doubling(torch.autograd.Function):
+class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, decay: Tensor, x: Tensor, starts: Tensor) -> Tensor:
-        lengths = starts.diff()
-        before = torch.arange(len(x), device=x.device) - starts[:-1].repeat_interleave(lengths)
-        after = lengths.repeat_interleave(lengths) - 1 - before
-        states = _scan_rows(decay, x, before, -1)
-        ctx.save_for_backward(decay, states, before, after)
+    def forward(ctx: Any, decay: Tensor, x: Tensor, starts: Tensor, scan_rows: ScanRows) -> Tensor:
+        states = scan_rows(decay, x, starts, False)
+        ctx.save_for_backward(decay, states, starts)
+        ctx.scan_rows = scan_rows
         return states
 
     @staticmethod
-    def backward(ctx: Any, grad_states: Tensor) -> tuple[Tensor, Tensor, None]:
-        decay, states, before, after = ctx.saved_tensors
+    def backward(ctx: Any, grad_states: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        decay, states, starts = ctx.saved_tensors
         conjugate = torch.stack((decay[0], -decay[1]))
-        grad_x = _scan_rows(conjugate, grad_states, after, 1)
-        rows = before.ge(1).nonzero().squeeze(1)
+        grad_x = ctx.scan_rows(conjugate, grad_states, starts, True)
+        rows = _rows_before(starts, len(states)).ge(1).nonzero().squeeze(1)
         g_re, g_im = grad_x[rows].unbind(1)
         h_re, h_im = states[rows - 1].unbind(1)
         grad_decay = torch.stack(((g_re * h_re + g_im * h_im).sum(0), (g_im * h_re - g_re * h_im).sum(0)))
-        return grad_decay, grad_x, None
+        return grad_decay.to(decay.dtype), grad_x, None, None
 
 
-def _scan_rows(decay: Tensor, x: Tensor, reach: Tensor, direction: int) -> Tensor:
-    """Doubling scan; row i may use its ``reach[i]`` neighbours in ``direction`` (-1: from earlier rows, 1: later)."""
+def _rows_before(starts: Tensor, num_rows: int) -> Tensor:
+    """Of each row, how many of its sequence stand before it, int64 [N]."""
+    return torch.arange(num_rows, device=starts.device) - starts[:-1].repeat_interleave(starts.diff())
+
+
+def _walk_rows(decay: Tensor, x: Tensor, starts: Tensor, newest_first: bool) -> Tensor:
+    from fmrl_dist.ops.triton_scan import walk
+
+    return walk(decay, x, starts, newest_first)
+
+
+def _double_rows(decay: Tensor, x: Tensor, starts: Tensor, newest_first: bool) -> Tensor:
+    """Doubling scan; a row may use as many neighbours, earlier or later ones, as its sequence has there."""
+    before = _rows_before(starts, len(x))
+    lengths = starts.diff()
+    reach, direction = (lengths.repeat_interleave(lengths) - 1 - before, 1) if newest_first else (before, -1)
     states = x.clone()
     power, distance = decay, 1
     rows = reach.ge(1).nonzero().squeeze(1)
