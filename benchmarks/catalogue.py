@@ -82,7 +82,7 @@ def make_step(softmax: str, num_items: int, num_histories: int, folder: Path) ->
     )
     torch.manual_seed(0)
     model = FMRLRec(SIZES, 2, {"text": FEATURE_DIM})
-    module = TrainingModule(model, TableColumns(model.encoder, table, torch.float32), None, "tiled", None)
+    module = TrainingModule(model, TableColumns(model.encoder, table, torch.float32), None, False, "tiled", None)
     optimizer = build_optimizer(model, 1e-3, (0.9, 0.999), 1e-8, 0.01)
     popularity = write_popularity(num_items, folder)
     sampler = NegativeSampler(num_items, NEGATIVES, 0, popularity)

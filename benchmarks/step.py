@@ -164,7 +164,7 @@ def training_module(model: FMRLRec, features: Tensor, precision: str) -> Trainin
             setattr(part, "matmul_dtype", dtype)  # noqa: B010 (typed as a submodule otherwise)
     rows = F.pad(torch.cat((features[0], features[1]), 1), (0, 0, 1, 0))
     columns = model.encoder.columns(rows, torch.ones(len(rows), 2, dtype=torch.bool)).to(dtype or torch.float32)
-    return TrainingModule(model, columns, None, "tiled", dtype)
+    return TrainingModule(model, columns, None, False, "tiled", dtype)
 
 
 def one_step(loss: Tensor, optimizer: torch.optim.Optimizer) -> float:

@@ -113,6 +113,7 @@ def build_recommender(
         items=model.encoder(catalogue.features, catalogue.present).detach(),
         max_length=config.data.max_length,
         predict_first=config.loss.predict_first,
+        normalize=config.loss.normalize,
         origin=origin,
     )
 

@@ -164,6 +164,7 @@ class LossConfig:
     predict_first: bool = True  # a start position predicts the first item of a whole history
     size_weights: tuple[float, ...] | None = None  # c_m of each size; None: 1
     temperatures: tuple[float, ...] | None = None  # τ_m by which each size's scores are divided; None: 1
+    normalize: bool = False  # score by cosines of each size's prefixes; needs temperatures
     softmax: str = "full"  # full | sampled
     negatives: str = "uniform"  # uniform | popularity | in_batch | mixed: uniform and in-batch
     num_negatives: int = 256  # drawn for each lane
@@ -182,6 +183,10 @@ class LossConfig:
             f"loss.size_weights is {list(weights or ())}; expected numbers of at least 0, one of them more",
         )
         temperatures = self.temperatures
+        require(
+            not self.normalize or temperatures is not None,
+            "loss.normalize needs loss.temperatures, one for each size: a cosine is at most 1; 0.05 is a usual start",
+        )
         require(
             temperatures is None or min(temperatures, default=0) > 0,
             f"loss.temperatures is {list(temperatures or ())}; expected numbers above 0",

@@ -28,7 +28,7 @@ def evaluate(recommender: Recommender, store: Store, runtime: Runtime, split: st
     numbers = runtime.my_share(len(store.manifest.splits[split]))
     blocks = evaluation_blocks(store, split, recommender.max_length, numbers)
     model = recommender.model
-    histograms = runtime.sum(rank_histograms(model, recommender.items, blocks, mask_seen))
+    histograms = runtime.sum(rank_histograms(model, recommender.items, blocks, mask_seen, recommender.normalize))
     return {
         "split": split,
         "users": int(histograms[0].sum()),

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fmrl_dist.data.histories import RankingBlock
@@ -24,7 +25,9 @@ TOP = 2 * CUTOFF  # a target at rank ≤ CUTOFF has at most 2·CUTOFF - 2 other 
 
 
 @torch.no_grad()
-def rank_histograms(model: FMRLRec, items: Tensor, blocks: Iterable[RankingBlock], mask_seen: bool) -> Tensor:
+def rank_histograms(
+    model: FMRLRec, items: Tensor, blocks: Iterable[RankingBlock], mask_seen: bool, normalize: bool = False
+) -> Tensor:
     """Histogram of 2·rank for each size, int64 [S, 2·CUTOFF + 1] (see :mod:`fmrl_dist.metrics`).
 
     Args:
@@ -32,18 +35,21 @@ def rank_histograms(model: FMRLRec, items: Tensor, blocks: Iterable[RankingBlock
         items: embeddings of the whole catalogue, float32 [V, D], on the model's device.
         blocks: users, each with a history and one target.
         mask_seen: leave out the items of a user's whole history, never the target.
+        normalize: rank by cosines of each size's prefixes.
     """
     histograms = torch.zeros(len(model.sizes), 2 * CUTOFF + 1, dtype=torch.int64, device=items.device)
     for block in blocks:
         batch = block.to(items.device)
         z = model(items[batch.items], batch.starts, batch.from_start)[batch.starts[1:] - 1]
-        half_ranks = 2 * target_ranks(z, items, batch, model.sizes, mask_seen)  # [S, U]
+        half_ranks = 2 * target_ranks(z, items, batch, model.sizes, mask_seen, normalize)  # [S, U]
         half_ranks = torch.where(half_ranks <= 2 * CUTOFF, half_ranks, 0).long()
         histograms.scatter_add_(1, half_ranks, torch.ones_like(half_ranks))
     return histograms
 
 
-def target_ranks(z: Tensor, items: Tensor, batch: RankingBlock, sizes: Sequence[int], mask_seen: bool) -> Tensor:
+def target_ranks(
+    z: Tensor, items: Tensor, batch: RankingBlock, sizes: Sequence[int], mask_seen: bool, normalize: bool = False
+) -> Tensor:
     """Rank of each user's target at each size, float [S, U]; exact up to CUTOFF, above it only known to be above.
 
     Args:
@@ -52,6 +58,7 @@ def target_ranks(z: Tensor, items: Tensor, batch: RankingBlock, sizes: Sequence[
         batch: the same U users' histories and targets.
         sizes: Matryoshka sizes.
         mask_seen: leave out the items of a user's whole history, never the target.
+        normalize: rank by cosines of each size's prefixes. The length of z is the same for all items: left out.
     """
     top = z.new_full((len(sizes), len(z), TOP), -torch.inf)
     target_scores = z.new_empty(len(sizes), len(z))
@@ -67,8 +74,12 @@ def target_ranks(z: Tensor, items: Tensor, batch: RankingBlock, sizes: Sequence[
         scores[seen_rows[seen], batch.seen[seen] - low] = -torch.inf  # and stays so, whatever is added
         for j, (first, last) in enumerate(chunks(sizes)):
             scores[:, : len(tile)].addmm_(z[:, first:last], tile[:, first:last].T)
-            target_scores[j, here] = scores[user_rows[here], batch.targets[here] - low]
-            top[j] = torch.cat((top[j], _candidates(scores)), 1).topk(TOP, sorted=False).values
+            ranked = scores
+            if normalize:
+                lengths = tile[:, :last].norm(dim=1).clamp_min(torch.finfo(tile.dtype).tiny)
+                ranked = scores / F.pad(lengths, (0, scores.shape[1] - len(tile)), value=1.0)
+            target_scores[j, here] = ranked[user_rows[here], batch.targets[here] - low]
+            top[j] = torch.cat((top[j], _candidates(ranked)), 1).topk(TOP, sorted=False).values
     higher = (~(top <= target_scores[..., None])).sum(2)  # a NaN, of the target or another, is never to its advantage
     equal = (top == target_scores[..., None]).sum(2) - 1  # less the target, which is in the list unless far below
     return 1 + higher + 0.5 * equal.clamp_min(0)

@@ -51,6 +51,7 @@ class Recommender:
     max_length: int  # last events of a history that the model is to read
     predict_first: bool  # whether the start position, which serves an empty history, was trained
     origin: Origin
+    normalize: bool = False  # whether scores are cosines of each size's prefixes
 
     def to(self, device: torch.device) -> Recommender:
         return replace(self, model=self.model.to(device), items=self.items.to(device))
@@ -82,6 +83,7 @@ def write_export(recommender: Recommender, folder: Path, vocab: Path) -> None:
         "num_items": len(recommender.items),
         "max_length": recommender.max_length,
         "predict_first": recommender.predict_first,
+        "normalize": recommender.normalize,
         "origin": asdict(recommender.origin),
     }
     with replaced_folder(folder) as aside:
@@ -107,12 +109,15 @@ def read_export(folder: Path) -> Recommender:
         if items.dtype != torch.float32 or items.shape != shape:
             raise ValueError(f"{ITEMS_FILE} is {items.dtype} {list(items.shape)}; expected float32 {list(shape)}")
         max_length, predict_first, origin = config["max_length"], config["predict_first"], Origin(**config["origin"])
-        if type(max_length) is not int or max_length < 1 or type(predict_first) is not bool:
-            raise ValueError(f"max_length, predict_first are {max_length!r}, {predict_first!r}")
+        normalize = config.get("normalize", False)  # which older exports do not say
+        if type(max_length) is not int or max_length < 1 or {type(predict_first), type(normalize)} != {bool}:
+            raise ValueError(
+                f"max_length, predict_first, normalize are {max_length!r}, {predict_first!r}, {normalize!r}"
+            )
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         problem = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"export {folder} is damaged ({problem}); export it again") from None
-    return Recommender(model, items, max_length, predict_first, origin)
+    return Recommender(model, items, max_length, predict_first, origin, normalize)
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:

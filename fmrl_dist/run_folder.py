@@ -18,7 +18,7 @@ FIXED = {
         *("features", "id_table", "feature_scale"),
     ),
     "loss": (
-        *("predict_first", "size_weights", "temperatures"),
+        *("predict_first", "size_weights", "temperatures", "normalize"),
         *("softmax", "negatives", "num_negatives", "popularity_power", "scope"),
     ),
     "train": (

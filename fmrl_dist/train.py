@@ -115,7 +115,9 @@ def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
         load_weights(model, resume_from)
     model.to(runtime.device)
     columns = catalogue_columns(model.encoder, table, runtime.matmul_dtype or torch.float32)
-    module = TrainingModule(model, columns, config.loss.temperatures, config.loss.impl, runtime.matmul_dtype)
+    module = TrainingModule(
+        model, columns, config.loss.temperatures, config.loss.normalize, config.loss.impl, runtime.matmul_dtype
+    )
     optimizer = build_optimizer(
         model, config.train.lr, (config.train.beta1, config.train.beta2), config.train.eps, config.train.weight_decay
     )
@@ -212,7 +214,7 @@ def validate(run: Run, module: TrainingModule) -> dict[str, float]:
             runtime.my_share(len(run.store.manifest.splits["valid"])),
             config.eval.users,
         )
-        histograms = runtime.sum(rank_histograms(module.model, items, blocks, mask_seen=False))
+        histograms = runtime.sum(rank_histograms(module.model, items, blocks, False, config.loss.normalize))
     module.train()
     return {
         f"{metric}@{size}": value

@@ -6,14 +6,20 @@ those of the batch here, those of the catalogue tile by tile in the loss.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fmrl_dist.data.histories import Packed, SampledBatch
 from fmrl_dist.losses.log_sum_exp import Rows
-from fmrl_dist.losses.nested_cross_entropy import Negatives, catalogue_cross_entropy, sampled_cross_entropy
+from fmrl_dist.losses.nested_cross_entropy import (
+    Negatives,
+    catalogue_cross_entropy,
+    cosine_per_size,
+    nested_cross_entropy,
+    sampled_cross_entropy,
+)
 from fmrl_dist.model import FMRLRec
 from fmrl_dist.ops.nested import matmul_linear
 
@@ -27,6 +33,7 @@ class TrainingModule(nn.Module):
         model: the model.
         columns: [V, C], the catalogue as the model's item encoder takes it, of the products' dtype.
         temperatures: of each size's scores; None for 1.
+        normalize: score by cosines, of each size's prefixes; the catalogue's embeddings are then held whole.
         loss_impl: of :mod:`fmrl_dist.losses.nested_cross_entropy`.
         matmul_dtype: of the products' inputs; None keeps float32.
     """
@@ -36,6 +43,7 @@ class TrainingModule(nn.Module):
         model: FMRLRec,
         columns: Rows,
         temperatures: Sequence[float] | None,
+        normalize: bool,
         loss_impl: str,
         matmul_dtype: torch.dtype | None,
     ) -> None:
@@ -43,7 +51,8 @@ class TrainingModule(nn.Module):
         self.model = model
         # A plain attribute, not a buffer: DDP would broadcast it, a checkpoint would hold it, and it may lie on disk.
         self.columns = columns
-        self.temperatures, self.loss_impl, self.matmul_dtype = temperatures, loss_impl, matmul_dtype
+        self.temperatures, self.normalize = temperatures, normalize
+        self.loss_impl, self.matmul_dtype = loss_impl, matmul_dtype
 
     def forward(self, batch: Packed) -> Tensor:
         """Loss of each size, summed over the batch's targets, [S]; zero for an empty batch."""
@@ -53,10 +62,18 @@ class TrainingModule(nn.Module):
         items = self._embed(self.columns[ids], projection, None if table is None else table[ids])
         inputs, targets, *negatives = places.split([len(part) for part in needed])
         z = self.model(items[inputs], batch.starts, batch.from_start)
-        options = self.model.sizes, self.temperatures, self.loss_impl, self.matmul_dtype
         if isinstance(batch, SampledBatch):
             return self._sampled(batch, z, items[targets], items[negatives[0]])
-        return catalogue_cross_entropy(z, items[targets], self.columns, projection, table, *options)
+        impl, dtype, right = self.loss_impl, self.matmul_dtype, batch.targets
+        if self.normalize:
+            catalogue = self._embed(self.columns[:], projection, table)
+            return self._of_every_size(
+                lambda z, rows, sizes, taus: nested_cross_entropy(z, rows, right, sizes, taus, impl, dtype),
+                *(z, catalogue),
+            )
+        return catalogue_cross_entropy(
+            *(z, items[targets], self.columns, projection, table, self.model.sizes, self.temperatures, impl, dtype)
+        )
 
     def _sampled(self, batch: SampledBatch, z: Tensor, target_items: Tensor, negative_items: Tensor) -> Tensor:
         """Sum over the groups, each against its own negatives."""
@@ -68,13 +85,26 @@ class TrainingModule(nn.Module):
             strict=True,
         )
         losses = [
-            sampled_cross_entropy(
-                *(z, own_items, targets, other_items, Negatives(ids, log_expected), self.model.sizes),
-                *(self.temperatures, self.loss_impl, self.matmul_dtype),
-            )
+            self._group(z, own_items, targets, other_items, Negatives(ids, log_expected))
             for z, own_items, targets, other_items, ids, log_expected in groups
         ]
         return torch.stack(losses).sum(0)
+
+    def _group(self, z: Tensor, own: Tensor, targets: Tensor, others: Tensor, negatives: Negatives) -> Tensor:
+        impl, dtype = self.loss_impl, self.matmul_dtype
+        return self._of_every_size(
+            lambda z, own, others, sizes, taus: sampled_cross_entropy(
+                z, own, targets, others, negatives, sizes, taus, impl, dtype
+            ),
+            *(z, own, others),
+        )
+
+    def _of_every_size(self, loss: Callable[..., Tensor], *embeddings: Tensor) -> Tensor:
+        """``loss(*embeddings, sizes, temperatures)``, or of cosines size by size."""
+        if not self.normalize:
+            return loss(*embeddings, self.model.sizes, self.temperatures)
+        assert self.temperatures is not None, "the configuration asks for them"
+        return cosine_per_size(loss, embeddings, self.model.sizes, self.temperatures)
 
     @torch.no_grad()
     def item_embeddings(self) -> Tensor:

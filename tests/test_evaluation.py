@@ -313,3 +313,18 @@ def test_a_model_that_returns_nan_has_no_hits(model: FMRLRec, embeddings: Tensor
     found = rank_histograms(model, embeddings * torch.nan, [make_block(histories, targets)], mask_seen=False)
     assert found[:, 0].tolist() == [6] * len(SIZES)
     assert set(metrics_from_histogram(found[0]).values()) == {0.0}
+
+
+def test_cosines_rank_as_normalised_prefixes_do() -> None:
+    """Each size by itself: its items' prefixes divided by their lengths, one of them zero."""
+    generator = torch.Generator().manual_seed(3)
+    z, items = torch.randn(7, 12, generator=generator), torch.randn(NUM_ITEMS, 12, generator=generator)
+    items *= torch.rand(NUM_ITEMS, 1, generator=generator) * 5
+    items[3] = 0
+    batch = make_block([[1, 2]] * 7, list(range(7)))
+    found = target_ranks(z, items, batch, (4, 12), True, normalize=True)
+    for row, size in zip(found, (4, 12), strict=True):
+        unit = torch.nn.functional.normalize(items[:, :size], dim=1)
+        expected = target_ranks(z[:, :size], unit, batch, (size,), True)[0]
+        assert torch.equal(row.clamp_max(11), expected.clamp_max(11))
+    assert not torch.equal(found, target_ranks(z, items, batch, (4, 12), True))

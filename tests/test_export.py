@@ -245,7 +245,7 @@ def test_files_hold_the_slice(run: Path, shop: Path, size: int) -> None:
             **{"sizes": [m for m in SIZES if m <= size], "depth": 2, "feature_dims": {"vector": 6, "colour": 4}},
             **{"num_items": 0, "dropout": 0.2, "lru_dropout": 0.2, "r_min": 0.0, "r_max": 0.1},
         },
-        **{"num_items": 40, "max_length": 50, "predict_first": True},
+        **{"num_items": 40, "max_length": 50, "predict_first": True, "normalize": False},
         "origin": {
             "fmrl_dist_version": "0.1.0",
             "step": checkpoint.state.best_step,

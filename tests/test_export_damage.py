@@ -79,6 +79,7 @@ ITEM_DAMAGE: dict[str, Spoiler] = {
     "odd max_length": edit(max_length="50"),
     "no history": edit(max_length=0),
     "odd predict_first": edit(predict_first=1),
+    "odd normalize": edit(normalize="no"),
     "items cut": cut(ITEMS_FILE, -1),
     "no items": lambda folder: (folder / ITEMS_FILE).unlink(),
     "items in half precision": lambda folder: save_file(

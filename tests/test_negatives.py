@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmrl_dist import train
+from fmrl_dist import evaluate, export, train
 from fmrl_dist.assembly import build_model
 from fmrl_dist.catalogue_columns import catalogue_columns
 from fmrl_dist.config import Config, load_config
@@ -29,7 +29,7 @@ from fmrl_dist.losses import nested_cross_entropy as losses
 from fmrl_dist.model import FMRLRec
 from fmrl_dist.training_module import TrainingModule
 from tests.processes import run_processes
-from tests.training_fixture import NUM_ITEMS, evaluation, make_shop, records, refusal, train_here
+from tests.training_fixture import NUM_ITEMS, evaluation, make_shop, records, refusal, run_here, train_here
 
 KINDS = ("uniform", "popularity", "in_batch", "mixed")
 NO_DROPOUT = ["--model.dropout", "0", "--model.lru_dropout", "0"]
@@ -159,7 +159,7 @@ def make_module(shop: Path, store: Store) -> TrainingModule:
     table = load_item_table(store, None)
     torch.manual_seed(0)
     model = build_model(config.model, table)
-    return TrainingModule(model, catalogue_columns(model.encoder, table, torch.float32), None, "tiled", None)
+    return TrainingModule(model, catalogue_columns(model.encoder, table, torch.float32), None, False, "tiled", None)
 
 
 @pytest.mark.parametrize("scope", ["lane", "batch"])
@@ -295,3 +295,34 @@ def test_another_loss_is_refused_on_resume(change: list[str], shop: Path, tmp_pa
     run = train_here(shop, tmp_path / "run", *given)
     words = ["--config", shop, "--run.dir", run, *given, *change, "--resume", "auto"]
     assert change[0].removeprefix("--") in refusal(train.main, *words)
+
+
+COSINE = ["--loss.normalize", "true", "--loss.temperatures", "[0.1, 0.2]"]
+
+
+@pytest.mark.parametrize("softmax", [[], sampled("popularity")], ids=["full", "sampled"])
+def test_cosines_learn_and_rank_alike_in_run_and_export(softmax: list[str], shop: Path, tmp_path: Path) -> None:
+    run = train_here(shop, tmp_path / "run", *NO_DROPOUT, *COSINE, *softmax)
+    lines = records(run)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    run_here(export.main, ["--checkpoint", run, "--size", 8, "--output", tmp_path / "export"])
+    run_here(evaluate.main, ["--checkpoint", tmp_path / "export", "--threads", 1])
+    assert evaluation(tmp_path / "export") == evaluation(run)
+
+
+def test_cosine_losses_are_those_of_the_formula(shop: Path, store: Store) -> None:
+    module = make_module(shop, store)
+    module.normalize, module.temperatures = True, (0.1, 0.2)
+    order = Order([block.count for block in store.manifest.splits["train"]], 16, 16, 0)
+    batch = TrainStream(store, order, 50, "last", True).batch(0, 0, range(16))
+    items = module.item_embeddings()
+    z = module.model(items[batch.items], batch.starts, batch.from_start)
+    expected = []
+    for size, temperature in zip(module.model.sizes, (0.1, 0.2), strict=True):
+        cosines = torch.cosine_similarity(z[:, None, :size], items[None, :, :size], dim=2)
+        expected.append(torch.nn.functional.cross_entropy(cosines / temperature, batch.targets, reduction="sum"))
+    torch.testing.assert_close(module(batch), torch.stack(expected), rtol=1e-5, atol=1e-4)
+
+
+def test_cosines_need_temperatures(shop: Path) -> None:
+    assert "loss.normalize needs loss.temperatures" in refusal(train.main, "--config", shop, *COSINE[:2])

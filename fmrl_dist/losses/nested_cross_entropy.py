@@ -6,7 +6,7 @@ normaliser of all sizes comes from one pass over the items (:mod:`fmrl_dist.loss
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +73,30 @@ def catalogue_cross_entropy(
     """
     own_SN = _divide(nested_scores(z, target_items, sizes), temperatures)
     return (catalogue_log_sum_exp(z, columns, projection, table, sizes, temperatures, impl, dtype) - own_SN).sum(1)
+
+
+def cosine_per_size(
+    loss: Callable[..., Tensor], embeddings: Sequence[Tensor], sizes: Sequence[int], temperatures: Sequence[float]
+) -> Tensor:
+    """A loss over cosines: each size's prefixes divided by their own lengths, and so each size a pass of its own.
+
+    The lengths differ from size to size, so nothing is shared among sizes: 2·D channels are multiplied instead of D.
+
+    Args:
+        loss: takes prefixes of ``embeddings``, sizes and temperatures, and gives [1].
+        embeddings: rows [·, D] each, of outputs or items.
+        sizes: trained sizes.
+        temperatures: one for each size.
+
+    Returns:
+        [S].
+    """
+    return torch.cat(
+        [
+            loss(*(F.normalize(rows[:, :size], dim=1) for rows in embeddings), (size,), (temperature,))
+            for size, temperature in zip(sizes, temperatures, strict=True)
+        ]
+    )
 
 
 @dataclass(frozen=True)
