@@ -31,9 +31,10 @@ from torch.autograd.function import once_differentiable
 
 from fmrl_dist.ops.nested import add_product, chunks, matmul_linear
 
-TILE_POSITIONS = 512
+TILE_POSITIONS = 512  # on the CPU, where a tile of every size should stay in the cache
 TILE_ITEMS = 1024
 KEPT_BYTES = 128 * 2**20
+GPU_FACTOR = 4  # by which each of them is larger on a GPU: few kernels of much work; not measured
 LEFT_OUT = torch.finfo(torch.float32).min  # score of an item that a position may not see; its exponential is 0
 
 
@@ -187,15 +188,16 @@ class _Tiled(torch.autograd.Function):
         lse_SN = z.new_full((len(settings.sizes), len(z)), -torch.inf)
         kept: dict[tuple[int, int], _Softmax] = {}
         kept_embeddings: dict[int, Tensor] = {}
-        budget = KEPT_BYTES if any(ctx.needs_input_grad) else 0
-        for columns in _ranges(scorer.num_items, TILE_ITEMS):
+        factor = GPU_FACTOR if z.is_cuda else 1
+        budget = KEPT_BYTES * factor if any(ctx.needs_input_grad) else 0
+        for columns in _ranges(scorer.num_items, TILE_ITEMS * factor):
             tile = scorer.item_tile(columns)
             num_bytes = z.element_size() * tile.num_items * (len(settings.sizes) * len(z) + len(tile.transposed))
             keep = num_bytes <= budget
             if keep:
                 budget -= num_bytes
                 kept_embeddings[columns.start] = tile.transposed
-            for rows in _ranges(len(z), TILE_POSITIONS):
+            for rows in _ranges(len(z), TILE_POSITIONS * factor):
                 tile_softmax = _Softmax(*softmax(scorer.scores(rows, tile, reuse=not keep)))
                 lse_SN[:, rows] = torch.logaddexp(lse_SN[:, rows], tile_softmax.log_sum_exp)
                 if keep:
@@ -214,11 +216,12 @@ class _Tiled(torch.autograd.Function):
         pull = _compiled(_pull) if settings.compiled else _pull
         gradients = _Gradients(scorer, z, weight, table)
         weights_SN = grad_SN * grad_SN.new_tensor(settings.inverse)[:, None]
-        for columns in _ranges(scorer.num_items, TILE_ITEMS):
+        factor = GPU_FACTOR if z.is_cuda else 1
+        for columns in _ranges(scorer.num_items, TILE_ITEMS * factor):
             known = kept_embeddings.pop(columns.start, None)
             tile = scorer.item_tile(columns, known)
             gradients.begin_items(tile)
-            for rows in _ranges(len(z), TILE_POSITIONS):
+            for rows in _ranges(len(z), TILE_POSITIONS * factor):
                 tile_softmax = kept.pop((columns.start, rows.start), None)
                 if tile_softmax is None:
                     tile_softmax = _Softmax(*softmax(scorer.scores(rows, tile, reuse=True)))
@@ -349,10 +352,13 @@ class _Gradients:
         self._grad_z = torch.zeros_like(z)
         self._grad_projector = None if weight is None else torch.zeros_like(scorer.projector, dtype=z.dtype)
         self._grad_table = None if table is None else torch.zeros_like(table)
-        self._pulls = z.new_empty(scorer.back_rows + scorer.num_embedded, min(TILE_ITEMS, scorer.num_items))
+        self._pulls = z.new_empty(0)
 
     def begin_items(self, tile: _ItemTile) -> None:
-        """Rows of ``pulls`` drive the rows of the projector."""
+        """Start on the next items; the rows of ``_tile_pulls`` drive the rows of the projector."""
+        if self._pulls.numel() == 0:  # the first tile is the largest
+            rows = self._scorer.back_rows + self._scorer.num_embedded
+            self._pulls = self._grad_z.new_empty(rows, tile.num_items)
         self._tile_pulls = self._pulls[:, : tile.num_items]
         self._tile_pulls[self._scorer.back_rows :] = 0
 
