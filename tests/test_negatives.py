@@ -261,6 +261,7 @@ def test_size_weights_and_temperatures_from_the_config(shop: Path, tmp_path: Pat
     assert line["loss@4"] != plain["loss@4"]
     (silent,) = records(train_here(shop, tmp_path / "one", *NO_DROPOUT, "--loss.size_weights", "[1, 0]", *words[4:]))
     assert silent["loss"] == silent["loss@4"] == plain["loss@4"]
+    assert silent["grad_norm"] != pytest.approx(plain["grad_norm"], rel=1e-3), "the weights are in the gradient too"
 
 
 def test_temperatures_divide_the_scores() -> None:
