@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fmrl_dist.data.items import ItemTable
-from fmrl_dist.losses.log_sum_exp import Rows
+from fmrl_dist.losses.tiled_log_sum_exp import Rows
 from fmrl_dist.model import ItemEncoder
 
 RESIDENT_BYTES = 2 * 2**30  # on the CPU, for each process

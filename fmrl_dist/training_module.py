@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from fmrl_dist.data.histories import Packed, SampledBatch
-from fmrl_dist.losses.log_sum_exp import Rows
 from fmrl_dist.losses.nested_cross_entropy import (
     Negatives,
     catalogue_cross_entropy,
@@ -20,6 +19,7 @@ from fmrl_dist.losses.nested_cross_entropy import (
     nested_cross_entropy,
     sampled_cross_entropy,
 )
+from fmrl_dist.losses.tiled_log_sum_exp import Rows
 from fmrl_dist.model import FMRLRec
 from fmrl_dist.ops.nested import matmul_linear
 

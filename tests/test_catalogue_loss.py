@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fmrl_dist.catalogue_columns import TableColumns, catalogue_columns
 from fmrl_dist.data.items import ItemTable
-from fmrl_dist.losses import log_sum_exp
-from fmrl_dist.losses.log_sum_exp import TILE_ITEMS, TILE_POSITIONS, back_projected, catalogue_log_sum_exp
+from fmrl_dist.losses import log_sum_exp, tiled_log_sum_exp
+from fmrl_dist.losses.log_sum_exp import catalogue_log_sum_exp
 from fmrl_dist.losses.nested_cross_entropy import catalogue_cross_entropy, nested_cross_entropy
+from fmrl_dist.losses.tiled_log_sum_exp import TILE_ITEMS, TILE_POSITIONS, back_projected
 from fmrl_dist.model import ItemEncoder
 from tests.numerics import TOLERANCE, assert_relatively_close
 
@@ -60,7 +61,7 @@ def test_tiled_equals_its_plain_twin(
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(log_sum_exp, "KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(tiled_log_sum_exp, "KEPT_BYTES", kept_bytes)
     inputs = make_inputs(num_positions, num_items, dtype)
     found, expected = (results(inputs, with_table, impl=impl) for impl in ("tiled", "plain"))
     for result, twin in zip(found, expected, strict=True):
@@ -71,7 +72,7 @@ def test_tiled_equals_its_plain_twin(
 @pytest.mark.parametrize("back", [(a, b, c, d) for a in (0, 1) for b in (0, 1) for c in (0, 1) for d in (0, 1)])
 def test_any_choice_of_projections_gives_the_same(back: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log_sum_exp, "back_projected", lambda *_: tuple(map(bool, back)))
-    monkeypatch.setattr(log_sum_exp, "TILE_POSITIONS", 16)
+    monkeypatch.setattr(tiled_log_sum_exp, "TILE_POSITIONS", 16)
     inputs = make_inputs(37, 507)
     found, expected = (results(inputs, False, impl=impl) for impl in ("tiled", "plain"))
     for result, twin in zip(found, expected, strict=True):

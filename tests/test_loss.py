@@ -13,9 +13,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fmrl_dist.losses import log_sum_exp
-from fmrl_dist.losses.log_sum_exp import TILE_ITEMS, TILE_POSITIONS
+from fmrl_dist.losses import tiled_log_sum_exp
 from fmrl_dist.losses.nested_cross_entropy import nested_cross_entropy
+from fmrl_dist.losses.tiled_log_sum_exp import TILE_ITEMS, TILE_POSITIONS
 from tests.numerics import TOLERANCE, assert_relatively_close
 
 SIZES = (4, 9, 16, 35)
@@ -170,7 +170,7 @@ def peak_floats(num_positions: int, num_items: int, sizes: Sequence[int], impl: 
 @pytest.mark.parametrize(("sizes"), [(4, 8), (1, 2, 3, 4, 5, 6, 7, 8)])
 def test_logits_never_exceed_a_tile_and_what_is_kept(sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Held: the S scores of a tile and of the one before, and what has the size of an input; however large N·V is."""
-    monkeypatch.setattr(log_sum_exp, "KEPT_BYTES", 0)
+    monkeypatch.setattr(tiled_log_sum_exp, "KEPT_BYTES", 0)
     num_positions, num_items = 2 * TILE_POSITIONS, 3 * TILE_ITEMS
     all_logits = len(sizes) * num_positions * num_items
     tile = len(sizes) * TILE_POSITIONS * TILE_ITEMS

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fmrl_dist.losses.log_sum_exp import TILE_ITEMS, TILE_POSITIONS, Correction, nested_log_sum_exp
+from fmrl_dist.losses.log_sum_exp import nested_log_sum_exp
 from fmrl_dist.losses.nested_cross_entropy import Negatives, nested_cross_entropy, sampled_cross_entropy
+from fmrl_dist.losses.tiled_log_sum_exp import TILE_ITEMS, TILE_POSITIONS, Correction
 from tests.numerics import TOLERANCE, assert_relatively_close
 
 SIZES = (4, 9, 16, 35)

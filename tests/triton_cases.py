@@ -12,7 +12,8 @@ import os
 import torch
 from torch import Tensor
 
-from fmrl_dist.losses.log_sum_exp import Correction, nested_log_sum_exp
+from fmrl_dist.losses.log_sum_exp import nested_log_sum_exp
+from fmrl_dist.losses.tiled_log_sum_exp import Correction
 from fmrl_dist.ops.scan import packed_scan
 
 BUDGET = {torch.float32: 2e-6, torch.float16: 2e-3}

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmrl_dist.losses.log_sum_exp import Correction, Rows, catalogue_log_sum_exp, nested_log_sum_exp, nested_scores
+from fmrl_dist.losses.log_sum_exp import catalogue_log_sum_exp, nested_log_sum_exp, nested_scores
+from fmrl_dist.losses.tiled_log_sum_exp import Correction, Rows
 from fmrl_dist.ops.nested import matmul_linear
 
 
