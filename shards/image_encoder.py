@@ -112,8 +112,12 @@ def encode_images(name: str, config: OpenClipFeature, root: Path, ids: ItemIds, 
     if missing:
         try:
             _encode_blocks(name, config, table, model, compute, blocks, missing)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (
+            RuntimeError,
+            ConnectionError,
+            EOFError,
+        ) as error:  # the latter two: it died while it handed over a batch
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             raise UserError(
                 f"feature {name!r}: a process that decodes images died ({' '.join(str(error).split())}); finished "
