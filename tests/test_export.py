@@ -124,7 +124,7 @@ def test_ranks_are_those_of_the_large_model(shop: Path, tmp_path: Path, words: t
 
 @torch.no_grad()
 def assert_same_ranks(large: Recommender, small: Recommender, block: RankingBlock) -> None:
-    """Scores equal to 1e-6 of what they add up, and ranks but for other items' scores as near as that to the target's."""
+    """Scores equal to 1e-6 of what they add up, and ranks but for others' scores as near as that to the target's."""
     z, z_small = (
         r.model(r.items[block.items], block.starts, block.from_start)[block.starts[1:] - 1] for r in (large, small)
     )
