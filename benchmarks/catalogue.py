@@ -44,9 +44,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--histories", type=int, default=32, help="of a batch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument(
-        "--folder", type=Path, default=None, help="where to write up to 8 GB (default: a temporary one)"
-    )
+    parser.add_argument("--folder", type=Path, help="where to write up to 8 GB (default: where temporary files go)")
+    parser.add_argument("--case", nargs=2, metavar=("SOFTMAX", "ITEMS"), help="only measure this one")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     torch.set_flush_denormal(True)
