@@ -167,7 +167,7 @@ class LossConfig:
     normalize: bool = False  # score by cosines of each size's prefixes; needs temperatures
     softmax: str = "full"  # full | sampled
     negatives: str = "uniform"  # uniform | popularity | in_batch | mixed: uniform and in-batch
-    num_negatives: int = 256  # drawn for each lane
+    num_negatives: int = 256  # drawn for each lane; in_batch draws none
     popularity_power: float = 0.75  # popularity is (train_count + 1)^power
     scope: str = "lane"  # lane: a position's negatives are its lane's | batch: the whole global batch's
 
@@ -177,6 +177,10 @@ class LossConfig:
         require_choice("loss.negatives", self.negatives, ("uniform", "popularity", "in_batch", "mixed"))
         require_choice("loss.scope", self.scope, ("lane", "batch"))
         require_at_least(self, "loss", 1, "num_negatives")
+        require(
+            0 <= self.popularity_power <= 2,
+            f"loss.popularity_power is {self.popularity_power}; expected 0 (uniform) to 2, often 0.75 or 1",
+        )
         weights = self.size_weights
         require(
             weights is None or min(weights, default=-1) >= 0 < sum(weights),

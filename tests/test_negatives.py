@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fmrl_dist import evaluate, export, train
 from fmrl_dist.assembly import build_model
 from fmrl_dist.catalogue_columns import catalogue_columns
 from fmrl_dist.config import Config, load_config
+from fmrl_dist.data import derived
 from fmrl_dist.data.alias import alias_table, draw
 from fmrl_dist.data.derived import popularity_table, target_log_shares
 from fmrl_dist.data.histories import SampledBatch, TrainStream
@@ -108,14 +110,55 @@ def test_derived_files_are_made_once_and_checked(store: Store) -> None:
     popularity_table(store, 0.25)
     assert path.stat().st_mtime_ns == made
     assert not [other for other in path.parent.iterdir() if other.suffix != ".npy"], "nothing half-written is left"
-    for damage, complaint in ((path.read_bytes()[:100], "cannot be read"), (None, "expected")):
-        if damage is None:
-            np.save(path, np.zeros(3))
-        else:
-            path.write_bytes(damage)
-        with pytest.raises(UserError, match=complaint):
-            popularity_table(store, 0.25)
     path.unlink()
+
+
+def damaged(content: bytes) -> dict[str, bytes]:
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    return {"empty": b"", "header only": content[:100], "without its end": content[:-1], "one bit": bytes(flipped)}
+
+
+def test_a_damaged_derived_file_is_refused(store: Store) -> None:
+    path = Path(str(popularity_table(store, 0.3).filename))  # type: ignore[attr-defined]
+    for content in damaged(path.read_bytes()).values():
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"^{path} cannot be read .*; delete it, it will be made again$"):
+            popularity_table(store, 0.3)
+    derived._write(path, np.zeros(3))
+    with pytest.raises(UserError, match="holds float64 .* expected"):
+        popularity_table(store, 0.3)
+    path.unlink()
+
+
+def test_powers_that_differ_in_the_seventh_digit_have_tables_of_their_own(store: Store) -> None:
+    near, exact = popularity_table(store, 0.7500001), popularity_table(store, 0.75)
+    assert not np.array_equal(near["threshold"], exact["threshold"])
+
+
+def test_a_vocabulary_of_other_items_is_refused(shop: Path, tmp_path: Path) -> None:
+    shutil.copytree(shop.parent / "store", tmp_path / "store")
+    vocab = tmp_path / "store" / "vocab.parquet"
+    rows = pq.read_table(vocab)
+    store = Store.open(tmp_path / "store")
+    for change, complaint in (
+        (lambda: pq.write_table(rows.slice(0, 10), vocab), "has 10 rows; expected the store's 40 items"),
+        (lambda: pq.write_table(rows.drop_columns("train_count"), vocab), "cannot be read"),
+        (lambda: vocab.write_bytes(b"PAR1"), "cannot be read"),
+        (vocab.unlink, "cannot be read"),
+    ):
+        change()
+        with pytest.raises(UserError, match=complaint) as error:
+            popularity_table(store, 0.75)
+        assert "\n" not in str(error.value)
+    assert not Path(f"{store.path}.derived").exists()
+
+
+def test_a_place_that_cannot_be_written_to_is_refused(shop: Path, tmp_path: Path) -> None:
+    shutil.copytree(shop.parent / "store", tmp_path / "store")
+    (tmp_path / "store.derived").write_text("a file where the folder should be")
+    with pytest.raises(UserError, match=r"cannot be written \(File exists\); make .*store.derived a folder"):
+        popularity_table(Store.open(tmp_path / "store"), 0.75)
 
 
 def expected_counts(kind: str, store: Store, num_drawn: int, targets: np.ndarray) -> np.ndarray:
@@ -282,6 +325,8 @@ def test_temperatures_divide_the_scores() -> None:
         (["--loss.size_weights", "[1, 1, 1]"], "loss.size_weights has 3 numbers; expected one for each of model.sizes"),
         (["--loss.negatives", "hard"], "loss.negatives is 'hard'"),
         (["--loss.num_negatives", "0"], "loss.num_negatives is 0"),
+        (["--loss.popularity_power", "-1"], "loss.popularity_power is -1.0; expected 0 (uniform) to 2"),
+        (["--loss.popularity_power", "500"], "loss.popularity_power is 500.0; expected 0 (uniform) to 2"),
     ],
 )
 def test_refused_losses(words: list[str], complaint: str, shop: Path) -> None:

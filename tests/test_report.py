@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +83,19 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_atomically(path, "not bytes")  # type: ignore[arg-type]
     assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_writers_with_the_same_process_id_do_not_mix(tmp_path: Path) -> None:
+    """Threads here; on a cluster, the first process of each container."""
+    path = tmp_path / "table.npy"
+    contents = [bytes([writer]) * 200_000 for writer in range(6)]
+
+    def write(content: bytes) -> None:
+        for _ in range(10):
+            write_atomically(path, content)
+            assert path.read_bytes() in contents
+
+    with ThreadPoolExecutor(len(contents)) as writers:
+        list(writers.map(write, contents))
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,38 +1,38 @@
 """What is computed from a store once and kept beside it, in ``<store>.derived/``: item frequencies, alias tables.
 
 Each file's name carries the manifest's hash and what it was computed with, so a store that is built again has others.
-Files are written aside and renamed; processes that compute the same one at once write the same bytes.
+Files are written aside and renamed; processes that compute the same one at once write the same bytes. A file is a
+``.npy`` with its sha256 behind it, which is checked when it is opened (about 1 s for 100 million items and a table of
+12 bytes each), then memory-mapped.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fmrl_dist.data.alias import ROW, alias_table
 from fmrl_dist.data.store import VOCAB_FILE, Store
 from fmrl_dist.data.windows import ragged_rows, target_windows
-from fmrl_dist.errors import UserError
+from fmrl_dist.errors import UserError, require
 from fmrl_dist.files import write_atomically
+
+DIGEST_BYTES = 32  # of a sha256
 
 
 def popularity_table(store: Store, power: float) -> np.ndarray:
-    """Alias table of shares ∝ (train_count + 1)^power, memory-mapped [V]."""
+    """Alias table of shares ∝ (train_count + 1)^power, memory-mapped [V].
 
-    def compute() -> np.ndarray:
-        weights, begin = np.empty(store.manifest.num_items), 0
-        with pq.ParquetFile(store.path / VOCAB_FILE) as file:
-            for batch in file.iter_batches(columns=["train_count"]):
-                counts = batch.column(0).to_numpy()
-                weights[begin : begin + len(counts)] = (counts + 1.0) ** power
-                begin += len(counts)
-        return alias_table(weights)
-
-    return _derived(store, f"popularity-{power:g}", ROW, compute)
+    Raises:
+        UserError: the vocabulary is missing or damaged, or the table cannot be written or read.
+    """
+    return _derived(store, f"popularity-{power!r}", ROW, lambda: alias_table((_train_counts(store) + 1.0) ** power))
 
 
 def target_log_shares(store: Store, max_length: int, windows: str, predict_first: bool) -> np.ndarray:
@@ -51,20 +51,59 @@ def target_log_shares(store: Store, max_length: int, windows: str, predict_first
     return _derived(store, f"targets-{max_length}-{windows}-{int(predict_first)}", np.dtype(np.float32), compute)
 
 
+def _train_counts(store: Store) -> np.ndarray:
+    """How often each item stands in training histories, int64 [V]."""
+    path = store.path / VOCAB_FILE
+    counts, read = np.empty(store.manifest.num_items, np.int64), 0
+    try:
+        with pq.ParquetFile(path) as file:
+            num_rows = file.metadata.num_rows
+            require(
+                num_rows == len(counts),
+                f"{path} has {num_rows} rows; expected the store's {len(counts)} items: build the store again",
+            )
+            for batch in file.iter_batches(columns=["train_count"]):
+                counts[read : read + len(batch)] = batch.column(0).to_numpy()
+                read += len(batch)
+    except (OSError, pa.ArrowException, IndexError) as error:  # IndexError: there is no such column
+        problem = " ".join(str(error).split())
+        raise UserError(f"the store's vocabulary {path} cannot be read ({problem}); build the store again") from None
+    return counts
+
+
 def _derived(store: Store, name: str, dtype: np.dtype, compute: Callable[[], np.ndarray]) -> np.ndarray:
     path = Path(f"{store.path}.derived") / f"{name}-{store.manifest.sha256[:16]}.npy"
     if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        buffer = io.BytesIO()
-        np.save(buffer, compute(), allow_pickle=False)
-        write_atomically(path, buffer.getvalue())
-    try:
-        table: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}); delete it, it will be made again") from None
+        _write(path, compute())
+    table = _read(path)
     if table.dtype != dtype or table.shape != (store.manifest.num_items,):
         raise UserError(
             f"{path} holds {table.dtype} {table.shape}; expected {dtype} ({store.manifest.num_items},): delete it, "
             "it will be made again"
         )
+    return table
+
+
+def _write(path: Path, table: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, table, allow_pickle=False)
+    digest = hashlib.sha256(buffer.getbuffer()).digest()
+    buffer.write(digest)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, buffer.getvalue())
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}); make {path.parent} a folder with room that you may write to"
+        ) from None
+
+
+def _read(path: Path) -> np.ndarray:
+    try:
+        content = np.memmap(path, np.uint8, "r")
+        if hashlib.sha256(content[:-DIGEST_BYTES].data).digest() != content[-DIGEST_BYTES:].tobytes():
+            raise ValueError("its sha256 is not the one behind it")
+        table: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}); delete it, it will be made again") from None
     return table
