@@ -75,6 +75,14 @@ def test_alias_table_of_many_items(weights: np.ndarray) -> None:
     np.testing.assert_allclose(implied_shares(table), weights / weights.sum(), rtol=0, atol=1e-7 / len(weights) ** 0.5)
 
 
+@pytest.mark.parametrize("num_items", [5, 49, 98, 103])
+def test_equal_weights_that_are_all_rounded_below_their_mean(num_items: int) -> None:
+    """1 / 49 · 49 < 1 in float64: taken by that, no row could fill the others."""
+    for weight in (1.0, 209715.65476176923):
+        table = alias_table(np.full(num_items, weight))
+        np.testing.assert_allclose(implied_shares(table), 1 / num_items, rtol=1e-7)
+
+
 def test_draws_follow_the_shares() -> None:
     weights = np.array([1.0, 5.0, 0.1, 3.9])
     items = draw(alias_table(weights), 200_000, np.random.default_rng(0))

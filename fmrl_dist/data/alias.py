@@ -26,8 +26,9 @@ def alias_table(weights: np.ndarray) -> np.ndarray:
     table = np.empty(len(weights), ROW)
     table["threshold"], table["alias"] = 1, np.arange(len(weights))
     table["log_share"] = np.log(shares)
-    below, above = np.flatnonzero(scaled < 1), np.flatnonzero(scaled >= 1)
-    deficits, excesses = np.cumsum(1 - scaled[below]), np.cumsum(scaled[above] - 1)
+    mean = min(1.0, scaled.max())  # 1, but where weights are equal and rounding leaves all of them just below it
+    below, above = np.flatnonzero(scaled < mean), np.flatnonzero(scaled >= mean)
+    deficits, excesses = np.cumsum(1 - scaled[below]), np.cumsum(np.maximum(scaled[above] - 1, 0))
     # Row k below the mean is filled by the first row above it that has not yet given all of its excess away.
     given_before = np.concatenate(([0.0], deficits[:-1]))[: len(below)]
     fills = np.minimum(np.searchsorted(excesses, given_before), len(above) - 1)
