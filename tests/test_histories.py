@@ -137,9 +137,13 @@ def test_a_resumed_rank_reads_the_blocks_of_its_users_only(
     mine = range(data.draw(st.integers(0, world_size - 1)), lanes, world_size)
     steps = range(data.draw(st.integers(0, order.steps_per_epoch - 1)), order.steps_per_epoch)
     read: list[Block] = []
+
+    def read_block(block: Block) -> dict[str, np.ndarray]:
+        read.append(block)
+        return Store.read_block(store, block)
+
     with pytest.MonkeyPatch.context() as patch:
-        read_block = store.read_block
-        patch.setattr(store, "read_block", lambda block: read.append(block) or read_block(block))
+        patch.setattr(store, "read_block", read_block)
         stream = TrainStream(store, order, 50, "last", True)
         for step in steps:
             stream.batch(epoch, step, mine)
