@@ -27,8 +27,11 @@ def hide_credentials(text: str) -> str:
 
 
 def _shown(rest: str) -> str:
-    """What may be shown of the part behind ``://``; the last @ counts, since a password may hold any character."""
-    _, at, rest = rest.rpartition("@")
-    plain = re.split(r"[?#]", rest, maxsplit=1)[0]
-    query = rest[len(plain) : len(plain) + 1]
-    return (f"{HIDDEN}@" if at else "") + plain + (f"{query}{HIDDEN}" if query else "")
+    """What may be shown of the part behind ``://``. An @ behind the host may end a password that holds a / or a ?, so
+    of such a URL nothing is shown."""
+    host = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    if "@" in rest[len(host) :]:
+        return HIDDEN
+    at, path = f"{HIDDEN}@" if "@" in host else "", rest.rpartition("@")[2]
+    plain = re.split(r"[?#]", path, maxsplit=1)[0]
+    return at + plain + (f"{path[len(plain)]}{HIDDEN}" if plain != path else "")

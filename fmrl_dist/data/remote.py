@@ -59,13 +59,14 @@ class RemoteFiles:
         self._file_system()  # so that a missing package is told at once
 
     def read(self, name: str, parse: Callable[[bytes], T]) -> T:
-        return self._retry(name, lambda limit_s: parse(self._fetch(name, limit_s)))
+        return self._retry(name, f"{name}: ", lambda limit_s: parse(self._fetch(name, limit_s)))
 
     def read_range(self, name: str, offset: int, num_bytes: int, sha256: str) -> bytes:
         held = self._cache.get(sha256, num_bytes) if self._cache else None
         if held is not None:
             return held
-        data = self._fetch_range(name, offset, num_bytes, partial(checked_range, num_bytes=num_bytes, sha256=sha256))
+        check = partial(checked_range, num_bytes=num_bytes, sha256=sha256)
+        data = self._retry(name, "", lambda limit_s: check(self._fetch(name, limit_s, offset, offset + num_bytes)))
         if self._cache:
             self._cache.put(sha256, data)
         return data
@@ -73,26 +74,32 @@ class RemoteFiles:
     def size(self, name: str) -> int:
         def ask(limit_s: float) -> int:
             size = self._call("info", name, limit_s).get("size")
-            require(isinstance(size, int), "the source does not say how long it is")
-            return int(size)
+            if not isinstance(size, int):
+                raise FinalError("is of unknown length: the source does not say it")
+            return size
 
-        return self._retry(name, ask)
+        return self._retry(name, f"{name}: ", ask)
 
     def stream(self, name: str, num_bytes: int) -> Iterator[bytes]:
         for offset in range(0, num_bytes, CHUNK_BYTES):
-            length = min(CHUNK_BYTES, num_bytes - offset)
-            yield self._fetch_range(name, offset, length, partial(_of_length, num_bytes=length))
+            yield self._retry(
+                name, f"{name}: ", partial(self._piece, name, offset, min(offset + CHUNK_BYTES, num_bytes))
+            )
 
     def names(self) -> None:
         return None
 
-    def _fetch_range(self, name: str, offset: int, num_bytes: int, check: Callable[[bytes], bytes]) -> bytes:
-        return self._retry(name, lambda limit_s: check(self._fetch(name, limit_s, offset, offset + num_bytes)))
+    def _piece(self, name: str, begin: int, end: int, limit_s: float) -> bytes:
+        data = self._fetch(name, limit_s, begin, end)
+        require(len(data) == end - begin, f"is truncated: {len(data)} of {end - begin} bytes from byte {begin}")
+        return data
 
     def _fetch(self, name: str, limit_s: float, begin: int | None = None, end: int | None = None) -> bytes:
         data: bytes = self._call("cat_file", name, limit_s, begin, end)
         if begin is not None and end is not None and len(data) > end - begin:
-            raise FinalError(f"the source sent {len(data)} bytes for a range of {end - begin}; it must serve ranges")
+            raise FinalError(
+                f"cannot be fetched: {len(data)} bytes came for a range of {end - begin}; serve it by ranges"
+            )
         return data
 
     def _call(self, method: str, name: str, limit_s: float, *arguments: Any) -> Any:
@@ -100,7 +107,7 @@ class RemoteFiles:
         file_system = self._file_system()
         limit = {"timeout": limit_s} if isinstance(file_system, AsyncFileSystem) else {}
         folder, mark, query = self._url.partition("?")  # a signature, say, for all files of the folder
-        url = f"{folder.rstrip('/')}/{checked_name(name)}{mark}{query}"
+        url = f"{folder.rstrip('/')}/{name}{mark}{query}"
         return getattr(file_system, method)(url, *arguments, **limit)
 
     def _file_system(self) -> Any:
@@ -113,8 +120,10 @@ class RemoteFiles:
                 f"a store at {self._protocol}:// needs the package {package}; pip install {package}"
             ) from None
 
-    def _retry(self, name: str, fetch: Fetch[T]) -> T:
-        """What ``fetch`` gives, tried until it succeeds, is hopeless, or the time is over."""
+    def _retry(self, name: str, subject: str, fetch: Fetch[T]) -> T:
+        """What ``fetch`` gives, tried until it succeeds, is hopeless, or the time is over; ``subject`` begins the
+        message."""
+        checked_name(name)
         begin = time.monotonic()
         deadline, problem, tries = begin + self._timeout_s, "", 0
         while tries <= self._retries and (left_s := deadline - time.monotonic()) > 0:
@@ -133,8 +142,8 @@ class RemoteFiles:
                 if _is_final(error):
                     break
         raise UserError(
-            f"{name}: {problem} ({tries} of {self._retries + 1} tries in {time.monotonic() - begin:.1f} s; "
-            f"see store.retries, store.timeout_s)"
+            f"{subject}{problem} ({tries} of {self._retries + 1} tries in {time.monotonic() - begin:.1f} s; "
+            "see store.retries, store.timeout_s)"
         )
 
 
@@ -179,11 +188,6 @@ def default_cache_folder(environment: dict[str, str]) -> Path:
     return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fmrl-dist"
 
 
-def _of_length(data: bytes, num_bytes: int) -> bytes:
-    require(len(data) == num_bytes, f"is truncated: {len(data)} of {num_bytes} bytes")
-    return data
-
-
 def _is_final(error: Exception) -> bool:
     status = getattr(error, "status", None)
     refused = isinstance(status, int) and 400 <= status < 500 and status not in PASSING_STATUSES
@@ -195,11 +199,10 @@ def _describe(error: Exception) -> str:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, TimeoutError):
-        return "the source did not answer in time"
+        return "cannot be fetched: the source did not answer in time"
     status = getattr(error, "status", None)
     if isinstance(status, int):
-        return f"the source answered with HTTP status {status}" + (
-            "; see its credentials" if status in (401, 403) else ""
-        )
+        hint = "; check the credentials" if status in (401, 403) else ""
+        return f"cannot be fetched: the source answered with HTTP status {status}{hint}"
     strerror = getattr(error, "strerror", None)
-    return f"{type(error).__name__}" + (f" ({strerror})" if strerror else "")
+    return f"cannot be fetched: {type(error).__name__}" + (f" ({strerror})" if strerror else "")
