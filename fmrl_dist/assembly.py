@@ -64,13 +64,13 @@ def load_catalogue_table(store: Store, checkpoint: Checkpoint) -> ItemTable:
     if dict(table.dims) != checkpoint.features:
         raise UserError(
             f"checkpoint {checkpoint.path} reads features {checkpoint.features}; "
-            f"store {store.path} has {dict(table.dims)}"
+            f"store {store.location} has {dict(table.dims)}"
         )
     has_id_table = checkpoint.config["model"]["id_table"]
     if has_id_table and store.manifest.num_items != checkpoint.num_items:
         raise UserError(
             f"checkpoint {checkpoint.path} has an id table of {checkpoint.num_items} items; "
-            f"store {store.path} has {store.manifest.num_items}"
+            f"store {store.location} has {store.manifest.num_items}"
         )
     return table
 
@@ -106,7 +106,7 @@ def build_recommender(
         step=checkpoint.state.step,
         training_manifest_sha256=checkpoint.manifest_sha256,
         manifest_sha256=store.manifest.sha256,
-        store=str(store.path),
+        store=store.location,
     )
     return Recommender(
         model=model,

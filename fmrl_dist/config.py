@@ -24,6 +24,7 @@ from fmrl_dist import __version__
 from fmrl_dist.errors import UserError, require
 from fmrl_dist.feature_config import FeatureConfig
 from fmrl_dist.plain_values import apply_overrides, build, open_section, require_at_least, require_choice
+from fmrl_dist.urls import hide_credentials, is_url
 
 DEMO_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
 FEATURE_NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -97,13 +98,23 @@ class DataConfig:
 class StoreConfig:
     """The shard store that ``shards.build`` writes and everything else reads."""
 
-    path: str = ""  # default: stores/<config name>
+    path: str = ""  # a folder, or to read from a URL (http, https, s3, gs); default: stores/<config name>
     users_per_block: int = 256
     items_per_block: int = 1024
     blocks_per_shard: int = 16
+    timeout_s: float = 120.0  # for one block from a URL, all tries together
+    retries: int = 4  # after the first try
+    cache_dir: str = ""  # for blocks from a URL; default: fmrl-dist in the user's cache folder
+    cache_gb: float = 10.0  # 10^9 bytes; the blocks read longest ago go first; 0: no cache
 
     def __post_init__(self) -> None:
         require_at_least(self, "store", 1, "users_per_block", "items_per_block", "blocks_per_shard")
+        require_at_least(self, "store", 0, "retries", "cache_gb")
+        require(self.timeout_s > 0, f"store.timeout_s is {self.timeout_s}; expected more than 0")
+        require(
+            not is_url(self.path) or not re.search(r"\s", self.path),
+            "store.path is a URL with a blank in it; write it as %20",
+        )
 
 
 @dataclass(frozen=True)
@@ -293,7 +304,10 @@ class Config:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        return typing.cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(self))))
+        """Plain values, as they may be printed and recorded: a store's URL without its credentials."""
+        values = json.loads(json.dumps(dataclasses.asdict(self)))
+        values["store"]["path"] = hide_credentials(self.store.path)
+        return typing.cast(dict[str, Any], values)
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)

@@ -8,6 +8,8 @@ import signal
 import sys
 from collections.abc import Callable
 
+from fmrl_dist.urls import hide_credentials
+
 EXIT_USER_ERROR = 2
 EXIT_NO_READER = 128 + signal.SIGPIPE  # what a shell shows for a program that ``| head`` ended
 
@@ -44,7 +46,7 @@ def _run(main: Callable[[list[str]], None]) -> int | str | None:
     try:
         main(sys.argv[1:])
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")  # in one piece: other ranks may write the same
+        sys.stderr.write(f"error: {hide_credentials(str(error))}\n")  # in one piece: other ranks may write the same
         return EXIT_USER_ERROR
     except SystemExit as end:  # of --help, --version, --print-config
         return end.code

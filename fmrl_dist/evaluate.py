@@ -9,7 +9,7 @@ import torch
 
 from fmrl_dist.assembly import build_recommender
 from fmrl_dist.checkpoint import load_checkpoint
-from fmrl_dist.config import CommandParser, config_from_dict
+from fmrl_dist.config import CommandParser, StoreConfig, config_from_dict
 from fmrl_dist.data.histories import evaluation_blocks
 from fmrl_dist.data.store import Store
 from fmrl_dist.errors import UserError, require, run_command
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="a run (its best), a checkpoint or an export")
     parser.add_argument("--split", choices=("valid", "test"), default="test")
     parser.add_argument("--mask-seen", action="store_true", help="leave out items of a user's history")
-    parser.add_argument("--store", help="shard store (default: the recorded one)")
+    parser.add_argument("--store", help="shard store, a folder or URL (default: the recorded one)")
     parser.add_argument("--threads", type=int, default=0, help="threads per process (default: cores / processes)")
     arguments = parser.parse_args(argv)
     require(arguments.threads >= 0, f"--threads is {arguments.threads}; expected at least 1, or 0 to share the cores")
@@ -67,7 +67,7 @@ def open_checkpoint(path: Path, store_path: str | None, split: str, device: torc
     """A run or one of its checkpoints, with the catalogue of the store."""
     checkpoint = load_checkpoint(path)
     config = config_from_dict(checkpoint.config)
-    store = open_store(store_path or config.store.path, split)
+    store = open_store(store_path or config.store.path, split, config.store)
     folder = run_of_best(checkpoint) or checkpoint.path
     return build_recommender(checkpoint, config, store, device), store, folder
 
@@ -79,16 +79,16 @@ def open_export(path: Path, store_path: str | None, split: str, device: torch.de
     num_items = store.manifest.num_items
     require(
         len(recommender.items) == num_items,
-        f"export {path} ranks {len(recommender.items)} items; store {store.path} has {num_items}",
+        f"export {path} ranks {len(recommender.items)} items; store {store.location} has {num_items}",
     )
     return recommender.to(device), store, path
 
 
-def open_store(path: str, split: str) -> Store:
+def open_store(path: str, split: str, access: StoreConfig | None = None) -> Store:
     """The store at ``path``, which must have users in ``split``."""
-    store = Store.open(path)
+    store = Store.open(path, access)
     if not store.manifest.splits[split]:
-        raise UserError(f"store {store.path} has no {split} users (all histories are shorter than 3 events)")
+        raise UserError(f"store {store.location} has no {split} users (all histories are shorter than 3 events)")
     return store
 
 

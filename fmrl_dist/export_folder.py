@@ -39,7 +39,7 @@ class Origin:
     step: int  # of the checkpoint
     training_manifest_sha256: str  # of the store it was trained on
     manifest_sha256: str  # of the store its catalogue and vocabulary are of
-    store: str  # that store's path
+    store: str  # that store's folder, or its URL without credentials
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,8 @@ def check_output(folder: Path, overwrite: bool) -> None:
     require(overwrite, f"export {folder} exists; keep it, or write it again with --overwrite")
 
 
-def write_export(recommender: Recommender, folder: Path, vocab: Path) -> None:
-    """Write ``folder``, in place of an export that was there; ``vocab`` is the store's vocabulary.
-
-    Raises:
-        UserError: there is no vocabulary.
-    """
-    require(vocab.is_file(), f"the store's vocabulary {vocab} does not exist; build the store again")
+def write_export(recommender: Recommender, folder: Path, vocab: bytes) -> None:
+    """Write ``folder``, in place of an export that was there; ``vocab`` is the store's vocabulary file."""
     config = {
         "format_version": FORMAT_VERSION,
         "model": recommender.model.arguments,
@@ -90,7 +85,7 @@ def write_export(recommender: Recommender, folder: Path, vocab: Path) -> None:
         (aside / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         _save(recommender.model.state_dict(), aside / MODEL_FILE)
         _save({ITEMS_TENSOR: recommender.items}, aside / ITEMS_FILE)
-        shutil.copyfile(vocab, aside / VOCAB_FILE)
+        (aside / VOCAB_FILE).write_bytes(vocab)
         for name in (MODEL_FILE, ITEMS_FILE):  # safetensors lets nobody but the writer read
             shutil.copymode(aside / CONFIG_FILE, aside / name)
 

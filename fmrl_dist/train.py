@@ -42,6 +42,7 @@ from fmrl_dist.report import evaluation_file
 from fmrl_dist.run_folder import open_run, out_of_patience, schedule_epochs, training_is_over
 from fmrl_dist.runtime import Runtime, start_runtime
 from fmrl_dist.training_module import TrainingModule
+from fmrl_dist.urls import is_url
 
 
 def train(config: Config, resume: str | None) -> None:
@@ -56,9 +57,11 @@ def train(config: Config, resume: str | None) -> None:
 def train_and_evaluate(config: Config, runtime: Runtime, resume: str | None) -> None:
     """What is left of a run: steps, if there are any, then the evaluation of its best checkpoint."""
     folder = Path(config.run.dir)
-    store = Store.open(config.store.path)
+    store = Store.open(config.store.path, config.store)
     if not store.manifest.splits["test"]:
-        raise UserError(f"store {store.path} has no validation and test users; expected histories of 3 events or more")
+        raise UserError(
+            f"store {store.location} has no validation and test users; expected histories of 3 events or more"
+        )
     checkpoint = open_run(config, resume, store.manifest.sha256)
     order = Order(
         [block.count for block in store.manifest.splits["train"]],
@@ -317,7 +320,7 @@ def build_missing_demo_store(config: Config) -> None:
     """
     if config.data.demo is None or os.environ.get("RANK", "0") != "0":
         return
-    if (Path(config.store.path) / MANIFEST_FILE).exists():
+    if is_url(config.store.path) or (Path(config.store.path) / MANIFEST_FILE).exists():
         return
     print(f"building the demo store {config.store.path} …", flush=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -28,9 +28,10 @@ from fmrl_dist.data.store import (
     Manifest,
     Store,
 )
-from fmrl_dist.errors import UserError, run_command
+from fmrl_dist.errors import UserError, require, run_command
 from fmrl_dist.feature_config import TextFeature
 from fmrl_dist.files import replaced_folder
+from fmrl_dist.urls import hide_credentials, is_url
 from shards.encoding import encoding_folder
 from shards.features import FeatureRows, make_feature
 from shards.histories import SplitWriter, UserBlocks, read_histories
@@ -56,6 +57,10 @@ def build(config: Config, overwrite: bool = False) -> tuple[Store, list[FeatureR
     Raises:
         UserError: the raw data are refused, or something is already there and ``overwrite`` is off.
     """
+    require(
+        not is_url(config.store.path),
+        f"store {hide_credentials(config.store.path)} is a URL; build into a folder (--store.path), then copy it",
+    )
     target = Path(config.store.path).resolve()
     _check_target(target, overwrite)
     _make_demo_data(config.data)
@@ -163,7 +168,7 @@ def _vocab(items: pa.Table, ids: ItemIds, title: str, train_count: np.ndarray) -
 def _print_summary(store: Store, features: list[FeatureRows], seconds: float) -> None:
     manifest = store.manifest
     print(
-        f"built {store.path} in {seconds:.1f} s: {manifest.num_users:,} users, {manifest.num_items:,} items, "
+        f"built {store.location} in {seconds:.1f} s: {manifest.num_users:,} users, {manifest.num_items:,} items, "
         f"{manifest.num_events:,} events, {manifest.num_dropped_users:,} users dropped (fewer than 2 events), "
         f"{sum(shard.num_bytes for shard in manifest.shards):,} bytes in {len(manifest.shards)} shards"
     )

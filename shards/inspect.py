@@ -9,7 +9,7 @@ from fmrl_dist.errors import run_command
 
 def main(argv: list[str]) -> None:
     parser = CommandParser(prog="python -m shards.inspect", description="Say what is inside a shard store.")
-    parser.add_argument("store", help="folder of the store")
+    parser.add_argument("store", help="folder or URL of the store")
     print(describe(Store.open(parser.parse_args(argv).store)))
 
 
@@ -17,7 +17,7 @@ def describe(store: Store) -> str:
     """The screen: identity, totals, features, splits."""
     manifest = store.manifest
     lines = [
-        f"store   {store.path}",
+        f"store   {store.location}",
         f"schema  {manifest.schema_version}   sha256 {manifest.sha256}",
         f"items   {manifest.num_items:,}",
         f"users   {manifest.num_users:,} (and {manifest.num_dropped_users:,} dropped: fewer than 2 events)",

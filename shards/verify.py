@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -28,18 +27,18 @@ END_OF_ARCHIVE_BYTES = 1024  # two zero blocks; tar pads further
 
 def main(argv: list[str]) -> None:
     parser = CommandParser(prog="python -m shards.verify", description="Check a shard store, byte by byte.")
-    parser.add_argument("store", help="folder of the store")
+    parser.add_argument("store", help="folder or URL of the store")
     store = Store.open(parser.parse_args(argv).store)
     problems = 0
     for problem in verify(store):
         problems += 1
         print(f"problem: {problem}")
     if problems:
-        raise UserError(f"store {store.path} has {problems} problems; build it again with shards.build --overwrite")
+        raise UserError(f"store {store.location} has {problems} problems; build it again with shards.build --overwrite")
     manifest = store.manifest
     blocks = len(manifest.items) + sum(len(blocks) for blocks in manifest.splits.values())
     print(
-        f"ok: {store.path}: {len(manifest.shards)} shards, {blocks} blocks, {manifest.num_users:,} users, "
+        f"ok: {store.location}: {len(manifest.shards)} shards, {blocks} blocks, {manifest.num_users:,} users, "
         f"{manifest.num_items:,} items, {manifest.num_events:,} events"
     )
 
@@ -50,7 +49,7 @@ def verify(store: Store) -> Iterator[str]:
     yield from _check_folder(store)
     blocks = _blocks_by_shard(manifest)
     for shard in manifest.shards:
-        yield from _check_shard(store.path / shard.name, shard, blocks[shard.name])
+        yield from _check_shard(store, shard, blocks[shard.name])
     yield from _check_items(store)
     train_count = np.zeros(manifest.num_items, np.int64)
     users = {}
@@ -77,29 +76,33 @@ def _blocks_by_shard(manifest: Manifest) -> dict[str, list[Block]]:
 
 def _check_folder(store: Store) -> Iterator[str]:
     known = {MANIFEST_FILE, VOCAB_FILE, USERS_FILE, *(shard.name for shard in store.manifest.shards)}
-    for path in sorted(store.path.iterdir()):
-        if path.name not in known:
-            yield f"{path.name}: not in the manifest"
+    for name in store.files.names() or ():  # a URL tells no names: there, only what the manifest names is looked at
+        if name not in known:
+            yield f"{name}: not in the manifest"
 
 
-def _check_shard(path: Path, shard: Shard, blocks: list[Block]) -> Iterator[str]:
+def _check_shard(store: Store, shard: Shard, blocks: list[Block]) -> Iterator[str]:
     """The file's size, hash and totals; its blocks side by side from byte 0; zeros after them."""
-    if not path.is_file():
+    try:
+        size = store.files.size(shard.name)
+    except FileNotFoundError:
         yield f"{shard.name}: missing"
         return
-    if path.stat().st_size != shard.num_bytes:
-        yield f"{shard.name}: {path.stat().st_size} bytes, the manifest says {shard.num_bytes}"
+    if size != shard.num_bytes:
+        yield f"{shard.name}: {size} bytes, the manifest says {shard.num_bytes}"
     end = 0
     for block in blocks:
         if block.offset != end:
             yield f"{shard.name}: a block at byte {block.offset}, expected at {end}"
         end = block.offset + block.num_bytes
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-            yield f"{shard.name}: sha256 of the file is not the manifest's"
-        file.seek(end)
-        tail = file.read()
-    if len(tail) < END_OF_ARCHIVE_BYTES or any(tail):
+    digest, position, tail_is_zero = hashlib.sha256(), 0, True
+    for piece in store.files.stream(shard.name, size):
+        digest.update(piece)
+        tail_is_zero &= not any(piece[max(end - position, 0) :])
+        position += len(piece)
+    if digest.hexdigest() != shard.sha256:
+        yield f"{shard.name}: sha256 of the file is not the manifest's"
+    if position - end < END_OF_ARCHIVE_BYTES or not tail_is_zero:
         yield f"{shard.name}: the end-of-archive bytes after byte {end} are not {END_OF_ARCHIVE_BYTES} or more zeros"
     found = (len(blocks), sum(block.count for block in blocks), sum(block.events for block in blocks))
     if found != (shard.samples, shard.count, shard.events):
@@ -202,8 +205,8 @@ def _check_tables(store: Store, train_count: np.ndarray) -> Iterator[str]:
     sizes = {VOCAB_FILE: ("item", store.manifest.num_items), USERS_FILE: ("user", store.manifest.num_users)}
     for name, (id_column, num_rows) in sizes.items():
         try:
-            table = pq.read_table(store.path / name)
-        except (pa.ArrowException, OSError) as error:
+            table = pq.read_table(pa.BufferReader(store.read_table(name)))
+        except (pa.ArrowException, OSError, UserError) as error:
             yield f"{name}: cannot be read ({' '.join(str(error).split())})"
             continue
         if table.num_rows != num_rows:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fmrl_dist.data.histories import Packed, RankingBlock, TrainStream, evaluation_blocks
 from fmrl_dist.data.order import Order
-from fmrl_dist.data.store import Store
+from fmrl_dist.data.store import Block, Store
 from fmrl_dist.data.windows import target_windows
 from shards.build import build
 from tests.store_fixture import tiny_config, write_histories, write_items
@@ -124,6 +124,32 @@ def test_windows_do_not_depend_on_batch_lanes_and_seed(
 ) -> None:
     found = whole_epoch(store, max_length, windows, predict_first, lanes, lanes * per_lane, seed)
     assert found == expected_epoch(max_length, windows, predict_first)
+
+
+@settings(max_examples=30)
+@given(st.data(), st.integers(1, 4), st.integers(1, 3), st.integers(0, 2**33), st.integers(0, 9))
+def test_a_resumed_rank_reads_the_blocks_of_its_users_only(
+    store: Store, data: st.DataObject, lanes: int, per_lane: int, seed: int, epoch: int
+) -> None:
+    """From any step on, for any number of ranks: no earlier step's blocks, no other rank's, each one once."""
+    blocks = store.manifest.splits["train"]
+    order = Order([block.count for block in blocks], lanes * per_lane, lanes, seed)
+    world_size = data.draw(st.integers(1, lanes))
+    mine = range(data.draw(st.integers(0, world_size - 1)), lanes, world_size)
+    steps = range(data.draw(st.integers(0, order.steps_per_epoch - 1)), order.steps_per_epoch)
+    read: list[Block] = []
+
+    def read_block(block: Block) -> dict[str, np.ndarray]:
+        read.append(block)
+        return Store.read_block(store, block)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "read_block", read_block)
+        stream = TrainStream(store, order, 50, "last", True)
+        for step in steps:
+            stream.batch(epoch, step, mine)
+    needed = {int(block) for step in steps for lane in mine for block, _ in order.batch(epoch, step, lane)}
+    assert sorted(blocks.index(block) for block in read) == sorted(needed)
 
 
 @pytest.mark.parametrize("num_events", [50, 51, 52])

@@ -17,7 +17,7 @@ PACKAGES = ("fmrl_dist", "shards", "launch")
 # Parts of fmrl_dist from the bottom up; a part imports from its own layer and from those below. A part not named here
 # belongs to the entries, on top.
 LAYERS = (
-    ("__version__", "errors", "files"),
+    ("__version__", "errors", "files", "urls"),
     ("ops",),
     ("model",),
     ("plain_values", "feature_config", "config"),
@@ -26,7 +26,7 @@ LAYERS = (
 )
 SHARDS_MAY_IMPORT = (
     *("fmrl_dist.__version__", "fmrl_dist.config", "fmrl_dist.feature_config", "fmrl_dist.errors"),
-    *("fmrl_dist.files", "fmrl_dist.data.store"),
+    *("fmrl_dist.files", "fmrl_dist.urls", "fmrl_dist.data.store"),
 )
 LAUNCH_MAY_IMPORT = ("fmrl_dist.__version__", "fmrl_dist.config", "fmrl_dist.errors")
 RANKS_AND_LAUNCHERS = ("torch.distributed", "accelerate", "deepspeed")

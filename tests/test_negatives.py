@@ -153,7 +153,7 @@ def test_a_vocabulary_of_other_items_is_refused(shop: Path, tmp_path: Path) -> N
         (lambda: pq.write_table(rows.slice(0, 10), vocab), "has 10 rows; expected the store's 40 items"),
         (lambda: pq.write_table(rows.drop_columns("train_count"), vocab), "cannot be read"),
         (lambda: vocab.write_bytes(b"PAR1"), "cannot be read"),
-        (vocab.unlink, "cannot be read"),
+        (vocab.unlink, "has no vocab.parquet"),
     ):
         change()
         with pytest.raises(UserError, match=complaint) as error:

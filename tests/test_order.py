@@ -115,6 +115,27 @@ def test_epochs_and_seeds_have_orders_of_their_own(block_counts: list[int]) -> N
     assert len(orders) == 25
 
 
+@settings(max_examples=50)
+@given(counts, lanes_and_batches, seeds)
+def test_the_length_is_known_beforehand(block_counts: list[int], shape: tuple[int, int], seed: int) -> None:
+    """From the number of users alone: neither the blocks they lie in nor the seed change it."""
+    lanes, batch_size = shape
+    num_users = sum(block_counts)
+    longest_lane = max((lane + 1) * num_users // lanes - lane * num_users // lanes for lane in range(lanes))
+    steps = -(-longest_lane * lanes // batch_size)
+    assert Order(block_counts, batch_size, lanes, seed).steps_per_epoch == steps
+    assert Order([num_users], batch_size, lanes, 0).steps_per_epoch == steps
+
+
+@settings(max_examples=50)
+@given(st.integers(8, WINDOW_BLOCKS), seeds, epochs)
+def test_users_and_blocks_are_shuffled_by_streams_of_their_own(num_blocks: int, seed: int, epoch: int) -> None:
+    """With one user a block, users shuffled as the blocks were would stand in the square of the blocks' permutation."""
+    order = Order([1] * num_blocks, num_blocks, 1, seed)
+    blocks, _ = order._blocks(epoch)
+    assert order.batch(epoch, 0, 0)[:, 0].tolist() != blocks[blocks].tolist()
+
+
 def test_a_window_holds_whole_blocks_and_mixes_their_users() -> None:
     """So a reader needs at most WINDOW_BLOCKS blocks for a lane at a time, and yet block mates are spread."""
     num_blocks, per_block = 2 * WINDOW_BLOCKS + 5, 7

@@ -232,7 +232,7 @@ def forge(store: Store, split: str, **fields: np.ndarray) -> Store:
         for shard in manifest.shards
     )
     change = {"items": tuple(blocks)} if split == "items" else {"splits": manifest.splits | {split: tuple(blocks)}}
-    return Store(store.path, dataclasses.replace(manifest, shards=shards, **change))
+    return Store(store.files, dataclasses.replace(manifest, shards=shards, **change))
 
 
 @pytest.mark.parametrize("tail", [b"", bytes(512), bytes(600) + b"x" + bytes(423)])
@@ -244,7 +244,7 @@ def test_verify_checks_the_end_of_the_archive(store: Store, tail: bytes) -> None
     (store.path / shard.name).write_bytes(data)
     signed = dataclasses.replace(shard, num_bytes=len(data), sha256=block_sha256(data))
     manifest = dataclasses.replace(store.manifest, shards=(signed, *store.manifest.shards[1:]))
-    (problem,) = verify(Store(store.path, manifest))
+    (problem,) = verify(Store(store.files, manifest))
     assert f"{shard.name}: the end-of-archive bytes after byte {end}" in problem
 
 

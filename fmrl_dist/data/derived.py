@@ -53,10 +53,10 @@ def target_log_shares(store: Store, max_length: int, windows: str, predict_first
 
 def _train_counts(store: Store) -> np.ndarray:
     """How often each item stands in training histories, int64 [V]."""
-    path = store.path / VOCAB_FILE
+    path = f"{store.location}/{VOCAB_FILE}"
     counts, read = np.empty(store.manifest.num_items, np.int64), 0
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(pa.BufferReader(store.read_table(VOCAB_FILE))) as file:
             num_rows = file.metadata.num_rows
             require(
                 num_rows == len(counts),

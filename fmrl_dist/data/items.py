@@ -39,7 +39,9 @@ def load_item_table(store: Store, features: Sequence[str] | None) -> ItemTable:
     names = list(known) if features is None else list(features)
     for name in names:
         if name not in known:
-            raise UserError(f"model.features names {name!r}; the store {store.path} has: {', '.join(known) or 'none'}")
+            raise UserError(
+                f"model.features names {name!r}; the store {store.location} has: {', '.join(known) or 'none'}"
+            )
     num_items = store.manifest.num_items
     values = np.zeros((num_items, sum(known[name] for name in names)), dtype=np.float16)
     present = np.zeros((num_items, len(names)), dtype=np.bool_)

@@ -15,6 +15,7 @@ from functools import lru_cache
 import numpy as np
 
 WINDOW_BLOCKS = 64
+BLOCKS, USERS = 0, 1  # tags that keep the random streams of the two kinds of shuffle apart
 
 
 class Order:
@@ -58,7 +59,7 @@ class Order:
 
     def _shuffle_blocks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's block order, and each window's first position in the permutation (and, last, U)."""
-        blocks = np.random.default_rng((self.seed, epoch)).permutation(len(self.block_counts))
+        blocks = self._random(BLOCKS, epoch).permutation(len(self.block_counts))
         ends = np.cumsum(self.block_counts[blocks])
         return blocks, np.concatenate(([0], ends[WINDOW_BLOCKS - 1 : -1 : WINDOW_BLOCKS], ends[-1:]))
 
@@ -67,4 +68,11 @@ class Order:
         pairs = np.concatenate(
             [np.stack((np.full(n, b), np.arange(n)), 1) for b, n in zip(blocks, self.block_counts[blocks], strict=True)]
         )
-        return np.random.default_rng((self.seed, epoch, window)).permutation(pairs)
+        return self._random(USERS, epoch, window).permutation(pairs)
+
+    def _random(self, *place: int) -> np.random.Generator:
+        """A stream of its own for every place.
+
+        A spawn key, unlike a tuple of entropy, is not padded with zeros: there (seed, epoch) is (seed, epoch, 0).
+        """
+        return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=place))

@@ -4,10 +4,11 @@ A store is a folder of plain tar shards with a ``manifest.json`` that indexes ev
 byte range and sha256. A reader therefore fetches exactly the blocks it wants, checks them before it parses them, and
 never scans a shard. ``docs/format.md`` describes the files; ``shards.build`` writes them.
 
-Shards are opened here, by checked plain file names, and parsed from memory: handing a manifest's name to webdataset's
-``gopen`` would let a manifest that says ``pipe:...`` run a shell. Arrays are read without pickle.
+Shards are opened by checked plain file names, in a folder or at a URL (:mod:`fmrl_dist.data.store_files`), and parsed
+from memory: handing a manifest's name to webdataset's ``gopen`` would let a manifest that says ``pipe:...`` run a
+shell. Arrays are read without pickle.
 
-Cost: one open, one read and one sha256 (about 1 GB/s) per block.
+Cost: one open (or request), one read and one sha256 (about 1 GB/s) per block.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 import tarfile
 from dataclasses import asdict, dataclass, fields
@@ -24,8 +26,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fmrl_dist.config import FEATURE_NAME
+from fmrl_dist.config import FEATURE_NAME, StoreConfig
+from fmrl_dist.data.cache import SHA256, RangeCache
+from fmrl_dist.data.remote import RemoteFiles, checked_url, default_cache_folder
+from fmrl_dist.data.store_files import LocalFiles, StoreFiles
 from fmrl_dist.errors import UserError
+from fmrl_dist.urls import is_url
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -129,33 +135,58 @@ class Manifest:
         _check_consistency(manifest)
         return manifest
 
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Manifest:
+        """:meth:`from_json` of a file's bytes."""
+        try:
+            return cls.from_json(data.decode("utf-8"))
+        except UnicodeDecodeError:
+            raise UserError(f"{MANIFEST_FILE} is not UTF-8; build the store again") from None
+
 
 class Store:
     """A built store, open for reading."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path = path
+    def __init__(self, files: StoreFiles, manifest: Manifest) -> None:
+        self.files = files
         self.manifest = manifest
 
+    @property
+    def location(self) -> str:
+        """The store's folder or URL, as it may be shown and recorded: without credentials."""
+        return self.files.location
+
+    @property
+    def path(self) -> Path:
+        """The folder of a local store."""
+        if not isinstance(self.files, LocalFiles):
+            raise UserError(f"store {self.location} is no local folder; copy it to one")
+        return self.files.folder
+
     @classmethod
-    def open(cls, path: str | Path) -> Store:
+    def open(cls, path: str | Path, access: StoreConfig | None = None) -> Store:
         """Read the manifest of the store at ``path``.
+
+        Args:
+            path: a folder or a URL (http, https, s3, gs, file, memory).
+            access: how to read from a URL: time, tries, cache. Its own ``path`` is not looked at.
 
         Raises:
             UserError: nothing is there, it is not a store, or its manifest is refused.
         """
-        path = Path(path)
-        if not path.is_dir():
-            raise UserError(f"store {path} does not exist; build it with python -m shards.build --config CONFIG")
-        file = path / MANIFEST_FILE
-        if not file.is_file():
-            raise UserError(f"{path} is not a store: it has no {MANIFEST_FILE}; build one with python -m shards.build")
+        files = _open_files(path, access or StoreConfig())
+        if isinstance(files, LocalFiles) and not files.folder.is_dir():
+            raise UserError(
+                f"store {files.location} does not exist; build it with python -m shards.build --config CONFIG"
+            )
         try:
-            return cls(path, Manifest.from_json(file.read_text(encoding="utf-8")))
-        except UnicodeDecodeError:
-            raise UserError(f"store {path}: {MANIFEST_FILE} is not UTF-8; build the store again") from None
+            return cls(files, files.read(MANIFEST_FILE, Manifest.from_bytes))
+        except FileNotFoundError:
+            raise UserError(
+                f"{files.location} is not a store: it has no {MANIFEST_FILE}; build one with python -m shards.build"
+            ) from None
         except UserError as error:
-            raise UserError(f"store {path}: {error}") from None
+            raise UserError(f"store {files.location}: {error}") from None
 
     def read_block(self, block: Block) -> dict[str, np.ndarray]:
         """Read one block, checked against its hash.
@@ -168,22 +199,47 @@ class Store:
         Raises:
             UserError: the shard is missing or its bytes are not those that were written.
         """
-        return parse_block(self.read_bytes(block), f"{self.path / block.shard} at byte {block.offset}")
+        return parse_block(self.read_bytes(block), f"{self.location}/{block.shard} at byte {block.offset}")
 
     def read_bytes(self, block: Block) -> bytes:
         """The checked byte range of ``block``."""
-        where = f"block at byte {block.offset} of shard {self.path / block.shard}"
-        mend = f"see python -m shards.verify {self.path}, then python -m shards.build --overwrite"
-        if SHARD_NAME.fullmatch(block.shard) is None or not (self.path / block.shard).is_file():
+        where = f"block at byte {block.offset} of shard {self.location}/{block.shard}"
+        mend = f"see python -m shards.verify {self.location}, then python -m shards.build --overwrite"
+        if SHARD_NAME.fullmatch(block.shard) is None:
             raise UserError(f"{where}: no such shard; {mend}")
-        with (self.path / block.shard).open("rb") as file:
-            file.seek(block.offset)
-            data = file.read(block.num_bytes)
-        if len(data) != block.num_bytes:
-            raise UserError(f"{where} is truncated: {len(data)} of {block.num_bytes} bytes; {mend}")
-        if block_sha256(data) != block.sha256:
-            raise UserError(f"{where} is damaged: its sha256 is not the manifest's {block.sha256[:12]}; {mend}")
-        return data
+        try:
+            return self.files.read_range(block.shard, block.offset, block.num_bytes, block.sha256)
+        except FileNotFoundError:
+            raise UserError(f"{where}: no such shard; {mend}") from None
+        except UserError as error:
+            raise UserError(f"{where} {error}; {mend}") from None
+
+    def read_table(self, name: str) -> bytes:
+        """The Parquet file of the vocabulary or of the users, as it is.
+
+        Raises:
+            UserError: it is missing or cannot be fetched.
+        """
+        try:
+            return self.files.read(name, bytes)
+        except FileNotFoundError:
+            raise UserError(f"store {self.location} has no {name}; build the store again") from None
+        except UserError as error:
+            raise UserError(f"store {self.location}: {error}") from None
+
+
+def _open_files(path: str | Path, access: StoreConfig) -> StoreFiles:
+    """The folder or URL behind ``path``."""
+    if not is_url(str(path)):
+        return LocalFiles(Path(path))
+    url = checked_url(str(path))
+    if url.lower().startswith("file://"):
+        return LocalFiles(Path(url[len("file://") :]))
+    cache = None
+    if access.cache_gb > 0:
+        folder = Path(access.cache_dir or default_cache_folder(dict(os.environ))).expanduser()
+        cache = RangeCache(folder, round(access.cache_gb * 1e9))
+    return RemoteFiles(url, access.timeout_s, access.retries, cache)
 
 
 def block_sha256(data: bytes) -> str:
@@ -269,6 +325,8 @@ def _check_consistency(manifest: Manifest) -> None:
             raise UserError(f"the manifest names shard {name!r}; expected a plain file name such as train-000000.tar")
     for split, blocks in {"items": manifest.items, **manifest.splits}.items():
         for block in blocks:
+            if SHA256.fullmatch(block.sha256) is None:  # names a file of the cache
+                raise UserError(f"the manifest's {split} block has sha256 {block.sha256!r}; expected 64 hex digits")
             shard = shards.get(block.shard)
             if (
                 shard is None

@@ -1,0 +1,342 @@
+"""Stores at URLs, from a real server that drops, stalls, cuts and lies: the right bytes, or one line in time."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+
+from fmrl_dist.config import StoreConfig
+from fmrl_dist.data.items import load_item_table
+from fmrl_dist.data.store import Block, Store
+from fmrl_dist.errors import UserError
+from shards import inspect as inspect_command
+from shards.build import build
+from shards.verify import main as verify_main
+from shards.verify import verify
+from tests.http_store import FAULTS, StoreServer, serve
+from tests.processes import free_port, run_processes
+from tests.store_fixture import tiny_config, write_raw
+from tests.training_fixture import contents, evaluation, make_shop, refusal, run_module
+
+pytest.importorskip("aiohttp", reason="stores at http:// need aiohttp (extra: remote)")
+
+LATE_S = 1.5  # for a busy machine
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    root = tmp_path_factory.mktemp("remote")
+    write_raw(root / "raw")
+    return build(tiny_config(root / "raw", root / "store"))[0]
+
+
+@pytest.fixture
+def server(built: Store) -> Iterator[StoreServer]:
+    with serve(built.path) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The default cache is this test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "fmrl-dist"
+
+
+def access(timeout_s: float = 6.0, retries: int = 3, cache_gb: float = 0.0, cache_dir: str = "") -> StoreConfig:
+    return StoreConfig(timeout_s=timeout_s, retries=retries, cache_gb=cache_gb, cache_dir=cache_dir)
+
+
+def all_blocks(store: Store) -> list[Block]:
+    return [*store.manifest.items, *(block for blocks in store.manifest.splits.values() for block in blocks)]
+
+
+def tar_requests(server: StoreServer) -> list[str]:
+    return [path for path in server.requests if path.endswith(".tar")]
+
+
+def test_the_same_arrays_from_the_manifest_and_block_ranges_alone(built: Store, server: StoreServer) -> None:
+    store = Store.open(server.url, access())
+    assert store.manifest == built.manifest
+    for block in all_blocks(built):
+        assert store.read_bytes(block) == built.read_bytes(block)
+    table, expected = load_item_table(store, None), load_item_table(built, None)
+    np.testing.assert_array_equal(table.values, expected.values)
+    names = {"manifest.json", *(shard.name for shard in built.manifest.shards)}
+    assert {path for path in server.requests} == {f"/shop/{name}" for name in names}
+    assert len(tar_requests(server)) == len(all_blocks(built)) + len(built.manifest.items)
+
+
+def test_other_protocols(built: Store, own_cache: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    for name, data in contents(built.path).items():
+        memory.pipe(f"/shop/{name}", data)
+    try:
+        for url in ("memory://shop", "memory:///shop/", f"file://{built.path}"):
+            store = Store.open(url)
+            for block in all_blocks(built):
+                assert store.read_bytes(block) == built.read_bytes(block)
+            assert list(verify(store)) == []
+        memory.rm("/shop/vocab.parquet")
+        assert any("vocab.parquet" in problem for problem in verify(Store.open("memory://shop")))
+    finally:
+        memory.rm("/shop", recursive=True)
+
+
+def test_no_shard_name_becomes_another_request(built: Store, server: StoreServer) -> None:
+    store = Store.open(server.url, access())
+    before = list(server.requests)
+    for name in ("pipe:touch pwned", "../shop/manifest.json", f"{server.url}/items-000000.tar", "x?.tar", ""):
+        block = built.manifest.items[0]
+        forged = Block(name, block.offset, block.num_bytes, block.sha256, block.count, block.events)
+        with pytest.raises(UserError, match="no such shard"):
+            store.read_block(forged)
+        with pytest.raises(UserError, match="is no file of a store"):
+            store.files.size(name)
+    assert server.requests == before
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_that_passes(built: Store, server: StoreServer, fault: str) -> None:
+    store = Store.open(server.url, access())
+    block = built.manifest.splits["train"][0]
+    server.faults = [fault, fault]
+    assert store.read_bytes(block) == built.read_bytes(block)
+    assert len(tar_requests(server)) == 3
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_that_stays(server: StoreServer, fault: str) -> None:
+    """One line that names the shard, all tries made, within the time that was set."""
+    store = Store.open(server.url, access(timeout_s=3, retries=2))
+    block = store.manifest.splits["train"][0]
+    server.faults = ["forever", fault]
+    begin = time.monotonic()
+    with pytest.raises(UserError) as caught:
+        store.read_bytes(block)
+    assert time.monotonic() - begin < 3 + LATE_S
+    text = {
+        "drop": "ServerDisconnectedError",
+        "half": "ClientPayloadError",
+        "short": f"is truncated: {block.num_bytes // 2} of {block.num_bytes} bytes",
+        "flip": "is damaged: its sha256 is not",
+        "stall": "did not answer in time",
+        "500": "HTTP status 500",
+        "429": "HTTP status 429",
+    }[fault]
+    message = str(caught.value)
+    assert text in message and f"{server.url}/{block.shard}" in message and "3 of 3 tries" in message
+    assert "\n" not in message and "store.timeout_s" in message
+    assert len(tar_requests(server)) == (6 if fault == "drop" else 3)  # aiohttp itself asks anew on a new connection
+
+
+@pytest.mark.parametrize(
+    ("fault", "text"),
+    [("404", "no such shard"), ("403", "HTTP status 403; check the credentials"), ("whole", "serve it by ranges")],
+)
+def test_what_another_try_would_not_mend(server: StoreServer, fault: str, text: str) -> None:
+    store = Store.open(server.url, access())
+    server.faults = ["forever", fault]
+    with pytest.raises(UserError, match=text):
+        store.read_bytes(store.manifest.items[1])
+    assert len(tar_requests(server)) == 1
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_manifest_likewise(built: Store, server: StoreServer, fault: str) -> None:
+    server.faulty, server.faults = "manifest", [fault]
+    assert Store.open(server.url, access()).manifest == built.manifest
+    server.faults = ["forever", fault]
+    begin = time.monotonic()
+    with pytest.raises(UserError, match=re.escape(f"store {server.url}: manifest.json: ")) as caught:
+        Store.open(server.url, access(timeout_s=1.5, retries=1))
+    assert time.monotonic() - begin < 1.5 + LATE_S
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_there(server: StoreServer, tmp_path: Path) -> None:
+    with serve(tmp_path) as empty:
+        assert "is not a store: it has no manifest.json" in refusal(inspect_command.main, empty.url)
+    begin = time.monotonic()
+    with pytest.raises(UserError, match="ClientConnectorError"):
+        Store.open(f"http://127.0.0.1:{free_port()}/shop", access(timeout_s=2, retries=1))
+    assert time.monotonic() - begin < 2 + LATE_S
+
+
+def test_pauses_leave_the_seeded_generator_alone(server: StoreServer) -> None:
+    store = Store.open(server.url, access())
+    state = random.getstate()
+    server.faults = ["500"]
+    store.read_bytes(store.manifest.items[0])
+    assert random.getstate() == state
+
+
+def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(protocol: str, **options: object) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec, "filesystem", missing)
+    with pytest.raises(UserError, match="s3:// needs the package s3fs; pip install s3fs"):
+        Store.open("s3://bucket/shop", access())
+
+
+def test_a_second_epoch_makes_no_request(built: Store, server: StoreServer, own_cache: Path) -> None:
+    for cache_dir, folder in (("", own_cache), (str(own_cache.parent / "mine"), own_cache.parent / "mine")):
+        store = Store.open(server.url, access(cache_gb=1, cache_dir=cache_dir))
+        for epoch in range(2):
+            before = len(server.requests)
+            for block in all_blocks(built):
+                assert store.read_bytes(block) == built.read_bytes(block)
+            assert len(server.requests) - before == (0 if epoch else len(all_blocks(built)))
+        assert {path.name for path in folder.iterdir()} == {"total-bytes", *(b.sha256 for b in all_blocks(built))}
+
+
+def test_a_damaged_cache_is_fetched_again(built: Store, server: StoreServer, own_cache: Path) -> None:
+    store = Store.open(server.url, access(cache_gb=1))
+    block = built.manifest.items[0]
+    store.read_bytes(block)
+    (own_cache / block.sha256).write_bytes(bytes(block.num_bytes))
+    for requests in (2, 2):
+        assert store.read_bytes(block) == built.read_bytes(block)
+        assert len(tar_requests(server)) == requests
+
+
+def test_the_cache_stays_within_its_size(built: Store, server: StoreServer, own_cache: Path) -> None:
+    limit = 3 * max(block.num_bytes for block in all_blocks(built))
+    store = Store.open(server.url, access(cache_gb=limit / 1e9))
+    for _ in range(2):
+        for block in all_blocks(built):
+            assert store.read_bytes(block) == built.read_bytes(block)
+            assert sum(path.stat().st_size for path in own_cache.iterdir() if len(path.name) == 64) <= limit
+    assert len(tar_requests(server)) > len(all_blocks(built))
+
+
+def read_everything(url: str, folder: str) -> int:
+    store = Store.open(url, access(cache_gb=1, cache_dir=folder))
+    return sum(len(store.read_bytes(block)) for _ in range(3) for block in all_blocks(store))
+
+
+@pytest.mark.multiproc
+def test_two_processes_share_the_cache(built: Store, server: StoreServer, tmp_path: Path) -> None:
+    """Each block is asked for once, or twice if both want it at the same time; a third process asks for none."""
+    num_bytes = 3 * sum(block.num_bytes for block in all_blocks(built))
+    assert run_processes(2, read_everything, server.url, str(tmp_path / "both")) == [num_bytes] * 2
+    asked = len(tar_requests(server))
+    assert len(all_blocks(built)) <= asked <= 2 * len(all_blocks(built))
+    read_everything(server.url, str(tmp_path / "both"))
+    assert len(tar_requests(server)) == asked
+
+
+def test_verify_streams_the_shards(server: StoreServer, capsys: pytest.CaptureFixture[str]) -> None:
+    verify_main([server.url])
+    assert capsys.readouterr().out.startswith(f"ok: {server.url}: ")
+    server.faults = ["500", "half", "drop"]
+    assert list(verify(Store.open(server.url, access()))) == []
+    inspect_command.main([server.url])
+    assert f"store   {server.url}\n" in capsys.readouterr().out
+
+
+def test_verify_sees_through_to_the_source(built: Store, server: StoreServer, tmp_path: Path) -> None:
+    server.folder = tmp_path / "copy"
+    server.folder.mkdir()
+    files = contents(built.path)
+    first, second = (shard.name for shard in built.manifest.shards[:2])
+    for name, data in files.items():
+        assert isinstance(data, bytes)
+        if name == first:
+            data = data[:-1] + b"x"  # behind the last block
+        if name not in (second, "users.parquet"):
+            (server.folder / name).write_bytes(data)
+    problems = list(verify(Store.open(server.url, access(retries=0))))
+    for words in (
+        f"{first}: sha256 of the file",
+        f"{first}: the end-of-archive",
+        f"{second}: missing",
+        "users.parquet",
+    ):
+        assert any(words in problem for problem in problems), problems
+
+
+def test_verify_ends_where_the_source_dies(server: StoreServer) -> None:
+    store = Store.open(server.url, access(timeout_s=1, retries=1))
+    server.faults = ["forever", "stall"]
+    begin = time.monotonic()
+    with pytest.raises(UserError, match="did not answer in time"):
+        list(verify(store))
+    assert time.monotonic() - begin < 1 + LATE_S
+
+
+def test_a_signed_url_is_neither_shown_nor_changed(server: StoreServer, built: Store) -> None:
+    """The signature reaches the server as it is, for each file, and stays out of every message."""
+    url = server.url.replace("://", "://me:secret@") + "?X-Sig=secret%2Fsecret%3D&b=%20"
+    store = Store.open(url, access(timeout_s=1, retries=0))
+    store.read_bytes(built.manifest.items[0])
+    assert {path.partition("?")[2] for path in server.requests} == {"X-Sig=secret%2Fsecret%3D&b=%20"}
+    shown = server.url.replace("://", "://***@") + "?***"
+    assert store.location == shown
+    for fault in (*FAULTS, "401", "403", "404", "whole"):
+        server.faults = ["forever", fault]
+        with pytest.raises(UserError) as caught:
+            store.read_bytes(built.manifest.items[1])
+        assert "secret" not in str(caught.value) and shown in str(caught.value)
+        assert caught.value.__cause__ is None and caught.value.__suppress_context__
+
+
+SECRET = "Bearer s3cret-token"
+TRAIN = ("--train.max_steps", 4, "--train.log_every_steps", 1, "--store.timeout_s", 20)
+
+
+@pytest.mark.slow
+def test_train_evaluate_export_from_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the commands, with a token from the environment and a signature in the URL: the figures of the local store,
+    through a server that fails now and then, and no secret in anything that is printed or written."""
+    config = make_shop(tmp_path / "shop")
+    local = run_module("fmrl_dist.train", "--config", config, "--run.dir", tmp_path / "local", *TRAIN)
+    assert local.returncode == 0, local.stderr
+    monkeypatch.setenv("FSSPEC_HTTP", json.dumps({"headers": {"Authorization": SECRET}}))
+    printed = ""
+    with serve(tmp_path / "shop" / "store") as server:
+        server.authorization = SECRET
+        server.faults = ["500", "flip", "half"]
+        run = tmp_path / "remote"
+        words = ("--run.dir", run, "--store.path", f"{server.url}?sig=s3cret", *TRAIN)
+        for module, *arguments in (
+            ("fmrl_dist.train", "--config", config, *words),
+            ("fmrl_dist.train", "--config", config, *words, "--resume", "auto"),
+            ("fmrl_dist.evaluate", "--checkpoint", run, "--store", f"{server.url}?sig=s3cret"),
+            ("fmrl_dist.export", "--checkpoint", run, "--size", 4, "--store", server.url),
+            ("fmrl_dist.evaluate", "--checkpoint", run / "export-4"),
+            ("shards.verify", f"{server.url}?sig=s3cret"),
+        ):
+            result = run_module(module, *arguments)
+            assert result.returncode == 0, (module, result.stderr)
+            printed += result.stdout + result.stderr
+        recorded = run_module("fmrl_dist.evaluate", "--checkpoint", run)
+        assert recorded.returncode == 2
+        assert f"store {server.url}?*** was recorded without its credentials; give it again" in recorded.stderr
+        printed += recorded.stderr
+    assert evaluation(run) == evaluation(tmp_path / "local")
+    assert (run / "export-4" / "vocab.parquet").read_bytes() == (tmp_path / "shop/store/vocab.parquet").read_bytes()
+    written = b"".join(data for data in contents(run).values() if isinstance(data, bytes))
+    assert "s3cret" not in printed and b"s3cret" not in written
+
+
+def test_train_at_a_source_that_stalls(tmp_path: Path) -> None:
+    """Features are read first: no run folder is left, and the command ends with one line in time."""
+    config = make_shop(tmp_path / "shop")
+    with serve(tmp_path / "shop" / "store") as server:
+        server.faults = ["forever", "stall"]
+        words = ("--run.dir", tmp_path / "run", "--store.path", server.url, "--store.timeout_s", 2)
+        result = run_module("fmrl_dist.train", "--config", config, *words)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: block at byte 0 of shard http://127.0.0.1") and "did not answer in time" in line
+    assert not (tmp_path / "run").exists()
