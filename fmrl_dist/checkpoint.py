@@ -2,20 +2,24 @@
 
     checkpoints/step-00000120/model.safetensors       the model's state dict, float32
                               optimizer.safetensors   "<moment>/<parameter>": AdamW's moments and step counts
-                              state.json              everything else that a resumed run needs (TrainState)
+                              state.json              everything else that a resumed run needs (TrainState), and the
+                                                      sha256 of the tensors and of itself
     checkpoints/latest -> step-00000120
     checkpoints/best   -> step-00000090
 
 A folder is written aside, flushed and renamed, and never written over; then the links are swapped. So a run killed at
-any instant has a whole ``latest``. Dropout is seeded per step and rank (``train.py``), so there is no generator state
-to keep.
+any instant has a whole ``latest``; should a disk damage it, the one before is there still. Dropout is seeded per step
+and rank (``train.py``) and the order of users is arithmetic, so there is no state of generators or loaders to keep.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +28,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
-from fmrl_dist.errors import UserError
-from fmrl_dist.files import flush
+from fmrl_dist.errors import UserError, require
+from fmrl_dist.files import file_sha256, flush, json_sha256
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
+TENSOR_FILES = ("model", "optimizer")
 
 
 @dataclass
@@ -38,6 +43,7 @@ class TrainState:
     best_value: float = -1.0  # of the chosen metric
     best_step: int = 0
     evaluations_without_gain: int = 0
+    skipped_blocks: list[int] = field(default_factory=list)  # damaged ones of the train split, left out on all ranks
 
 
 @dataclass(frozen=True)
@@ -55,59 +61,88 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, state: TrainState, model: nn.Module, optimizer: dict[str, Tensor], facts: dict[str, Any]
+    folder: Path,
+    state: TrainState,
+    model: dict[str, Tensor],
+    optimizer: dict[str, Tensor],
+    facts: dict[str, Any],
+    keep: int = 1,
 ) -> Path:
     """Write ``folder/step-…`` and point ``latest`` at it, and ``best`` too if its evaluation was the best so far.
 
     Args:
         folder: the run's ``checkpoints``.
         state: where the run stands.
-        model: the unwrapped model.
+        model: the unwrapped model's state dict, on the CPU.
         optimizer: the whole of its AdamW, as :func:`optimizer_tensors` names it.
         facts: ``config``, ``features``, ``num_items``, ``manifest_sha256`` and whatever else is worth recording.
+        keep: how many of the newest stay, besides the best.
+
+    Raises:
+        OSError: it cannot be written; the checkpoints that were there are there still.
     """
-    _prune(folder)
+    _prune(folder, keep)
     path = _unused_path(folder, state.step)
     aside = folder / f".{path.name}"
     aside.mkdir(parents=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, aside / "model.safetensors")
-    save_file(optimizer, aside / "optimizer.safetensors")
-    record = {"checkpoint_version": CHECKPOINT_VERSION, "state": asdict(state), **facts}
-    (aside / "state.json").write_text(json.dumps(record, indent=1))
-    for file in aside.iterdir():
-        flush(file)
-    flush(aside)
-    aside.rename(path)
+    try:
+        for name, tensors in zip(TENSOR_FILES, (model, optimizer), strict=True):
+            _save_tensors(tensors, aside / f"{name}.safetensors")
+        hashes = {name: file_sha256(aside / f"{name}.safetensors") for name in TENSOR_FILES}
+        record = {"checkpoint_version": CHECKPOINT_VERSION, "state": asdict(state), "sha256_of": hashes, **facts}
+        record = json.loads(json.dumps(record))
+        (aside / "state.json").write_text(json.dumps(record | {"sha256": json_sha256(record)}, indent=1))
+        for file in (*aside.iterdir(), aside):
+            flush(file)
+        aside.rename(path)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     flush(folder)
     if state.best_step == state.step:  # first: a run killed in between does this step again, and finds it best again
-        point(folder, "best", path)
-    point(folder, "latest", path)
+        point(folder, "best", path, keep)
+    point(folder, "latest", path, keep)
     return path
 
 
-def point(folder: Path, link: str, target: Path) -> None:
-    """Make ``folder/link`` lead to ``target`` in one step, and remove checkpoints that no link leads to."""
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # what it makes of a full disk
+        raise OSError(None, " ".join(str(error).split())) from None
+
+
+def point(folder: Path, link: str, target: Path, keep: int = 1) -> None:
+    """Make ``folder/link`` lead to ``target`` in one step, and remove checkpoints that are not to be kept."""
     aside = folder / f".{link}"
     aside.unlink(missing_ok=True)
     aside.symlink_to(target.name)
     aside.replace(folder / link)
     flush(folder)
-    _prune(folder)
+    _prune(folder, keep)
 
 
-def _prune(folder: Path) -> None:
-    """Remove checkpoints that no link leads to, and what a killed process left half-written."""
+def _prune(folder: Path, keep: int) -> None:
+    """Remove what a killed process left half-written, and old checkpoints that no link leads to."""
     kept = {(folder / name).resolve() for name in ("latest", "best")}
-    for path in (*folder.glob("step-*"), *folder.glob(".step-*")):
+    whole = newest_first(folder)
+    kept |= {path.resolve() for path in whole[:keep]}
+    for path in (*whole, *folder.glob(".step-*")):
         if path.resolve() not in kept:
             shutil.rmtree(path)
 
 
+def newest_first(folder: Path) -> list[Path]:
+    """The checkpoints of a run, the one that ``latest`` leads to first."""
+    latest = (folder / "latest").resolve()
+    paths = sorted(folder.glob("step-*"), reverse=True)
+    return sorted(paths, key=lambda path: path.resolve() != latest)
+
+
 def _unused_path(folder: Path, step: int) -> Path:
-    """Where to save ``step``: while a link leads to an earlier save of the same step, the next one gets a suffix."""
-    names = (f"step-{step:08d}{suffix}" for suffix in ("", "-2", "-3"))  # two links: one of these is free
-    return next(folder / name for name in names if not (folder / name).exists())
+    """Where to save ``step``: an earlier save of the same step is never written over, the next one gets a suffix."""
+    name = f"step-{step:08d}"
+    return next(path for n in count(1) if not (path := folder / (f"{name}-{n}" if n > 1 else name)).exists())
 
 
 def load_checkpoint(path: Path, link: str = "best") -> Checkpoint:
@@ -122,8 +157,10 @@ def load_checkpoint(path: Path, link: str = "best") -> Checkpoint:
         version = record["checkpoint_version"]
         if version != CHECKPOINT_VERSION:
             raise UserError(f"checkpoint {path} has version {version!r}; expected {CHECKPOINT_VERSION}")
-        # Read, not mapped: this folder may be removed while its tensors are in use.
-        model, optimizer = (load((path / f"{name}.safetensors").read_bytes()) for name in ("model", "optimizer"))
+        claimed = record.pop("sha256")
+        require(claimed == json_sha256(record), f"checkpoint {path} is damaged (state.json was changed); use another")
+        hashes = record["sha256_of"]
+        model, optimizer = (_load_tensors(path / f"{name}.safetensors", hashes[name]) for name in TENSOR_FILES)
         state = TrainState(**{f.name: record["state"][f.name] for f in fields(TrainState)})
         facts = {name: record[name] for name in ("config", "features", "num_items", "manifest_sha256")}
     except UserError:
@@ -132,6 +169,31 @@ def load_checkpoint(path: Path, link: str = "best") -> Checkpoint:
         problem = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"checkpoint {path} is damaged ({problem}); use another or start again") from None
     return Checkpoint(path, model, optimizer, state, **facts)
+
+
+def load_newest_whole(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint of a run that is not damaged; None if the run has none at all (or died saving its first).
+
+    Raises:
+        UserError: all that there are, are damaged.
+    """
+    paths = newest_first(folder) if (folder / "latest").is_symlink() else []
+    problem = ""
+    for path in paths:
+        try:
+            return load_checkpoint(path)
+        except UserError as error:
+            problem = str(error)
+            say(f"{problem}; falling back to the one before")
+    require(not paths, f"{problem}; so are all {len(paths)} in {folder}: start again in another --run.dir")
+    return None
+
+
+def _load_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
+    data = path.read_bytes()  # read, not mapped: the folder may be removed while its tensors are in use
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise ValueError(f"the sha256 of {path.name} is not the recorded one")
+    return load(data)
 
 
 def find_checkpoint(path: Path, link: str) -> Path:

@@ -106,10 +106,12 @@ class StoreConfig:
     retries: int = 4  # after the first try
     cache_dir: str = ""  # for blocks from a URL; default: fmrl-dist in the user's cache folder
     cache_gb: float = 10.0  # 10^9 bytes; the blocks read longest ago go first; 0: no cache
+    on_bad_shard: str = "stop"  # stop | skip: leave the users of a damaged block out, and count them
 
     def __post_init__(self) -> None:
         require_at_least(self, "store", 1, "users_per_block", "items_per_block", "blocks_per_shard")
         require_at_least(self, "store", 0, "retries", "cache_gb")
+        require_choice("store.on_bad_shard", self.on_bad_shard, ("stop", "skip"))
         require(self.timeout_s > 0, f"store.timeout_s is {self.timeout_s}; expected more than 0")
         require(
             not is_url(self.path) or not re.search(r"\s", self.path),
@@ -217,6 +219,7 @@ class TrainConfig:
     schedule_epochs: int = 0  # length of the cosine; 0: train.epochs
     batch_size: int = 32  # histories, over all ranks
     lanes: int = 0  # 0: the largest divisor of batch_size up to 16
+    shuffle_blocks: int = 64  # blocks whose users are shuffled together; each lane's reader holds that many
     lr: float = 1e-3
     min_lr_ratio: float = 0.0
     weight_decay: float = 1e-2
@@ -228,20 +231,26 @@ class TrainConfig:
     precision: str = "fp32"  # fp32 | bf16: matmul inputs in bfloat16, parameters and optimiser stay float32
     seed: int = 0
     threads: int | str = "auto"  # auto: cores / local ranks
+    workers: int = 1  # processes that read ahead, for each rank; 0: read when a step wants it
+    worker_timeout_s: float = 600.0  # longest wait for them before the run ends
     patience: int = 10  # evaluations without gain before stopping; 0: never
     log_every_steps: int = 10
-    checkpoint_every_steps: int = 0  # 0: at every evaluation
+    checkpoint_every_steps: int = 0  # besides those at every evaluation; 0: no others
+    checkpoint_every_minutes: float = 0.0  # likewise, since the last one
+    keep_checkpoints: int = 2  # the newest, to fall back on; the best is always kept
 
     def __post_init__(self) -> None:
         require_choice("train.precision", self.precision, ("fp32", "bf16"))
         require_at_least(self, "train", 1, "epochs", "batch_size", "log_every_steps")
+        require_at_least(self, "train", 1, "shuffle_blocks", "keep_checkpoints")
         require_at_least(self, "train", 0, "max_steps", "schedule_epochs", "warmup_steps", "checkpoint_every_steps")
+        require_at_least(self, "train", 0, "checkpoint_every_minutes", "workers")
         require_at_least(self, "train", 0, "lanes", "patience", "seed", "min_lr_ratio", "weight_decay")
         require(
             self.lanes == 0 or self.batch_size % self.lanes == 0,
             f"train.lanes is {self.lanes}, which does not divide train.batch_size {self.batch_size}",
         )
-        for key in ("lr", "eps", "clip_norm"):
+        for key in ("lr", "eps", "clip_norm", "worker_timeout_s"):
             require(getattr(self, key) > 0, f"train.{key} is {getattr(self, key)}; expected more than 0")
         for key in ("beta1", "beta2"):
             require(0 <= getattr(self, key) < 1, f"train.{key} is {getattr(self, key)}; expected 0 <= beta < 1")

@@ -18,7 +18,7 @@ class Meter:
     size_weights: tuple[float, ...]  # of the sizes' losses in the loss
     runtime: Runtime
     _losses: Tensor | None = None
-    _targets: Tensor | None = None
+    _targets: int = 0
     _wait_s: float = 0.0
     _began: float = field(default_factory=time.monotonic)
 
@@ -32,22 +32,22 @@ class Meter:
     def __exit__(self, *_: object) -> None:
         self._wait_s += time.monotonic() - self._wait_began
 
-    def add(self, loss_sums: Tensor, num_targets: Tensor) -> None:
+    def add(self, loss_sums: Tensor, num_targets: int) -> None:
         """One step: this rank's loss sums [S], the global number of targets."""
         self._losses = loss_sums if self._losses is None else self._losses + loss_sums
-        self._targets = num_targets if self._targets is None else self._targets + num_targets
+        self._targets += num_targets
 
     def record(self) -> dict[str, float]:
         """Mean losses over all ranks since the last record, and start anew. Called by every rank at once."""
-        assert self._losses is not None and self._targets is not None
-        losses = (self.runtime.sum(self._losses) / self._targets.clamp_min(1)).tolist()
+        assert self._losses is not None
+        losses = (self.runtime.sum(self._losses) / max(self._targets, 1)).tolist()
         elapsed_s = max(time.monotonic() - self._began, 1e-9)
         weighted = sum(weight * value for weight, value in zip(self.size_weights, losses, strict=True))
         result = {"loss": weighted / sum(self.size_weights)}
         result |= {f"loss@{size}": value for size, value in zip(self.sizes, losses, strict=True)}
-        result["tokens_per_s"] = float(self._targets) / elapsed_s
+        result["tokens_per_s"] = self._targets / elapsed_s
         result["data_wait_share"] = self._wait_s / elapsed_s
-        self._losses = self._targets = None
+        self._losses, self._targets = None, 0
         self.restart_clock()
         return result
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from fmrl_dist.checkpoint import Checkpoint, TrainState, load_checkpoint
+from fmrl_dist.checkpoint import Checkpoint, TrainState, load_checkpoint, load_newest_whole
 from fmrl_dist.config import Config, config_from_dict
 from fmrl_dist.errors import UserError
 
@@ -22,24 +23,29 @@ FIXED = {
         *("softmax", "negatives", "num_negatives", "popularity_power", "scope"),
     ),
     "train": (
-        *("batch_size", "seed", "precision", "lr", "min_lr_ratio", "warmup_steps"),
+        *("batch_size", "shuffle_blocks", "seed", "precision", "lr", "min_lr_ratio", "warmup_steps"),
         *("weight_decay", "beta1", "beta2", "eps", "clip_norm"),
     ),
     "eval": ("metric", "size"),
 }
 
 
-def open_run(config: Config, resume: str | None, manifest_sha256: str) -> Checkpoint | None:
+def open_run(
+    config: Config, resume: str | None, manifest_sha256: str, say: Callable[[str], None] = print
+) -> Checkpoint | None:
     """The checkpoint to go on from, or None for a fresh run.
+
+    The search for the best checkpoint starts anew unless the run's folder holds one as good as the best that the
+    checkpoint knows of.
 
     Args:
         config: of this run.
-        resume: None (a fresh run), "auto" (the run's own latest checkpoint, if there is one) or a path. From a path
-            the search for the best starts anew unless the folder holds the best that the checkpoint knows of.
+        resume: None (a fresh run), "auto" (the newest checkpoint of the run that is whole, if it has any) or a path.
         manifest_sha256: of the store.
+        say: tells of a damaged checkpoint that is passed over.
 
     Raises:
-        UserError: the run's folder exists and ``resume`` is None, or the checkpoint is of another run.
+        UserError: the run's folder exists and ``resume`` is None, the checkpoint is of another run, or none is whole.
     """
     folder = Path(config.run.dir)
     if resume is None:
@@ -47,13 +53,17 @@ def open_run(config: Config, resume: str | None, manifest_sha256: str) -> Checkp
             raise UserError(f"run folder {folder} exists; go on with it by --resume auto, or choose another --run.dir")
         return None
     if resume == "auto":
-        if not (folder / "checkpoints" / "latest").exists():
+        newest = load_newest_whole(folder / "checkpoints", say)
+        if newest is None:
             return None
-        checkpoint = load_checkpoint(folder, "latest")
+        checkpoint = newest
     else:
         checkpoint = load_checkpoint(Path(resume), "latest")
-        if not _is_best_step(folder, checkpoint.state.best_step):  # else training could end without a best to evaluate
-            checkpoint = replace(checkpoint, state=TrainState(step=checkpoint.state.step))
+    best_step, known_best = _best_step(folder, say), checkpoint.state.best_step
+    # Of this run, a later best is as good or better; of another run, it tells nothing.
+    if best_step < known_best or (resume != "auto" and best_step != known_best):
+        state = TrainState(step=checkpoint.state.step, skipped_blocks=checkpoint.state.skipped_blocks)
+        checkpoint = replace(checkpoint, state=state)
     _check_same_run(config, checkpoint, manifest_sha256)
     return checkpoint
 
@@ -79,10 +89,16 @@ def run_of_best(checkpoint: Checkpoint) -> Path | None:
     return run if (run / "checkpoints" / "best").resolve() == checkpoint.path else None
 
 
-def _is_best_step(folder: Path, step: int) -> bool:
-    """Whether the folder's best checkpoint is of ``step``."""
+def _best_step(folder: Path, say: Callable[[str], None]) -> int:
+    """Step of the folder's best checkpoint, -1 if there is none or it is damaged."""
     best = folder / "checkpoints" / "best"
-    return best.exists() and load_checkpoint(best).state.step == step
+    if not best.exists():
+        return -1
+    try:
+        return load_checkpoint(best).state.step
+    except UserError as error:
+        say(f"{error}; the search for the best starts anew")
+        return -1
 
 
 def _check_same_run(config: Config, checkpoint: Checkpoint, manifest_sha256: str) -> None:

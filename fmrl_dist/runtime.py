@@ -56,6 +56,15 @@ class Runtime:
         total: torch.Tensor = self.accelerator.reduce(tensor, "sum")
         return total
 
+    def require_same(self, what: str, value: int) -> None:
+        """Refuse to go on with ranks that have read different things: then they do not see the same files."""
+        values = self.accelerator.gather(torch.tensor([value], device=self.device)).tolist()
+        require(
+            len(set(values)) == 1,
+            f"the ranks see different versions of the {what} ({', '.join(map(str, values))}); "
+            "give all of them the same run folder on a shared file system",
+        )
+
     def say(self, text: str) -> None:
         """Print on rank 0."""
         if self.is_main:

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,16 @@ from torch import Tensor
 
 from fmrl_dist.assembly import build_model, build_recommender, load_weights
 from fmrl_dist.catalogue_columns import catalogue_columns
-from fmrl_dist.checkpoint import Checkpoint, TrainState, load_checkpoint, save_checkpoint
+from fmrl_dist.checkpoint import Checkpoint, TrainState, load_checkpoint
+from fmrl_dist.checkpoint_writer import CheckpointWriter
 from fmrl_dist.config import Config, command_parser, parse_command
-from fmrl_dist.data.histories import Packed, TrainStream, evaluation_blocks
+from fmrl_dist.data.feed import BatchFeed
+from fmrl_dist.data.histories import Packed, evaluation_blocks
 from fmrl_dist.data.items import load_item_table
-from fmrl_dist.data.negatives import make_sampler
+from fmrl_dist.data.negatives import NegativeSampler, make_sampler
 from fmrl_dist.data.order import Order
 from fmrl_dist.data.store import MANIFEST_FILE, Store
+from fmrl_dist.data.train_stream import TrainStream
 from fmrl_dist.engine import Engine, prepare_engine
 from fmrl_dist.errors import UserError, run_command
 from fmrl_dist.evaluate import evaluate, report
@@ -62,12 +66,14 @@ def train_and_evaluate(config: Config, runtime: Runtime, resume: str | None) -> 
         raise UserError(
             f"store {store.location} has no validation and test users; expected histories of 3 events or more"
         )
-    checkpoint = open_run(config, resume, store.manifest.sha256)
+    checkpoint = open_run(config, resume, store.manifest.sha256, runtime.say)
+    runtime.require_same("checkpoint", -1 if checkpoint is None else checkpoint.state.step)
     order = Order(
         [block.count for block in store.manifest.splits["train"]],
         config.train.batch_size,
         config.train.num_lanes,
         config.train.seed,
+        config.train.shuffle_blocks,
     )
     total_steps = config.train.epochs * order.steps_per_epoch
     total_steps = min(total_steps, config.train.max_steps or total_steps)
@@ -142,27 +148,39 @@ def _train_steps(run: Run, resume_from: Checkpoint | None) -> None:
     learner = prepare_learner(run, resume_from)
     model, engine = learner.module.model, learner.engine
     state = resume_from.state if resume_from is not None else TrainState()
-    stream = make_stream(run)
+    sampler = make_negative_sampler(run)
     weights_S = torch.tensor(size_weights(config), device=runtime.device)
-    lanes = runtime.my_share(order.lanes)
     open_folder(run)
     runtime.say(describe_start(run, model, state.step))
     progress = Progress(run.total_steps, state.step, runtime.is_main)
     meter = Meter(model.sizes, size_weights(config), runtime)
+    clock = SaveClock(config.train.checkpoint_every_minutes)
 
-    with Logbook(run.folder, state.step, config.run.tensorboard, runtime.is_main) as logbook:
+    with (
+        Logbook(run.folder, state.step, config.run.tensorboard, runtime.is_main) as logbook,
+        CheckpointWriter(run.folder / "checkpoints", learner.facts, config.train.keep_checkpoints) as writer,
+        make_feed(run, make_stream(run, sampler, state)) as feed,
+    ):
         for step in range(state.step, run.total_steps):
             if out_of_patience(config, state.evaluations_without_gain):
                 break
-            epoch, step_of_epoch = divmod(step, order.steps_per_epoch)
+            epoch = step // order.steps_per_epoch
             with meter.waiting():
-                batch = stream.batch(epoch, step_of_epoch, lanes).to(runtime.device)
-            num_targets = runtime.sum(torch.tensor(len(batch.targets), device=runtime.device))
+                batch, damaged = feed.batch(step)
+            num_targets, num_damaged, save_is_due = agree(
+                runtime, len(batch.targets), len(damaged), runtime.is_main and clock.is_due()
+            )
+            if num_damaged:
+                leave_out(run, state, damaged)
+                feed.change_stream(make_stream(run, sampler, state))
+                batch, _ = feed.batch(step)
+                num_targets, *_ = agree(runtime, len(batch.targets), 0, 0)
+            batch = batch.to(runtime.device)
 
             seed_dropout(config.train.seed, step, runtime.rank)
             loss_sums = engine(batch)  # [S]
             # Engines average gradients over ranks: times the world size they are sums, over the global count.
-            loss = (weights_S @ loss_sums) / weights_S.sum() * runtime.world_size / num_targets.clamp_min(1)
+            loss = (weights_S @ loss_sums) / weights_S.sum() * runtime.world_size / max(num_targets, 1)
             engine.backward(loss)
             lr = set_learning_rate(learner.optimizer, run, step)
             grad_norm = engine.clip_and_step()
@@ -172,7 +190,7 @@ def _train_steps(run: Run, resume_from: Checkpoint | None) -> None:
             state.step = step + 1
             evaluate_now = state.step % run.evaluate_every_steps == 0 or state.step == run.total_steps
             save_every = config.train.checkpoint_every_steps
-            save_now = evaluate_now or bool(save_every and state.step % save_every == 0)
+            save_now = evaluate_now or bool(save_every and state.step % save_every == 0) or bool(save_is_due)
             if state.step % config.train.log_every_steps == 0 or save_now:  # a resumed run has the same records
                 record = meter.record() | {"lr": lr, "grad_norm": float(grad_norm)}
                 logbook.write({"step": state.step, "epoch": epoch, "split": "train"} | record)
@@ -183,20 +201,72 @@ def _train_steps(run: Run, resume_from: Checkpoint | None) -> None:
                 update_early_stopping(config, state, record)
                 progress.say(describe_validation(config, state, epoch, record))
             if save_now:
-                save(run, learner, state)
+                save(run, learner, state, writer)
+                clock.restart()
                 meter.restart_clock()
     progress.close()
+    if state.skipped_blocks:
+        runtime.say(describe_loss(run, state.skipped_blocks))
 
 
-def make_stream(run: Run) -> TrainStream:
-    """Training batches, with negatives where the softmax is sampled; rank 0 makes what the others only read."""
-    config = run.config
+def make_negative_sampler(run: Run) -> NegativeSampler | None:
+    """Where the softmax is sampled, what draws its negatives; rank 0 makes what the others only read."""
     with run.runtime.accelerator.main_process_first():
-        sampler = make_sampler(config, run.store)
+        return make_sampler(run.config, run.store)
+
+
+def make_stream(run: Run, sampler: NegativeSampler | None, state: TrainState) -> TrainStream:
+    """Training batches without the blocks that were found damaged."""
+    config = run.config
     return TrainStream(
         *(run.store, run.order, config.data.max_length, config.data.windows, config.loss.predict_first),
-        *(sampler, config.loss.scope == "batch"),
+        *(sampler, config.loss.scope == "batch", state.skipped_blocks),
     )
+
+
+def make_feed(run: Run, stream: TrainStream) -> BatchFeed:
+    """This rank's lanes of the stream, read ahead."""
+    train, lanes = run.config.train, run.runtime.my_share(run.order.lanes)
+    return BatchFeed(stream, lanes, run.total_steps, train.workers, train.worker_timeout_s)
+
+
+def agree(runtime: Runtime, *counts: int) -> list[int]:
+    """Sums of each rank's counts, the same on all of them."""
+    totals: list[int] = runtime.sum(torch.tensor(counts, device=runtime.device)).tolist()
+    return totals
+
+
+def leave_out(run: Run, state: TrainState, damaged: list[int]) -> None:
+    """Have all ranks leave out the blocks that any of them could not read, from this step on."""
+    flags = torch.zeros(len(run.store.manifest.splits["train"]), dtype=torch.int64, device=run.runtime.device)
+    flags[[*state.skipped_blocks, *damaged]] = 1
+    state.skipped_blocks = run.runtime.sum(flags).nonzero().flatten().tolist()
+    run.runtime.say(describe_loss(run, state.skipped_blocks))
+
+
+def describe_loss(run: Run, skipped_blocks: list[int]) -> str:
+    """How many users are lost, and which shards to mend."""
+    blocks = [run.store.manifest.splits["train"][number] for number in skipped_blocks]
+    shards = sorted({block.shard for block in blocks})
+    lost, total = sum(block.count for block in blocks), run.order.num_users
+    return (
+        f"{len(blocks)} damaged block(s) of {', '.join(shards[:5])}{' …' if len(shards) > 5 else ''} left out: "
+        f"{lost:,} of {total:,} training users are lost; see python -m shards.verify {run.store.location}"
+    )
+
+
+class SaveClock:
+    """Says on rank 0, and so for all, when a checkpoint is due; 0 minutes is never."""
+
+    def __init__(self, minutes: float) -> None:
+        self._seconds = minutes * 60
+        self.restart()
+
+    def restart(self) -> None:
+        self._began = time.monotonic()
+
+    def is_due(self) -> bool:
+        return 0 < self._seconds <= time.monotonic() - self._began
 
 
 def size_weights(config: Config) -> tuple[float, ...]:
@@ -226,11 +296,11 @@ def validate(run: Run, module: TrainingModule) -> dict[str, float]:
     }
 
 
-def save(run: Run, learner: Learner, state: TrainState) -> None:
-    """Write a checkpoint: every rank gives its share of the optimiser, rank 0 writes the whole."""
+def save(run: Run, learner: Learner, state: TrainState, writer: CheckpointWriter) -> None:
+    """Take a checkpoint: every rank gives its share of the optimiser, rank 0 writes the whole."""
     moments = learner.engine.optimizer_tensors()
     if run.runtime.is_main:
-        save_checkpoint(run.folder / "checkpoints", state, learner.module.model, moments, learner.facts)
+        writer.save(state, learner.module.model.state_dict(), moments)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, run: Run, step: int) -> float:

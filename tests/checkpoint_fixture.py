@@ -40,7 +40,7 @@ def train(model: FMRLRec, optimizer: torch.optim.Optimizer, first: int, last: in
 
 def save_training(folder: Path, state: TrainState, model: FMRLRec, optimizer: torch.optim.Optimizer) -> Path:
     """A checkpoint of a training, with :data:`FACTS`."""
-    return save_checkpoint(folder, state, model, optimizer_tensors(model, optimizer), FACTS)
+    return save_checkpoint(folder, state, model.state_dict(), optimizer_tensors(model, optimizer), FACTS)
 
 
 def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fmrl_dist.data.histories import Packed, RankingBlock, TrainStream, evaluation_blocks
+from fmrl_dist.data.histories import Packed, RankingBlock, evaluation_blocks
 from fmrl_dist.data.order import Order
 from fmrl_dist.data.store import Block, Store
+from fmrl_dist.data.train_stream import TrainStream
 from fmrl_dist.data.windows import target_windows
 from shards.build import build
 from tests.store_fixture import tiny_config, write_histories, write_items

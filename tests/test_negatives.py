@@ -21,11 +21,12 @@ from fmrl_dist.config import Config, load_config
 from fmrl_dist.data import derived
 from fmrl_dist.data.alias import alias_table, draw
 from fmrl_dist.data.derived import popularity_table, target_log_shares
-from fmrl_dist.data.histories import SampledBatch, TrainStream
+from fmrl_dist.data.histories import SampledBatch
 from fmrl_dist.data.items import load_item_table
 from fmrl_dist.data.negatives import NegativeSampler, make_sampler
 from fmrl_dist.data.order import Order
 from fmrl_dist.data.store import Store
+from fmrl_dist.data.train_stream import TrainStream
 from fmrl_dist.errors import UserError
 from fmrl_dist.losses import nested_cross_entropy as losses
 from fmrl_dist.model import FMRLRec

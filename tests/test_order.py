@@ -7,12 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmrl_dist.data.order import WINDOW_BLOCKS, Order
+from fmrl_dist.data.order import Order
 
 Pairs = list[tuple[int, int]]
 
 lanes_and_batches = st.tuples(st.integers(1, 8), st.integers(1, 4)).map(lambda pair: (pair[0], pair[0] * pair[1]))
 small_counts = st.lists(st.integers(0, 9), min_size=1, max_size=12)
+WINDOW_BLOCKS = 64  # the default
 many_blocks = st.lists(st.integers(0, 3), min_size=2 * WINDOW_BLOCKS, max_size=3 * WINDOW_BLOCKS)
 counts = (small_counts | many_blocks).filter(lambda values: sum(values) > 0)
 seeds = st.integers(0, 2**40)

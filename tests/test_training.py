@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 
 from fmrl_dist.assembly import build_model, normalize_catalogue
 from fmrl_dist.config import DEMO_CONFIG, load_config
-from fmrl_dist.data.histories import TrainStream
 from fmrl_dist.data.items import load_item_table
 from fmrl_dist.data.order import Order
 from fmrl_dist.data.store import Store
+from fmrl_dist.data.train_stream import TrainStream
 from fmrl_dist.metrics import METRICS
 from tests.processes import REPOSITORY, clean_environment
 from tests.training_fixture import (

@@ -42,7 +42,8 @@ class NegativeSampler:
         popularity: np.ndarray | None = None,
         target_log_shares: np.ndarray | None = None,
     ) -> None:
-        self._num_items, self._num_drawn, self._seed = num_items, num_drawn, seed
+        self.num_drawn = num_drawn
+        self._num_items, self._seed = num_items, seed
         self._popularity, self._target_log_shares = popularity, target_log_shares
 
     @property
@@ -54,8 +55,8 @@ class NegativeSampler:
         """The K items drawn for ``lane`` at ``step`` of the whole run, int64."""
         generator = np.random.default_rng((STREAM, self._seed, step, lane))
         if self._popularity is not None:
-            return draw(self._popularity, self._num_drawn, generator)
-        return generator.integers(self._num_items, size=self._num_drawn)
+            return draw(self._popularity, self.num_drawn, generator)
+        return generator.integers(self._num_items, size=self.num_drawn)
 
     def negatives(self, drawn: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Ids int64 [K'] and log of the expected counts float32 [K'] of positions that share negatives.

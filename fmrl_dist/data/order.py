@@ -14,7 +14,6 @@ from functools import lru_cache
 
 import numpy as np
 
-WINDOW_BLOCKS = 64
 BLOCKS, USERS = 0, 1  # tags that keep the random streams of the two kinds of shuffle apart
 
 
@@ -26,13 +25,17 @@ class Order:
         batch_size: users in a global batch.
         lanes: L, a divisor of ``batch_size``.
         seed: of all shuffles.
+        window_blocks: blocks whose users are shuffled together, which is how many a reader holds for a lane.
     """
 
-    def __init__(self, block_counts: Sequence[int], batch_size: int, lanes: int, seed: int) -> None:
+    def __init__(
+        self, block_counts: Sequence[int], batch_size: int, lanes: int, seed: int, window_blocks: int = 64
+    ) -> None:
         assert batch_size % lanes == 0, "the configuration checks that lanes divide the batch"
         self.block_counts = np.asarray(block_counts, dtype=np.int64)
         self.num_users = int(self.block_counts.sum())
         self.lanes, self.users_per_lane, self.seed = lanes, batch_size // lanes, seed
+        self.window_blocks = window_blocks
         self._window = lru_cache(maxsize=lanes + 1)(self._shuffle_window)
         self._blocks = lru_cache(maxsize=2)(self._shuffle_blocks)
 
@@ -61,10 +64,10 @@ class Order:
         """The epoch's block order, and each window's first position in the permutation (and, last, U)."""
         blocks = self._random(BLOCKS, epoch).permutation(len(self.block_counts))
         ends = np.cumsum(self.block_counts[blocks])
-        return blocks, np.concatenate(([0], ends[WINDOW_BLOCKS - 1 : -1 : WINDOW_BLOCKS], ends[-1:]))
+        return blocks, np.concatenate(([0], ends[self.window_blocks - 1 : -1 : self.window_blocks], ends[-1:]))
 
     def _shuffle_window(self, epoch: int, window: int) -> np.ndarray:
-        blocks = self._blocks(epoch)[0][window * WINDOW_BLOCKS : (window + 1) * WINDOW_BLOCKS]
+        blocks = self._blocks(epoch)[0][window * self.window_blocks :][: self.window_blocks]
         pairs = np.concatenate(
             [np.stack((np.full(n, b), np.arange(n)), 1) for b, n in zip(blocks, self.block_counts[blocks], strict=True)]
         )

@@ -147,9 +147,10 @@ class Manifest:
 class Store:
     """A built store, open for reading."""
 
-    def __init__(self, files: StoreFiles, manifest: Manifest) -> None:
+    def __init__(self, files: StoreFiles, manifest: Manifest, on_bad_shard: str = "stop") -> None:
         self.files = files
         self.manifest = manifest
+        self._skip_damaged = on_bad_shard == "skip"
 
     @property
     def location(self) -> str:
@@ -169,18 +170,20 @@ class Store:
 
         Args:
             path: a folder or a URL (http, https, s3, gs, file, memory).
-            access: how to read from a URL: time, tries, cache. Its own ``path`` is not looked at.
+            access: how to read from a URL (time, tries, cache), and what to do about damage. Its own ``path`` is not
+                looked at.
 
         Raises:
             UserError: nothing is there, it is not a store, or its manifest is refused.
         """
-        files = _open_files(path, access or StoreConfig())
+        access = access or StoreConfig()
+        files = _open_files(path, access)
         if isinstance(files, LocalFiles) and not files.folder.is_dir():
             raise UserError(
                 f"store {files.location} does not exist; build it with python -m shards.build --config CONFIG"
             )
         try:
-            return cls(files, files.read(MANIFEST_FILE, Manifest.from_bytes))
+            return cls(files, files.read(MANIFEST_FILE, Manifest.from_bytes), access.on_bad_shard)
         except FileNotFoundError:
             raise UserError(
                 f"{files.location} is not a store: it has no {MANIFEST_FILE}; build one with python -m shards.build"
@@ -201,10 +204,21 @@ class Store:
         """
         return parse_block(self.read_bytes(block), f"{self.location}/{block.shard} at byte {block.offset}")
 
+    def read_or_skip(self, block: Block) -> dict[str, np.ndarray] | None:
+        """:meth:`read_block`; None of a damaged block where the store was opened with ``on_bad_shard: skip``."""
+        try:
+            return self.read_block(block)
+        except UserError:
+            if not self._skip_damaged:
+                raise
+            return None
+
     def read_bytes(self, block: Block) -> bytes:
         """The checked byte range of ``block``."""
         where = f"block at byte {block.offset} of shard {self.location}/{block.shard}"
         mend = f"see python -m shards.verify {self.location}, then python -m shards.build --overwrite"
+        if block.events:
+            mend += ", or leave its users out by --store.on_bad_shard skip"
         if SHARD_NAME.fullmatch(block.shard) is None:
             raise UserError(f"{where}: no such shard; {mend}")
         try:

@@ -1,0 +1,119 @@
+"""Batches of one rank, read ahead by worker processes, from any step on.
+
+Lanes are shared out among the workers, so that each block is read by as few of them as need it; every worker gives its
+part of each step in turn. Workers are PyTorch's DataLoader's: they end with the training process, and one that dies or
+stalls ends the run within a set time. Parts pass through pipes, so a container's small ``/dev/shm`` does not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from fmrl_dist.data.histories import Packed
+from fmrl_dist.data.train_stream import LaneWindows, TrainStream
+from fmrl_dist.errors import UserError
+
+READ_AHEAD = 8  # steps, of each worker
+
+
+class BatchFeed:
+    """The batches of ``lanes``, one step after another. Use it as a context: it ends the workers.
+
+    Args:
+        stream: what to read.
+        lanes: of this rank.
+        total_steps: of the whole run; nothing is read beyond.
+        num_workers: processes that read ahead; 0 reads when a batch is asked for.
+        timeout_s: longest wait for a worker; there is no limit without workers.
+    """
+
+    def __init__(
+        self, stream: TrainStream, lanes: Sequence[int], total_steps: int, num_workers: int, timeout_s: float
+    ) -> None:
+        self._stream, self._lanes, self._total_steps = stream, lanes, total_steps
+        self._num_workers, self._timeout_s = num_workers, timeout_s
+        self._next_step = -1
+        self._parts: Iterator[LaneWindows | Failure] = iter(())
+
+    def batch(self, step: int) -> tuple[Packed, list[int]]:
+        """This rank's batch at ``step`` of the whole run, and the blocks that were left out of it as damaged.
+
+        Raises:
+            UserError: a block is damaged, the source fails, or a worker died or took too long.
+        """
+        if step != self._next_step:
+            self._start_at(step)
+        parts: list[LaneWindows] = []
+        for _ in range(max(self._num_workers, 1)):
+            part = next(self._parts)
+            if isinstance(part, Failure):
+                raise UserError(part.message)
+            parts.append(part)
+        self._next_step = step + 1
+        return self._stream.pack(parts, self._lanes), [int(b) for part in parts for b in part.damaged]
+
+    def change_stream(self, stream: TrainStream) -> None:
+        """Go on with another stream from the next batch asked for; what was read ahead is dropped."""
+        self._stream, self._next_step, self._parts = stream, -1, iter(())
+
+    def _start_at(self, step: int) -> None:
+        loader = DataLoader(
+            Parts(self._stream, self._lanes, step, self._total_steps),
+            batch_size=None,
+            num_workers=self._num_workers,
+            collate_fn=_as_it_is,
+            prefetch_factor=READ_AHEAD if self._num_workers else None,
+            timeout=self._timeout_s if self._num_workers else 0,
+            multiprocessing_context="fork" if self._num_workers else None,  # workers share what is open and imported
+        )
+        self._parts = iter(loader)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._parts = iter(())
+        # The DataLoader learns of a dead worker by a signal, and raises wherever the training process is.
+        if isinstance(error, RuntimeError) and "DataLoader" in str(error):
+            raise UserError(
+                f"a process that reads ahead died or gave nothing for {self._timeout_s:g} s "
+                f"({' '.join(str(error).split())}); look for a full memory or a source that stalls, see train.workers "
+                "and train.worker_timeout_s, then go on by --resume auto"
+            ) from None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a worker gives in place of a part that it cannot give."""
+
+    message: str
+
+
+class Parts(IterableDataset[LaneWindows | Failure]):
+    """The parts of one reader, or of each worker, from a step on."""
+
+    def __init__(self, stream: TrainStream, lanes: Sequence[int], first_step: int, total_steps: int) -> None:
+        self._stream, self._lanes = stream, lanes
+        self._steps = range(first_step, total_steps)
+
+    def __iter__(self) -> Iterator[LaneWindows | Failure]:
+        worker = get_worker_info()
+        reader, num_readers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for step in self._steps:
+            epoch, step_of_epoch = divmod(step, self._stream.order.steps_per_epoch)
+            try:
+                yield self._stream.read(epoch, step_of_epoch, self._lanes, reader, num_readers)
+            except UserError as error:  # told by the training process, in one line
+                yield Failure(str(error))
+                return
+
+
+def _as_it_is(part: Any) -> Any:
+    return part
