@@ -157,8 +157,8 @@ def load_checkpoint(path: Path, link: str = "best") -> Checkpoint:
         version = record["checkpoint_version"]
         if version != CHECKPOINT_VERSION:
             raise UserError(f"checkpoint {path} has version {version!r}; expected {CHECKPOINT_VERSION}")
-        claimed = record.pop("sha256")
-        require(claimed == json_sha256(record), f"checkpoint {path} is damaged (state.json was changed); use another")
+        if record.pop("sha256") != json_sha256(record):
+            raise ValueError("state.json was changed after it was written")
         hashes = record["sha256_of"]
         model, optimizer = (_load_tensors(path / f"{name}.safetensors", hashes[name]) for name in TENSOR_FILES)
         state = TrainState(**{f.name: record["state"][f.name] for f in fields(TrainState)})

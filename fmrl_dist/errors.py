@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from fmrl_dist.urls import hide_credentials
 
 EXIT_USER_ERROR = 2
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 EXIT_NO_READER = 128 + signal.SIGPIPE  # what a shell shows for a program that ``| head`` ended
 
 
@@ -27,7 +29,7 @@ def require(condition: bool, message: str) -> None:
 def run_command(main: Callable[[list[str]], None]) -> None:
     """Run a command's ``main(argv)``; end a :class:`UserError` with one line on stderr and exit code 2.
 
-    A command whose output is no longer read (``| head -1``) ends without a word. Any other exception keeps its
+    So ends a full disk. A command whose output is no longer read (``| head -1``) ends without a word. Any other exception keeps its
     traceback and Python's exit code 1: that is a crash, and ours to mend.
     """
     try:
@@ -47,6 +49,11 @@ def _run(main: Callable[[list[str]], None]) -> int | str | None:
         main(sys.argv[1:])
     except UserError as error:
         sys.stderr.write(f"error: {hide_credentials(str(error))}\n")  # in one piece: other ranks may write the same
+        return EXIT_USER_ERROR
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        sys.stderr.write(f"error: {error.strerror} ({error.filename or 'while writing'}); make room and go on\n")
         return EXIT_USER_ERROR
     except SystemExit as end:  # of --help, --version, --print-config
         return end.code

@@ -24,14 +24,20 @@ Subject = tuple[Recommender, Store, Path]  # what ranks, the store of its users,
 
 
 def evaluate(recommender: Recommender, store: Store, runtime: Runtime, split: str, mask_seen: bool) -> dict[str, Any]:
-    """Metrics of every size, as ``evaluation.json`` holds them; each rank takes its share of the user blocks."""
-    numbers = runtime.my_share(len(store.manifest.splits[split]))
-    blocks = evaluation_blocks(store, split, recommender.max_length, numbers)
+    """Metrics of every size, as ``evaluation.json`` holds them; each rank takes its share of the user blocks.
+
+    ``users_lost`` is there only where damaged blocks were left out.
+    """
+    split_blocks = store.manifest.splits[split]
+    blocks = evaluation_blocks(store, split, recommender.max_length, runtime.my_share(len(split_blocks)))
     model = recommender.model
     histograms = runtime.sum(rank_histograms(model, recommender.items, blocks, mask_seen, recommender.normalize))
+    num_users = int(histograms[0].sum())
+    num_lost = sum(block.count for block in split_blocks) - num_users
     return {
         "split": split,
-        "users": int(histograms[0].sum()),
+        "users": num_users,
+        **({"users_lost": num_lost} if num_lost else {}),
         "mask_seen": mask_seen,
         "sizes": {str(size): metrics_from_histogram(row) for size, row in zip(model.sizes, histograms, strict=True)},
     }
@@ -40,7 +46,8 @@ def evaluate(recommender: Recommender, store: Store, runtime: Runtime, split: st
 def report(result: dict[str, Any], folder: Path) -> None:
     """Print the table, write JSON and picture, and say where they are."""
     json_path, picture_path = write_report(folder, result)
-    print(f"{result['split']}, {result['users']:,} users, whole catalogue ranked:\n{size_table(result['sizes'])}")
+    lost = f" ({result['users_lost']:,} more in damaged blocks)" if "users_lost" in result else ""
+    print(f"{result['split']}, {result['users']:,} users{lost}, whole catalogue ranked:\n{size_table(result['sizes'])}")
     print(f"written: {json_path}\npicture: {picture_path}", flush=True)
 
 

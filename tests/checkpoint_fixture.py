@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fmrl_dist.checkpoint import TrainState, optimizer_tensors, save_checkpoint
+from fmrl_dist.checkpoint import TENSOR_FILES, TrainState, optimizer_tensors, save_checkpoint
+from fmrl_dist.files import file_sha256, json_sha256
 from fmrl_dist.model import FMRLRec
 from fmrl_dist.optim import build_optimizer
 
@@ -41,6 +43,16 @@ def train(model: FMRLRec, optimizer: torch.optim.Optimizer, first: int, last: in
 def save_training(folder: Path, state: TrainState, model: FMRLRec, optimizer: torch.optim.Optimizer) -> Path:
     """A checkpoint of a training, with :data:`FACTS`."""
     return save_checkpoint(folder, state, model.state_dict(), optimizer_tensors(model, optimizer), FACTS)
+
+
+def reseal(checkpoint: Path) -> None:
+    """Record the hashes of what the files hold now, so that only what they mean can be refused."""
+    record = json.loads((checkpoint / "state.json").read_text())
+    if isinstance(record, dict):
+        record.pop("sha256", None)
+        record["sha256_of"] = {name: file_sha256(checkpoint / f"{name}.safetensors") for name in TENSOR_FILES}
+        record["sha256"] = json_sha256(record)
+    (checkpoint / "state.json").write_text(json.dumps(record))
 
 
 def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

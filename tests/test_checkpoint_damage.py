@@ -29,6 +29,7 @@ from tests.checkpoint_fixture import (
     assert_same_bits,
     make_training,
     names_in,
+    reseal,
     save_step_3,
     save_training,
     train,
@@ -47,6 +48,7 @@ def change_record(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], N
     def damage(path: Path) -> None:
         record = json.loads((path / "state.json").read_text())
         (path / "state.json").write_text(json.dumps(change(record)))
+        reseal(path)
 
     return damage
 
@@ -58,6 +60,13 @@ def truncate(name: str, keep: int) -> Callable[[Path], None]:
         (path / name).write_bytes((path / name).read_bytes()[:keep])
 
     return damage
+
+
+def flip(path: Path, position: int) -> None:
+    """Flip one bit: of a number, say, which stays a number."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
 
 
 def replace_by_folder(name: str) -> Callable[[Path], None]:
@@ -76,6 +85,11 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "model missing": lambda path: (path / "model.safetensors").unlink(),
     "optimizer missing": lambda path: (path / "optimizer.safetensors").unlink(),
     "model empty": truncate("model.safetensors", 0),
+    "model bit flipped": lambda path: flip(path / "model.safetensors", -9),
+    "optimizer bit flipped": lambda path: flip(path / "optimizer.safetensors", -9),
+    "record digit changed": lambda path: flip(
+        path / "state.json", (path / "state.json").read_bytes().index(b": 3") + 2
+    ),
     "model header cut": truncate("model.safetensors", 50),
     "model end cut": truncate("model.safetensors", -1),
     "optimizer end cut": truncate("optimizer.safetensors", -100),
@@ -105,7 +119,7 @@ def test_damage_is_one_clear_line(saved: Path, damage: Callable[[Path], object])
 
 def test_another_version_names_both(saved: Path) -> None:
     change_record(lambda record: record | {"checkpoint_version": 9})(saved)
-    with pytest.raises(UserError, match="has version 9; expected 1$"):
+    with pytest.raises(UserError, match="has version 9; expected 2$"):
         load_checkpoint(saved)
 
 
@@ -137,6 +151,7 @@ def test_nothing_is_unpickled(saved: Path, tmp_path: Path, name: str, writer: st
 def test_unknown_tensors_do_not_pass_for_a_model(saved: Path) -> None:
     """Loading reads whatever tensors there are; the model refuses those that are not its own."""
     save_file({"another": torch.zeros(2)}, saved / "model.safetensors")
+    reseal(saved)
     with pytest.raises(RuntimeError, match="another"):
         make_training()[0].load_state_dict(load_checkpoint(saved).model)
 

@@ -24,6 +24,7 @@ from fmrl_dist.data.order import Order
 from fmrl_dist.data.store import Store
 from fmrl_dist.data.train_stream import TrainStream
 from fmrl_dist.metrics import METRICS
+from tests.checkpoint_fixture import reseal
 from tests.processes import REPOSITORY, clean_environment
 from tests.training_fixture import (
     NUM_ITEMS,
@@ -68,7 +69,10 @@ def test_run_leaves_everything(finished: tuple[Path, str]) -> None:
     assert names == {"config.yaml", "metrics.jsonl", "checkpoints", "evaluation.json", "evaluation.png", "tensorboard"}
     assert (run / "evaluation.png").read_bytes().startswith(b"\x89PNG")
     best, latest = ((run / "checkpoints" / link).resolve() for link in ("best", "latest"))
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {"best", "latest", best.name, latest.name}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {
+        *("best", "latest", best.name, latest.name),
+        "step-00000016",  # to fall back on
+    }
     assert (best.name, latest.name) == ("step-00000008", "step-00000024")
 
 
@@ -344,6 +348,7 @@ def overwrite_weights(run: Path, factor: float) -> None:
     """Multiply the latest checkpoint's weights."""
     file = run / "checkpoints" / "latest" / "model.safetensors"
     save_file({name: tensor * factor for name, tensor in load_file(file).items()}, file)
+    reseal(file.parent)
 
 
 def test_missing_demo_store_is_built(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from fmrl_dist.data.order import Order
 from fmrl_dist.data.store import Store
 from fmrl_dist.errors import UserError
 from fmrl_dist.runtime import start_runtime
+from tests.checkpoint_fixture import reseal
 from tests.processes import launch, run_processes
 from tests.training_fixture import (
     STEPS_PER_EPOCH,
@@ -57,6 +58,7 @@ def train_on_each_rank(config: str, folder: str) -> dict[str, Any]:
     if dist.get_rank() == 0:
         file = root / "broken" / "checkpoints" / "latest" / "model.safetensors"
         save_file({name: tensor * 1e30 for name, tensor in load_file(file).items()}, file)
+        reseal(file.parent)
         said["before"] = digest(root / "broken")
     dist.barrier()
     try:

@@ -15,6 +15,7 @@ from fmrl_dist import train
 from fmrl_dist.config import load_config
 from fmrl_dist.data.store import Block, Store
 from shards.build import build
+from tests.checkpoint_fixture import reseal
 from tests.training_fixture import (
     contents,
     evaluation,
@@ -197,6 +198,7 @@ def test_damaged_checkpoint(file: str, damage: str, shop: Path, copied_run: Path
 def test_weights_that_do_not_fit(shop: Path, copied_run: Path) -> None:
     path = copied_run / "checkpoints" / "latest" / "model.safetensors"
     save_file({name: t[:4].contiguous() for name, t in load_file(path).items()}, path)
+    reseal(path.parent)
     before = contents(copied_run)
     line = refusal(train.main, "--config", shop, "--run.dir", copied_run, "--resume", "auto")
     assert "does not fit its config" in line

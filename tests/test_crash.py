@@ -1,0 +1,136 @@
+"""Runs that are killed (SIGKILL: launcher, ranks, readers) at random instants go on to the last bit; full disks."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.crash import crash
+from fmrl_dist import train
+from fmrl_dist.checkpoint import TrainState, load_checkpoint
+from fmrl_dist.checkpoint_writer import CheckpointWriter
+from tests.test_checkpoint_damage import flip
+from tests.training_fixture import (
+    STEPS_PER_EPOCH,
+    contents,
+    evaluation,
+    figures,
+    make_shop,
+    records,
+    refusal,
+    run_module,
+    train_here,
+)
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shop(tmp_path_factory.mktemp("crash"))
+
+
+@pytest.mark.slow
+@pytest.mark.multiproc
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_runs_end_as_undisturbed_ones(ranks: int, shop: Path, tmp_path: Path) -> None:
+    words = ["--train.epochs", "60", "--train.checkpoint_every_steps", "2", "--eval.every_steps", "50"]
+    report = crash(shop, tmp_path, ranks, kills=4, seed=ranks, words=words)
+    assert report.same
+    assert report.kills >= 2, report
+    assert max(report.steps_lost) < 50
+
+
+EVERY_STEP = ["--train.checkpoint_every_steps", 1]
+
+
+def test_resume_falls_back_past_damaged_checkpoints(
+    shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*EVERY_STEP, "--train.keep_checkpoints", 3]
+    whole = train_here(shop, tmp_path / "whole", *words)
+    run = train_here(shop, tmp_path / "run", *words, "--train.max_steps", 13)
+    checkpoints = run / "checkpoints"
+    assert sorted(path.name for path in checkpoints.glob("step-*")) == [
+        f"step-{step:08d}"
+        for step in (8, 11, 12, 13)  # 8 is the best
+    ]
+    flip(checkpoints / "step-00000013" / "optimizer.safetensors", -5)
+    (checkpoints / "step-00000012" / "state.json").write_text("{}")
+    capsys.readouterr()
+    train_here(shop, run, *words, "--resume", "auto")
+    said = capsys.readouterr().out
+    assert said.count("falling back to the one before") == 2 and "from step 11 to at most 24" in said
+    assert figures(run) == figures(whole) and evaluation(run) == evaluation(whole)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused(shop: Path, tmp_path: Path) -> None:
+    run = train_here(shop, tmp_path / "run", "--train.max_steps", 2)
+    for path in (run / "checkpoints").glob("step-*"):
+        (path / "state.json").unlink()
+        (path / "state.json").touch()
+    before = contents(run)
+    line = refusal(train.main, "--config", shop, "--run.dir", run, "--resume", "auto")
+    assert "is damaged" in line and "start again in another --run.dir" in line
+    assert contents(run) == before
+
+
+def test_a_damaged_best_is_searched_for_anew(shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = train_here(shop, tmp_path / "run", "--train.max_steps", 2 * STEPS_PER_EPOCH)
+    assert load_checkpoint(run).state.step == STEPS_PER_EPOCH
+    flip(run / "checkpoints" / "best" / "model.safetensors", -5)
+    train_here(shop, run, "--resume", "auto")
+    assert "the search for the best starts anew" in capsys.readouterr().out
+    assert load_checkpoint(run).state.step == 3 * STEPS_PER_EPOCH
+
+
+def test_a_checkpoint_every_few_moments(shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the clock of rank 0: every step takes longer than that here."""
+    saved: list[int] = []
+    save = train.save
+
+    def note(run: train.Run, learner: train.Learner, state: TrainState, writer: CheckpointWriter) -> None:
+        saved.append(state.step)
+        save(run, learner, state, writer)
+
+    monkeypatch.setattr(train, "save", note)
+    train_here(shop, tmp_path / "run", "--train.max_steps", 5, "--train.checkpoint_every_minutes", 1e-7)
+    assert saved == [1, 2, 3, 4, 5]
+    assert [record["step"] for record in records(tmp_path / "run")] == [1, 2, 3, 4, 5]
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, kilobytes: int) -> Iterator[Path]:
+    """A file system of its own, in memory, that is soon full."""
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(shop: Path, tmp_path: Path) -> None:
+    whole = train_here(shop, tmp_path / "whole")
+    with small_disk(tmp_path / "disk", 2000) as disk:
+        run = disk / "run"
+        words = ("--config", shop, "--run.dir", run)
+        first = run_module("fmrl_dist.train", *words, "--train.max_steps", 8, *EVERY_STEP)
+        assert first.returncode == 0, first.stderr
+        with contextlib.suppress(OSError), (disk / "ballast").open("wb", buffering=0) as ballast:
+            while True:
+                ballast.write(bytes(512))
+        full = run_module("fmrl_dist.train", *words, "--resume", "auto", "--train.keep_checkpoints", 9)
+        assert full.returncode == 2, full.stderr
+        line = full.stderr.splitlines()[-1]
+        assert line.startswith("error: ") and "No space left on device" in line
+        assert load_checkpoint(run, "latest").state.step == 8
+        assert not list((run / "checkpoints").glob(".step-*"))
+        (disk / "ballast").unlink()
+        mended = run_module("fmrl_dist.train", *words, "--resume", "auto")
+        assert mended.returncode == 0, mended.stderr
+        assert evaluation(run) == evaluation(whole)
