@@ -29,8 +29,8 @@ def require(condition: bool, message: str) -> None:
 def run_command(main: Callable[[list[str]], None]) -> None:
     """Run a command's ``main(argv)``; end a :class:`UserError` with one line on stderr and exit code 2.
 
-    So ends a full disk. A command whose output is no longer read (``| head -1``) ends without a word. Any other exception keeps its
-    traceback and Python's exit code 1: that is a crash, and ours to mend.
+    So ends a full disk. A command whose output is no longer read (``| head -1``) ends without a word. Any other
+    exception keeps its traceback and Python's exit code 1: that is a crash, and ours to mend.
     """
     try:
         status = _run(main)
