@@ -7,8 +7,11 @@ stalls ends the run within a set time. Parts pass through pipes, so a container'
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,6 +22,7 @@ from fmrl_dist.data.train_stream import LaneWindows, TrainStream
 from fmrl_dist.errors import UserError
 
 READ_AHEAD = 8  # steps, of each worker
+KILLED_S = 5.0  # longest wait for a killed worker
 
 
 class BatchFeed:
@@ -39,6 +43,7 @@ class BatchFeed:
         self._num_workers, self._timeout_s = num_workers, timeout_s
         self._next_step = -1
         self._parts: Iterator[LaneWindows | Failure] = iter(())
+        self._workers: list[BaseProcess] = []
 
     def batch(self, step: int) -> tuple[Packed, list[int]]:
         """This rank's batch at ``step`` of the whole run, and the blocks that were left out of it as damaged.
@@ -71,7 +76,9 @@ class BatchFeed:
             timeout=self._timeout_s if self._num_workers else 0,
             multiprocessing_context="fork" if self._num_workers else None,  # workers share what is open and imported
         )
+        others = active_children()
         self._parts = iter(loader)
+        self._workers = [process for process in active_children() if process not in others]
 
     def __enter__(self) -> Self:
         return self
@@ -80,7 +87,13 @@ class BatchFeed:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._parts = iter(())
-        # The DataLoader learns of a dead worker by a signal, and raises wherever the training process is.
+        for worker in self._workers if error else ():
+            # One that is stopped, or waits for a dead disk, would keep this process from ending. The DataLoader learns
+            # of a dead worker by a signal, and raises wherever this process is: here, and so during a training step.
+            with contextlib.suppress(RuntimeError):
+                worker.kill()
+            with contextlib.suppress(RuntimeError):
+                worker.join(KILLED_S)
         if isinstance(error, RuntimeError) and "DataLoader" in str(error):
             raise UserError(
                 f"a process that reads ahead died or gave nothing for {self._timeout_s:g} s "
