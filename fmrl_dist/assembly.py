@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -16,13 +14,7 @@ from fmrl_dist.errors import UserError
 from fmrl_dist.export_folder import Origin, Recommender
 from fmrl_dist.model import FMRLRec
 
-
-@dataclass(frozen=True)
-class Catalogue:
-    """The features of all items as the model takes them."""
-
-    features: Tensor  # float32 [V, F], normalised
-    present: Tensor  # bool [V, M]
+EMBEDDED_AT_ONCE = 4096  # items
 
 
 def build_model(config: ModelConfig, table: ItemTable, matmul_dtype: torch.dtype | None = None) -> FMRLRec:
@@ -75,10 +67,17 @@ def load_catalogue_table(store: Store, checkpoint: Checkpoint) -> ItemTable:
     return table
 
 
-def normalize_catalogue(model: FMRLRec, table: ItemTable, device: torch.device) -> Catalogue:
-    """Scale the table's features once, on the model's device."""
-    present = table.present.to(device)
-    return Catalogue(model.encoder.normalize(table.values.to(device), present), present)
+@torch.no_grad()
+def embed_catalogue(model: FMRLRec, table: ItemTable, device: torch.device) -> Tensor:
+    """Embeddings of all items, float32 [V, D] on ``device``; of the features only some rows at a time."""
+    encoder = model.encoder
+    items = torch.empty(len(table.values), model.width, device=device)
+    for begin in range(0, len(items), EMBEDDED_AT_ONCE):
+        rows = slice(begin, begin + EMBEDDED_AT_ONCE)
+        present = table.present[rows].to(device)
+        features = encoder.normalize(table.values[rows].to(device), present)
+        items[rows] = encoder(features, present, torch.arange(len(items), device=device)[rows])
+    return items
 
 
 def build_recommender(
@@ -100,7 +99,7 @@ def build_recommender(
     if size is not None:
         model = model.truncate(size)
     model = model.to(device).eval()
-    catalogue = normalize_catalogue(model, load_catalogue_table(store, checkpoint), device)
+    items = embed_catalogue(model, load_catalogue_table(store, checkpoint), device)
     origin = Origin(
         fmrl_dist_version=__version__,
         step=checkpoint.state.step,
@@ -110,7 +109,7 @@ def build_recommender(
     )
     return Recommender(
         model=model,
-        items=model.encoder(catalogue.features, catalogue.present).detach(),
+        items=items,
         max_length=config.data.max_length,
         predict_first=config.loss.predict_first,
         normalize=config.loss.normalize,

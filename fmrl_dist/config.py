@@ -104,7 +104,9 @@ class StoreConfig:
     blocks_per_shard: int = 16
     timeout_s: float = 120.0  # for one block from a URL, all tries together
     retries: int = 4  # after the first try
-    cache_dir: str = ""  # for blocks from a URL; default: fmrl-dist in the user's cache folder
+    # For what is unpacked or counted once for each node, and blocks from a URL; default: <path>.derived beside a folder
+    # that may be written to, else fmrl-dist in the user's cache folder.
+    cache_dir: str = ""
     cache_gb: float = 10.0  # 10^9 bytes; the blocks read longest ago go first; 0: no cache
     on_bad_shard: str = "stop"  # stop | skip: leave the users of a damaged block out, and count them
 

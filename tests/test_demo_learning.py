@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from fmrl_dist.assembly import load_catalogue_table, normalize_catalogue, restore_model
+from fmrl_dist.assembly import embed_catalogue, load_catalogue_table, restore_model
 from fmrl_dist.checkpoint import load_checkpoint
 from fmrl_dist.config import DEMO_CONFIG, config_from_dict, load_config
 from fmrl_dist.data.histories import RankingBlock, evaluation_blocks
@@ -93,8 +93,7 @@ def test_order_matters(store: Store, from_features: Path) -> None:
     checkpoint = load_checkpoint(from_features)
     table = load_catalogue_table(store, checkpoint)
     model = restore_model(config_from_dict(checkpoint.config).model, checkpoint).eval()
-    catalogue = normalize_catalogue(model, table, torch.device("cpu"))
-    items = model.encoder(catalogue.features, catalogue.present).detach()
+    items = embed_catalogue(model, table, torch.device("cpu"))
     in_order, shuffled = (
         metrics_from_histogram(rank_histograms(model, items, blocks, mask_seen=False)[-1])["ndcg@10"]
         for blocks in (ranking_blocks(store), map(shuffle_histories, ranking_blocks(store)))

@@ -24,6 +24,7 @@ from fmrl_dist.assembly import build_recommender
 from fmrl_dist.checkpoint import load_checkpoint
 from fmrl_dist.config import config_from_dict, load_config
 from fmrl_dist.data.histories import RankingBlock, evaluation_blocks
+from fmrl_dist.data.items import load_item_table
 from fmrl_dist.data.store import Store
 from fmrl_dist.evaluation import target_ranks
 from fmrl_dist.export_folder import FILES, ITEMS_FILE, Origin, Recommender, read_export, write_export
@@ -311,6 +312,7 @@ def test_refusals_write_nothing(run: Path, tmp_path: Path) -> None:
     shutil.copytree(shop_store(run), store)
     (store / "vocab.parquet").unlink()
     latest = (run / "checkpoints" / "latest").resolve()
+    load_item_table(Store.open(tmp_path / "store"), None)  # unpacked beside the store by whoever comes first
     before = contents(tmp_path)
     for words, complaint in {
         (run, "--size", 48): "error: size 48 was not trained; the trained sizes are [4, 8, 16]",

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from fmrl_dist.assembly import build_model, normalize_catalogue
+from fmrl_dist.assembly import build_model
 from fmrl_dist.config import DEMO_CONFIG, load_config
 from fmrl_dist.data.items import load_item_table
 from fmrl_dist.data.order import Order
@@ -157,10 +157,9 @@ def test_first_step_by_definition(shop: Path, tmp_path: Path) -> None:
     torch.manual_seed(config.train.seed)
     table = load_item_table(store, None)
     model = build_model(config.model, table)
-    catalogue = normalize_catalogue(model, table, torch.device("cpu"))
     order = Order([block.count for block in store.manifest.splits["train"]], 16, 16, config.train.seed)
     batch = TrainStream(store, order, 50, "last", predict_first=True).batch(0, 0, range(16))
-    items = model.encoder(catalogue.features, catalogue.present)
+    items = model.encoder(model.encoder.normalize(table.values, table.present), table.present)
     z = model(items[batch.items], batch.starts, batch.from_start)
     losses = {size: F.cross_entropy(z[:, :size] @ items[:, :size].T, batch.targets) for size in (4, 8)}
     for size, loss in losses.items():
@@ -357,7 +356,7 @@ def test_missing_demo_store_is_built(tmp_path: Path, capfd: pytest.CaptureFixtur
     words += ["--data.features", "{text: {source: tfidf, dim: 8}}", "--train.max_steps", 1, "--train.threads", 1]
     run = train_here(DEMO_CONFIG, tmp_path / "run", *words, "--run.tensorboard", "false")
     assert f"building the demo store {store} …" in capfd.readouterr().out
-    assert list(store.parent.iterdir()) == [store]
+    assert set(store.parent.iterdir()) == {store, store.parent / "demo.derived"}
     assert list(evaluation(run)["sizes"]) == ["8", "16", "32", "64", "128"]
 
 

@@ -1,4 +1,4 @@
-"""What is computed from a store once and kept beside it, in ``<store>.derived/``: item frequencies, alias tables.
+"""What is computed from a store once and kept (``Store.derived_folder``): item frequencies, alias tables.
 
 Each file's name carries the manifest's hash and what it was computed with, so a store that is built again has others.
 Files are written aside and renamed; processes that compute the same one at once write the same bytes. A file is a
@@ -41,14 +41,17 @@ def target_log_shares(store: Store, max_length: int, windows: str, predict_first
     def compute() -> np.ndarray:
         counts = np.zeros(store.manifest.num_items, np.int64)
         for block in store.manifest.splits["train"]:
-            arrays = store.read_block(block)
+            arrays = store.read_or_skip(block)
+            if arrays is None:
+                continue
             begins = arrays["starts"][:-1]
             owner, first, last = target_windows(np.diff(arrays["starts"]), max_length, windows, predict_first)
             np.add.at(counts, arrays["items"][ragged_rows(begins[owner] + first, last - first)], 1)
         with np.errstate(divide="ignore"):
             return np.log(counts / counts.sum()).astype(np.float32)
 
-    return _derived(store, f"targets-{max_length}-{windows}-{int(predict_first)}", np.dtype(np.float32), compute)
+    name = f"targets-{max_length}-{windows}-{int(predict_first)}{'-skip' if store.skips_damaged else ''}"
+    return _derived(store, name, np.dtype(np.float32), compute)
 
 
 def _train_counts(store: Store) -> np.ndarray:
@@ -72,7 +75,7 @@ def _train_counts(store: Store) -> np.ndarray:
 
 
 def _derived(store: Store, name: str, dtype: np.dtype, compute: Callable[[], np.ndarray]) -> np.ndarray:
-    path = Path(f"{store.path}.derived") / f"{name}-{store.manifest.sha256[:16]}.npy"
+    path = store.derived_folder / f"{name}-{store.manifest.sha256[:16]}.npy"
     if not path.exists():
         _write(path, compute())
     table = _read(path)
@@ -90,7 +93,7 @@ def _write(path: Path, table: np.ndarray) -> None:
     digest = hashlib.sha256(buffer.getbuffer()).digest()
     buffer.write(digest)
     try:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, buffer.getvalue())
     except OSError as error:
         raise UserError(

@@ -1,12 +1,24 @@
-"""The item table: every item's frozen features in one matrix, from the store's item shards.
+"""The item table: every item's frozen features in one matrix, unpacked from the store's item shards to a mapped file.
 
-V items, F features' total dim, M features.
+V items, F features' total dim, M features. The file is written once for each node, in ``Store.derived_folder``, by one
+process under a lock; all processes of the node map it and so share its pages. Its name carries the hashes of manifest
+and features, and it is renamed to that name when it is whole and on disk. Every block is checked against the manifest
+when it is unpacked; of the file only its shape is checked again, so that a start does not read it all.
+
+Cost: reading every item block once; rows are written where they belong, which is anywhere in the file. Nothing of the
+table is held in memory but the pages that the system chooses to keep.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import fcntl
+import hashlib
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,11 +26,16 @@ from torch import Tensor
 
 from fmrl_dist.data.store import Store
 from fmrl_dist.errors import UserError
+from fmrl_dist.files import flush
+
+LOCK_POLL_S = 0.05
+SAY_AFTER_S = 5.0  # of waiting for another process
+SUMMED_AT_ONCE = 65536  # rows
 
 
 @dataclass(frozen=True)
 class ItemTable:
-    """Features of the whole catalogue."""
+    """Features of the whole catalogue; the tensors may be mapped files, whose pages are read when they are used."""
 
     dims: Mapping[str, int]  # feature → dim, in the order of the columns
     values: Tensor  # float16 [V, F]; absent features are zero
@@ -26,14 +43,14 @@ class ItemTable:
 
 
 def load_item_table(store: Store, features: Sequence[str] | None) -> ItemTable:
-    """Unpack the item shards.
+    """The features of all items, unpacked if no process of this node has done so before.
 
     Args:
         store: an open store.
         features: names to take, in this order; None takes all of the store's.
 
     Raises:
-        UserError: a feature is not in the store, or a shard is damaged.
+        UserError: a feature is not in the store, a shard is damaged, or the table cannot be written.
     """
     known = {feature.name: feature.dim for feature in store.manifest.features}
     names = list(known) if features is None else list(features)
@@ -42,16 +59,91 @@ def load_item_table(store: Store, features: Sequence[str] | None) -> ItemTable:
             raise UserError(
                 f"model.features names {name!r}; the store {store.location} has: {', '.join(known) or 'none'}"
             )
-    num_items = store.manifest.num_items
-    values = np.zeros((num_items, sum(known[name] for name in names)), dtype=np.float16)
-    present = np.zeros((num_items, len(names)), dtype=np.bool_)
-    for block in store.manifest.items:
-        arrays = store.read_block(block)
-        ids = arrays["ids"]
-        if names:
-            values[ids] = np.concatenate([arrays[name] for name in names], 1)
-            present[ids] = np.stack([arrays.get(f"{name}.mask", np.ones(len(ids), np.bool_)) for name in names], 1)
-    return ItemTable({name: known[name] for name in names}, torch.from_numpy(values), torch.from_numpy(present))
+    dims, num_items = {name: known[name] for name in names}, store.manifest.num_items
+    if not names or not num_items:
+        return ItemTable(dims, torch.zeros(num_items, 0, dtype=torch.float16), torch.zeros(num_items, 0).bool())
+    stem = f"items-{hashlib.sha256(','.join(names).encode()).hexdigest()[:8]}-{store.manifest.sha256[:16]}"
+    values, present = (store.derived_folder / f"{stem}.{part}.npy" for part in ("values", "present"))
+    try:
+        if not values.exists():
+            values.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(values.with_suffix(".lock")):
+                if not values.exists():
+                    _unpack(store, dims, values, present)
+        return ItemTable(
+            dims,
+            _map(values, np.dtype(np.float16), (num_items, sum(dims.values()))),
+            _map(present, np.dtype(np.bool_), (num_items, len(dims))),
+        )
+    except OSError as error:
+        raise UserError(
+            f"the item table {values} cannot be written or read ({error.strerror or error}); make room, or name "
+            "another place by --store.cache_dir"
+        ) from None
+
+
+def _unpack(store: Store, dims: Mapping[str, int], values_path: Path, present_path: Path) -> None:
+    """Write both files aside, then rename them, the values last: where they are, everything is."""
+    for left in values_path.parent.glob(f".{values_path.stem.partition('.')[0]}.*"):  # of a process that was killed
+        left.unlink()
+    paths = {present_path: (np.bool_, len(dims)), values_path: (np.float16, sum(dims.values()))}
+    asides = [path.with_name(f".{path.name}") for path in paths]
+    try:
+        present, values = (
+            np.lib.format.open_memmap(aside, "w+", dtype, (store.manifest.num_items, width))
+            for aside, (dtype, width) in zip(asides, paths.values(), strict=True)
+        )
+        _reserve(asides)
+        for block in store.manifest.items:
+            arrays = store.read_block(block)
+            ids = arrays["ids"]
+            values[ids] = np.concatenate([arrays[name] for name in dims], 1)
+            present[ids] = np.stack([arrays.get(f"{name}.mask", np.ones(len(ids), np.bool_)) for name in dims], 1)
+        for array, aside, path in zip((present, values), asides, paths, strict=True):
+            array.flush()
+            flush(aside)
+            aside.rename(path)
+        flush(values_path.parent)
+    except BaseException:
+        for aside in asides:
+            aside.unlink(missing_ok=True)
+        raise
+
+
+def _reserve(paths: Sequence[Path]) -> None:
+    """Have the room on disk: a mapped file that finds none when a page is written kills the process (SIGBUS)."""
+    for path in paths:
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
+def _map(path: Path, dtype: np.dtype, shape: tuple[int, int]) -> Tensor:
+    try:
+        array = np.load(path, mmap_mode="c", allow_pickle=False)  # copy on write: a tensor has to be writable
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path} cannot be read ({error}); delete it, it will be made again") from None
+    if array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
+        raise UserError(
+            f"{path} holds {array.dtype} {array.shape}; expected {dtype} {shape}: delete it, it will be made again"
+        )
+    return torch.from_numpy(array)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock of this node; a process that dies frees it."""
+    with path.open("a") as file:
+        began, said = time.monotonic(), False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(LOCK_POLL_S)
+            if not said and time.monotonic() - began > SAY_AFTER_S:
+                print(f"waiting for another process of this node to unpack the item table (lock {path})", flush=True)
+                said = True
+        yield
 
 
 def feature_affine(table: ItemTable, scale: str | float) -> tuple[Tensor, Tensor]:
@@ -69,9 +161,22 @@ def feature_affine(table: ItemTable, scale: str | float) -> tuple[Tensor, Tensor
     if scale == "standardize":
         begin = 0
         for column, dim in enumerate(table.dims.values()):
-            rows = table.values[table.present[:, column], begin : begin + dim].float()
-            if len(rows) > 1:
-                shift[begin : begin + dim] = rows.mean(0)
-                factor[begin : begin + dim] = rows.var(0).mean().clamp_min(1e-12).rsqrt()
+            count = int(table.present[:, column].sum())
+            if count > 1:
+                columns = slice(begin, begin + dim)
+                sums, squares = torch.zeros(dim, dtype=torch.float64), torch.zeros(dim, dtype=torch.float64)
+                for rows in _present_rows(table, column, columns):
+                    sums += rows.sum(0)
+                for rows in _present_rows(table, column, columns):
+                    squares += (rows - sums / count).square().sum(0)
+                shift[columns] = sums / count
+                factor[columns] = (squares / (count - 1)).mean().clamp_min(1e-12).rsqrt().float()
             begin += dim
     return shift, factor
+
+
+def _present_rows(table: ItemTable, feature: int, columns: slice) -> Iterator[Tensor]:
+    """The rows of one feature where it is present, float64, some at a time."""
+    for begin in range(0, len(table.values), SUMMED_AT_ONCE):
+        rows = slice(begin, begin + SUMMED_AT_ONCE)
+        yield table.values[rows, columns][table.present[rows, feature]].double()

@@ -147,10 +147,10 @@ class Manifest:
 class Store:
     """A built store, open for reading."""
 
-    def __init__(self, files: StoreFiles, manifest: Manifest, on_bad_shard: str = "stop") -> None:
+    def __init__(self, files: StoreFiles, manifest: Manifest, access: StoreConfig | None = None) -> None:
         self.files = files
         self.manifest = manifest
-        self._skip_damaged = on_bad_shard == "skip"
+        self._access = access or StoreConfig()
 
     @property
     def location(self) -> str:
@@ -163,6 +163,20 @@ class Store:
         if not isinstance(self.files, LocalFiles):
             raise UserError(f"store {self.location} is no local folder; copy it to one")
         return self.files.folder
+
+    @property
+    def skips_damaged(self) -> bool:
+        """Whether users of damaged blocks are left out; else damage ends the run."""
+        return self._access.on_bad_shard == "skip"
+
+    @property
+    def derived_folder(self) -> Path:
+        """Where what is made of this store once is kept, under names that carry the manifest's hash."""
+        if not self._access.cache_dir and isinstance(self.files, LocalFiles):
+            beside = Path(f"{self.files.folder}.derived")
+            if os.access(beside if beside.exists() else beside.parent, os.W_OK):
+                return beside
+        return _cache_folder(self._access)
 
     @classmethod
     def open(cls, path: str | Path, access: StoreConfig | None = None) -> Store:
@@ -183,7 +197,7 @@ class Store:
                 f"store {files.location} does not exist; build it with python -m shards.build --config CONFIG"
             )
         try:
-            return cls(files, files.read(MANIFEST_FILE, Manifest.from_bytes), access.on_bad_shard)
+            return cls(files, files.read(MANIFEST_FILE, Manifest.from_bytes), access)
         except FileNotFoundError:
             raise UserError(
                 f"{files.location} is not a store: it has no {MANIFEST_FILE}; build one with python -m shards.build"
@@ -209,7 +223,7 @@ class Store:
         try:
             return self.read_block(block)
         except UserError:
-            if not self._skip_damaged:
+            if not self.skips_damaged:
                 raise
             return None
 
@@ -251,9 +265,12 @@ def _open_files(path: str | Path, access: StoreConfig) -> StoreFiles:
         return LocalFiles(Path(url[len("file://") :]))
     cache = None
     if access.cache_gb > 0:
-        folder = Path(access.cache_dir or default_cache_folder(dict(os.environ))).expanduser()
-        cache = RangeCache(folder, round(access.cache_gb * 1e9))
+        cache = RangeCache(_cache_folder(access), round(access.cache_gb * 1e9))
     return RemoteFiles(url, access.timeout_s, access.retries, cache)
+
+
+def _cache_folder(access: StoreConfig) -> Path:
+    return Path(access.cache_dir or default_cache_folder(dict(os.environ))).expanduser()
 
 
 def block_sha256(data: bytes) -> str:

@@ -1,0 +1,158 @@
+"""The unpacked item table: written once for a node by real processes, whole or not there, never held in memory."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from fmrl_dist.config import StoreConfig, load_config
+from fmrl_dist.data.items import load_item_table
+from fmrl_dist.data.store import Store
+from fmrl_dist.errors import UserError
+from shards.build import build
+from tests.processes import REPOSITORY
+from tests.store_fixture import write_histories, write_items
+from tests.training_fixture import make_shop
+
+NUM_ITEMS, DIM = 40_000, 768  # 61 MB in float16
+
+# Prints how often a block was read, the growth of its anonymous memory in MB, and the table's sum; may stop halfway.
+UNPACK = """
+import os, signal, sys
+from fmrl_dist.data.items import load_item_table
+from fmrl_dist.data.store import Store
+def anonymous_mb():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1000
+store = Store.open(sys.argv[1])
+reads, before, read = 0, anonymous_mb(), store.read_block
+def note(block):
+    global reads
+    reads += 1
+    if reads == 2 and "stop" in sys.argv:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return read(block)
+store.read_block = note
+table = load_item_table(store, None)
+print(reads, anonymous_mb() - before, float(table.values.sum(dtype=__import__("torch").float64)), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of many items; returns its folder."""
+    root = tmp_path_factory.mktemp("large")
+    write_items(root / "items.parquet", [f"i{item}" for item in range(NUM_ITEMS)])
+    write_histories(root / "sequences.parquet", {f"u{user}": ["i0", "i1", "i2"] for user in range(8)})
+    values = np.random.default_rng(0).standard_normal((NUM_ITEMS, DIM), np.float32).astype(np.float16)
+    np.save(root / "vector.npy", values)
+    words = ["--data.root", str(root), "--store.path", str(root / "store"), "--model.feature_scale", "none"]
+    words += ["--data.demo", "null", "--data.sequences.path", "sequences.parquet", "--data.items.path", "items.parquet"]
+    words += ["--data.sequences.times", "''", "--data.items.title", "''"]
+    build(load_config(None, [*words, "--data.features", "{vector: {source: npy, path: vector.npy}}"]))
+    return root / "store"
+
+
+@pytest.fixture
+def store(large: Path, tmp_path: Path) -> Path:
+    """A link to that store, with nothing unpacked beside it yet."""
+    (tmp_path / "store").symlink_to(large)
+    return tmp_path / "store"
+
+
+def start(store: Path, *words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", UNPACK, str(store), *words]
+    return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+
+
+def finish(processes: Sequence[subprocess.Popen[str]]) -> list[list[float]]:
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes)
+    return [[float(word) for word in output.splitlines()[-1].split()] for output in outputs]
+
+
+@pytest.mark.multiproc
+def test_one_of_several_processes_unpacks_and_holds_nothing(store: Path) -> None:
+    results = finish([start(store) for _ in range(4)])
+    num_blocks = len(Store.open(store).manifest.items)
+    assert sorted(reads for reads, _, _ in results) == [0, 0, 0, num_blocks]
+    expected = np.load(store.resolve().parent / "vector.npy").astype(np.float64).sum()
+    assert [total for _, _, total in results] == pytest.approx([expected] * 4)
+    grown = max(grown for _, grown, _ in results)
+    assert grown < 30, f"{grown} MB of anonymous memory for a table of {NUM_ITEMS * DIM * 2 / 1e6} MB"
+    assert sorted(path.suffix for path in Path(f"{store}.derived").iterdir()) == [".lock", ".npy", ".npy"]
+
+
+@pytest.mark.multiproc
+def test_another_process_takes_over_from_one_that_is_killed(store: Path) -> None:
+    killed = start(store, "stop")
+    while psutil.Process(killed.pid).status() != psutil.STATUS_STOPPED:
+        time.sleep(0.05)
+    waiting = start(store)
+    assert waiting.stdout is not None
+    assert waiting.stdout.readline().startswith("waiting for another process of this node to unpack the item table")
+    killed.kill()
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    ((reads, _, total),) = finish([waiting])
+    assert reads == len(Store.open(store).manifest.items)
+    assert total == pytest.approx(np.load(store.resolve().parent / "vector.npy").astype(np.float64).sum())
+    assert len(list(Path(f"{store}.derived").iterdir())) == 3
+
+
+def test_the_table_lies_where_it_may(tmp_path: Path) -> None:
+    make_shop(tmp_path / "shop")
+    folder = tmp_path / "shop" / "store"
+    load_item_table(Store.open(folder), None)
+    assert sorted(path.name.split("-")[0] for path in Path(f"{folder}.derived").glob("*.npy")) == ["items", "items"]
+    elsewhere = tmp_path / "node" / "cache"
+    first = load_item_table(Store.open(folder, StoreConfig(cache_dir=str(elsewhere))), ("colour",))
+    assert len(list(elsewhere.glob("items-*.npy"))) == 2
+    whole = load_item_table(Store.open(folder), None)
+    assert torch.equal(first.values, whole.values[:, 6:]) and torch.equal(first.present, whole.present[:, 1:])
+
+
+def test_writing_to_the_tensors_does_not_change_the_file(tmp_path: Path) -> None:
+    make_shop(tmp_path / "shop")
+    store = Store.open(tmp_path / "shop" / "store")
+    load_item_table(store, None).values.zero_()
+    assert load_item_table(store, None).values.any()
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"", lambda data: b"\x00" * len(data)])
+def test_a_damaged_table_is_refused(damage: object, tmp_path: Path) -> None:
+    make_shop(tmp_path / "shop")
+    store = Store.open(tmp_path / "shop" / "store")
+    load_item_table(store, None)
+    (path,) = store.derived_folder.glob("items-*.values.npy")
+    path.write_bytes(damage(path.read_bytes()))  # type: ignore[operator]
+    with pytest.raises(UserError, match=r"delete it, it will be made again$"):
+        load_item_table(store, None)
+    path.unlink()
+    assert load_item_table(store, None).values.any()
+
+
+def test_a_place_without_room_or_right_is_told(tmp_path: Path) -> None:
+    make_shop(tmp_path / "shop")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot be written or read .*; make room, or name another place by"):
+        load_item_table(Store.open(tmp_path / "shop" / "store", StoreConfig(cache_dir=str(tmp_path / "file"))), None)
+
+
+def test_a_damaged_block_leaves_no_table(tmp_path: Path) -> None:
+    make_shop(tmp_path / "shop")
+    store = Store.open(tmp_path / "shop" / "store")
+    path = tmp_path / "shop" / "store" / store.manifest.items[-1].shard
+    os.truncate(path, 1000)
+    with pytest.raises(UserError, match="is truncated"):
+        load_item_table(store, None)
+    assert [file.suffix for file in store.derived_folder.iterdir()] == [".lock"]
