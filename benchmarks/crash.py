@@ -136,6 +136,8 @@ def main(argv: list[str]) -> None:
             "1",
             "--model.dropout",
             "0.3",
+            "--eval.size",
+            "16",
         ]
         words += ["--train.epochs", "120", "--train.patience", "0", "--train.log_every_steps", "1"]
         words += ["--train.checkpoint_every_steps", "3", "--eval.every_steps", "100", "--run.tensorboard", "false"]

@@ -6,7 +6,7 @@ and features, and it is renamed to that name when it is whole and on disk. Every
 when it is unpacked; of the file only its shape is checked again, so that a start does not read it all.
 
 Cost: reading every item block once; rows are written where they belong, which is anywhere in the file. Nothing of the
-table is held in memory but the pages that the system chooses to keep.
+table is held in memory but a flag for each item, and the pages that the system chooses to keep.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fmrl_dist.data.store import Store
-from fmrl_dist.errors import UserError
+from fmrl_dist.errors import UserError, require
 from fmrl_dist.files import flush
 
 LOCK_POLL_S = 0.05
@@ -94,11 +94,15 @@ def _unpack(store: Store, dims: Mapping[str, int], values_path: Path, present_pa
             for aside, (dtype, width) in zip(asides, paths.values(), strict=True)
         )
         _reserve(asides)
+        seen = np.zeros(store.manifest.num_items, np.bool_)
         for block in store.manifest.items:
             arrays = store.read_block(block)
             ids = arrays["ids"]
+            seen[ids] = True
             values[ids] = np.concatenate([arrays[name] for name in dims], 1)
             present[ids] = np.stack([arrays.get(f"{name}.mask", np.ones(len(ids), np.bool_)) for name in dims], 1)
+        missing = int((~seen).sum())
+        require(missing == 0, f"store {store.location}: {missing} items are in no block; build the store again")
         for array, aside, path in zip((present, values), asides, paths, strict=True):
             array.flush()
             flush(aside)

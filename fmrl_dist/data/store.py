@@ -14,11 +14,9 @@ Cost: one open (or request), one read and one sha256 (about 1 GB/s) per block.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import re
-import tarfile
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -27,10 +25,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from fmrl_dist.config import FEATURE_NAME, StoreConfig
+from fmrl_dist.data.block_arrays import item_problems, parse_block, user_problems
 from fmrl_dist.data.cache import SHA256, RangeCache
 from fmrl_dist.data.remote import RemoteFiles, checked_url, default_cache_folder
 from fmrl_dist.data.store_files import LocalFiles, StoreFiles
 from fmrl_dist.errors import UserError
+from fmrl_dist.files import json_sha256
 from fmrl_dist.urls import is_url
 
 SCHEMA_VERSION = 1
@@ -38,8 +38,8 @@ MANIFEST_FILE = "manifest.json"
 VOCAB_FILE = "vocab.parquet"
 USERS_FILE = "users.parquet"
 SPLITS = ("train", "valid", "test")
+ROW_BYTES = 8  # of an id: the least that an item, a user or an event takes
 SHARD_NAME = re.compile(r"[a-z]+-\d{6}\.tar", re.ASCII)
-MEMBER_NAME = re.compile(r"(\d{6,})\.([a-z][a-z0-9_]*(?:\.mask)?)\.npy", re.ASCII)
 
 T = TypeVar("T")
 
@@ -103,7 +103,7 @@ class Manifest:
     @cached_property
     def sha256(self) -> str:
         """Hash of the manifest's canonical JSON without this field."""
-        return _canonical_sha256(asdict(self))
+        return json_sha256(asdict(self))
 
     def to_json(self) -> str:
         return json.dumps(asdict(self) | {"sha256": self.sha256}, indent=1, sort_keys=True) + "\n"
@@ -117,7 +117,7 @@ class Manifest:
         """
         try:
             raw = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"the manifest is not JSON ({error}); build the store again") from None
         if not isinstance(raw, dict) or "schema_version" not in raw:
             raise UserError("the manifest has no schema_version; expected the manifest.json that shards.build writes")
@@ -127,7 +127,7 @@ class Manifest:
                 "build the store again with python -m shards.build --overwrite"
             )
         claimed = raw.pop("sha256", None)
-        if claimed != _canonical_sha256(raw):
+        if claimed != json_sha256(raw):
             raise UserError(
                 f"the manifest was changed after it was written (sha256 is not {claimed}); build the store again"
             )
@@ -206,7 +206,7 @@ class Store:
             raise UserError(f"store {files.location}: {error}") from None
 
     def read_block(self, block: Block) -> dict[str, np.ndarray]:
-        """Read one block, checked against its hash.
+        """Read one block, checked against its hash and the manifest; the arrays are read-only.
 
         Returns:
             Arrays by field. Items: ``ids`` int64 [n], ``<feature>`` float16 [n, dim] and, where some item lacks it,
@@ -214,9 +214,20 @@ class Store:
             ``items`` int64 [events] and, where the raw data has them, ``times`` int64 [events].
 
         Raises:
-            UserError: the shard is missing or its bytes are not those that were written.
+            UserError: the shard is missing, its bytes are not those that were written, or not what the manifest says.
         """
-        return parse_block(self.read_bytes(block), f"{self.location}/{block.shard} at byte {block.offset}")
+        where = f"{self.location}/{block.shard} at byte {block.offset}"
+        arrays = parse_block(self.read_bytes(block), where)
+        kind, manifest = block.shard.partition("-")[0], self.manifest
+        if kind == "items":
+            features = {feature.name: (feature.dim, feature.masked) for feature in manifest.features}
+            problems = item_problems(arrays, block.count, features, manifest.num_items)
+        else:
+            sizes = (manifest.num_users, manifest.num_items)
+            problems = user_problems(arrays, block.count, block.events, kind, *sizes)
+        for problem in problems:
+            raise UserError(f"block {where}: {problem}; build the store again")
+        return arrays
 
     def read_or_skip(self, block: Block) -> dict[str, np.ndarray] | None:
         """:meth:`read_block`; None of a damaged block where the store was opened with ``on_bad_shard: skip``."""
@@ -278,38 +289,6 @@ def block_sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def parse_block(data: bytes, where: str) -> dict[str, np.ndarray]:
-    """Arrays of one tar sample by field name; ``where`` names it in messages.
-
-    Raises:
-        UserError: a member is not a plain file ``<block>.<field>.npy`` of one block, or not a plain array.
-    """
-    arrays: dict[str, np.ndarray] = {}
-    keys = set()
-    try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            for member in tar:
-                match = MEMBER_NAME.fullmatch(member.name)
-                file = tar.extractfile(member) if match and member.type == tarfile.REGTYPE else None
-                if match is None or file is None or match[2] in arrays:
-                    raise UserError(
-                        f"block {where} has an odd member {member.name!r}; expected files <block>.<field>.npy"
-                    )
-                keys.add(match[1])
-                arrays[match[2]] = np.lib.format.read_array(io.BytesIO(file.read()), allow_pickle=False)
-    except (tarfile.TarError, ValueError, EOFError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"block {where} cannot be read ({error}); build the store again") from None
-    if len(keys) != 1:
-        raise UserError(f"block {where} holds members of {len(keys)} blocks; expected 1")
-    return arrays
-
-
-def _canonical_sha256(raw: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(raw, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
 def _parse_manifest(raw: dict[str, Any]) -> Manifest:
     values = dict(_check_fields(Manifest, raw, "manifest"))
     splits, tables = values["splits"], values["tables"]
@@ -338,8 +317,10 @@ def _check_fields(kind: type, raw: Any, where: str) -> dict[str, Any]:
     scalars = {"int": int, "str": str, "bool": bool}
     for name, annotation in names.items():
         expected = scalars.get(str(annotation))
-        if expected is not None and (type(raw[name]) is not expected or (expected is int and raw[name] < 0)):
-            raise UserError(f"the manifest's {where}.{name} is {raw[name]!r}; expected {expected.__name__}")
+        if expected is None:
+            continue
+        if type(raw[name]) is not expected or (expected is int and not 0 <= raw[name] < 2**63):
+            raise UserError(f"the manifest's {where}.{name} is {str(raw[name])[:60]!r}; expected {expected.__name__}")
     return raw
 
 
@@ -351,13 +332,29 @@ def _check_consistency(manifest: Manifest) -> None:
                 f"the manifest's feature {feature.name!r} of {feature.dtype} is not known; expected float16"
             )
     shards = {shard.name: shard for shard in manifest.shards}
+    names = [feature.name for feature in manifest.features]
+    for kind, several in (("features", names), ("shards", [shard.name for shard in manifest.shards])):
+        if len(set(several)) < len(several):
+            raise UserError(f"the manifest names one of its {kind} twice; build the store again")
     for name in shards:
         if SHARD_NAME.fullmatch(name) is None:
             raise UserError(f"the manifest names shard {name!r}; expected a plain file name such as train-000000.tar")
+    ends = dict.fromkeys(shards, 0)
     for split, blocks in {"items": manifest.items, **manifest.splits}.items():
         for block in blocks:
+            if block.offset != ends.get(block.shard, block.offset) or (split == "items" and block.events):
+                raise UserError(
+                    f"the manifest's {split} block at byte {block.offset} of {block.shard!r} does not follow the one "
+                    "before it, or has events though it holds items; build the store again"
+                )
+            ends[block.shard] = block.offset + block.num_bytes
             if SHA256.fullmatch(block.sha256) is None:  # names a file of the cache
                 raise UserError(f"the manifest's {split} block has sha256 {block.sha256!r}; expected 64 hex digits")
+            if not 0 < block.count <= block.num_bytes // ROW_BYTES or block.events > block.num_bytes // ROW_BYTES:
+                raise UserError(
+                    f"the manifest's {split} block at byte {block.offset} of {block.shard!r} has {block.count} rows, "
+                    f"{block.events} events in {block.num_bytes} bytes; expected at least 1 row, of {ROW_BYTES} bytes"
+                )
             shard = shards.get(block.shard)
             if (
                 shard is None

@@ -7,6 +7,7 @@ of a store's own kinds of file, so that no manifest can make a reader open anyth
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,7 +56,8 @@ class LocalFiles:
     def read_range(self, name: str, offset: int, num_bytes: int, sha256: str) -> bytes:
         with self._existing(name).open("rb") as file:
             file.seek(offset)
-            return checked_range(file.read(num_bytes), num_bytes, sha256)
+            there = max(min(num_bytes, os.fstat(file.fileno()).st_size - offset), 0)
+            return checked_range(file.read(there), num_bytes, sha256)
 
     def size(self, name: str) -> int:
         return self._existing(name).stat().st_size

@@ -1,0 +1,143 @@
+"""One tar sample as arrays: parsed without a copy from checked bytes, then held against what the manifest says of it.
+
+A hash only says that bytes are those that somebody wrote. Here everything is refused that is no plain file, no plain
+array, or not of the dtype, shape and range that its reader relies on. Nothing is unpickled, and a header that promises
+more bytes than there are allocates nothing. Arrays are read-only views of the bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import tarfile
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from fmrl_dist.errors import UserError, require
+
+MEMBER_NAME = re.compile(r"(\d{6,})\.([a-z][a-z0-9_]*(?:\.mask)?)\.npy", re.ASCII)
+MIN_EVENTS = {"train": 1, "valid": 2, "test": 3}  # of each user's slice
+
+Expected = Mapping[str, tuple[str, tuple[int, ...]]]  # dtype and shape by field
+
+
+def parse_block(data: bytes, where: str) -> dict[str, np.ndarray]:
+    """Arrays of one tar sample by field name; ``where`` names it in messages.
+
+    Raises:
+        UserError: a member is not a plain file ``<block>.<field>.npy`` of one block, or not a plain array.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    keys = set()
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            for member in tar:
+                match = MEMBER_NAME.fullmatch(member.name)
+                if match is None or member.type != tarfile.REGTYPE or match[2] in arrays:
+                    raise UserError(
+                        f"block {where} has an odd member {member.name!r}; expected files <block>.<field>.npy"
+                    )
+                keys.add(match[1])
+                arrays[match[2]] = _array(data, member.offset_data, member.size)
+    except UserError:
+        raise
+    except (tarfile.TarError, ValueError, EOFError, SyntaxError, TypeError, OverflowError, RecursionError) as error:
+        problem = " ".join(str(error).split())[:200]
+        raise UserError(f"block {where} cannot be read ({problem}); build the store again") from None
+    require(len(keys) == 1, f"block {where} holds members of {len(keys)} blocks; expected 1")
+    return arrays
+
+
+def _array(data: bytes, offset: int, num_bytes: int) -> np.ndarray:
+    """The ``.npy`` file at ``offset``, as a view.
+
+    Raises:
+        ValueError: it is none, is cut, or is no plain C-ordered array.
+    """
+    if offset + num_bytes > len(data):
+        raise ValueError(f"a member of {num_bytes} bytes where {len(data) - offset} are left")
+    header = io.BytesIO(data[offset : offset + min(num_bytes, 4096)])
+    if np.lib.format.read_magic(header) != (1, 0):
+        raise ValueError("not version 1.0 of the .npy format")
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(header)
+    if dtype.hasobject or dtype.names is not None or (fortran_order and len(shape) > 1):
+        raise ValueError(f"an array of {dtype} in {'Fortran' if fortran_order else 'C'} order, not a plain one")
+    begin = offset + header.tell()
+    if header.tell() + math.prod(shape) * dtype.itemsize != num_bytes or min(shape, default=0) < 0:
+        raise ValueError(f"an array {dtype} {list(shape)} in {num_bytes - header.tell()} bytes")
+    return np.frombuffer(data, dtype, math.prod(shape), begin).reshape(shape)
+
+
+def item_problems(
+    arrays: Mapping[str, np.ndarray], count: int, features: Mapping[str, tuple[int, bool]], num_items: int
+) -> Iterator[str]:
+    """What is wrong with a block of items.
+
+    Args:
+        arrays: of the block.
+        count: items that it should hold.
+        features: dim of each feature, and whether it has a mask.
+        num_items: V.
+    """
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {"ids": ("int64", (count,))}
+    for name, (dim, masked) in features.items():
+        expected[name] = ("float16", (count, dim))
+        if masked:
+            expected[f"{name}.mask"] = ("bool", (count,))
+    problems = field_problems(arrays, expected)
+    yield from problems
+    if problems:
+        return
+    ids = arrays["ids"]
+    if ((ids < 0) | (ids >= num_items)).any():
+        yield f"item ids outside 0 ... {num_items - 1}"
+    elif len(np.unique(ids)) < count:
+        yield "an item stands twice in it"
+    for name in features:
+        rows, mask = arrays[name], arrays.get(f"{name}.mask", np.True_)
+        if not np.isfinite(rows).all():
+            yield f"{name} holds NaN or infinity"
+        if rows[~mask].any():
+            yield f"{name} is not zero where its mask is false"
+
+
+def user_problems(
+    arrays: Mapping[str, np.ndarray], count: int, events: int, split: str, num_users: int, num_items: int
+) -> Iterator[str]:
+    """What is wrong with a block of users, in CSR form.
+
+    Args:
+        arrays: of the block.
+        count, events: users and events that it should hold.
+        split: of :data:`MIN_EVENTS`.
+        num_users, num_items: of the whole store.
+    """
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {"users": ("int64", (count,)), "starts": ("int64", (count + 1,))}
+    for name in ("items", "times") if "times" in arrays else ("items",):
+        expected[name] = ("int64", (events,))
+    problems = field_problems(arrays, expected)
+    yield from problems
+    if problems:
+        return
+    starts, items, users = arrays["starts"], arrays["items"], arrays["users"]
+    if starts[0] != 0 or starts[-1] != events or (np.diff(starts) < MIN_EVENTS[split]).any():
+        yield f"starts do not rise from 0 to {events} by at least {MIN_EVENTS[split]}"
+    if ((items < 0) | (items >= num_items)).any():
+        yield f"item ids outside 0 ... {num_items - 1}"
+    if ((users < 0) | (users >= num_users)).any():
+        yield f"user ids outside 0 ... {num_users - 1}"
+    if len(np.unique(users)) < count:
+        yield f"a user stands twice in {split}"
+
+
+def field_problems(arrays: Mapping[str, np.ndarray], expected: Expected) -> list[str]:
+    """Fields that are missing, unknown, or of another dtype or shape."""
+    if set(arrays) != set(expected):
+        return [f"fields {sorted(arrays)}, expected {sorted(expected)}"]
+    return [
+        f"{name} is {arrays[name].dtype} {list(arrays[name].shape)}, expected {dtype} {list(shape)}"
+        for name, (dtype, shape) in expected.items()
+        if arrays[name].dtype != dtype or arrays[name].shape != shape
+    ]
