@@ -10,10 +10,10 @@ many fell amid a save, and the steps that had to be done again after each.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +22,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from benchmarks import REPOSITORY, describe_setting
 
@@ -68,8 +70,7 @@ def crash(config: Path, folder: Path, ranks: int, kills: int, seed: int, words: 
         time.sleep(instants.uniform(0, 0.4))
         if process.poll() is not None:
             break
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kill_tree(process)
         report.kills += 1
         checkpoints = disturbed / "checkpoints"
         report.amid_save += any(checkpoints.glob(".*"))
@@ -89,7 +90,18 @@ def start(config: Path, run: Path, ranks: int, words: Sequence[str]) -> subproce
     environment = dict(os.environ) | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     run.parent.mkdir(parents=True, exist_ok=True)
     with (run.parent / f"{run.name}.log").open("ab") as log:
-        return subprocess.Popen([*command, *words], env=environment, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen([*command, *words], env=environment, stdout=log, stderr=log)
+
+
+def kill_tree(launcher: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to the launcher, its ranks and their readers, which do not share a process group."""
+    root = psutil.Process(launcher.pid)
+    processes = [root, *root.children(recursive=True)]
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    launcher.wait()
+    psutil.wait_procs(processes, timeout=30)
 
 
 def last_step(run: Path) -> int:

@@ -129,12 +129,12 @@ def test_windows_do_not_depend_on_batch_lanes_and_seed(
 
 @settings(max_examples=30)
 @given(st.data(), st.integers(1, 4), st.integers(1, 3), st.integers(0, 2**33), st.integers(0, 9))
-def test_a_resumed_rank_reads_the_blocks_of_its_users_only(
+def test_a_resumed_rank_reads_the_windows_of_its_users_only(
     store: Store, data: st.DataObject, lanes: int, per_lane: int, seed: int, epoch: int
 ) -> None:
-    """From any step on, for any number of ranks: no earlier step's blocks, no other rank's, each one once."""
+    """From any step on, for any number of ranks: no block of an earlier step's windows, and none of another rank's."""
     blocks = store.manifest.splits["train"]
-    order = Order([block.count for block in blocks], lanes * per_lane, lanes, seed)
+    order = Order([block.count for block in blocks], lanes * per_lane, lanes, seed, data.draw(st.integers(1, 3)))
     world_size = data.draw(st.integers(1, lanes))
     mine = range(data.draw(st.integers(0, world_size - 1)), lanes, world_size)
     steps = range(data.draw(st.integers(0, order.steps_per_epoch - 1)), order.steps_per_epoch)
@@ -149,8 +149,10 @@ def test_a_resumed_rank_reads_the_blocks_of_its_users_only(
         stream = TrainStream(store, order, 50, "last", True)
         for step in steps:
             stream.batch(epoch, step, mine)
-    needed = {int(block) for step in steps for lane in mine for block, _ in order.batch(epoch, step, lane)}
-    assert sorted(blocks.index(block) for block in read) == sorted(needed)
+    windows = {window for step in steps for lane in mine for window, _, _ in order.spans(epoch, step, lane)}
+    needed = {int(block) for window in windows for block, _ in order.window(epoch, window)}
+    assert {blocks.index(block) for block in read} == needed
+    assert len(read) <= len(mine) * len(blocks)
 
 
 @pytest.mark.parametrize("num_events", [50, 51, 52])

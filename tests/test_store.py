@@ -157,6 +157,12 @@ def tar_bytes(*members: tuple[tarfile.TarInfo, bytes]) -> bytes:
     return buffer.getvalue()
 
 
+def without_end(tar: bytes) -> bytes:
+    """The members alone, as a block's byte range holds them."""
+    members = tar.rstrip(b"\0")
+    return members + bytes(-len(members) % 512)
+
+
 def npy(array: np.ndarray, allow_pickle: bool = False) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=allow_pickle)
@@ -191,7 +197,7 @@ def test_members_that_are_no_plain_arrays_are_refused(
     members: list[tuple[tarfile.TarInfo, bytes]], message: str
 ) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        parse_block(tar_bytes(*members), "here")
+        parse_block(without_end(tar_bytes(*members)), "here")
     assert "\n" not in str(caught.value)
 
 
@@ -221,8 +227,7 @@ def forge(store: Store, split: str, **fields: np.ndarray) -> Store:
     block = blocks[0]
     arrays = store.read_block(block) | fields
     data = tar_bytes(*((member(f"000000.{name}.npy"), npy(array)) for name, array in arrays.items()))
-    sized = data.rstrip(b"\0")
-    sized += bytes(-len(sized) % 512)
+    sized = without_end(data)
     (store.path / block.shard).write_bytes(data)
     blocks[0] = dataclasses.replace(block, num_bytes=len(sized), sha256=block_sha256(sized))
     shards = tuple(

@@ -47,18 +47,29 @@ class Order:
 
     def batch(self, epoch: int, step: int, lane: int) -> np.ndarray:
         """Users of one lane at ``step`` of ``epoch``: int64 [n, 2] pairs (block, row), n ≤ batch_size / L."""
+        parts = [self.window(epoch, window)[first:last] for window, first, last in self.spans(epoch, step, lane)]
+        return np.concatenate([np.empty((0, 2), np.int64), *parts])
+
+    def spans(self, epoch: int, step: int, lane: int) -> list[tuple[int, int, int]]:
+        """:meth:`batch` as runs of positions in :meth:`window`: (window, first, last), most often a single one."""
         lane_begin = lane * self.num_users // self.lanes
         lane_end = (lane + 1) * self.num_users // self.lanes
         begin = min(lane_begin + step * self.users_per_lane, lane_end)
         end = min(begin + self.users_per_lane, lane_end)
         _, window_starts = self._blocks(epoch)
-        parts = [np.empty((0, 2), dtype=np.int64)]
+        result = []
         window = int(np.searchsorted(window_starts, begin, side="right")) - 1
         while begin < end:
-            window_begin, window_end = window_starts[window], min(window_starts[window + 1], end)
-            parts.append(self._window(epoch, window)[begin - window_begin : window_end - window_begin])
-            begin, window = window_end, window + 1
-        return np.concatenate(parts)
+            first, last = int(window_starts[window]), int(window_starts[window + 1])
+            if begin < last:
+                result.append((window, begin - first, min(end, last) - first))
+                begin = min(end, last)
+            window += 1
+        return result
+
+    def window(self, epoch: int, window: int) -> np.ndarray:
+        """Users of one window in their shuffled order: int64 [n, 2] pairs (block, row)."""
+        return self._window(epoch, window)
 
     def _shuffle_blocks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's block order, and each window's first position in the permutation (and, last, U)."""

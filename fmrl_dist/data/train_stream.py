@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -55,8 +54,28 @@ class LaneWindows:
         )
 
 
+@dataclass(frozen=True)
+class ShuffledUsers:
+    """Whole histories of a window of blocks, in the order in which an epoch takes them."""
+
+    users: np.ndarray  # int64 [n]
+    lengths: np.ndarray  # int64 [n], events of each
+    there: np.ndarray  # bool [n], false for users of blocks that are left out
+    starts: np.ndarray  # int64 [n + 1]
+    events: np.ndarray  # int64, items of one history after the other
+    damaged: np.ndarray  # int64, blocks that could not be read
+
+    def take(self, first: int, last: int) -> ShuffledUsers:
+        """Positions ``first`` … ``last - 1``, those that are there."""
+        there, begin, end = self.there[first:last], self.starts[first], self.starts[last]
+        users, lengths = self.users[first:last][there], self.lengths[first:last][there]
+        return ShuffledUsers(users, lengths, there[there], _starts(lengths), self.events[begin:end], self.damaged)
+
+
 class TrainStream:
     """Training batches of a store.
+
+    It holds the windows of blocks that the last step read from, one or two for each lane.
 
     Args:
         store: an open store.
@@ -83,7 +102,7 @@ class TrainStream:
         self._max_length, self._windows, self._predict_first = max_length, windows, predict_first
         self._sampler, self._share_negatives = sampler, share_negatives
         self._skipped = frozenset(skipped)
-        self._read_block = lru_cache(maxsize=order.lanes * order.window_blocks)(self._read_block_once)
+        self._held: dict[tuple[int, int], ShuffledUsers] = {}  # by epoch and number
 
     def batch(self, epoch: int, step: int, lanes: Sequence[int]) -> Packed:
         """The windows of the given lanes at ``step`` of ``epoch``; may be empty.
@@ -104,27 +123,33 @@ class TrainStream:
         for row, lane in enumerate(drawn_lanes):
             drawn[row] = self._sampler.lane(run_step, lane)  # type: ignore[union-attr]  # no sampler, no lanes
 
-        pairs_of_lanes = [self.order.batch(epoch, step, lane) for lane in read_lanes]
-        lanes_of_users = np.repeat(np.asarray(read_lanes, np.int64), [len(pairs) for pairs in pairs_of_lanes])
-        pairs = np.concatenate([np.empty((0, 2), np.int64), *pairs_of_lanes])
-        kept, damaged = self._readable(pairs[:, 0])
-        lanes_of_users, pairs = lanes_of_users[kept], pairs[kept]
-        users, events, begins, ends = self._gather(pairs)
-        owner, first, last = target_windows(ends - begins, self._max_length, self._windows, self._predict_first)
+        spans = [(lane, *span) for lane in read_lanes for span in self.order.spans(epoch, step, lane)]
+        self._held = {  # those of the last step are read already, others are no longer needed
+            key: self._held.get(key) or self._read_window(*key) for key in {(epoch, span[1]) for span in spans}
+        }
+        parts = [self._held[epoch, window].take(first, last) for _, window, first, last in spans]
+        lanes_of_users = np.repeat(np.array([span[0] for span in spans], np.int64), [len(part.users) for part in parts])
+        users, lengths, events = (
+            np.concatenate([np.empty(0, np.int64), *(getattr(part, name) for part in parts)])
+            for name in ("users", "lengths", "events")
+        )
+        ends = np.cumsum(lengths)
+        begins = ends - lengths
+        owner, first, last = target_windows(lengths, self._max_length, self._windows, self._predict_first)
         first, last = first + begins[owner], last + begins[owner]  # rows in events
         from_start = first == begins[owner]
         input_first = first - ~from_start  # of each target the event before it; item 1 has only the start position
-        lengths = last - 1 - input_first
+        num_inputs = last - 1 - input_first
         return LaneWindows(
             lanes=lanes_of_users[owner],
             users=users[owner],
-            items=events[ragged_rows(input_first, lengths)],
-            lengths=lengths,
+            items=events[ragged_rows(input_first, num_inputs)],
+            lengths=num_inputs,
             from_start=from_start,
             targets=events[ragged_rows(first, last - first)],
             drawn_lanes=np.asarray(drawn_lanes, np.int64),
             drawn=drawn,
-            damaged=damaged,
+            damaged=np.unique(np.concatenate([np.empty(0, np.int64), *(w.damaged for w in self._held.values())])),
         )
 
     def pack(self, parts: Sequence[LaneWindows], lanes: Sequence[int]) -> Packed:
@@ -161,31 +186,28 @@ class TrainStream:
             negative_starts=torch.from_numpy(_starts(np.array([len(ids) for ids, _ in groups]))),
         )
 
-    def _readable(self, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which of the users' blocks [n] are there: bool [n]; and the numbers of those that turned out damaged."""
-        numbers = [int(b) for b in np.unique(blocks) if int(b) not in self._skipped]
-        damaged = [b for b in numbers if self._read_block(b) is None]
-        left_out = np.array([*self._skipped, *damaged], np.int64)
-        return ~np.isin(blocks, left_out), np.array(damaged, np.int64)
-
-    def _read_block_once(self, number: int) -> dict[str, np.ndarray] | None:
-        return self._store.read_or_skip(self._blocks[number])
-
-    def _gather(self, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Users and the begin and end of each one's events, for (block, row) pairs, over the blocks' joint events."""
-        blocks, which = np.unique(pairs[:, 0], return_inverse=True)
-        arrays = [block for b in blocks if (block := self._read_block(int(b))) is not None]
-        events = np.concatenate([np.empty(0, np.int64), *(a["items"] for a in arrays)])
-        users, begins, ends = (np.empty(len(pairs), np.int64) for _ in range(3))
-        base = 0
-        for i, block in enumerate(arrays):
-            chosen = which == i
+    def _read_window(self, epoch: int, window: int) -> ShuffledUsers:
+        """The blocks of a window, their users in the epoch's order."""
+        pairs = self.order.window(epoch, window)
+        numbers, which = np.unique(pairs[:, 0], return_inverse=True)
+        users, begins, lengths = (np.zeros(len(pairs), np.int64) for _ in range(3))
+        there = np.zeros(len(pairs), np.bool_)
+        events, damaged, base = [np.empty(0, np.int64)], [], 0
+        for i, number in enumerate(numbers.tolist()):
+            if number in self._skipped:
+                continue
+            block = self._store.read_or_skip(self._blocks[number])
+            if block is None:
+                damaged.append(number)
+                continue
+            chosen = np.flatnonzero(which == i)
             rows = pairs[chosen, 1]
-            users[chosen] = block["users"][rows]
-            begins[chosen] = base + block["starts"][rows]
-            ends[chosen] = base + block["starts"][rows + 1]
+            users[chosen], begins[chosen], there[chosen] = block["users"][rows], base + block["starts"][rows], True
+            lengths[chosen] = block["starts"][rows + 1] - block["starts"][rows]
+            events.append(block["items"])
             base += len(block["items"])
-        return users, events, begins, ends
+        shuffled = np.concatenate(events)[ragged_rows(begins, lengths)]
+        return ShuffledUsers(users, lengths, there, _starts(lengths), shuffled, np.array(damaged, np.int64))
 
 
 def _starts(lengths: np.ndarray) -> np.ndarray:

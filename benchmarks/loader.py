@@ -1,0 +1,162 @@
+"""``python -m benchmarks.loader [--events N]``: how fast histories are read, and in how much memory.
+
+Histories are generated, built into a store, and read once by each of four readers, in one process and interleaved:
+
+    ours, batches    an epoch in shuffled order: checked against hashes, packed into training batches of 512
+    ours, blocks     every block in the store's order, checked against hashes and manifest, as arrays
+    webdataset       the same tars by stock webdataset, decoded to arrays; no hash, no order, no batch
+    Parquet          the table that the store was built from, by pyarrow, record batch by record batch
+
+The first does more than the others: shuffling and packing are what they leave to their user. With ``--memory`` one
+epoch of ours is read by itself in a fresh process, and the growth of its anonymous memory is told from a tenth of the
+epoch on, when the windows of all lanes are full.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmarks import describe_setting
+from benchmarks.timing import in_child, interleave
+from fmrl_dist.config import load_config
+from fmrl_dist.data.order import Order
+from fmrl_dist.data.store import Store
+from fmrl_dist.data.train_stream import TrainStream
+from shards.build import build
+
+NUM_ITEMS, MEAN_EVENTS, USERS_AT_ONCE, BATCH, LANES = 100_000, 20, 50_000, 512, 16
+
+
+def write_raw(folder: Path, num_events: int) -> None:
+    """Tables of items and of histories of 3 to 37 events, written some users at a time."""
+    generator = np.random.default_rng(0)
+    folder.mkdir(exist_ok=True)
+    pq.write_table(pa.table({"item_id": np.arange(NUM_ITEMS)}), folder / "items.parquet")
+    np.save(folder / "vector.npy", generator.standard_normal((NUM_ITEMS, 8), np.float32))
+    schema = pa.schema({"user_id": pa.int64(), "item_ids": pa.list_(pa.int64())})
+    num_users, first = num_events // MEAN_EVENTS, 0
+    with pq.ParquetWriter(folder / "sequences.parquet", schema) as writer:
+        while first < num_users:
+            users = np.arange(first, min(first + USERS_AT_ONCE, num_users))
+            starts = np.concatenate(([0], np.cumsum(generator.integers(3, 2 * MEAN_EVENTS - 2, len(users)))))
+            items = pa.array(generator.integers(NUM_ITEMS, size=starts[-1]))
+            lists = pa.ListArray.from_arrays(pa.array(starts, pa.int32()), items)
+            writer.write_table(pa.table([pa.array(users), lists], schema=schema))
+            first += USERS_AT_ONCE
+
+
+def build_store(folder: Path) -> None:
+    words = ["--data.root", str(folder), "--store.path", str(folder / "store"), "--data.demo", "null"]
+    words += ["--data.items.path", "items.parquet", "--data.items.title", "''"]
+    words += ["--data.sequences.path", "sequences.parquet", "--data.sequences.times", "''"]
+    build(load_config(None, [*words, "--data.features", "{vector: {source: npy, path: vector.npy}}"]))
+
+
+def make_stream(store: Store) -> TrainStream:
+    order = Order([block.count for block in store.manifest.splits["train"]], BATCH, LANES, seed=0)
+    return TrainStream(store, order, 50, "last", predict_first=True)
+
+
+def read_batches(store: Store, _round: int) -> None:
+    stream = make_stream(store)
+    for step in range(stream.order.steps_per_epoch):
+        stream.batch(0, step, range(LANES))
+
+
+def read_blocks(store: Store, _round: int) -> None:
+    for block in store.manifest.splits["train"]:
+        store.read_block(block)
+
+
+def read_webdataset(store: Store, _round: int) -> None:
+    import webdataset
+
+    shards = [str(store.path / shard.name) for shard in store.manifest.shards if shard.name.startswith("train-")]
+    for sample in webdataset.WebDataset(shards, shardshuffle=False).decode():
+        _ = sample["users.npy"], sample["starts.npy"], sample["items.npy"]
+
+
+def read_parquet(store: Store, _round: int) -> None:
+    for batch in pq.ParquetFile(store.path.parent / "sequences.parquet").iter_batches(batch_size=256):
+        lists = batch.column("item_ids")
+        _ = batch.column("user_id").to_numpy(), lists.offsets.to_numpy(), lists.values.to_numpy()
+
+
+def anonymous_mb() -> float:
+    """Resident memory of this process that no file stands behind (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1000
+
+
+def read_and_weigh(folder: Path) -> None:
+    """One epoch in this process: rate, and memory at a tenth, the highest after, and at the end."""
+    stream, began, num_users, num_targets = make_stream(Store.open(folder / "store")), time.perf_counter(), 0, 0
+    steps, seen = stream.order.steps_per_epoch, []
+    for step in range(steps):
+        batch = stream.batch(0, step, range(LANES))
+        num_users += len(batch.users)
+        num_targets += len(batch.targets)
+        if step >= steps // 10 and step % max(steps // 500, 1) == 0:
+            seen.append(anonymous_mb())
+    seconds = time.perf_counter() - began
+    print(
+        f"one epoch: {num_users:,} users and {num_targets:,} targets in {seconds:.0f} s, "
+        f"{num_users / seconds:,.0f} users/s; anonymous memory {seen[0]:.0f} MB at a tenth, "
+        f"{max(seen):.0f} MB at most, {seen[-1]:.0f} MB at the end"
+    )
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=__doc__)
+    parser.add_argument("--events", type=int, default=2_000_000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory", action="store_true", help="one epoch of ours alone, and its memory")
+    parser.add_argument("--weigh", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.weigh:
+        read_and_weigh(arguments.weigh)
+        return
+    print("\n".join(f"{name}: {value}" for name, value in describe_setting().items()), flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        began = time.perf_counter()
+        write_raw(folder, arguments.events)
+        written = time.perf_counter()
+        build_store(folder)
+        store = Store.open(folder / "store")
+        blocks = store.manifest.splits["train"]
+        users, events = sum(block.count for block in blocks), sum(block.events for block in blocks)
+        print(
+            f"{store.manifest.num_events:,} events of {users:,} users ({events:,} in the training split, "
+            f"{len(blocks):,} blocks); generated in {written - began:.0f} s, "
+            f"built in {time.perf_counter() - written:.0f} s"
+        )
+        if arguments.memory:
+            print(in_child("benchmarks.loader", "--weigh", str(folder)), end="")
+            return
+        sides = {
+            "ours, batches": read_batches,
+            "ours, blocks": read_blocks,
+            "webdataset": read_webdataset,
+            "Parquet": read_parquet,
+        }
+        timings = interleave({name: partial(read, store) for name, read in sides.items()}, arguments.rounds)
+        for name, timing in timings.items():
+            print(
+                f"{name:14} {users / timing.median:>12,.0f} users/s {events / timing.median:>14,.0f} events/s; "
+                f"webdataset takes {timings['webdataset'].over(timing)} times as long, Parquet "
+                f"{timings['Parquet'].over(timing)}"
+            )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
