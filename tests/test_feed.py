@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 import signal
@@ -56,7 +55,7 @@ def make_stream(config: Config, access: StoreConfig | None = None, skipped: Sequ
 
 def digest(batch: Packed) -> str:
     """Of every tensor of a batch, with its dtype."""
-    arrays = [getattr(batch, f.name).numpy() for f in dataclasses.fields(batch)]
+    arrays = [tensor.numpy() for tensor in batch.tensors.values()]
     return hashlib.sha256(b"".join(str(a.dtype).encode() + a.tobytes() for a in arrays)).hexdigest()
 
 
