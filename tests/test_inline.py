@@ -242,7 +242,7 @@ def loaded(shop: Path, kind: str, scope: str, *words: str) -> Config:
     return load_config(shop, ["--loss.negatives", kind, "--loss.scope", scope, *words])
 
 
-def streams(config: Config, store: Store) -> tuple[TrainStream, TrainStream]:
+def streams(config: Config, store: Store, predict_first: bool = True) -> tuple[TrainStream, TrainStream]:
     """The inline stream, and one over a table, with the same negatives."""
     order = Order([block.count for block in store.manifest.splits["train"]], 16, 16, 0, window_blocks=3)
     sampler = make_sampler(config, store)
@@ -250,7 +250,7 @@ def streams(config: Config, store: Store) -> tuple[TrainStream, TrainStream]:
     walk = ItemWalk(store, DIMS, sampler.num_drawn, 0)
     walking = WalkingSampler(NUM_ITEMS, sampler.num_drawn, 0, None, sampler._target_log_shares)
     walking.walk = walk
-    settings = (store, order, 4, "all", True)
+    settings = (store, order, 4, "all", predict_first)
     shared = config.loss.scope == "batch"
     return TrainStream(*settings, sampler, shared, (), walk), TrainStream(*settings, walking, shared)
 
@@ -302,7 +302,7 @@ def test_batches_are_the_same_for_any_workers(
 
 
 def test_a_batch_brings_just_the_items_that_it_needs(shop: Path, store: Store) -> None:
-    stream, _ = streams(loaded(shop, "mixed", "batch"), store)
+    stream, _ = streams(loaded(shop, "mixed", "batch"), store, predict_first=False)
     batch = stream.batch(0, 2, [4, 5])
     tensors = batch.tensors
     needed = torch.cat([tensors[name] for name in ("items", "targets", "negatives")]).unique()
