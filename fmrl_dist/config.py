@@ -225,6 +225,7 @@ class TrainConfig:
     schedule_epochs: int = 0  # length of the cosine; 0: train.epochs
     batch_size: int = 32  # histories, over all ranks
     lanes: int = 0  # 0: the largest divisor of batch_size up to 16
+    micro_batches: int = 1  # into how many a rank divides its lanes' batch, to hold one at a time
     shuffle_blocks: int = 64  # blocks whose users are shuffled together; each lane's reader holds that many
     lr: float = 1e-3
     min_lr_ratio: float = 0.0
@@ -248,7 +249,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require_choice("train.precision", self.precision, ("fp32", "bf16"))
         require_at_least(self, "train", 1, "epochs", "batch_size", "log_every_steps")
-        require_at_least(self, "train", 1, "shuffle_blocks", "keep_checkpoints")
+        require_at_least(self, "train", 1, "micro_batches", "shuffle_blocks", "keep_checkpoints")
         require_at_least(self, "train", 0, "max_steps", "schedule_epochs", "warmup_steps", "checkpoint_every_steps")
         require_at_least(self, "train", 0, "checkpoint_every_minutes", "workers")
         require_at_least(self, "train", 0, "lanes", "patience", "seed", "min_lr_ratio", "weight_decay")

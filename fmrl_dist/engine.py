@@ -1,7 +1,8 @@
 """What differs between data parallelism and DeepSpeed, behind one face, so that ``train.py`` shows one loop.
 
     one process, DDP   DDP averages the gradients, we clip and apply them; each rank has the whole optimiser
-    ZeRO 1, 2          DeepSpeed averages, clips and applies; each rank has a share of the moments (2: and gradients)
+    ZeRO 1, 2, 3       DeepSpeed averages, clips and applies; each rank has a share of the moments (2: and of the
+                       gradients, 3: and of the weights)
 
 Both use our AdamW with our parameter groups, in float32, and give the whole optimiser's state to a checkpoint, so that
 a run goes on under the other engine or with another number of ranks. DeepSpeed's own checkpoints are pickles that fit
@@ -10,30 +11,43 @@ one number of ranks only.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from fmrl_dist.checkpoint import optimizer_tensors, restore_optimizer
 from fmrl_dist.data.histories import Packed
 from fmrl_dist.runtime import Runtime
 from fmrl_dist.training_module import TrainingModule
 
+LossOf = Callable[[Tensor], Tensor]
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, as torch names them
 
 
 class Engine(Protocol):
     """A training module and its AdamW, as all ranks run them together."""
 
-    def __call__(self, batch: Packed) -> Tensor:
-        """Loss sums [S] of this rank's batch."""
+    def add_gradients(self, batch: Packed, loss_of: LossOf, last: bool) -> Tensor:
+        """Add the gradients of one micro-batch to the step's, and average them over the ranks at the ``last``.
 
-    def backward(self, loss: Tensor) -> None:
-        """Gradients of this rank's loss, averaged over the ranks."""
+        Args:
+            batch: this rank's micro-batch.
+            loss_of: the loss to differentiate, [], from the micro-batch's loss sums.
+            last: whether it is the last one of the step; every rank has as many.
+
+        Returns:
+            Loss sums [S] of the micro-batch, without a graph.
+        """
 
     def clip_and_step(self) -> Tensor:
         """Clip the gradients of all parameters together, take the step, forget them; their norm before clipping, []."""
+
+    def whole_weights(self) -> AbstractContextManager[None]:
+        """While it lasts, the model's weights are whole on every rank; all ranks enter together."""
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """``<moment>/<parameter>`` of all parameters, on rank 0; others get nothing, but every rank has to ask."""
@@ -51,18 +65,21 @@ class DataParallelEngine:
         self._runtime, self._module, self._optimizer, self._clip_norm = runtime, module, optimizer, clip_norm
         self._wrapped = runtime.accelerator.prepare_model(module)
 
-    def __call__(self, batch: Packed) -> Tensor:
-        loss_sums: Tensor = self._wrapped(batch)
-        return loss_sums
-
-    def backward(self, loss: Tensor) -> None:
-        self._runtime.accelerator.backward(loss)
+    def add_gradients(self, batch: Packed, loss_of: LossOf, last: bool) -> Tensor:
+        accelerator = self._runtime.accelerator
+        with nullcontext() if last else accelerator.no_sync(self._wrapped):
+            loss_sums: Tensor = self._wrapped(batch)
+            accelerator.backward(loss_of(loss_sums))
+        return loss_sums.detach()
 
     def clip_and_step(self) -> Tensor:
         norm = torch.nn.utils.clip_grad_norm_(self._module.parameters(), self._clip_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
         return norm
+
+    def whole_weights(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         return optimizer_tensors(self._module.model, self._optimizer) if self._runtime.is_main else {}
@@ -71,14 +88,34 @@ class DataParallelEngine:
         restore_optimizer(self._module.model, self._optimizer, tensors)
 
 
+class Leaf(nn.Module):
+    """A training module with an input that wants a gradient.
+
+    DeepSpeed takes the gradients of a leaf when that of its input is there; without one, before there are any.
+    """
+
+    def __init__(self, module: TrainingModule) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, batch: Packed, zero: Tensor) -> Tensor:
+        loss_sums: Tensor = self.module(batch) + zero
+        return loss_sums
+
+
 class ZeroEngine:
-    """DeepSpeed's ZeRO 1 or 2: AdamW runs on this rank's share of each parameter group, laid out flat."""
+    """DeepSpeed's ZeRO 1 to 3: AdamW runs on this rank's share of the parameters, laid out flat.
+
+    Under ZeRO 3 the whole training module is one leaf: all its parameters are gathered for a forward or backward pass,
+    since the loss uses the projection in a backward pass of its own, and let go afterwards.
+    """
 
     def __init__(
         self, runtime: Runtime, module: TrainingModule, optimizer: torch.optim.Optimizer, clip_norm: float
     ) -> None:
         self._runtime, self._model, self._optimizer = runtime, module.model, optimizer
         plugin = runtime.accelerator.deepspeed_plugin
+        self._partitioned = plugin.zero_stage == 3
         plugin.deepspeed_config |= {
             "gradient_clipping": clip_norm,
             # No loader is prepared that could tell it. DeepSpeed only reports its speed with it: batches are ours.
@@ -87,25 +124,41 @@ class ZeroEngine:
             "gradient_accumulation_steps": 1,
             "zero_force_ds_cpu_optimizer": False,  # offloaded, too, the optimiser is our AdamW
         }
-        self._engine: Any = runtime.accelerator.prepare(module, optimizer)[0]
+        whole = Leaf(module)
+        if self._partitioned:
+            from deepspeed.utils import set_z3_leaf_modules
+
+            set_z3_leaf_modules(whole, [Leaf])
+        self._engine: Any = runtime.accelerator.prepare(whole, optimizer)[0]
         # DeepSpeed would link parameters to moments after the first group's first step, and so miss the second group's:
         # as AdamW would begin them, they are all there before.
-        for group in optimizer.param_groups:
-            (share,) = group["params"]
+        zero = self._engine.optimizer
+        flat = zero.fp32_partitioned_groups_flat if self._partitioned else zero.single_partition_of_fp32_groups
+        for share in flat:
             zeros = {moment: torch.zeros_like(share, requires_grad=False) for moment in MOMENTS}
             optimizer.state[share] = {"step": torch.tensor(0.0), **zeros}
-        self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+        if not self._partitioned:
+            zero._lazy_init_hp_params_optimizer_state()
 
-    def __call__(self, batch: Packed) -> Tensor:
-        loss_sums: Tensor = self._engine(batch)
-        return loss_sums
-
-    def backward(self, loss: Tensor) -> None:
-        self._engine.backward(loss)
+    def add_gradients(self, batch: Packed, loss_of: LossOf, last: bool) -> Tensor:
+        loss_sums: Tensor = self._engine(batch, torch.zeros((), device=self._runtime.device, requires_grad=True))
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss_of(loss_sums))
+        return loss_sums.detach()
 
     def clip_and_step(self) -> Tensor:
         self._engine.step()  # skipped by DeepSpeed where the norm is not finite; the norm says so
         return torch.as_tensor(self._engine.get_global_grad_norm(), device=self._runtime.device)
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        if not self._partitioned:
+            yield
+            return
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters(list(self._model.parameters())):
+            yield
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -115,7 +168,7 @@ class ZeroEngine:
         for name, parameter in self._model.named_parameters():
             # DeepSpeed knows nothing of a parameter without elements (the projection of no features).
             whole = {
-                moment: safe_get_full_optimizer_state(parameter, moment) if parameter.numel() else parameter.detach()
+                moment: safe_get_full_optimizer_state(parameter, moment) if _numel(parameter) else parameter.detach()
                 for moment in MOMENTS
             }
             if self._runtime.is_main:
@@ -124,16 +177,26 @@ class ZeroEngine:
         return tensors
 
     def restore_optimizer(self, tensors: dict[str, Tensor]) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
+        rank, world_size = self._runtime.rank, self._runtime.world_size
         for name, parameter in self._model.named_parameters():
-            for moment in MOMENTS:
+            for moment in MOMENTS if _numel(parameter) else ():
                 whole = tensors[f"{moment}/{name}"].to(self._runtime.device)
-                safe_set_full_optimizer_state(parameter, whole, moment)
+                if self._partitioned:  # equal shares, the last of which may reach beyond the end
+                    shares = F.pad(whole.flatten(), (0, -whole.numel() % world_size)).view(world_size, -1)
+                    safe_set_local_optimizer_state(parameter, shares[rank], moment)
+                else:
+                    safe_set_full_optimizer_state(parameter, whole, moment)
         # Every parameter takes part in every step: any one's count stands for all.
         step = next(tensor for name, tensor in tensors.items() if name.startswith("step/"))
         for state in self._optimizer.state.values():
             state["step"].copy_(step)
+
+
+def _numel(parameter: Tensor) -> int:
+    """Elements of the whole parameter; ZeRO 3 leaves an empty one in its place between passes."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def prepare_engine(

@@ -153,9 +153,10 @@ def launched_precision(environment: os._Environ[str] | dict[str, str], configure
 
 
 def refuse_accumulation(environment: os._Environ[str] | dict[str, str]) -> None:
-    """The launcher's accumulation would only divide the loss: the batch of a step is ``train.batch_size``."""
+    """The launcher's accumulation would only divide the loss: ``train.micro_batches`` is ours."""
     steps = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     require(
         steps in ("1", "auto"),
-        f"the launcher asks for {steps} gradient accumulation steps; accumulation is not supported, expected 1",
+        f"the launcher asks for {steps} gradient accumulation steps; expected 1: train.micro_batches splits a rank's "
+        "share of the batch",
     )

@@ -12,7 +12,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -178,26 +180,25 @@ def _train_steps(run: Run, resume_from: Checkpoint | None) -> None:
                 break
             epoch = step // order.steps_per_epoch
             with meter.waiting():
-                batch, damaged = feed.batch(step)
+                batches, damaged = feed.batches(step)
             num_targets, num_damaged, save_is_due = agree(
-                runtime, len(batch.targets), len(damaged), runtime.is_main and clock.is_due()
+                runtime, count_targets(batches), len(damaged), runtime.is_main and clock.is_due()
             )
             if num_damaged:
                 leave_out(run, state, damaged)
                 feed.change_stream(make_stream(run, sampler, state))
-                batch, _ = feed.batch(step)
-                num_targets, *_ = agree(runtime, len(batch.targets), 0, 0)
-            batch = batch.to(runtime.device)
+                batches, _ = feed.batches(step)
+                num_targets, *_ = agree(runtime, count_targets(batches), 0, 0)
 
             seed_dropout(config.train.seed, step, runtime.rank)
-            loss_sums = engine(batch)  # [S]
-            # Engines average gradients over ranks: times the world size they are sums, over the global count.
-            loss = (weights_S @ loss_sums) / weights_S.sum() * runtime.world_size / max(num_targets, 1)
-            engine.backward(loss)
+            loss_of = partial(mean_loss, weights_S, runtime.world_size, num_targets)
+            loss_sums = torch.zeros_like(weights_S)
+            for number, batch in enumerate(batches, 1):
+                loss_sums += engine.add_gradients(batch.to(runtime.device), loss_of, last=number == len(batches))
             lr = set_learning_rate(learner.optimizer, run, step)
             grad_norm = engine.clip_and_step()
-            stop_if_not_finite(runtime, step + 1, grad_norm, loss_sums, batch)
-            meter.add(loss_sums.detach(), num_targets)
+            stop_if_not_finite(runtime, step + 1, grad_norm, loss_sums, batches)
+            meter.add(loss_sums, num_targets)
 
             state.step = step + 1
             evaluate_now = state.step % run.evaluate_every_steps == 0 or state.step == run.total_steps
@@ -208,7 +209,8 @@ def _train_steps(run: Run, resume_from: Checkpoint | None) -> None:
                 logbook.write({"step": state.step, "epoch": epoch, "split": "train"} | record)
                 progress.update(state.step, meter.line(record))
             if evaluate_now:
-                record = validate(run, learner.module)
+                with engine.whole_weights():
+                    record = validate(run, learner.module)
                 logbook.write({"step": state.step, "epoch": epoch, "split": "valid"} | record)
                 update_early_stopping(config, state, record)
                 progress.say(describe_validation(config, state, epoch, record))
@@ -243,7 +245,16 @@ def make_stream(run: Run, sampler: NegativeSampler | None, state: TrainState) ->
 def make_feed(run: Run, stream: TrainStream) -> BatchFeed:
     """This rank's lanes of the stream, read ahead."""
     train, lanes = run.config.train, run.runtime.my_share(run.order.lanes)
-    return BatchFeed(stream, lanes, run.total_steps, train.workers, train.worker_timeout_s)
+    return BatchFeed(stream, lanes, run.total_steps, train.workers, train.worker_timeout_s, train.micro_batches)
+
+
+def mean_loss(weights_S: Tensor, world_size: int, num_targets: int, loss_sums: Tensor) -> Tensor:
+    """What to differentiate, []: engines average over ranks; times their number it is a sum over the global count."""
+    return (weights_S @ loss_sums) / weights_S.sum() * world_size / max(num_targets, 1)
+
+
+def count_targets(batches: Sequence[Packed]) -> int:
+    return sum(len(batch.targets) for batch in batches)
 
 
 def agree(runtime: Runtime, *counts: int) -> list[int]:
@@ -324,8 +335,9 @@ def ranked_catalogue(run: Run, module: TrainingModule) -> Catalogue:
 def save(run: Run, learner: Learner, state: TrainState, writer: CheckpointWriter) -> None:
     """Take a checkpoint: every rank gives its share of the optimiser, rank 0 writes the whole."""
     moments = learner.engine.optimizer_tensors()
-    if run.runtime.is_main:
-        writer.save(state, learner.module.model.state_dict(), moments)
+    with learner.engine.whole_weights():
+        if run.runtime.is_main:
+            writer.save(state, learner.module.model.state_dict(), moments)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, run: Run, step: int) -> float:
@@ -352,7 +364,9 @@ def seed_dropout(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
 
 
-def stop_if_not_finite(runtime: Runtime, step: int, grad_norm: Tensor, loss_sums: Tensor, batch: Packed) -> None:
+def stop_if_not_finite(
+    runtime: Runtime, step: int, grad_norm: Tensor, loss_sums: Tensor, batches: Sequence[Packed]
+) -> None:
     """End all ranks, naming step and users, before a NaN reaches a checkpoint.
 
     The gradients are summed over ranks, so every rank sees the same norm; a loss is its rank's own.
@@ -361,7 +375,7 @@ def stop_if_not_finite(runtime: Runtime, step: int, grad_norm: Tensor, loss_sums
     if not bool(runtime.sum((~healthy).long())):
         return
     finite = bool(torch.isfinite(loss_sums).all())
-    users = "" if finite else f"; users of the batch: {batch.users[:8].tolist()}…"
+    users = "" if finite else f"; users of the batch: {[u for b in batches for u in b.users.tolist()][:8]}…"
     raise FloatingPointError(
         f"step {step}, rank {runtime.rank}: {'gradient' if finite else 'loss'} is not finite{users}. "
         "The last checkpoint is untouched; lower train.lr, or look for extreme features with shards.verify"

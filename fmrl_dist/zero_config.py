@@ -1,4 +1,4 @@
-"""What a launcher may ask of DeepSpeed: ZeRO 1 or 2 in float32. Everything else is refused in one line.
+"""What a launcher may ask of DeepSpeed: ZeRO 1, 2 or 3 in float32. Everything else is refused in one line.
 
 Clipping, optimiser, learning rate and batch size come from our own configuration, so that a run is the same under every
 engine. DeepSpeed's bf16 and fp16 would cast every parameter, Λ's angle θ among them, which in bf16 is off by up to
@@ -16,7 +16,7 @@ from accelerate.utils import DeepSpeedPlugin
 
 from fmrl_dist.errors import UserError, require
 
-STAGES = (1, 2)
+STAGES = (1, 2, 3)
 CASTS = ("fp16", "bf16", "amp", "torch_autocast")  # sections with a key ``enabled``
 OURS = {  # DeepSpeed's key → what decides it here
     "train_batch_size": "train.batch_size",
@@ -66,8 +66,7 @@ def check_zero_config(config: dict[str, Any], source: str) -> None:
     stage = config["zero_optimization"].get("stage", 0)
     require(
         stage in STAGES,
-        f"DeepSpeed config {source} asks for ZeRO {stage}; expected 1 or 2 (0 is accelerate launch --multi_gpu, "
-        "3 is not supported: validation reads whole weights outside the engine)",
+        f"DeepSpeed config {source} asks for ZeRO {stage}; expected 1, 2 or 3 (0 is accelerate launch --multi_gpu)",
     )
     for section in CASTS:
         enabled = str(config.get(section, {}).get("enabled", False)).lower()
@@ -79,7 +78,8 @@ def check_zero_config(config: dict[str, Any], source: str) -> None:
     steps = config.get("gradient_accumulation_steps", 1)
     require(
         steps in (1, "auto"),
-        f"DeepSpeed config {source} has gradient_accumulation_steps {steps}; accumulation is not supported, expected 1",
+        f"DeepSpeed config {source} has gradient_accumulation_steps {steps}; expected 1: train.micro_batches "
+        "splits a rank's share of the batch",
     )
     for key, decides in OURS.items():
         require(

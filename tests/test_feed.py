@@ -63,7 +63,7 @@ def digest(batch: Packed) -> str:
 def read(stream: TrainStream, lanes: Sequence[int], workers: int, first: int = 0) -> list[Packed]:
     """The batches from step ``first`` to the end, read ahead by ``workers``."""
     with BatchFeed(stream, lanes, TOTAL_STEPS, workers, timeout_s=60) as feed:
-        return [feed.batch(step)[0] for step in range(first, TOTAL_STEPS)]
+        return [feed.batches(step)[0][0] for step in range(first, TOTAL_STEPS)]
 
 
 def read_on_each_rank(config: str, words: list[str]) -> dict[str, list[Any]]:
@@ -99,7 +99,9 @@ def test_a_feed_begins_anywhere(workers: int, lanes: Sequence[int], shop: Path) 
     whole = [digest(stream.batch(*divmod(step, STEPS_PER_EPOCH), lanes)) for step in range(TOTAL_STEPS)]
     assert [*map(digest, read(stream, lanes, workers, first=STEPS_PER_EPOCH - 1))] == whole[STEPS_PER_EPOCH - 1 :]
     with BatchFeed(stream, lanes, TOTAL_STEPS, workers, timeout_s=60) as feed:
-        assert [digest(feed.batch(step)[0]) for step in (5, 6, 2, 3, 18)] == [whole[step] for step in (5, 6, 2, 3, 18)]
+        assert [digest(feed.batches(step)[0][0]) for step in (5, 6, 2, 3, 18)] == [
+            whole[step] for step in (5, 6, 2, 3, 18)
+        ]
 
 
 def test_beginning_in_the_middle_reads_no_more_blocks(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,8 +116,8 @@ def test_beginning_in_the_middle_reads_no_more_blocks(shop: Path, monkeypatch: p
     stream = make_stream(load_config(shop))
     monkeypatch.setattr(Store, "read_block", note)
     with BatchFeed(stream, [5], TOTAL_STEPS, 0, timeout_s=60) as feed:
-        feed.batch(STEPS_PER_EPOCH + 2)
-        feed.batch(STEPS_PER_EPOCH + 3)
+        feed.batches(STEPS_PER_EPOCH + 2)
+        feed.batches(STEPS_PER_EPOCH + 3)
     windows = {window for step in (2, 3) for window, _, _ in stream.order.spans(1, step, 5)}
     assert sorted(block.offset for block in was_read) == sorted(
         Store.open(load_config(shop).store.path).manifest.splits["train"][number].offset
@@ -126,7 +128,7 @@ def test_beginning_in_the_middle_reads_no_more_blocks(shop: Path, monkeypatch: p
 def test_workers_end_with_the_feed(shop: Path) -> None:
     before = set(psutil.Process().children())
     with BatchFeed(make_stream(load_config(shop)), range(16), TOTAL_STEPS, 2, timeout_s=60) as feed:
-        feed.batch(0)
+        feed.batches(0)
         assert len(set(psutil.Process().children()) - before) == 2
     assert set(psutil.Process().children()) == before
 
@@ -141,11 +143,11 @@ def test_a_worker_that_dies_or_stalls_ends_the_run_in_time(fate: int, problem: s
         pytest.raises(UserError, match=rf"died or gave nothing for 2 s \(.*({problem}).*; look for") as error,
         BatchFeed(make_stream(load_config(shop)), range(16), 10**6, 1, timeout_s=2) as feed,
     ):
-        feed.batch(0)
+        feed.batches(0)
         (worker,) = set(psutil.Process().children()) - before
         os.kill(worker.pid, fate)
         for step in range(1, 10**6):
-            feed.batch(step)
+            feed.batches(step)
             assert time.monotonic() - began < 30
     assert "\n" not in str(error.value)
     assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
@@ -241,7 +243,7 @@ def test_a_skipped_block_contributes_nothing_and_shifts_nothing(damaged: tuple[P
         found = set()
         with BatchFeed(stream, range(16), STEPS_PER_EPOCH, 0, timeout_s=60) as feed:
             for step in range(STEPS_PER_EPOCH):
-                batch, blocks = feed.batch(step)
+                (batch,), blocks = feed.batches(step)
                 found |= set(blocks)
                 expected = [user for user in whole.batch(0, step, range(16)).users.tolist() if user not in lost]
                 assert batch.users.tolist() == expected

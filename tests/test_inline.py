@@ -298,7 +298,7 @@ def test_batches_are_the_same_for_any_workers(
     steps = [*range(STEPS_PER_EPOCH - 2, STEPS_PER_EPOCH + 3)]
     expected = [as_lists(stream.batch(step // STEPS_PER_EPOCH, step % STEPS_PER_EPOCH, lanes)) for step in steps]
     with BatchFeed(stream, lanes, steps[-1] + 1, workers, timeout_s=60) as feed:
-        assert [as_lists(feed.batch(step)[0]) for step in steps] == expected
+        assert [as_lists(feed.batches(step)[0][0]) for step in steps] == expected
 
 
 def test_a_batch_brings_just_the_items_that_it_needs(shop: Path, store: Store) -> None:

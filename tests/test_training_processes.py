@@ -92,9 +92,9 @@ def stop_where_one_loss_is_infinite() -> None:
     runtime = start_runtime(1, lanes=2)
     empty = torch.empty(0, dtype=torch.int64)
     batch = Packed(torch.tensor([7, 9]), empty, torch.tensor([0]), torch.empty(0, dtype=torch.bool), empty)
-    train.stop_if_not_finite(runtime, 4, torch.tensor(1.0), torch.tensor([1.0, 2.0]), batch)
+    train.stop_if_not_finite(runtime, 4, torch.tensor(1.0), torch.tensor([1.0, 2.0]), [batch])
     losses = torch.tensor([1.0, math.inf if runtime.rank == 1 else 2.0])
-    train.stop_if_not_finite(runtime, 5, torch.tensor(1.0), losses, batch)
+    train.stop_if_not_finite(runtime, 5, torch.tensor(1.0), losses, [batch])
 
 
 def digest(run: Path) -> list[str]:
@@ -147,6 +147,23 @@ def test_two_then_one_then_two_processes(shop: Path, one: Path, tmp_path: Path) 
         assert found["step"] == expected["step"]
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5), found["step"]
     assert evaluation(run)["sizes"] == evaluation(one)["sizes"]
+
+
+@pytest.mark.parametrize("pieces", [3, 16])
+def test_micro_batches_train_as_the_whole_batch(pieces: int, shop: Path, one: Path, tmp_path: Path) -> None:
+    """Pieces by lanes, some of them empty; in one process and in two, whose gradients meet once a step."""
+    words = [*NO_DROPOUT, "--train.micro_batches", pieces]
+    run_processes(2, train_in_pieces, str(shop), str(tmp_path / "two"), words)
+    train_here(shop, tmp_path / "one", *words)
+    for run in ("one", "two"):
+        for expected, found in zip(records(one), records(tmp_path / run), strict=True):
+            for key in ("loss", "loss@4", "grad_norm"):
+                assert found[key] == pytest.approx(expected[key], rel=1e-5), (run, found["step"], key)
+        assert evaluation(tmp_path / run) == evaluation(one)
+
+
+def train_in_pieces(config: str, folder: str, words: list[str]) -> None:
+    train_here(Path(config), Path(folder), *words)
 
 
 def test_two_processes_evaluate_as_one(two: tuple[Path, list[dict[str, Any]]]) -> None:

@@ -34,19 +34,27 @@ class BatchFeed:
         total_steps: of the whole run; nothing is read beyond.
         num_workers: processes that read ahead; 0 reads when a batch is asked for.
         timeout_s: longest wait for a worker; there is no limit without workers.
+        micro_batches: into how many each batch is divided, by lanes.
     """
 
     def __init__(
-        self, stream: TrainStream, lanes: Sequence[int], total_steps: int, num_workers: int, timeout_s: float
+        self,
+        stream: TrainStream,
+        lanes: Sequence[int],
+        total_steps: int,
+        num_workers: int,
+        timeout_s: float,
+        micro_batches: int = 1,
     ) -> None:
+        self._micro_batches = micro_batches
         self._stream, self._lanes, self._total_steps = stream, lanes, total_steps
         self._num_workers, self._timeout_s = num_workers, timeout_s
         self._next_step = -1
         self._parts: Iterator[LaneWindows | Failure] = iter(())
         self._workers: list[BaseProcess] = []
 
-    def batch(self, step: int) -> tuple[Packed, list[int]]:
-        """This rank's batch at ``step`` of the whole run, and the blocks that were left out of it as damaged.
+    def batches(self, step: int) -> tuple[list[Packed], list[int]]:
+        """This rank's micro-batches at ``step`` of the whole run, and the blocks that were left out as damaged.
 
         Raises:
             UserError: a block is damaged, the source fails, or a worker died or took too long.
@@ -60,7 +68,8 @@ class BatchFeed:
                 raise UserError(part.message)
             parts.append(part)
         self._next_step = step + 1
-        return self._stream.pack(parts, self._lanes), [int(b) for part in parts for b in part.damaged]
+        batches = [self._stream.pack(parts, self._lanes[i :: self._micro_batches]) for i in range(self._micro_batches)]
+        return batches, [int(b) for part in parts for b in part.damaged]
 
     def change_stream(self, stream: TrainStream) -> None:
         """Go on with another stream from the next batch asked for; what was read ahead is dropped."""

@@ -167,7 +167,7 @@ class TrainStream:
         )
 
     def pack(self, parts: Sequence[LaneWindows], lanes: Sequence[int]) -> Packed:
-        """The batch of ``lanes`` from what its readers contributed, whoever read what."""
+        """The batch of ``lanes`` (in order) from what its readers contributed, for these lanes and perhaps others."""
         names = [f.name for f in fields(LaneWindows)]
         joint = LaneWindows(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
         joint = joint.take(np.argsort(joint.lanes, kind="stable"))
@@ -181,11 +181,12 @@ class TrainStream:
         )
         if self._sampler is None:
             return packed
-        drawn = joint.drawn[np.argsort(joint.drawn_lanes)]
+        order = np.argsort(joint.drawn_lanes)
         if self._share_negatives:
             position_starts = np.array([0, len(own.targets)])
-            groups = [self._sampler.negatives(drawn.ravel(), joint.targets)]
+            groups = [self._sampler.negatives(joint.drawn[order].ravel(), joint.targets)]
         else:
+            drawn = joint.drawn[order[np.isin(joint.drawn_lanes[order], lanes)]]
             window_bounds = np.searchsorted(own.lanes, [*lanes, self.order.lanes])
             position_starts = _starts(own.lengths + own.from_start)[window_bounds]
             groups = [
