@@ -240,6 +240,7 @@ class TrainConfig:
     threads: int | str = "auto"  # auto: cores / local ranks
     workers: int = 1  # processes that read ahead, for each rank; 0: read when a step wants it
     worker_timeout_s: float = 600.0  # longest wait for them before the run ends
+    hang_timeout_s: float = 1800.0  # longest step or evaluation; then every rank writes where it stands, and ends
     patience: int = 10  # evaluations without gain before stopping; 0: never
     log_every_steps: int = 10
     checkpoint_every_steps: int = 0  # besides those at every evaluation; 0: no others
@@ -257,7 +258,7 @@ class TrainConfig:
             self.lanes == 0 or self.batch_size % self.lanes == 0,
             f"train.lanes is {self.lanes}, which does not divide train.batch_size {self.batch_size}",
         )
-        for key in ("lr", "eps", "clip_norm", "worker_timeout_s"):
+        for key in ("lr", "eps", "clip_norm", "worker_timeout_s", "hang_timeout_s"):
             require(getattr(self, key) > 0, f"train.{key} is {getattr(self, key)}; expected more than 0")
         for key in ("beta1", "beta2"):
             require(0 <= getattr(self, key) < 1, f"train.{key} is {getattr(self, key)}; expected 0 <= beta < 1")

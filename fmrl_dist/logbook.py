@@ -31,9 +31,7 @@ class Logbook:
         if not enabled:
             return
         path = folder / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
+        write_atomically(path, "".join(kept_lines(path, step)).encode())
         self._file = path.open("a")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -59,6 +57,12 @@ class Logbook:
         for sink in (self._file, self._board):
             if sink is not None:
                 sink.close()
+
+
+def kept_lines(path: Path, step: int) -> list[str]:
+    """Lines of a file of records, up to those of ``step``; none if there is no file."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [f"{line}\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
 
 
 class Progress:

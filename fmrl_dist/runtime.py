@@ -56,6 +56,11 @@ class Runtime:
         total: torch.Tensor = self.accelerator.reduce(tensor, "sum")
         return total
 
+    def gather(self, row: torch.Tensor) -> torch.Tensor:
+        """Each rank's ``row`` [n], all on each of them, [world size, n]."""
+        rows: torch.Tensor = self.accelerator.gather(row[None])
+        return rows
+
     def require_same(self, what: str, value: int) -> None:
         """Refuse to go on with ranks that have read different things: then they do not see the same files."""
         values = self.accelerator.gather(torch.tensor([value], device=self.device)).tolist()

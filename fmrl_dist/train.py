@@ -51,6 +51,7 @@ from fmrl_dist.run_folder import open_run, out_of_patience, schedule_epochs, tra
 from fmrl_dist.runtime import Runtime, start_runtime
 from fmrl_dist.training_module import TrainingModule
 from fmrl_dist.urls import is_url
+from fmrl_dist.watch import Watch
 
 
 def train(config: Config, resume: str | None) -> None:
@@ -174,16 +175,18 @@ def _train_steps(run: Run, resume_from: Checkpoint | None) -> None:
         Logbook(run.folder, state.step, config.run.tensorboard, runtime.is_main) as logbook,
         CheckpointWriter(run.folder / "checkpoints", learner.facts, config.train.keep_checkpoints) as writer,
         make_feed(run, make_stream(run, sampler, state)) as feed,
+        Watch(runtime, run.folder, state.step, learner.module, config.train.hang_timeout_s) as watch,
     ):
         for step in range(state.step, run.total_steps):
             if out_of_patience(config, state.evaluations_without_gain):
                 break
             epoch = step // order.steps_per_epoch
-            with meter.waiting():
+            with meter.waiting(), watch.timing("data_wait_s"):
                 batches, damaged = feed.batches(step)
-            num_targets, num_damaged, save_is_due = agree(
-                runtime, count_targets(batches), len(damaged), runtime.is_main and clock.is_due()
-            )
+            with watch.timing("meeting_s"):
+                num_targets, num_damaged, save_is_due = agree(
+                    runtime, count_targets(batches), len(damaged), runtime.is_main and clock.is_due()
+                )
             if num_damaged:
                 leave_out(run, state, damaged)
                 feed.change_stream(make_stream(run, sampler, state))
@@ -199,6 +202,7 @@ def _train_steps(run: Run, resume_from: Checkpoint | None) -> None:
             grad_norm = engine.clip_and_step()
             stop_if_not_finite(runtime, step + 1, grad_norm, loss_sums, batches)
             meter.add(loss_sums, num_targets)
+            watch.step_is_done()
 
             state.step = step + 1
             evaluate_now = state.step % run.evaluate_every_steps == 0 or state.step == run.total_steps
@@ -207,6 +211,8 @@ def _train_steps(run: Run, resume_from: Checkpoint | None) -> None:
             if state.step % config.train.log_every_steps == 0 or save_now:  # a resumed run has the same records
                 record = meter.record() | {"lr": lr, "grad_norm": float(grad_norm)}
                 logbook.write({"step": state.step, "epoch": epoch, "split": "train"} | record)
+                if slow_ranks := watch.record(state.step):
+                    progress.say(slow_ranks)
                 progress.update(state.step, meter.line(record))
             if evaluate_now:
                 with engine.whole_weights():
@@ -218,6 +224,7 @@ def _train_steps(run: Run, resume_from: Checkpoint | None) -> None:
                 save(run, learner, state, writer)
                 clock.restart()
                 meter.restart_clock()
+                watch.restart_clock()
     progress.close()
     if state.skipped_blocks:
         runtime.say(describe_loss(run, state.skipped_blocks))

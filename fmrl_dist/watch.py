@@ -1,0 +1,156 @@
+"""What each rank spends its time and memory on, which ranks the others wait for, and an end to a run that hangs.
+
+A rank's own work in a step is waiting for data and the forward pass; the backward pass ends when the slowest rank's
+does. A rank whose own work takes much longer than the median rank's keeps all others waiting: it is named.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
+import torch
+from torch import nn
+
+from fmrl_dist.files import write_atomically
+from fmrl_dist.logbook import kept_lines
+from fmrl_dist.runtime import Runtime
+
+FILE = "ranks.jsonl"
+COLUMNS = ("step_s", "data_wait_s", "forward_s", "meeting_s", "memory_mb")
+SLOW_FACTOR = 1.5  # times the median rank's own work
+SLOW_S = 0.01  # a step, at least
+OTHERS_S = 5.0  # for the other ranks to write where they stand, before the launcher ends them
+
+
+class Watch:
+    """Timings and memory of this rank, gathered from all of them. Use it as a context around the steps.
+
+    Args:
+        runtime: this process among the others.
+        folder: of the run; rank 0 writes ``ranks.jsonl`` there: mean seconds a step between two records, and memory
+            (of a GPU the most that was allocated, else resident), of every rank in a list.
+        step: where the run goes on; later records are cut off.
+        module: whose forward pass is timed; on a GPU only its launch is.
+        hang_timeout_s: longest time without a sign of life, after which every rank writes its threads' stacks and ends.
+    """
+
+    def __init__(self, runtime: Runtime, folder: Path, step: int, module: nn.Module, hang_timeout_s: float) -> None:
+        self._runtime, self._path = runtime, folder / FILE
+        self._hooks = [
+            module.register_forward_pre_hook(lambda *_: self._begin_forward()),
+            module.register_forward_hook(lambda *_: self._end_forward()),
+        ]
+        self._seconds = dict.fromkeys(COLUMNS[1:4], 0.0)
+        self._steps, self._named = 0, ""
+        self._hang_timeout_s = hang_timeout_s
+        self._sign_of_life, self._over = time.monotonic(), threading.Event()
+        self._thread = threading.Thread(target=self._end_a_hang, name="watch", daemon=True)
+        if runtime.is_main:
+            write_atomically(self._path, "".join(kept_lines(self._path, step)).encode())
+        self.restart_clock()
+
+    @contextmanager
+    def timing(self, column: str) -> Iterator[None]:
+        """Count the context's duration as ``data_wait_s`` or ``meeting_s``."""
+        began = time.monotonic()
+        yield
+        self._seconds[column] += time.monotonic() - began
+
+    def step_is_done(self) -> None:
+        """A step has ended: a sign of life."""
+        self._steps += 1
+        self.is_alive()
+
+    def is_alive(self) -> None:
+        self._sign_of_life = time.monotonic()
+
+    def restart_clock(self) -> None:
+        """Leave out what has passed since the last record: evaluating and saving."""
+        self._began, self._steps = time.monotonic(), 0
+        self._seconds = dict.fromkeys(self._seconds, 0.0)
+        self.is_alive()
+
+    def record(self, step: int) -> str:
+        """Gather all ranks' means since the last record, and start anew; every rank at once.
+
+        Returns:
+            On rank 0 a line that names the ranks that others wait for, if they are not those named last; else "".
+        """
+        steps = max(self._steps, 1)
+        own = [
+            (time.monotonic() - self._began) / steps,
+            *(s / steps for s in self._seconds.values()),
+            self._memory_mb(),
+        ]
+        table = self._runtime.gather(torch.tensor(own, dtype=torch.float64, device=self._runtime.device))
+        self.restart_clock()
+        if not self._runtime.is_main:
+            return ""
+        columns = {name: [round(value, 6) for value in table[:, i].tolist()] for i, name in enumerate(COLUMNS)}
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step} | columns) + "\n")
+        line = describe_slow_ranks(columns["data_wait_s"], columns["forward_s"])
+        said, self._named = self._named, line.partition(":")[0]
+        return line if self._named != said else ""
+
+    def _memory_mb(self) -> float:
+        if self._runtime.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._runtime.device) / 1e6
+        return psutil.Process().memory_info().rss / 1e6
+
+    def _begin_forward(self) -> None:
+        self._forward_began = time.monotonic()
+
+    def _end_forward(self) -> None:
+        self._seconds["forward_s"] += time.monotonic() - self._forward_began
+
+    def _end_a_hang(self) -> None:
+        while not self._over.wait(min(self._hang_timeout_s / 4, 1.0)):
+            if time.monotonic() - self._sign_of_life < self._hang_timeout_s:
+                continue
+            print(
+                f"error: rank {self._runtime.rank} has not ended a step for {self._hang_timeout_s:.0f} s "
+                "(train.hang_timeout_s); all ranks write where they stand and end, and the run goes on from its last "
+                "checkpoint by --resume auto",
+                file=sys.__stderr__,
+                flush=True,
+            )
+            faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+            time.sleep(OTHERS_S)
+            os._exit(1)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._thread.join()
+        for hook in self._hooks:
+            hook.remove()
+
+
+def describe_slow_ranks(data_wait_s: list[float], forward_s: list[float]) -> str:
+    """A line that names the ranks whose own work takes much longer than the median rank's; "" if there are none."""
+    own_s = [wait + forward for wait, forward in zip(data_wait_s, forward_s, strict=True)]
+    median = sorted(own_s)[(len(own_s) - 1) // 2]
+    slow = [rank for rank, own in enumerate(own_s) if own > SLOW_FACTOR * median and own > median + SLOW_S]
+    if not slow:
+        return ""
+    details = ", ".join(
+        f"rank {rank} {own_s[rank]:.3f} s a step ({data_wait_s[rank]:.3f} s of it waiting for data)" for rank in slow
+    )
+    return f"all wait for rank {', '.join(map(str, slow))}: {details}, median {median:.3f} s"
