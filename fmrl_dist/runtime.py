@@ -75,9 +75,10 @@ class Runtime:
         if self.is_main:
             print(text, flush=True)
 
-    def leave(self) -> None:
-        """End the process group once every rank has got here: one that is left to the exit can kill its process."""
-        self.accelerator.wait_for_everyone()
+    def leave(self, together: bool = True) -> None:
+        """End the process group, once every rank has got here: one that is left to the exit can kill its process."""
+        if together:
+            self.accelerator.wait_for_everyone()
         if self.joined_group:
             self.accelerator.end_training()
 

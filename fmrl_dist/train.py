@@ -49,6 +49,7 @@ from fmrl_dist.optim import build_optimizer, learning_rate
 from fmrl_dist.report import evaluation_file
 from fmrl_dist.run_folder import open_run, out_of_patience, schedule_epochs, training_is_over
 from fmrl_dist.runtime import Runtime, start_runtime
+from fmrl_dist.signals import Stopped, StopRequest, ask_for_requeue, forget_requeue
 from fmrl_dist.training_module import TrainingModule
 from fmrl_dist.urls import is_url
 from fmrl_dist.watch import Watch
@@ -59,12 +60,22 @@ def train(config: Config, resume: str | None) -> None:
     build_missing_demo_store(config)
     runtime = start_runtime(config.train.threads, config.train.num_lanes, config.train.precision)
     config = replace(config, train=replace(config.train, precision=runtime.precision))
-    train_and_evaluate(config, runtime, resume)
-    runtime.leave()
+    with StopRequest() as stop:
+        try:
+            train_and_evaluate(config, runtime, resume, stop)
+        except Stopped:
+            runtime.say("stopped by a signal; what is left goes on by --resume auto")
+            if runtime.is_main and stop.usr1:
+                ask_for_requeue(Path(config.run.dir))
+    runtime.leave(together=not stop.ended_in_evaluation)
 
 
-def train_and_evaluate(config: Config, runtime: Runtime, resume: str | None) -> None:
-    """What is left of a run: steps, if there are any, then the evaluation of its best checkpoint."""
+def train_and_evaluate(config: Config, runtime: Runtime, resume: str | None, stop: StopRequest) -> None:
+    """What is left of a run: steps, if there are any, then the evaluation of its best checkpoint.
+
+    Raises:
+        Stopped: a signal came, and everything is saved.
+    """
     folder = Path(config.run.dir)
     store = Store.open(config.store.path, config.store)
     if not store.manifest.splits["test"]:
@@ -73,6 +84,8 @@ def train_and_evaluate(config: Config, runtime: Runtime, resume: str | None) -> 
         )
     check_inline(config, store)
     checkpoint = open_run(config, resume, store.manifest.sha256, runtime.say)
+    if runtime.is_main:
+        forget_requeue(folder)
     runtime.require_same("checkpoint", -1 if checkpoint is None else checkpoint.state.step)
     order = Order(
         [block.count for block in store.manifest.splits["train"]],
@@ -85,11 +98,12 @@ def train_and_evaluate(config: Config, runtime: Runtime, resume: str | None) -> 
     total_steps = min(total_steps, config.train.max_steps or total_steps)
 
     if checkpoint is None or not training_is_over(config, checkpoint, total_steps):
-        _train_steps(Run(config, runtime, folder, store, order, total_steps), resume_from=checkpoint)
+        _train_steps(Run(config, runtime, folder, store, order, total_steps), checkpoint, stop)
         runtime.accelerator.wait_for_everyone()
     elif final_evaluation(folder).exists():
         runtime.say(f"{folder} is finished (step {checkpoint.state.step}); nothing to do")
         return
+    stop.leave_at_once()
     _evaluate_best(config, runtime, store, folder)
 
 
@@ -158,7 +172,7 @@ def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
     return Learner(module, engine, optimizer, facts)
 
 
-def _train_steps(run: Run, resume_from: Checkpoint | None) -> None:
+def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest) -> None:
     config, runtime, order = run.config, run.runtime, run.order
     learner = prepare_learner(run, resume_from)
     model, engine = learner.module.model, learner.engine
@@ -169,7 +183,7 @@ def _train_steps(run: Run, resume_from: Checkpoint | None) -> None:
     runtime.say(describe_start(run, model, state.step))
     progress = Progress(run.total_steps, state.step, runtime.is_main)
     meter = Meter(model.sizes, size_weights(config), runtime)
-    clock = SaveClock(config.train.checkpoint_every_minutes)
+    clock, stopped = SaveClock(config.train.checkpoint_every_minutes), False
 
     with (
         Logbook(run.folder, state.step, config.run.tensorboard, runtime.is_main) as logbook,
@@ -184,14 +198,15 @@ def _train_steps(run: Run, resume_from: Checkpoint | None) -> None:
             with meter.waiting(), watch.timing("data_wait_s"):
                 batches, damaged = feed.batches(step)
             with watch.timing("meeting_s"):
-                num_targets, num_damaged, save_is_due = agree(
-                    runtime, count_targets(batches), len(damaged), runtime.is_main and clock.is_due()
+                num_targets, num_damaged, save_is_due, num_stopped, num_requeued = agree(
+                    *(runtime, count_targets(batches), len(damaged), runtime.is_main and clock.is_due()),
+                    *(stop.term or stop.usr1, stop.usr1),
                 )
             if num_damaged:
                 leave_out(run, state, damaged)
                 feed.change_stream(make_stream(run, sampler, state))
                 batches, _ = feed.batches(step)
-                num_targets, *_ = agree(runtime, count_targets(batches), 0, 0)
+                num_targets, *_ = agree(runtime, count_targets(batches))
 
             seed_dropout(config.train.seed, step, runtime.rank)
             loss_of = partial(mean_loss, weights_S, runtime.world_size, num_targets)
@@ -207,7 +222,9 @@ def _train_steps(run: Run, resume_from: Checkpoint | None) -> None:
             state.step = step + 1
             evaluate_now = state.step % run.evaluate_every_steps == 0 or state.step == run.total_steps
             save_every = config.train.checkpoint_every_steps
-            save_now = evaluate_now or bool(save_every and state.step % save_every == 0) or bool(save_is_due)
+            save_now = (
+                evaluate_now or bool(save_every and state.step % save_every == 0) or bool(save_is_due or num_stopped)
+            )
             if state.step % config.train.log_every_steps == 0 or save_now:  # a resumed run has the same records
                 record = meter.record() | {"lr": lr, "grad_norm": float(grad_norm)}
                 logbook.write({"step": state.step, "epoch": epoch, "split": "train"} | record)
@@ -225,9 +242,14 @@ def _train_steps(run: Run, resume_from: Checkpoint | None) -> None:
                 clock.restart()
                 meter.restart_clock()
                 watch.restart_clock()
+            if num_stopped:
+                stopped, stop.usr1 = True, num_requeued > 0  # whichever rank was told
+                break
     progress.close()
     if state.skipped_blocks:
         runtime.say(describe_loss(run, state.skipped_blocks))
+    if stopped:
+        raise Stopped
 
 
 def make_negative_sampler(run: Run) -> NegativeSampler | None:

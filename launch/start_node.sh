@@ -14,5 +14,7 @@ if ((processes > 1)); then
   # The launcher's word for several processes, with or without GPUs; --cpu would start one.
   options+=(--multi_gpu --machine_rank "$SLURM_NODEID" --main_process_ip "$first_node" --main_process_port "$port")
 fi
+# The launcher would end at the time limit's signal; the trainers have handlers of their own.
+trap '' USR1
 # Not `accelerate launch`: it imports timm where there is one, and through it a torchvision that may not fit the torch.
 exec accelerate-launch "${options[@]}" -m "$@"

@@ -90,7 +90,7 @@ class SlurmCluster:
             self._power_on_node(number)
         idle = [f"{name} idle" for name in self.node_names]
         query = ("sinfo", "--noheader", "--Node", "--format=%N %T")
-        self._wait_until("all nodes are idle", lambda: sorted(self._try(*query).splitlines()) == idle)
+        self._wait_until("all nodes are idle", lambda: sorted({*self._try(*query).splitlines()}) == idle)
 
     def stop(self) -> None:
         """Power off all machines and remove the state folder."""
@@ -150,6 +150,14 @@ class SlurmCluster:
         ending = f"job {job.id} is {job.state}, exit code {job.exit_code}:\n{job.log[-TAIL_CHARACTERS:]}"
         assert job.state == "COMPLETED", ending
         return job
+
+    def crash(self, node: str) -> None:
+        """Cut a node's power, in the middle of whatever it does."""
+        self._machines.pop(node).power_off()
+
+    def boot(self, node: str) -> None:
+        """Power a node on again."""
+        self._power_on_node(int(node.removeprefix("node")))
 
     def _power_on_head(self) -> None:
         munge = [f"--{kind}-file={self.folder / name}" for kind, name in MUNGE_FILES.items()]
@@ -228,7 +236,7 @@ def write_configuration(folder: Path, node_names: Sequence[str]) -> None:
         "ClusterName": "test",
         "SlurmctldHost": f"head({address('head')})",
         "AuthType": "auth/munge",
-        "AuthInfo": f"socket={folder / 'munge.socket'}",
+        "AuthInfo": f"socket={folder / 'munge.socket'},cred_expire=5",  # a requeued job waits as long
         "SlurmUser": "root",
         "StateSaveLocation": folder / "state",
         "SlurmdSpoolDir": folder / "spool-%n",
@@ -246,9 +254,15 @@ def write_configuration(folder: Path, node_names: Sequence[str]) -> None:
         "SchedulerParameters": "batch_sched_delay=0",
         "MinJobAge": 3600,  # seconds that scontrol remembers a job
         "ReturnToService": 2,
+        "SlurmdTimeout": 10,  # then a node is down
+        "KillWait": 20,  # from TERM to KILL
+        "PreemptType": "preempt/partition_prio",
+        "PreemptMode": "REQUEUE",
     }
     lines = [f"{key}={value}" for key, value in settings.items()]
-    lines += [*nodes, "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10 State=UP"]
+    common = "Nodes=ALL MaxTime=INFINITE DefaultTime=10 State=UP"
+    lines += [*nodes, f"PartitionName=main Default=YES {common} PriorityTier=1 GraceTime=20"]
+    lines += [f"PartitionName=urgent {common} PriorityTier=2 PreemptMode=OFF"]
     (folder / "slurm.conf").write_text("\n".join(lines) + "\n")
 
 

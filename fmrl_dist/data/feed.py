@@ -8,6 +8,7 @@ stalls ends the run within a set time. Parts pass through pipes, so a container'
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import active_children
@@ -83,6 +84,7 @@ class BatchFeed:
             collate_fn=_as_it_is,
             prefetch_factor=READ_AHEAD if self._num_workers else None,
             timeout=self._timeout_s if self._num_workers else 0,
+            worker_init_fn=_leave_signals_to_the_rank,
             multiprocessing_context="fork" if self._num_workers else None,  # workers share what is open and imported
         )
         others = active_children()
@@ -96,9 +98,9 @@ class BatchFeed:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._parts = iter(())
-        for worker in self._workers if error else ():
-            # One that is stopped, or waits for a dead disk, would keep this process from ending. The DataLoader learns
-            # of a dead worker by a signal, and raises wherever this process is: here, and so during a training step.
+        for worker in self._workers:
+            # They have been told to end. One that is stopped, or waits for a dead disk, would keep this process from
+            # ending. The DataLoader learns of a dead worker by a signal, and raises wherever this process is.
             with contextlib.suppress(RuntimeError):
                 worker.kill()
             with contextlib.suppress(RuntimeError):
@@ -135,6 +137,12 @@ class Parts(IterableDataset[LaneWindows | Failure]):
             except UserError as error:  # told by the training process, in one line
                 yield Failure(str(error))
                 return
+
+
+def _leave_signals_to_the_rank(_: int) -> None:
+    """A job's signals reach all of its processes; a rank that is to save still needs its readers for a step."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(part: Any) -> Any:

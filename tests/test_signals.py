@@ -1,0 +1,140 @@
+"""Signals: USR1 saves, asks for a requeue and ends well; TERM saves and ends well; what is left gives the same run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch.distributed as dist
+
+from fmrl_dist.data.feed import BatchFeed
+from fmrl_dist.signals import REQUEUE_FILE, Stopped, StopRequest
+from tests.processes import REPOSITORY, clean_environment, run_processes
+from tests.training_fixture import STEPS_PER_EPOCH, evaluation, figures, make_shop, records, train_here
+
+SLOWLY = """
+import sys, time
+from fmrl_dist import train
+from fmrl_dist.data.feed import BatchFeed
+batches = BatchFeed.batches
+def slowly(self, step):
+    time.sleep(0.05)
+    return batches(self, step)
+BatchFeed.batches = slowly
+train.main(sys.argv[1:])
+"""
+EPOCHS = 12
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shop(tmp_path_factory.mktemp("signals"))
+
+
+@pytest.fixture(scope="module")
+def whole(shop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The undisturbed run."""
+    return train_here(shop, tmp_path_factory.mktemp("whole") / "run", "--train.epochs", EPOCHS)
+
+
+def stop_and_go_on(shop: Path, run: Path, number: signal.Signals, everybody: bool) -> None:
+    """Start a run, send a signal amid its steps, and let it end; then finish it."""
+    words = ["-c", SLOWLY, "--config", str(shop), "--run.dir", str(run), "--train.epochs", str(EPOCHS)]
+    process = subprocess.Popen(
+        [sys.executable, *words, "--train.workers", "2"],
+        cwd=REPOSITORY,
+        env=clean_environment() | {"CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (run / "metrics.jsonl").exists() or len(records(run)) < STEPS_PER_EPOCH + 3:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        targets = [process.pid]
+        if everybody:  # as SLURM does: readers are sent it too
+            targets += [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+        for pid in reversed(targets):
+            os.kill(pid, number)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output
+    assert "stopped by a signal; what is left goes on by --resume auto" in output
+    done = len(records(run))
+    assert STEPS_PER_EPOCH + 3 <= done < EPOCHS * STEPS_PER_EPOCH
+    assert (run / "checkpoints" / "latest").resolve().name == f"step-{done:08d}"
+    assert not (run / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize("everybody", [False, True], ids=["the process", "its readers too"])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_saves_and_ends_well(
+    number: signal.Signals, everybody: bool, shop: Path, whole: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    stop_and_go_on(shop, run, number, everybody)
+    assert (run / REQUEUE_FILE).exists() == (number == signal.SIGUSR1)
+    train_here(shop, run, "--train.epochs", EPOCHS, "--resume", "auto")
+    assert not (run / REQUEUE_FILE).exists()
+    assert figures(run) == figures(whole)
+    assert evaluation(run) == evaluation(whole)
+
+
+def stop_one_rank(config: str, run: str, told: int, at_step: int) -> None:
+    batches = BatchFeed.batches
+
+    def tell(self: BatchFeed, step: int) -> object:
+        if (dist.get_rank(), step) == (told, at_step):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return batches(self, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BatchFeed, "batches", tell)
+        train_here(Path(config), Path(run), "--train.epochs", EPOCHS, "--resume", "auto")
+
+
+@pytest.mark.multiproc
+@pytest.mark.parametrize("told", [0, 1])
+def test_all_ranks_end_when_one_is_told(told: int, shop: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run_processes(2, stop_one_rank, str(shop), str(run), told, 10)
+    assert [record["step"] for record in records(run)] == [*range(1, 12)]
+    assert (run / REQUEUE_FILE).exists()
+    run_processes(2, stop_one_rank, str(shop), str(run), told, -1)
+    assert len(records(run)) == EPOCHS * STEPS_PER_EPOCH
+    assert (run / "evaluation.json").exists() and not (run / REQUEUE_FILE).exists()
+
+
+def test_a_signal_in_the_final_evaluation(shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is left to save: the run ends where it is, and the next life only evaluates."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        raise AssertionError("the signal did not end it")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fmrl_dist.train.evaluate", interrupted)
+        run = train_here(shop, tmp_path / "run")
+    assert (run / REQUEUE_FILE).exists() and not (run / "evaluation.json").exists()
+    train_here(shop, run, "--resume", "auto")
+    assert (run / "evaluation.json").exists() and not (run / REQUEUE_FILE).exists()
+
+
+def test_handlers_are_put_back() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    with StopRequest() as stop:
+        assert not stop.term and not stop.usr1
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.term and not stop.usr1
+        with pytest.raises(Stopped):
+            stop.leave_at_once()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before

@@ -1,0 +1,93 @@
+"""``launch/train.slurm`` disturbed on a real SLURM, by time limit, node crash, preemption: it ends as the same run."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.processes import launch
+from tests.slurm_cluster import Job, SlurmCluster
+from tests.test_slurm_launch import VENV, demo_words, log_in
+from tests.training_fixture import figures, records
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.multiproc, pytest.mark.timeout(900)]
+
+NUM_STEPS = 7 * 1000
+START_S = 120.0
+
+
+def long_words(folder: Path, run: str) -> list[str]:
+    """A run of a minute or two; it saves every 50 steps, so that a crash loses little."""
+    values = {
+        **{"train.epochs": NUM_STEPS // 7, "train.log_every_steps": 100, "train.checkpoint_every_steps": 50},
+        **{"eval.every_steps": 2000, "train.patience": 0},
+    }
+    return [*demo_words(folder, run), *(word for key, value in values.items() for word in (f"--{key}", str(value)))]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("requeue")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path) -> Path:
+    """The run in two local processes."""
+    result = launch(2, ["-m", "fmrl_dist.train", *long_words(folder, "undisturbed")], timeout_s=400)
+    assert result.returncode == 0, result.stderr
+    return folder / "undisturbed"
+
+
+def wait_for_steps(run: Path, least: int) -> None:
+    deadline = time.monotonic() + START_S
+    while not (run / "metrics.jsonl").exists() or not records(run) or records(run)[-1]["step"] < least:
+        assert time.monotonic() < deadline, f"{run} has not come to step {least}"
+        time.sleep(0.2)
+
+
+def assert_same_run(job: Job, run: Path, undisturbed: Path) -> None:
+    assert (job.state, job.exit_code) == ("COMPLETED", "0:0"), job.log[-4000:]
+    assert figures(run) == figures(undisturbed)
+    assert (run / "evaluation.json").read_bytes() == (undisturbed / "evaluation.json").read_bytes()
+    assert not (run / "requeue").exists()
+
+
+def test_time_limit(slurm: SlurmCluster, undisturbed: Path, folder: Path) -> None:
+    """A minute of time, of which SLURM takes what it likes for its signal; the job comes back until it is done."""
+    options = [log_in(folder), "--time=1", "--signal=B:USR1@35"]
+    job_id = slurm.submit(*options, "launch/train.slurm", *long_words(folder, "limited"), environment=VENV)
+    job = slurm.wait(job_id, 600)
+    assert int(slurm.facts(job_id)["Restarts"]) >= 1, job.log[-4000:]
+    assert "is submitted again and goes on from its checkpoint" in job.log
+    assert "from step 0 to" in job.log and job.log.count("from step ") >= 2
+    assert_same_run(job, folder / "limited", undisturbed)
+
+
+def test_node_crash(slurm: SlurmCluster, undisturbed: Path, folder: Path) -> None:
+    job_id = slurm.submit(log_in(folder), "launch/train.slurm", *long_words(folder, "crashed"), environment=VENV)
+    wait_for_steps(folder / "crashed", 600)
+    slurm.crash("node2")
+    try:
+        deadline = time.monotonic() + 120
+        while int(slurm.facts(job_id)["Restarts"]) == 0:
+            assert time.monotonic() < deadline, slurm.facts(job_id)
+            time.sleep(0.5)
+    finally:
+        slurm.boot("node2")
+    job = slurm.wait(job_id, 600)
+    assert job.log.count("from step ") >= 2
+    assert_same_run(job, folder / "crashed", undisturbed)
+
+
+def test_preemption(slurm: SlurmCluster, undisturbed: Path, folder: Path) -> None:
+    """Another job takes the nodes; this one saves, waits, and goes on."""
+    job_id = slurm.submit(log_in(folder), "launch/train.slurm", *long_words(folder, "preempted"), environment=VENV)
+    wait_for_steps(folder / "preempted", 600)
+    urgent = slurm.submit("--partition=urgent", "--nodes=2", "--exclusive", log_in(folder), "--wrap=sleep 3")
+    assert slurm.wait(urgent, 120).state == "COMPLETED"
+    job = slurm.wait(job_id, 600)
+    assert int(slurm.facts(job_id)["Restarts"]) == 1
+    assert "stopped by a signal" in job.log
+    assert_same_run(job, folder / "preempted", undisturbed)
