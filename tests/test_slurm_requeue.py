@@ -14,15 +14,15 @@ from tests.training_fixture import figures, records
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.multiproc, pytest.mark.timeout(900)]
 
-NUM_STEPS = 7 * 1000
+NUM_STEPS = 7 * 350
 START_S = 120.0
 
 
 def long_words(folder: Path, run: str) -> list[str]:
-    """A run of a minute or two; it saves every 50 steps, so that a crash loses little."""
+    """A run of about a minute; it saves every 50 steps, so that a crash loses little."""
     values = {
-        **{"train.epochs": NUM_STEPS // 7, "train.log_every_steps": 100, "train.checkpoint_every_steps": 50},
-        **{"eval.every_steps": 2000, "train.patience": 0},
+        **{"train.epochs": NUM_STEPS // 7, "train.log_every_steps": 1, "train.checkpoint_every_steps": 50},
+        **{"eval.every_steps": 700, "train.patience": 0},
     }
     return [*demo_words(folder, run), *(word for key, value in values.items() for word in (f"--{key}", str(value)))]
 
