@@ -11,9 +11,9 @@ W ranks, N positions of this rank, P of all together, V items, v of them this ra
 Backward, each exchange is the same one the other way round. Step 4 tells each partial its share of the softmax, step 2
 gives the gradients of what the rank's items are made of, and step 1 adds up what all ranks' items pull at a position.
 
-A rank's gradient of the projection and the id table comes from its items, for the positions of all ranks. The training
-loop multiplies the losses by W and data parallelism averages the gradients over the ranks: so the summands of the ranks'
-items are added up, as are those of the ranks' own positions.
+A rank's gradient of the projection and the id table comes from its items, for the positions of all ranks. The
+training loop multiplies losses by W and data parallelism averages gradients over the ranks: so the summands of all
+ranks' items are added up, as are those of their own positions.
 
 Cost: a rank projects, and holds, a W-th of the catalogue instead of all of it. A step sends (W - 1)·P·(D + S) numbers
 forward and as many backward, over all ranks. The exchange is one ``all_to_all``, which gloo and NCCL have, for ranks
