@@ -9,7 +9,7 @@ Histories are generated, built into a store, and read once by each of four reade
 
 The first does more than the others: shuffling and packing are what they leave to their user. With ``--memory`` one
 epoch of ours is read by itself in a fresh process, and the growth of its anonymous memory is told from a tenth of the
-epoch on, when the windows of all lanes are full.
+epoch on, when the windows of all lanes are full; likewise that of the build, from a tenth of its time on.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -97,6 +98,31 @@ def anonymous_mb() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1000
 
 
+class Weighing:
+    """Anonymous memory of this process while the context lasts, twice a second."""
+
+    def __enter__(self) -> Weighing:
+        self._seen: list[float] = []
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._end.wait(0.5):
+            self._seen.append(anonymous_mb())
+
+    def __str__(self) -> str:
+        later = self._seen[len(self._seen) // 10 :] or [anonymous_mb()]
+        return (
+            f"anonymous memory {later[0]:.0f} MB at a tenth, {max(later):.0f} MB at most, {later[-1]:.0f} MB at the end"
+        )
+
+
 def read_and_weigh(folder: Path) -> None:
     """One epoch in this process: rate, and memory at a tenth, the highest after, and at the end."""
     stream, began, num_users, num_targets = make_stream(Store.open(folder / "store")), time.perf_counter(), 0, 0
@@ -131,14 +157,15 @@ def main(argv: list[str]) -> None:
         began = time.perf_counter()
         write_raw(folder, arguments.events)
         written = time.perf_counter()
-        build_store(folder)
+        with Weighing() as weight:
+            build_store(folder)
         store = Store.open(folder / "store")
         blocks = store.manifest.splits["train"]
         users, events = sum(block.count for block in blocks), sum(block.events for block in blocks)
         print(
             f"{store.manifest.num_events:,} events of {users:,} users ({events:,} in the training split, "
             f"{len(blocks):,} blocks); generated in {written - began:.0f} s, "
-            f"built in {time.perf_counter() - written:.0f} s"
+            f"built in {time.perf_counter() - written:.0f} s, {weight}"
         )
         if arguments.memory:
             print(in_child("benchmarks.loader", "--weigh", str(folder)), end="")

@@ -2,25 +2,49 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from fmrl_dist import __version__
+from fmrl_dist.catalogue import Catalogue, EmbeddedCatalogue, StreamedCatalogue
 from fmrl_dist.checkpoint import Checkpoint
 from fmrl_dist.config import Config, ModelConfig
-from fmrl_dist.data.items import ItemTable, feature_affine, load_item_table
+from fmrl_dist.data.feature_scale import block_parts, feature_affine, feature_sums, table_parts
+from fmrl_dist.data.items import ItemTable, feature_dims, load_item_table
 from fmrl_dist.data.store import Store
-from fmrl_dist.errors import UserError
+from fmrl_dist.errors import UserError, require
 from fmrl_dist.export_folder import Origin, Recommender
 from fmrl_dist.model import FMRLRec
+from fmrl_dist.runtime import Runtime
 
 EMBEDDED_AT_ONCE = 4096  # items
 
 
 def build_model(config: ModelConfig, table: ItemTable, matmul_dtype: torch.dtype | None = None) -> FMRLRec:
     """A freshly initialised model for the items of ``table``."""
-    model = _construct(config, dict(table.dims), table.values.shape[0], matmul_dtype)
-    shift, scale = feature_affine(table, config.feature_scale)
+    sums = feature_sums(table.dims, table_parts(table)) if config.feature_scale == "standardize" else None
+    return _with_scale(_construct(config, dict(table.dims), len(table.values), matmul_dtype), config, sums)
+
+
+def build_inline_model(
+    config: ModelConfig, store: Store, runtime: Runtime, matmul_dtype: torch.dtype | None = None
+) -> FMRLRec:
+    """A freshly initialised model for an inline store; ranks share the reading of its items' statistics.
+
+    Raises:
+        UserError: a feature is not in the store, or an item shard is damaged.
+    """
+    dims, blocks, sums = feature_dims(store, config.features), store.manifest.items, None
+    if config.feature_scale == "standardize":
+        mine = [blocks[number] for number in runtime.my_share(len(blocks))]
+        sums = runtime.sum(feature_sums(dims, block_parts(store, mine, dims)).to(runtime.device)).cpu()
+    return _with_scale(_construct(config, dims, store.manifest.num_items, matmul_dtype), config, sums)
+
+
+def _with_scale(model: FMRLRec, config: ModelConfig, sums: Tensor | None) -> FMRLRec:
+    shift, scale = feature_affine(model.encoder.feature_dims, sums, config.feature_scale)
     model.encoder.feature_shift.copy_(shift)
     model.encoder.feature_scale.copy_(scale)
     return model
@@ -52,19 +76,23 @@ def load_catalogue_table(store: Store, checkpoint: Checkpoint) -> ItemTable:
     Raises:
         UserError: the store lacks one, has it in another dim, or has another number of items than the id table.
     """
-    table = load_item_table(store, tuple(checkpoint.features))
-    if dict(table.dims) != checkpoint.features:
-        raise UserError(
-            f"checkpoint {checkpoint.path} reads features {checkpoint.features}; "
-            f"store {store.location} has {dict(table.dims)}"
-        )
+    check_features(store, checkpoint)
     has_id_table = checkpoint.config["model"]["id_table"]
     if has_id_table and store.manifest.num_items != checkpoint.num_items:
         raise UserError(
             f"checkpoint {checkpoint.path} has an id table of {checkpoint.num_items} items; "
             f"store {store.location} has {store.manifest.num_items}"
         )
-    return table
+    return load_item_table(store, tuple(checkpoint.features))
+
+
+def check_features(store: Store, checkpoint: Checkpoint) -> None:
+    """Refuse a store that lacks a feature which the checkpoint's model reads, or has it in another dim."""
+    dims = feature_dims(store, tuple(checkpoint.features))
+    if dims != checkpoint.features:
+        raise UserError(
+            f"checkpoint {checkpoint.path} reads features {checkpoint.features}; store {store.location} has {dims}"
+        )
 
 
 @torch.no_grad()
@@ -115,6 +143,56 @@ def build_recommender(
         normalize=config.loss.normalize,
         origin=origin,
     )
+
+
+@dataclass(frozen=True)
+class Ranker:
+    """What an evaluation ranks with."""
+
+    model: FMRLRec  # in evaluation mode
+    catalogue: Catalogue
+    max_length: int  # last events of a history that the model is to read
+    normalize: bool  # whether scores are cosines of each size's prefixes
+
+
+def ranker(recommender: Recommender) -> Ranker:
+    """A recommender, to be evaluated."""
+    catalogue = EmbeddedCatalogue(recommender.items)
+    return Ranker(recommender.model, catalogue, recommender.max_length, recommender.normalize)
+
+
+def build_ranker(checkpoint: Checkpoint, config: Config, store: Store, device: torch.device) -> Ranker:
+    """A checkpoint's model and the items of ``store``: streamed where run and store are inline, else embedded.
+
+    Raises:
+        UserError: the store does not fit the model.
+    """
+    if config.store.feature_mode == "table" or not store.manifest.inline:
+        return ranker(build_recommender(checkpoint, config, store, device))
+    check_features(store, checkpoint)
+    model = restore_model(config.model, checkpoint).to(device).eval()
+    catalogue = StreamedCatalogue(model.encoder, store, checkpoint.features)
+    return Ranker(model, catalogue, config.data.max_length, config.loss.normalize)
+
+
+def check_inline(config: Config, store: Store) -> None:
+    """Refuse to train inline on what only a table can serve."""
+    if config.store.feature_mode == "table":
+        return
+    mend = "or read features from a table, by --store.feature_mode table"
+    require(
+        store.manifest.inline,
+        f"store {store.location} does not carry features with its histories; build it with "
+        f"python -m shards.build --overwrite --store.feature_mode inline, {mend}",
+    )
+    loss = config.loss
+    found = "full" if loss.softmax == "full" else loss.negatives
+    require(
+        found in ("uniform", "in_batch", "mixed"),
+        f"store.feature_mode is inline, and the softmax is {found}; expected loss.softmax sampled with negatives "
+        f"uniform, in_batch or mixed, {mend}",
+    )
+    require(not config.model.id_table, f"store.feature_mode is inline and model.id_table is on; turn it off, {mend}")
 
 
 def _construct(

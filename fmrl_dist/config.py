@@ -28,7 +28,7 @@ from fmrl_dist.urls import hide_credentials, is_url
 
 DEMO_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
 FEATURE_NAME = re.compile(r"[a-z][a-z0-9_]*")
-RESERVED_NAMES = {"ids", "users", "starts", "items", "times", "targets", "mask", "count", "block_items"}
+RESERVED_NAMES = {"ids", "users", "starts", "items", "times", "targets", "mask", "count", "block_items", "block_counts"}
 MIN_CHUNK_WIDTH = 4
 
 
@@ -102,6 +102,9 @@ class StoreConfig:
     users_per_block: int = 256
     items_per_block: int = 1024
     blocks_per_shard: int = 16
+    # table: features are read from a table of all items, unpacked once for each node | inline: they ride with the
+    # histories (the store is built so), and nothing that training holds grows with the catalogue
+    feature_mode: str = "table"
     timeout_s: float = 120.0  # for one block from a URL, all tries together
     retries: int = 4  # after the first try
     # For what is unpacked or counted once for each node, and blocks from a URL; default: <path>.derived beside a folder
@@ -113,6 +116,7 @@ class StoreConfig:
     def __post_init__(self) -> None:
         require_at_least(self, "store", 1, "users_per_block", "items_per_block", "blocks_per_shard")
         require_at_least(self, "store", 0, "retries", "cache_gb")
+        require_choice("store.feature_mode", self.feature_mode, ("table", "inline"))
         require_choice("store.on_bad_shard", self.on_bad_shard, ("stop", "skip"))
         require(self.timeout_s > 0, f"store.timeout_s is {self.timeout_s}; expected more than 0")
         require(

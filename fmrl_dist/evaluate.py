@@ -7,31 +7,31 @@ from typing import Any
 
 import torch
 
-from fmrl_dist.assembly import build_recommender
+from fmrl_dist.assembly import Ranker, build_ranker, ranker
 from fmrl_dist.checkpoint import load_checkpoint
 from fmrl_dist.config import CommandParser, StoreConfig, config_from_dict
 from fmrl_dist.data.histories import evaluation_blocks
 from fmrl_dist.data.store import Store
 from fmrl_dist.errors import UserError, require, run_command
 from fmrl_dist.evaluation import rank_histograms
-from fmrl_dist.export_folder import Recommender, is_export, read_export
+from fmrl_dist.export_folder import is_export, read_export
 from fmrl_dist.metrics import metrics_from_histogram
 from fmrl_dist.report import size_table, write_report
 from fmrl_dist.run_folder import run_of_best
 from fmrl_dist.runtime import Runtime, start_runtime
 
-Subject = tuple[Recommender, Store, Path]  # what ranks, the store of its users, the folder of its report
+Subject = tuple[Ranker, Store, Path]  # what ranks, the store of its users, the folder of its report
 
 
-def evaluate(recommender: Recommender, store: Store, runtime: Runtime, split: str, mask_seen: bool) -> dict[str, Any]:
+def evaluate(ranker: Ranker, store: Store, runtime: Runtime, split: str, mask_seen: bool) -> dict[str, Any]:
     """Metrics of every size, as ``evaluation.json`` holds them; each rank takes its share of the user blocks.
 
     ``users_lost`` is there only where damaged blocks were left out.
     """
     split_blocks = store.manifest.splits[split]
-    blocks = evaluation_blocks(store, split, recommender.max_length, runtime.my_share(len(split_blocks)))
-    model = recommender.model
-    histograms = runtime.sum(rank_histograms(model, recommender.items, blocks, mask_seen, recommender.normalize))
+    model, catalogue, share = ranker.model, ranker.catalogue, runtime.my_share(len(split_blocks))
+    blocks = evaluation_blocks(store, split, ranker.max_length, share, inline_dims=catalogue.inline_dims)
+    histograms = runtime.sum(rank_histograms(model, catalogue, blocks, mask_seen, ranker.normalize))
     num_users = int(histograms[0].sum())
     num_lost = sum(block.count for block in split_blocks) - num_users
     return {
@@ -63,8 +63,8 @@ def main(argv: list[str]) -> None:
 
     open_subject = open_export if is_export(arguments.checkpoint) else open_checkpoint
     runtime = start_runtime(arguments.threads or "auto", lanes=None)
-    recommender, store, folder = open_subject(arguments.checkpoint, arguments.store, arguments.split, runtime.device)
-    result = evaluate(recommender, store, runtime, arguments.split, arguments.mask_seen)
+    subject, store, folder = open_subject(arguments.checkpoint, arguments.store, arguments.split, runtime.device)
+    result = evaluate(subject, store, runtime, arguments.split, arguments.mask_seen)
     if runtime.is_main:
         report(result, folder)
     runtime.leave()
@@ -76,7 +76,7 @@ def open_checkpoint(path: Path, store_path: str | None, split: str, device: torc
     config = config_from_dict(checkpoint.config)
     store = open_store(store_path or config.store.path, split, config.store)
     folder = run_of_best(checkpoint) or checkpoint.path
-    return build_recommender(checkpoint, config, store, device), store, folder
+    return build_ranker(checkpoint, config, store, device), store, folder
 
 
 def open_export(path: Path, store_path: str | None, split: str, device: torch.device) -> Subject:
@@ -88,7 +88,7 @@ def open_export(path: Path, store_path: str | None, split: str, device: torch.de
         len(recommender.items) == num_items,
         f"export {path} ranks {len(recommender.items)} items; store {store.location} has {num_items}",
     )
-    return recommender.to(device), store, path
+    return ranker(recommender.to(device)), store, path
 
 
 def open_store(path: str, split: str, access: StoreConfig | None = None) -> Store:

@@ -8,81 +8,117 @@ integers: figures are the same for any number of processes at the same threads p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fmrl_dist.catalogue import Catalogue
 from fmrl_dist.data.histories import RankingBlock
 from fmrl_dist.metrics import CUTOFF
 from fmrl_dist.model import FMRLRec
 from fmrl_dist.ops.nested import chunks
 
-TILE_ITEMS = 4096
 GROUPED = 16  # columns whose maximum stands for them in the search for the top list
 TOP = 2 * CUTOFF  # a target at rank ≤ CUTOFF has at most 2·CUTOFF - 2 other items scored higher or equal
 
 
 @torch.no_grad()
 def rank_histograms(
-    model: FMRLRec, items: Tensor, blocks: Iterable[RankingBlock], mask_seen: bool, normalize: bool = False
+    model: FMRLRec, catalogue: Catalogue, blocks: Iterable[RankingBlock], mask_seen: bool, normalize: bool = False
 ) -> Tensor:
     """Histogram of 2·rank for each size, int64 [S, 2·CUTOFF + 1] (see :mod:`fmrl_dist.metrics`).
 
     Args:
         model: in evaluation mode.
-        items: embeddings of the whole catalogue, float32 [V, D], on the model's device.
+        catalogue: all items, on the model's device.
         blocks: users, each with a history and one target.
         mask_seen: leave out the items of a user's whole history, never the target.
         normalize: rank by cosines of each size's prefixes.
     """
-    histograms = torch.zeros(len(model.sizes), 2 * CUTOFF + 1, dtype=torch.int64, device=items.device)
-    for block in blocks:
-        batch = block.to(items.device)
-        z = model(items[batch.items], batch.starts, batch.from_start)[batch.starts[1:] - 1]
-        half_ranks = 2 * target_ranks(z, items, batch, model.sizes, mask_seen, normalize)  # [S, U]
-        half_ranks = torch.where(half_ranks <= 2 * CUTOFF, half_ranks, 0).long()
-        histograms.scatter_add_(1, half_ranks, torch.ones_like(half_ranks))
+    device = model.encoder.bias.device
+    histograms = torch.zeros(len(model.sizes), 2 * CUTOFF + 1, dtype=torch.int64, device=device)
+    for group in _groups(blocks, catalogue.users_at_once):
+        rankings = []
+        for block in group:
+            batch = block.to(device)
+            z = model(catalogue.inputs(batch), batch.starts, batch.from_start)[batch.starts[1:] - 1]
+            rankings.append(Ranking(z, batch, model.sizes, mask_seen, normalize))
+        for ids, tile in catalogue.tiles():
+            for ranking in rankings:
+                ranking.add(ids, tile)
+        for ranking in rankings:
+            half_ranks = 2 * ranking.ranks()  # [S, U]
+            half_ranks = torch.where(half_ranks <= 2 * CUTOFF, half_ranks, 0).long()
+            histograms.scatter_add_(1, half_ranks, torch.ones_like(half_ranks))
     return histograms
 
 
-def target_ranks(
-    z: Tensor, items: Tensor, batch: RankingBlock, sizes: Sequence[int], mask_seen: bool, normalize: bool = False
-) -> Tensor:
-    """Rank of each user's target at each size, float [S, U]; exact up to CUTOFF, above it only known to be above.
+def _groups(blocks: Iterable[RankingBlock], num_users: int) -> Iterator[list[RankingBlock]]:
+    """Runs of blocks of ``num_users`` users or a few more."""
+    group: list[RankingBlock] = []
+    for block in blocks:
+        group.append(block)
+        if sum(len(block.users) for block in group) >= num_users:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+class Ranking:
+    """Ranks of some users' targets among the items of all tiles, exact up to CUTOFF.
 
     Args:
         z: outputs [U, D].
-        items: embeddings [V, D].
         batch: the same U users' histories and targets.
         sizes: Matryoshka sizes.
         mask_seen: leave out the items of a user's whole history, never the target.
         normalize: rank by cosines of each size's prefixes. The length of z is the same for all items: left out.
     """
-    top = z.new_full((len(sizes), len(z), TOP), -torch.inf)
-    target_scores = z.new_empty(len(sizes), len(z))
-    user_rows = torch.arange(len(z), device=z.device)
-    seen_rows = user_rows.repeat_interleave(batch.seen_starts.diff())
-    hidden = (batch.seen != batch.targets[seen_rows]) & mask_seen
-    for low in range(0, len(items), TILE_ITEMS):
-        tile = items[low : low + TILE_ITEMS]
-        here = (batch.targets >= low) & (batch.targets < low + len(tile))
-        seen = hidden & (batch.seen >= low) & (batch.seen < low + len(tile))
+
+    def __init__(
+        self, z: Tensor, batch: RankingBlock, sizes: Sequence[int], mask_seen: bool, normalize: bool = False
+    ) -> None:
+        self._z, self._sizes, self._normalize = z, tuple(sizes), normalize
+        self._targets = batch.targets
+        self._top = z.new_full((len(sizes), len(z), TOP), -torch.inf)
+        self._target_scores = z.new_full((len(sizes), len(z)), torch.nan)
+        self._user_rows = torch.arange(len(z), device=z.device)
+        seen_rows = self._user_rows.repeat_interleave(batch.seen_starts.diff())
+        hidden = (batch.seen != batch.targets[seen_rows]) & mask_seen
+        self._hidden_rows, self._hidden = seen_rows[hidden], batch.seen[hidden]
+
+    def add(self, ids: Tensor, tile: Tensor) -> None:
+        """Rank among the items of one more tile: ids int64 [v], sorted, and embeddings [v, D]."""
+        z, user_rows = self._z, self._user_rows
+        target_columns, here = _places(self._targets, ids)
+        hidden_columns, hidden = _places(self._hidden, ids)
         scores = z.new_zeros(len(z), -(-len(tile) // GROUPED) * GROUPED)
         scores[:, len(tile) :] = -torch.inf
-        scores[seen_rows[seen], batch.seen[seen] - low] = -torch.inf  # and stays so, whatever is added
-        for j, (first, last) in enumerate(chunks(sizes)):
+        scores[self._hidden_rows[hidden], hidden_columns[hidden]] = -torch.inf  # and stays so, whatever is added
+        for j, (first, last) in enumerate(chunks(self._sizes)):
             scores[:, : len(tile)].addmm_(z[:, first:last], tile[:, first:last].T)
             ranked = scores
-            if normalize:
+            if self._normalize:
                 lengths = tile[:, :last].norm(dim=1).clamp_min(torch.finfo(tile.dtype).tiny)
                 ranked = scores / F.pad(lengths, (0, scores.shape[1] - len(tile)), value=1.0)
-            target_scores[j, here] = ranked[user_rows[here], batch.targets[here] - low]
-            top[j] = torch.cat((top[j], _candidates(ranked)), 1).topk(TOP, sorted=False).values
-    higher = (~(top <= target_scores[..., None])).sum(2)  # a NaN, of the target or another, is never to its advantage
-    equal = (top == target_scores[..., None]).sum(2) - 1  # less the target, which is in the list unless far below
-    return 1 + higher + 0.5 * equal.clamp_min(0)
+            self._target_scores[j, here] = ranked[user_rows[here], target_columns[here]]
+            self._top[j] = torch.cat((self._top[j], _candidates(ranked)), 1).topk(TOP, sorted=False).values
+
+    def ranks(self) -> Tensor:
+        """Rank at each size, float [S, U]; above CUTOFF it is only known to be above."""
+        scores = self._target_scores[..., None]
+        higher = (~(self._top <= scores)).sum(2)  # a NaN, of the target or another, is never to its advantage
+        equal = (self._top == scores).sum(2) - 1  # less the target, which is in the list unless far below
+        return 1 + higher + 0.5 * equal.clamp_min(0)
+
+
+def _places(wanted: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each wanted item stands in the sorted ``ids``, and whether it does."""
+    places = torch.searchsorted(ids, wanted).clamp_max(len(ids) - 1)
+    return places, ids[places] == wanted
 
 
 def _candidates(scores: Tensor) -> Tensor:

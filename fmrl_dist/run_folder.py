@@ -14,6 +14,7 @@ from fmrl_dist.errors import UserError
 # What a resumed run must share with its checkpoint, or its losses would not be those of one run.
 FIXED = {
     "data": ("max_length", "windows"),
+    "store": ("feature_mode",),
     "model": (
         *("sizes", "width", "depth", "dropout", "lru_dropout", "r_min", "r_max"),
         *("features", "id_table", "feature_scale"),

@@ -20,14 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fmrl_dist.assembly import build_model, build_recommender, load_weights
+from fmrl_dist.assembly import build_inline_model, build_model, build_ranker, check_inline, load_weights
+from fmrl_dist.catalogue import Catalogue, EmbeddedCatalogue, StreamedCatalogue
 from fmrl_dist.catalogue_columns import catalogue_columns
 from fmrl_dist.checkpoint import Checkpoint, TrainState, load_checkpoint
 from fmrl_dist.checkpoint_writer import CheckpointWriter
 from fmrl_dist.config import Config, command_parser, parse_command
 from fmrl_dist.data.feed import BatchFeed
 from fmrl_dist.data.histories import Packed, evaluation_blocks
-from fmrl_dist.data.items import load_item_table
+from fmrl_dist.data.item_walk import ItemWalk
+from fmrl_dist.data.items import feature_dims, load_item_table
 from fmrl_dist.data.negatives import NegativeSampler, make_sampler
 from fmrl_dist.data.order import Order
 from fmrl_dist.data.store import MANIFEST_FILE, Store
@@ -66,6 +68,7 @@ def train_and_evaluate(config: Config, runtime: Runtime, resume: str | None) -> 
         raise UserError(
             f"store {store.location} has no validation and test users; expected histories of 3 events or more"
         )
+    check_inline(config, store)
     checkpoint = open_run(config, resume, store.manifest.sha256, runtime.say)
     runtime.require_same("checkpoint", -1 if checkpoint is None else checkpoint.state.step)
     order = Order(
@@ -99,6 +102,11 @@ class Run:
     total_steps: int
 
     @property
+    def inline(self) -> bool:
+        """Whether items' features ride with the stream; else they are in a table."""
+        return self.config.store.feature_mode == "inline"
+
+    @property
     def evaluate_every_steps(self) -> int:
         return self.config.eval.every_steps or self.order.steps_per_epoch
 
@@ -118,12 +126,16 @@ def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
     config, runtime = run.config, run.runtime
     check_loss_impl(config.loss.impl, runtime)
     torch.manual_seed(config.train.seed)
-    table = load_item_table(run.store, config.model.features)
-    model = build_model(config.model, table, runtime.matmul_dtype)
+    table = load_item_table(run.store, config.model.features) if not run.inline else None
+    if table is not None:
+        model = build_model(config.model, table, runtime.matmul_dtype)
+    else:
+        model = build_inline_model(config.model, run.store, runtime, runtime.matmul_dtype)
     if resume_from is not None:
         load_weights(model, resume_from)
     model.to(runtime.device)
-    columns = catalogue_columns(model.encoder, table, runtime.matmul_dtype or torch.float32)
+    dtype = runtime.matmul_dtype or torch.float32
+    columns = catalogue_columns(model.encoder, table, dtype) if table is not None else None
     module = TrainingModule(
         model, columns, config.loss.temperatures, config.loss.normalize, config.loss.impl, runtime.matmul_dtype
     )
@@ -135,7 +147,7 @@ def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
         engine.restore_optimizer(resume_from.optimizer)
     facts = {
         "config": config.to_dict(),
-        "features": dict(table.dims),
+        "features": dict(model.encoder.feature_dims),
         "num_items": run.store.manifest.num_items,
         "manifest_sha256": run.store.manifest.sha256,
         "lanes": run.order.lanes,
@@ -217,10 +229,14 @@ def make_negative_sampler(run: Run) -> NegativeSampler | None:
 
 def make_stream(run: Run, sampler: NegativeSampler | None, state: TrainState) -> TrainStream:
     """Training batches without the blocks that were found damaged."""
-    config = run.config
+    config, walk = run.config, None
+    if run.inline:
+        assert sampler is not None, "checked at the start"
+        dims = feature_dims(run.store, config.model.features)
+        walk = ItemWalk(run.store, dims, sampler.num_drawn, config.train.seed)
     return TrainStream(
         *(run.store, run.order, config.data.max_length, config.data.windows, config.loss.predict_first),
-        *(sampler, config.loss.scope == "batch", state.skipped_blocks),
+        *(sampler, config.loss.scope == "batch", state.skipped_blocks, walk),
     )
 
 
@@ -279,21 +295,30 @@ def validate(run: Run, module: TrainingModule) -> dict[str, float]:
     config, runtime = run.config, run.runtime
     module.eval()
     with torch.no_grad():
-        items = module.item_embeddings()
+        catalogue = ranked_catalogue(run, module)
         blocks = evaluation_blocks(
             run.store,
             "valid",
             config.data.max_length,
             runtime.my_share(len(run.store.manifest.splits["valid"])),
             config.eval.users,
+            catalogue.inline_dims,
         )
-        histograms = runtime.sum(rank_histograms(module.model, items, blocks, False, config.loss.normalize))
+        histograms = runtime.sum(rank_histograms(module.model, catalogue, blocks, False, config.loss.normalize))
     module.train()
     return {
         f"{metric}@{size}": value
         for size, histogram in zip(module.model.sizes, histograms, strict=True)
         for metric, value in metrics_from_histogram(histogram).items()
     }
+
+
+def ranked_catalogue(run: Run, module: TrainingModule) -> Catalogue:
+    """All items as they are now, to validate on."""
+    encoder = module.model.encoder
+    if run.inline:
+        return StreamedCatalogue(encoder, run.store, encoder.feature_dims)
+    return EmbeddedCatalogue(module.item_embeddings())
 
 
 def save(run: Run, learner: Learner, state: TrainState, writer: CheckpointWriter) -> None:
@@ -377,8 +402,8 @@ def open_folder(run: Run) -> None:
 
 
 def _evaluate_best(config: Config, runtime: Runtime, store: Store, folder: Path) -> None:
-    recommender = build_recommender(load_checkpoint(folder), config, store, runtime.device)
-    result = evaluate(recommender, store, runtime, "test", mask_seen=False)
+    ranker = build_ranker(load_checkpoint(folder), config, store, runtime.device)
+    result = evaluate(ranker, store, runtime, "test", mask_seen=False)
     if runtime.is_main:
         report(result, folder)
 

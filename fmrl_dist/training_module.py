@@ -31,7 +31,8 @@ class TrainingModule(nn.Module):
 
     Args:
         model: the model.
-        columns: [V, C], the catalogue as the model's item encoder takes it, of the products' dtype.
+        columns: [V, C], the catalogue as the model's item encoder takes it, of the products' dtype; None where
+            batches bring the features of their items.
         temperatures: of each size's scores; None for 1.
         normalize: score by cosines, of each size's prefixes; the catalogue's embeddings are then held whole.
         loss_impl: of :mod:`fmrl_dist.losses.nested_cross_entropy`.
@@ -41,7 +42,7 @@ class TrainingModule(nn.Module):
     def __init__(
         self,
         model: FMRLRec,
-        columns: Rows,
+        columns: Rows | None,
         temperatures: Sequence[float] | None,
         normalize: bool,
         loss_impl: str,
@@ -59,11 +60,12 @@ class TrainingModule(nn.Module):
         projection, table = self.model.encoder.projection(), self.model.encoder.id_table
         needed = [batch.items, batch.targets, *([batch.negatives] if isinstance(batch, SampledBatch) else [])]
         ids, places = torch.cat(needed).unique(return_inverse=True)
-        items = self._embed(self.columns[ids], projection, None if table is None else table[ids])
+        items = self._embed(self._columns(ids, batch), projection, None if table is None else table[ids])
         inputs, targets, *negatives = places.split([len(part) for part in needed])
         z = self.model(items[inputs], batch.starts, batch.from_start)
         if isinstance(batch, SampledBatch):
             return self._sampled(batch, z, items[targets], items[negatives[0]])
+        assert self.columns is not None, "the full softmax reads a table"
         impl, dtype, right = self.loss_impl, self.matmul_dtype, batch.targets
         if self.normalize:
             catalogue = self._embed(self.columns[:], projection, table)
@@ -74,6 +76,14 @@ class TrainingModule(nn.Module):
         return catalogue_cross_entropy(
             *(z, items[targets], self.columns, projection, table, self.model.sizes, self.temperatures, impl, dtype)
         )
+
+    def _columns(self, ids: Tensor, batch: Packed) -> Tensor:
+        """Columns of the batch's distinct items, [n, C]."""
+        if self.columns is not None:
+            return self.columns[ids]
+        encoder, values, present = self.model.encoder, batch.feature_values, batch.feature_present
+        assert values is not None and present is not None and len(values) == len(ids), "the stream brings just these"
+        return encoder.columns(encoder.normalize(values, present), present).to(self.matmul_dtype or torch.float32)
 
     def _sampled(self, batch: SampledBatch, z: Tensor, target_items: Tensor, negative_items: Tensor) -> Tensor:
         """Sum over the groups, each against its own negatives."""
@@ -109,6 +119,7 @@ class TrainingModule(nn.Module):
     @torch.no_grad()
     def item_embeddings(self) -> Tensor:
         """Embeddings of the whole catalogue, [V, D]."""
+        assert self.columns is not None, "a streamed catalogue is never held whole"
         projection, table = self.model.encoder.projection(), self.model.encoder.id_table
         items = projection.new_empty(self.columns.shape[0], len(projection))
         for begin in range(0, len(items), EMBEDDED_AT_ONCE):

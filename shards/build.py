@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from fmrl_dist.files import replaced_folder
 from fmrl_dist.urls import hide_credentials, is_url
 from shards.encoding import encoding_folder
 from shards.features import FeatureRows, make_feature
-from shards.histories import SplitWriter, UserBlocks, read_histories
+from shards.histories import Histories, ItemFields, SplitWriter, UserBlocks, read_histories, train_counts
 from shards.tables import ItemIds, as_ids, check_unique, content_sha256, read_table
 from shards.text import template_columns
 from shards.writer import BlockWriter
@@ -101,13 +101,13 @@ def _write_store(config: Config, folder: Path, encoding: Path) -> list[FeatureRo
             for split in ("items", *SPLITS)
         }
         _write_items(writers["items"], len(ids.external), features, config.store.items_per_block)
-        train, valid, test = (UserBlocks(writers[split], config.store.users_per_block) for split in SPLITS)
-        splits = SplitWriter(train, valid, test, len(ids.external))
         path = Path(data.root) / data.sequences.path
-        with tqdm(desc="histories", unit="user", disable=None) as progress:
-            for batch in read_histories(path, data.sequences, ids):
-                splits.add(batch)
-                progress.update(len(batch.users))
+        inline = config.store.feature_mode == "inline"
+        of_items = _fields_of_items(features, _count(path, data, ids)) if inline else None
+        train, valid, test = (UserBlocks(writers[split], config.store.users_per_block, of_items) for split in SPLITS)
+        splits = SplitWriter(train, valid, test, len(ids.external))
+        for batch in _histories(path, data, ids, "histories"):
+            splits.add(batch)
         users = splits.finish()
     check_unique(users, f"column {data.sequences.user!r} of {path}")
     if splits.num_users == 0:
@@ -126,6 +126,7 @@ def _write_store(config: Config, folder: Path, encoding: Path) -> list[FeatureRo
         num_users=splits.num_users,
         num_dropped_users=splits.num_dropped_users,
         num_events=splits.num_events,
+        inline=inline,
         features=tuple(feature.info for feature in features),
         items=tuple(writers["items"].blocks),
         splits={split: tuple(writers[split].blocks) for split in SPLITS},
@@ -156,6 +157,34 @@ def _write_items(writer: BlockWriter, num_items: int, features: Sequence[Feature
                 fields |= feature.take(ids)
             writer.write(fields, count=len(ids), events=0)
             progress.update(len(ids))
+
+
+def _histories(path: Path, data: DataConfig, ids: ItemIds, what: str) -> Iterator[Histories]:
+    with tqdm(desc=what, unit="user", disable=None) as progress:
+        for batch in read_histories(path, data.sequences, ids):
+            yield batch
+            progress.update(len(batch.users))
+
+
+def _count(path: Path, data: DataConfig, ids: ItemIds) -> np.ndarray:
+    """Train events of each item, int64 [V]: a pass over the histories of its own, for blocks that carry them."""
+    counts = np.zeros(len(ids.external), np.int64)
+    for batch in _histories(path, data, ids, "train counts"):
+        counts += train_counts(batch, len(counts))
+    return counts
+
+
+def _fields_of_items(features: Sequence[FeatureRows], counts: np.ndarray) -> Callable[[np.ndarray], ItemFields]:
+    """What an inline block carries of its distinct items."""
+
+    def fields(items: np.ndarray) -> ItemFields:
+        ids = np.unique(items)
+        arrays = {"block_items": ids, "block_counts": counts[ids]}
+        for feature in features:
+            arrays |= feature.take(ids)
+        return arrays
+
+    return fields
 
 
 def _vocab(items: pa.Table, ids: ItemIds, title: str, train_count: np.ndarray) -> pa.Table:

@@ -7,7 +7,7 @@ A table of sequences streams through; a table of interactions is held once, to b
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from shards.writer import BlockWriter
 
 MIN_EVENTS = 2  # shorter histories have nothing to predict and are dropped
 MIN_EVAL_EVENTS = 3  # shorter ones are for training only
+ItemFields = dict[str, np.ndarray]  # fields of a block, by name
 TICKS_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
@@ -121,10 +122,18 @@ def _seconds(ticks: np.ndarray, kind: pa.DataType) -> np.ndarray:
 
 
 class UserBlocks:
-    """Packs users into blocks of ``users_per_block``, in the order they come, whatever batches they come in."""
+    """Packs users into blocks of ``users_per_block``, in the order they come, whatever batches they come in.
 
-    def __init__(self, writer: BlockWriter, users_per_block: int) -> None:
-        self._writer = writer
+    ``of_items`` gives fields to add to a block, from its items; None adds none.
+    """
+
+    def __init__(
+        self,
+        writer: BlockWriter,
+        users_per_block: int,
+        of_items: Callable[[np.ndarray], ItemFields] | None = None,
+    ) -> None:
+        self._writer, self._of_items = writer, of_items
         self._users_per_block = users_per_block
         self._pending: list[tuple[np.ndarray, ...]] = []  # users, lengths, items and, if any, times
         self._num_pending = 0
@@ -154,6 +163,8 @@ class UserBlocks:
             arrays = {"users": users[low:high], "starts": starts[low : high + 1] - starts[low]}
             for name, values in zip(("items", "times"), events, strict=False):
                 arrays[name] = values[starts[low] : starts[high]]
+            if self._of_items is not None:
+                arrays |= self._of_items(arrays["items"])
             self._writer.write(arrays, count=high - low, events=int(starts[high] - starts[low]))
         rest = slice(starts[num_users], None)
         self._pending = [(users[num_users:], lengths[num_users:], *(values[rest] for values in events))]
@@ -184,7 +195,7 @@ class SplitWriter:
         self._train.add(users, low, np.where(evaluated, high - 2, high), events)
         self._valid.add(users[evaluated], low[evaluated], high[evaluated] - 1, events)
         self._test.add(users[evaluated], low[evaluated], high[evaluated], events)
-        self._count_train_events(histories.items, low, np.where(evaluated, high - 2, high))
+        self.train_count += train_counts(histories, len(self.train_count))
 
     def finish(self) -> pa.Array:
         """Write the last blocks; returns the external ids of the users kept, row = internal id."""
@@ -192,7 +203,12 @@ class SplitWriter:
             blocks.flush()
         return pa.chunked_array(self._external).combine_chunks()
 
-    def _count_train_events(self, items: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
-        edges = np.bincount(low, minlength=len(items) + 1) - np.bincount(high, minlength=len(items) + 1)
-        inside = np.cumsum(edges)[: len(items)] > 0
-        self.train_count += np.bincount(items[inside], minlength=len(self.train_count))
+
+def train_counts(histories: Histories, num_items: int) -> np.ndarray:
+    """How often each item stands in what these histories give to training, int64 [V]."""
+    low, high, items = histories.starts[:-1], histories.starts[1:], histories.items
+    kept = high - low >= MIN_EVENTS
+    low, high = low[kept], np.where(high - low >= MIN_EVAL_EVENTS, high - 2, high)[kept]
+    edges = np.bincount(low, minlength=len(items) + 1) - np.bincount(high, minlength=len(items) + 1)
+    inside = np.cumsum(edges)[: len(items)] > 0
+    return np.bincount(items[inside], minlength=num_items)

@@ -19,7 +19,7 @@ def describe(store: Store) -> str:
     lines = [
         f"store   {store.location}",
         f"schema  {manifest.schema_version}   sha256 {manifest.sha256}",
-        f"items   {manifest.num_items:,}",
+        f"items   {manifest.num_items:,}{' (inline: their features ride with the users)' if manifest.inline else ''}",
         f"users   {manifest.num_users:,} (and {manifest.num_dropped_users:,} dropped: fewer than 2 events)",
         f"events  {manifest.num_events:,} ({manifest.num_events / manifest.num_users:.2f} a user)",
         "",

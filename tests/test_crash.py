@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from benchmarks.crash import crash
 from fmrl_dist import train
@@ -41,6 +44,24 @@ def test_killed_runs_end_as_undisturbed_ones(ranks: int, shop: Path, tmp_path: P
     assert report.same
     assert report.kills >= 2, report
     assert max(report.steps_lost) < 50
+
+
+def test_a_checkpoint_holds_what_there_was_when_it_was_taken(tmp_path: Path) -> None:
+    """Training goes on to change tensors and state in place while they are being written."""
+    writer = CheckpointWriter(tmp_path, {"config": {}}, keep=2)
+    free = threading.Event()
+    writer._thread.submit(free.wait)  # nothing is written before
+    model, moments, state = torch.ones(3), torch.ones(3), TrainState(step=7, skipped_blocks=[1])
+    writer.save(state, {"weight": model}, {"exp_avg/weight": moments})
+    for tensor in (model, moments):
+        tensor.zero_()
+    state.skipped_blocks.append(2)
+    free.set()
+    writer.wait()
+    folder = tmp_path / "step-00000007"
+    assert load_file(folder / "model.safetensors")["weight"].tolist() == [1, 1, 1]
+    assert load_file(folder / "optimizer.safetensors")["exp_avg/weight"].tolist() == [1, 1, 1]
+    assert '"skipped_blocks": [\n   1\n  ]' in (folder / "state.json").read_text()
 
 
 EVERY_STEP = ["--train.checkpoint_every_steps", 1]

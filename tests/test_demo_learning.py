@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from fmrl_dist.assembly import embed_catalogue, load_catalogue_table, restore_model
+from fmrl_dist.catalogue import EmbeddedCatalogue
 from fmrl_dist.checkpoint import load_checkpoint
 from fmrl_dist.config import DEMO_CONFIG, config_from_dict, load_config
 from fmrl_dist.data.histories import RankingBlock, evaluation_blocks
@@ -95,7 +96,7 @@ def test_order_matters(store: Store, from_features: Path) -> None:
     model = restore_model(config_from_dict(checkpoint.config).model, checkpoint).eval()
     items = embed_catalogue(model, table, torch.device("cpu"))
     in_order, shuffled = (
-        metrics_from_histogram(rank_histograms(model, items, blocks, mask_seen=False)[-1])["ndcg@10"]
+        metrics_from_histogram(rank_histograms(model, EmbeddedCatalogue(items), blocks, mask_seen=False)[-1])["ndcg@10"]
         for blocks in (ranking_blocks(store), map(shuffle_histories, ranking_blocks(store)))
     )
     assert in_order == evaluation(from_features)["sizes"]["32"]["ndcg@10"]

@@ -26,11 +26,11 @@ from fmrl_dist.config import config_from_dict, load_config
 from fmrl_dist.data.histories import RankingBlock, evaluation_blocks
 from fmrl_dist.data.items import load_item_table
 from fmrl_dist.data.store import Store
-from fmrl_dist.evaluation import target_ranks
 from fmrl_dist.export_folder import FILES, ITEMS_FILE, Origin, Recommender, read_export, write_export
 from fmrl_dist.metrics import CUTOFF
 from fmrl_dist.model import CONFIG_FILE, MODEL_FILE, FMRLRec
 from shards.build import build
+from tests.ranking_fixture import target_ranks
 from tests.training_fixture import (
     contents,
     evaluation,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 import signal
@@ -16,6 +15,7 @@ import pytest
 import torch.distributed as dist
 
 from fmrl_dist import train
+from fmrl_dist.checkpoint import load_checkpoint
 from fmrl_dist.config import Config, StoreConfig, load_config
 from fmrl_dist.data.feed import BatchFeed
 from fmrl_dist.data.histories import Packed
@@ -56,7 +56,7 @@ def make_stream(config: Config, access: StoreConfig | None = None, skipped: Sequ
 
 def digest(batch: Packed) -> str:
     """Of every tensor of a batch, with its dtype."""
-    arrays = [getattr(batch, f.name).numpy() for f in dataclasses.fields(batch)]
+    arrays = [tensor.numpy() for tensor in batch.tensors.values()]
     return hashlib.sha256(b"".join(str(a.dtype).encode() + a.tobytes() for a in arrays)).hexdigest()
 
 
@@ -216,6 +216,20 @@ def test_a_skipped_block_is_left_out_on_all_ranks(damaged: tuple[Path, list[Bloc
     train_here(config, halved, *words, "--eval.every_steps", 11, "--resume", "auto")
     whole = train_here(config, tmp_path / "whole", *words, "--eval.every_steps", 11)
     assert figures(halved) == figures(whole)
+
+
+def test_blocks_found_damaged_one_after_the_other_all_stay_out(tmp_path: Path) -> None:
+    """Windows of one block: the second is met long after the first was agreed on."""
+    config = make_shop(tmp_path / "shop")
+    store = Store.open(tmp_path / "shop" / "store")
+    for number in (2, 6):
+        block = store.manifest.splits["train"][number]
+        with (store.path / block.shard).open("r+b") as file:
+            file.seek(block.offset + 700)
+            file.write(b"\xff" * 8)
+    words = ["--store.on_bad_shard", "skip", "--train.shuffle_blocks", 1, "--train.epochs", 2, "--train.lanes", 1]
+    run = train_here(config, tmp_path / "run", *words, "--train.checkpoint_every_steps", 1)
+    assert load_checkpoint(run / "checkpoints" / "latest").state.skipped_blocks == [2, 6]
 
 
 def test_a_skipped_block_contributes_nothing_and_shifts_nothing(damaged: tuple[Path, list[Block]], shop: Path) -> None:

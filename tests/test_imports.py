@@ -21,7 +21,7 @@ LAYERS = (
     ("ops",),
     ("model",),
     ("plain_values", "feature_config", "config"),
-    ("data", "losses", "metrics", "checkpoint", "evaluation"),
+    ("data", "losses", "metrics", "checkpoint", "catalogue", "evaluation"),
     ("export_folder",),
 )
 SHARDS_MAY_IMPORT = (

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from fmrl_dist.data.items import ItemTable, feature_affine, load_item_table
+from fmrl_dist.data.feature_scale import feature_affine, feature_sums, table_parts
+from fmrl_dist.data.items import ItemTable, load_item_table
 from fmrl_dist.data.store import Store
 from fmrl_dist.errors import UserError
 from shards.build import build
@@ -76,7 +77,7 @@ def test_no_features_still_count_the_items(store: Store) -> None:
     table = load_item_table(store, ())
     assert table.dims == {}
     assert table.values.shape == table.present.shape == (len(ITEMS), 0)
-    shift, scale = feature_affine(table, "standardize")
+    shift, scale = affine(table, "standardize")
     assert shift.shape == scale.shape == (0,)
 
 
@@ -108,16 +109,20 @@ def make_table() -> ItemTable:
     return ItemTable({"wide": 2, "narrow": 1}, values, present)
 
 
+def affine(table: ItemTable, scale: str | float) -> tuple[torch.Tensor, torch.Tensor]:
+    return feature_affine(table.dims, feature_sums(table.dims, table_parts(table)), scale)
+
+
 def test_scale_none_and_a_number() -> None:
     for scale, factor in (("none", 1.0), (10.0, 10.0)):
-        shift, found = feature_affine(make_table(), scale)
+        shift, found = affine(make_table(), scale)
         assert shift.tolist() == [0.0, 0.0, 0.0]
         assert found.tolist() == [factor] * 3
 
 
 def test_standardize_by_hand() -> None:
     """wide: means 3 and 20, variances 4 and 300, so 152 on average; narrow: mean 7, variance 8."""
-    shift, scale = feature_affine(make_table(), "standardize")
+    shift, scale = affine(make_table(), "standardize")
     assert shift.dtype == scale.dtype == torch.float32
     assert shift.tolist() == [3.0, 20.0, 7.0]
     torch.testing.assert_close(scale, torch.tensor([152**-0.5, 152**-0.5, 8**-0.5]))
@@ -130,7 +135,7 @@ def test_standardized_features_have_mean_0_and_mean_variance_1() -> None:
     present = torch.rand(500, 3, generator=generator) < 0.7
     dims = {"small": 2, "large": 3, "one": 1}
     values = values * present.repeat_interleave(torch.tensor(list(dims.values())), 1)
-    shift, scale = feature_affine(ItemTable(dims, values, present), "standardize")
+    shift, scale = affine(ItemTable(dims, values, present), "standardize")
     scaled = (values.float() - shift) * scale
     for column, part in enumerate(scaled.split(list(dims.values()), dim=1)):
         rows = part[present[:, column]]
@@ -141,6 +146,6 @@ def test_standardized_features_have_mean_0_and_mean_variance_1() -> None:
 def test_standardize_leaves_a_feature_of_one_item_and_survives_a_constant_one() -> None:
     values = torch.tensor([[7.0, 0.5], [0.0, 0.5], [0.0, 0.5]], dtype=torch.float16)
     present = torch.tensor([[True, True], [False, True], [False, True]])
-    shift, scale = feature_affine(ItemTable({"single": 1, "constant": 1}, values, present), "standardize")
+    shift, scale = affine(ItemTable({"single": 1, "constant": 1}, values, present), "standardize")
     assert (shift[0].item(), scale[0].item()) == (0.0, 1.0)
     assert ((values[:, 1].float() - shift[1]) * scale[1]).tolist() == [0.0, 0.0, 0.0]

@@ -268,6 +268,7 @@ def test_only_the_rows_of_batch_and_negatives_are_read(shop: Path, store: Store)
     batch = stream.batch(0, 0, [0])
     assert isinstance(batch, SampledBatch)
     module = make_module(shop, store)
+    assert module.columns is not None
     columns = module.columns[:].clone()
     needed = torch.cat((batch.items, batch.targets, batch.negatives))
     others = torch.ones(NUM_ITEMS, dtype=torch.bool).index_fill(0, needed, False)

@@ -43,6 +43,15 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_shop(tmp_path_factory.mktemp("processes"))
 
 
+HOPS = (STEPS_PER_EPOCH - 3, 2 * STEPS_PER_EPOCH - 1)  # steps at which the number of processes changes
+
+
+def train_until(config: str, folder: str, max_steps: int) -> None:
+    """A part of a run without dropout; 0 steps: the rest."""
+    words = ["--resume", "auto", "--train.max_steps", max_steps]
+    train_here(Path(config), Path(folder), *NO_DROPOUT, *words)
+
+
 def train_on_each_rank(config: str, folder: str) -> dict[str, Any]:
     """Several runs one after the other in one process group; what each rank has to say about those that fail."""
     root = Path(folder)
@@ -127,6 +136,17 @@ def test_two_processes_train_as_one(run: str, one: Path, two: tuple[Path, list[d
             assert found[key] == pytest.approx(expected[key], rel=1e-5), (found["step"], key)
     assert evaluation(two[0] / run) == evaluation(one)
     assert records(two[0] / run, "valid") == records(one, "valid")
+
+
+def test_two_then_one_then_two_processes(shop: Path, one: Path, tmp_path: Path) -> None:
+    run = tmp_path / "hopping"
+    run_processes(2, train_until, str(shop), str(run), HOPS[0])
+    train_until(str(shop), str(run), HOPS[1])
+    run_processes(2, train_until, str(shop), str(run), 0)
+    for expected, found in zip(records(one), records(run), strict=True):
+        assert found["step"] == expected["step"]
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5), found["step"]
+    assert evaluation(run)["sizes"] == evaluation(one)["sizes"]
 
 
 def test_two_processes_evaluate_as_one(two: tuple[Path, list[dict[str, Any]]]) -> None:

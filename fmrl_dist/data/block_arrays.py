@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -84,12 +84,7 @@ def item_problems(
         features: dim of each feature, and whether it has a mask.
         num_items: V.
     """
-    expected: dict[str, tuple[str, tuple[int, ...]]] = {"ids": ("int64", (count,))}
-    for name, (dim, masked) in features.items():
-        expected[name] = ("float16", (count, dim))
-        if masked:
-            expected[f"{name}.mask"] = ("bool", (count,))
-    problems = field_problems(arrays, expected)
+    problems = field_problems(arrays, {"ids": ("int64", (count,))} | _feature_fields(features, count))
     yield from problems
     if problems:
         return
@@ -98,16 +93,17 @@ def item_problems(
         yield f"item ids outside 0 ... {num_items - 1}"
     elif len(np.unique(ids)) < count:
         yield "an item stands twice in it"
-    for name in features:
-        rows, mask = arrays[name], arrays.get(f"{name}.mask", np.True_)
-        if not np.isfinite(rows).all():
-            yield f"{name} holds NaN or infinity"
-        if rows[~mask].any():
-            yield f"{name} is not zero where its mask is false"
+    yield from _feature_problems(arrays, features)
 
 
 def user_problems(
-    arrays: Mapping[str, np.ndarray], count: int, events: int, split: str, num_users: int, num_items: int
+    arrays: Mapping[str, np.ndarray],
+    count: int,
+    events: int,
+    split: str,
+    num_users: int,
+    num_items: int,
+    inline: Mapping[str, tuple[int, bool]] | None = None,
 ) -> Iterator[str]:
     """What is wrong with a block of users, in CSR form.
 
@@ -116,10 +112,15 @@ def user_problems(
         count, events: users and events that it should hold.
         split: of :data:`MIN_EVENTS`.
         num_users, num_items: of the whole store.
+        inline: of an inline store the features that ride with the block, as in :func:`item_problems`; else None.
     """
     expected: dict[str, tuple[str, tuple[int, ...]]] = {"users": ("int64", (count,)), "starts": ("int64", (count + 1,))}
     for name in ("items", "times") if "times" in arrays else ("items",):
         expected[name] = ("int64", (events,))
+    if inline is not None:
+        num_distinct = min(arrays["block_items"].size, events) if "block_items" in arrays else 0
+        expected |= dict.fromkeys(("block_items", "block_counts"), ("int64", (num_distinct,)))
+        expected |= _feature_fields(inline, num_distinct)
     problems = field_problems(arrays, expected)
     yield from problems
     if problems:
@@ -133,6 +134,30 @@ def user_problems(
         yield f"user ids outside 0 ... {num_users - 1}"
     if len(np.unique(users)) < count:
         yield f"a user stands twice in {split}"
+    if inline is not None:
+        if not np.array_equal(arrays["block_items"], np.unique(items)):
+            yield "block_items are not its distinct items, sorted"
+        if (arrays["block_counts"] < 0).any():
+            yield "block_counts are negative"
+        yield from _feature_problems(arrays, inline)
+
+
+def _feature_fields(features: Mapping[str, tuple[int, bool]], count: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    fields: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, (dim, masked) in features.items():
+        fields[name] = ("float16", (count, dim))
+        if masked:
+            fields[f"{name}.mask"] = ("bool", (count,))
+    return fields
+
+
+def _feature_problems(arrays: Mapping[str, np.ndarray], features: Iterable[str]) -> Iterator[str]:
+    for name in features:
+        rows, mask = arrays[name], arrays.get(f"{name}.mask", np.True_)
+        if not np.isfinite(rows).all():
+            yield f"{name} holds NaN or infinity"
+        if rows[~mask].any():
+            yield f"{name} is not zero where its mask is false"
 
 
 def field_problems(arrays: Mapping[str, np.ndarray], expected: Expected) -> list[str]:

@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fmrl_dist.data.item_rows import block_rows, pick
 from fmrl_dist.data.store import Store
 from fmrl_dist.data.windows import ragged_rows
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Histories side by side: N items, B histories or windows."""
+    """Histories side by side: N items, B histories or windows.
+
+    Where features ride with the stream, they are those of the ``n`` distinct items that the model needs here.
+    """
 
     users: Tensor  # int64 [B], internal ids
     items: Tensor  # int64 [N], oldest first
     starts: Tensor  # int64 [B+1], first row of each history and, last, N
     from_start: Tensor  # bool [B], whether a start position stands before the first item
     targets: Tensor  # int64: training one per position [N + from_start.sum()], evaluation one per history [B]
+    feature_ids: Tensor | None = field(default=None, kw_only=True)  # int64 [n], sorted
+    feature_values: Tensor | None = field(default=None, kw_only=True)  # float16 [n, F]
+    feature_present: Tensor | None = field(default=None, kw_only=True)  # bool [n, M]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All that there are, by name."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
 
     def to(self, device: torch.device) -> Self:
-        return replace(self, **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in self.tensors.items()})
 
 
 @dataclass(frozen=True)
@@ -47,7 +60,12 @@ class RankingBlock(Packed):
 
 
 def evaluation_blocks(
-    store: Store, split: str, max_length: int, block_numbers: Sequence[int], num_users: int = 0
+    store: Store,
+    split: str,
+    max_length: int,
+    block_numbers: Sequence[int],
+    num_users: int = 0,
+    inline_dims: Mapping[str, int] | None = None,
 ) -> Iterator[RankingBlock]:
     """The users of some blocks of ``split``: whole histories' last ``max_length`` events, the next item as target.
 
@@ -59,6 +77,7 @@ def evaluation_blocks(
         max_length: events kept.
         block_numbers: blocks to read.
         num_users: size of a fixed, evenly spread subset of the split's users; 0 for all.
+        inline_dims: features (and their dims) to take along from the blocks of an inline store; None takes none.
     """
     blocks = store.manifest.splits[split]
     total = sum(block.count for block in blocks)
@@ -73,12 +92,18 @@ def evaluation_blocks(
         begin, target = arrays["starts"][rows], arrays["starts"][rows + 1] - 1
         whole = target - begin
         lengths = np.minimum(whole, max_length)
+        items = arrays["items"][ragged_rows(target - lengths, lengths)]
+        features = {}
+        if inline_dims is not None:
+            taken = pick(np.unique(items), [block_rows(arrays, "block_items", inline_dims)], inline_dims)
+            features = {f"feature_{name}": torch.from_numpy(value) for name, value in vars(taken).items()}
         yield RankingBlock(
             users=torch.from_numpy(arrays["users"][rows]),
-            items=torch.from_numpy(arrays["items"][ragged_rows(target - lengths, lengths)]),
+            items=torch.from_numpy(items),
             starts=torch.from_numpy(np.concatenate(([0], np.cumsum(lengths)))),
             from_start=torch.zeros(len(rows), dtype=torch.bool),
             targets=torch.from_numpy(arrays["items"][target]),
             seen=torch.from_numpy(arrays["items"][ragged_rows(begin, whole)]),
             seen_starts=torch.from_numpy(np.concatenate(([0], np.cumsum(whole)))),
+            **features,
         )

@@ -30,7 +30,6 @@ from fmrl_dist.files import flush
 
 LOCK_POLL_S = 0.05
 SAY_AFTER_S = 5.0  # of waiting for another process
-SUMMED_AT_ONCE = 65536  # rows
 
 
 @dataclass(frozen=True)
@@ -52,14 +51,8 @@ def load_item_table(store: Store, features: Sequence[str] | None) -> ItemTable:
     Raises:
         UserError: a feature is not in the store, a shard is damaged, or the table cannot be written.
     """
-    known = {feature.name: feature.dim for feature in store.manifest.features}
-    names = list(known) if features is None else list(features)
-    for name in names:
-        if name not in known:
-            raise UserError(
-                f"model.features names {name!r}; the store {store.location} has: {', '.join(known) or 'none'}"
-            )
-    dims, num_items = {name: known[name] for name in names}, store.manifest.num_items
+    dims, num_items = feature_dims(store, features), store.manifest.num_items
+    names = list(dims)
     if not names or not num_items:
         return ItemTable(dims, torch.zeros(num_items, 0, dtype=torch.float16), torch.zeros(num_items, 0).bool())
     stem = f"items-{hashlib.sha256(','.join(names).encode()).hexdigest()[:8]}-{store.manifest.sha256[:16]}"
@@ -80,6 +73,21 @@ def load_item_table(store: Store, features: Sequence[str] | None) -> ItemTable:
             f"the item table {values} cannot be written or read ({error.strerror or error}); make room, or name "
             "another place by --store.cache_dir"
         ) from None
+
+
+def feature_dims(store: Store, features: Sequence[str] | None) -> dict[str, int]:
+    """Dims of some features of a store, in this order; None takes all of them.
+
+    Raises:
+        UserError: a feature is not in the store.
+    """
+    known = {feature.name: feature.dim for feature in store.manifest.features}
+    for name in features or ():
+        if name not in known:
+            raise UserError(
+                f"model.features names {name!r}; the store {store.location} has: {', '.join(known) or 'none'}"
+            )
+    return known if features is None else {name: known[name] for name in features}
 
 
 def _unpack(store: Store, dims: Mapping[str, int], values_path: Path, present_path: Path) -> None:
@@ -148,39 +156,3 @@ def _locked(path: Path) -> Iterator[None]:
                 print(f"waiting for another process of this node to unpack the item table (lock {path})", flush=True)
                 said = True
         yield
-
-
-def feature_affine(table: ItemTable, scale: str | float) -> tuple[Tensor, Tensor]:
-    """Shift [F] and scale [F] with which a feature enters the model as (x - shift)·scale, from present rows only.
-
-    Args:
-        table: the catalogue.
-        scale: "none"; a number, by which every feature is multiplied; or "standardize": each dimension's mean is
-            taken off and each feature divided by one number, so that its mean variance is 1.
-    """
-    total = table.values.shape[1]
-    shift, factor = torch.zeros(total), torch.ones(total)
-    if isinstance(scale, float):
-        return shift, factor * scale
-    if scale == "standardize":
-        begin = 0
-        for column, dim in enumerate(table.dims.values()):
-            count = int(table.present[:, column].sum())
-            if count > 1:
-                columns = slice(begin, begin + dim)
-                sums, squares = torch.zeros(dim, dtype=torch.float64), torch.zeros(dim, dtype=torch.float64)
-                for rows in _present_rows(table, column, columns):
-                    sums += rows.sum(0)
-                for rows in _present_rows(table, column, columns):
-                    squares += (rows - sums / count).square().sum(0)
-                shift[columns] = sums / count
-                factor[columns] = (squares / (count - 1)).mean().clamp_min(1e-12).rsqrt().float()
-            begin += dim
-    return shift, factor
-
-
-def _present_rows(table: ItemTable, feature: int, columns: slice) -> Iterator[Tensor]:
-    """The rows of one feature where it is present, float64, some at a time."""
-    for begin in range(0, len(table.values), SUMMED_AT_ONCE):
-        rows = slice(begin, begin + SUMMED_AT_ONCE)
-        yield table.values[rows, columns][table.present[rows, feature]].double()

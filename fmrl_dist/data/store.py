@@ -33,7 +33,7 @@ from fmrl_dist.errors import UserError
 from fmrl_dist.files import json_sha256
 from fmrl_dist.urls import is_url
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 VOCAB_FILE = "vocab.parquet"
 USERS_FILE = "users.parquet"
@@ -94,6 +94,7 @@ class Manifest:
     num_users: int
     num_dropped_users: int
     num_events: int
+    inline: bool  # user blocks carry the features of their items
     features: tuple[Feature, ...]
     items: tuple[Block, ...]
     splits: dict[str, tuple[Block, ...]]  # train, valid, test
@@ -211,7 +212,9 @@ class Store:
         Returns:
             Arrays by field. Items: ``ids`` int64 [n], ``<feature>`` float16 [n, dim] and, where some item lacks it,
             ``<feature>.mask`` bool [n] (true: present). Users: ``users`` int64 [n], ``starts`` int64 [n + 1],
-            ``items`` int64 [events] and, where the raw data has them, ``times`` int64 [events].
+            ``items`` int64 [events] and, where the raw data has them, ``times`` int64 [events]. Users of an inline
+            store: also ``block_items`` int64 [k], the distinct items sorted, ``block_counts`` int64 [k], how often each
+            stands in all training histories, and their features as of items.
 
         Raises:
             UserError: the shard is missing, its bytes are not those that were written, or not what the manifest says.
@@ -219,12 +222,13 @@ class Store:
         where = f"{self.location}/{block.shard} at byte {block.offset}"
         arrays = parse_block(self.read_bytes(block), where)
         kind, manifest = block.shard.partition("-")[0], self.manifest
+        features = {feature.name: (feature.dim, feature.masked) for feature in manifest.features}
         if kind == "items":
-            features = {feature.name: (feature.dim, feature.masked) for feature in manifest.features}
             problems = item_problems(arrays, block.count, features, manifest.num_items)
         else:
             sizes = (manifest.num_users, manifest.num_items)
-            problems = user_problems(arrays, block.count, block.events, kind, *sizes)
+            inline = features if manifest.inline else None
+            problems = user_problems(arrays, block.count, block.events, kind, *sizes, inline)
         for problem in problems:
             raise UserError(f"block {where}: {problem}; build the store again")
         return arrays

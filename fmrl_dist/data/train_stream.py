@@ -1,19 +1,22 @@
 """Training batches of a store, in the order that :class:`Order` computes: a pure function of step and lanes.
 
 A reader takes whole lanes, and gives what it has read of them as :class:`LaneWindows`; those of several readers make a
-batch. So lanes may be shared out among processes in any way: the batch is the same.
+batch. So lanes may be shared out among processes in any way: the batch is the same. In an inline store items' features
+ride with the histories, and are handed on with what needs them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 
 import numpy as np
 import torch
 
 from fmrl_dist.data.histories import Packed, SampledBatch
+from fmrl_dist.data.item_rows import ItemRows, block_rows, merge, pick
+from fmrl_dist.data.item_walk import ItemWalk
 from fmrl_dist.data.negatives import NegativeSampler
 from fmrl_dist.data.order import Order
 from fmrl_dist.data.store import Store
@@ -36,21 +39,22 @@ class LaneWindows:
     drawn_lanes: np.ndarray  # int64 [n], for which negatives were drawn
     drawn: np.ndarray  # int64 [n, K]
     damaged: np.ndarray  # int64, blocks that could not be read and were left out
+    feature_ids: np.ndarray  # int64 [n], sorted: all items above, where features ride with the stream; else none
+    feature_values: np.ndarray  # float16 [n, F]
+    feature_present: np.ndarray  # bool [n, M]
 
     def take(self, windows: np.ndarray) -> LaneWindows:
         """Some of the windows, in the order given."""
         num_targets = self.lengths + self.from_start
         first_item, first_target = np.cumsum(self.lengths) - self.lengths, np.cumsum(num_targets) - num_targets
-        return LaneWindows(
+        return replace(
+            self,
             lanes=self.lanes[windows],
             users=self.users[windows],
             items=self.items[ragged_rows(first_item[windows], self.lengths[windows])],
             lengths=self.lengths[windows],
             from_start=self.from_start[windows],
             targets=self.targets[ragged_rows(first_target[windows], num_targets[windows])],
-            drawn_lanes=self.drawn_lanes,
-            drawn=self.drawn,
-            damaged=self.damaged,
         )
 
 
@@ -64,12 +68,14 @@ class ShuffledUsers:
     starts: np.ndarray  # int64 [n + 1]
     events: np.ndarray  # int64, items of one history after the other
     damaged: np.ndarray  # int64, blocks that could not be read
+    features: ItemRows | None  # of all their items, where features ride with the stream
 
     def take(self, first: int, last: int) -> ShuffledUsers:
         """Positions ``first`` … ``last - 1``, those that are there."""
         there, begin, end = self.there[first:last], self.starts[first], self.starts[last]
         users, lengths = self.users[first:last][there], self.lengths[first:last][there]
-        return ShuffledUsers(users, lengths, there[there], _starts(lengths), self.events[begin:end], self.damaged)
+        events = self.events[begin:end]
+        return ShuffledUsers(users, lengths, there[there], _starts(lengths), events, self.damaged, self.features)
 
 
 class TrainStream:
@@ -84,6 +90,8 @@ class TrainStream:
         sampler: of negatives; None for the full softmax.
         share_negatives: all positions of the global batch share the negatives of all lanes; else each lane has its own.
         skipped: blocks whose users are left out.
+        inline: draws the sampler's negatives from the item shards, and says which features ride with the stream, which
+            is of an inline store then; None where they are in a table.
     """
 
     def __init__(
@@ -96,12 +104,13 @@ class TrainStream:
         sampler: NegativeSampler | None = None,
         share_negatives: bool = False,
         skipped: Sequence[int] = (),
+        inline: ItemWalk | None = None,
     ) -> None:
         self.order = order
         self._store, self._blocks = store, store.manifest.splits["train"]
         self._max_length, self._windows, self._predict_first = max_length, windows, predict_first
         self._sampler, self._share_negatives = sampler, share_negatives
-        self._skipped = frozenset(skipped)
+        self._skipped, self._inline = frozenset(skipped), inline
         self._held: dict[tuple[int, int], ShuffledUsers] = {}  # by epoch and number
 
     def batch(self, epoch: int, step: int, lanes: Sequence[int]) -> Packed:
@@ -119,9 +128,7 @@ class TrainStream:
         needs_targets = self._sampler is not None and self._sampler.needs_targets
         read_lanes = (everyone if self._share_negatives and needs_targets else lanes)[reader::num_readers]
         run_step = epoch * self.order.steps_per_epoch + step
-        drawn = np.empty((len(drawn_lanes), self._sampler.num_drawn if self._sampler else 0), np.int64)
-        for row, lane in enumerate(drawn_lanes):
-            drawn[row] = self._sampler.lane(run_step, lane)  # type: ignore[union-attr]  # no sampler, no lanes
+        drawn, sources = self._draw(run_step, drawn_lanes)
 
         spans = [(lane, *span) for lane in read_lanes for span in self.order.spans(epoch, step, lane)]
         self._held = {  # those of the last step are read already, others are no longer needed
@@ -140,16 +147,23 @@ class TrainStream:
         from_start = first == begins[owner]
         input_first = first - ~from_start  # of each target the event before it; item 1 has only the start position
         num_inputs = last - 1 - input_first
+        items, targets = events[ragged_rows(input_first, num_inputs)], events[ragged_rows(first, last - first)]
+        features = ItemRows(np.empty(0, np.int64), np.empty((0, 0), np.float16), np.empty((0, 0), np.bool_))
+        if self._inline is not None:
+            sources += [window.features for window in self._held.values() if window.features is not None]
+            needed = np.unique(np.concatenate((items, targets, drawn.ravel())))
+            features = pick(needed, sources, self._inline.dims)
         return LaneWindows(
             lanes=lanes_of_users[owner],
             users=users[owner],
-            items=events[ragged_rows(input_first, num_inputs)],
+            items=items,
             lengths=num_inputs,
             from_start=from_start,
-            targets=events[ragged_rows(first, last - first)],
+            targets=targets,
             drawn_lanes=np.asarray(drawn_lanes, np.int64),
             drawn=drawn,
             damaged=np.unique(np.concatenate([np.empty(0, np.int64), *(w.damaged for w in self._held.values())])),
+            **{f"feature_{name}": value for name, value in vars(features).items()},
         )
 
     def pack(self, parts: Sequence[LaneWindows], lanes: Sequence[int]) -> Packed:
@@ -178,13 +192,36 @@ class TrainStream:
                 self._sampler.negatives(drawn_of_lane, own.targets[begin:end])
                 for drawn_of_lane, (begin, end) in zip(drawn, pairwise(position_starts), strict=True)
             ]
+        negatives = np.concatenate([ids for ids, _ in groups])
         return SampledBatch(
-            **{f.name: getattr(packed, f.name) for f in fields(packed)},
+            **packed.tensors | self._features(joint, own, negatives),
             position_starts=torch.from_numpy(position_starts),
-            negatives=torch.from_numpy(np.concatenate([ids for ids, _ in groups])),
+            negatives=torch.from_numpy(negatives),
             log_expected=torch.from_numpy(np.concatenate([log_expected for _, log_expected in groups])),
             negative_starts=torch.from_numpy(_starts(np.array([len(ids) for ids, _ in groups]))),
         )
+
+    def _draw(self, run_step: int, lanes: Sequence[int]) -> tuple[np.ndarray, list[ItemRows]]:
+        """Negatives of some lanes, int64 [n, K], and their features where these ride with the stream."""
+        if self._inline is not None:
+            return self._inline.read(run_step, lanes)
+        drawn = np.empty((len(lanes), self._sampler.num_drawn if self._sampler else 0), np.int64)
+        for row, lane in enumerate(lanes):
+            drawn[row] = self._sampler.lane(run_step, lane)  # type: ignore[union-attr]  # no sampler, no lanes
+        return drawn, []
+
+    def _features(self, joint: LaneWindows, own: LaneWindows, negatives: np.ndarray) -> dict[str, torch.Tensor]:
+        """Of what the readers brought, the features of one batch's items, where they ride with the stream."""
+        if self._inline is None:
+            return {}
+        known, first = np.unique(joint.feature_ids, return_index=True)
+        needed = np.unique(np.concatenate((own.items, own.targets, negatives)))
+        rows = first[np.searchsorted(known, needed)]
+        return {
+            "feature_ids": torch.from_numpy(needed),
+            "feature_values": torch.from_numpy(joint.feature_values[rows]),
+            "feature_present": torch.from_numpy(joint.feature_present[rows]),
+        }
 
     def _read_window(self, epoch: int, window: int) -> ShuffledUsers:
         """The blocks of a window, their users in the epoch's order."""
@@ -192,7 +229,7 @@ class TrainStream:
         numbers, which = np.unique(pairs[:, 0], return_inverse=True)
         users, begins, lengths = (np.zeros(len(pairs), np.int64) for _ in range(3))
         there = np.zeros(len(pairs), np.bool_)
-        events, damaged, base = [np.empty(0, np.int64)], [], 0
+        events, features, damaged, base = [np.empty(0, np.int64)], [], [], 0
         for i, number in enumerate(numbers.tolist()):
             if number in self._skipped:
                 continue
@@ -206,8 +243,11 @@ class TrainStream:
             lengths[chosen] = block["starts"][rows + 1] - block["starts"][rows]
             events.append(block["items"])
             base += len(block["items"])
+            if self._inline is not None:
+                features.append(block_rows(block, "block_items", self._inline.dims))
         shuffled = np.concatenate(events)[ragged_rows(begins, lengths)]
-        return ShuffledUsers(users, lengths, there, _starts(lengths), shuffled, np.array(damaged, np.int64))
+        merged = merge(features, self._inline.dims) if self._inline is not None else None
+        return ShuffledUsers(users, lengths, there, _starts(lengths), shuffled, np.array(damaged, np.int64), merged)
 
 
 def _starts(lengths: np.ndarray) -> np.ndarray:

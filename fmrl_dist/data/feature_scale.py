@@ -1,0 +1,69 @@
+"""How features enter the model: (x - shift)·scale, from statistics of the items that have them.
+
+F features' total dim, M features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from fmrl_dist.data.item_rows import block_rows
+from fmrl_dist.data.items import ItemTable
+from fmrl_dist.data.store import Block, Store
+
+SUMMED_AT_ONCE = 65536  # rows
+MIN_VARIANCE = 1e-12
+
+Rows = tuple[Tensor, Tensor]  # values float16 [n, F], present bool [n, M]
+
+
+def feature_sums(dims: Mapping[str, int], parts: Iterable[Rows]) -> Tensor:
+    """Number, sum and sum of squares of the present rows in each dimension, float64 [3, F]."""
+    widths = torch.tensor(list(dims.values()), dtype=torch.int64)
+    sums = torch.zeros(3, sum(dims.values()), dtype=torch.float64)
+    for values, present in parts:
+        rows = values.double()  # absent rows are zero
+        sums += torch.stack((present.sum(0).repeat_interleave(widths), rows.sum(0), rows.square().sum(0)))
+    return sums
+
+
+def feature_affine(dims: Mapping[str, int], sums: Tensor | None, scale: str | float) -> tuple[Tensor, Tensor]:
+    """Shift [F] and scale [F], float32.
+
+    Args:
+        dims: feature → dim, in the order of the columns.
+        sums: of :func:`feature_sums`; needed to standardize.
+        scale: "none"; a number, by which every feature is multiplied; or "standardize": each dimension's mean is
+            taken off and each feature divided by one number, so that its mean variance is 1.
+    """
+    total = sum(dims.values())
+    shift, factor = torch.zeros(total), torch.ones(total)
+    if scale != "standardize":
+        return shift, factor * scale if isinstance(scale, float) else factor
+    assert sums is not None
+    begin = 0
+    for dim in dims.values():
+        columns = slice(begin, begin + dim)
+        counts, first, second = sums[:, columns]
+        if dim and counts[0] > 1:
+            mean = first / counts
+            variances = (second - counts * mean.square()) / (counts - 1)
+            shift[columns] = mean.float()
+            factor[columns] = variances.mean().clamp_min(MIN_VARIANCE).rsqrt().float()
+        begin += dim
+    return shift, factor
+
+
+def table_parts(table: ItemTable) -> Iterator[Rows]:
+    """All rows of a table, some at a time."""
+    yield from zip(table.values.split(SUMMED_AT_ONCE), table.present.split(SUMMED_AT_ONCE), strict=True)
+
+
+def block_parts(store: Store, blocks: Iterable[Block], dims: Mapping[str, int]) -> Iterator[Rows]:
+    """The rows of some item blocks, block by block."""
+    for block in blocks:
+        rows = block_rows(store.read_block(block), "ids", dims)
+        yield torch.from_numpy(rows.values), torch.from_numpy(rows.present)
