@@ -3,6 +3,8 @@
 V items, C columns. A table that fits the device is normalised once and stays there, in the dtype of the products. A
 larger one stays where it is, float16 and perhaps memory-mapped, and only the rows asked for are normalised: the loss
 asks for a tile, the batch for its own items, so nothing that is held grows with V.
+
+Where the ranks share the catalogue (:mod:`fmrl_dist.losses.catalogue_parallel`), the same holds for each rank's slice.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fmrl_dist.data.items import ItemTable
+from fmrl_dist.losses.catalogue_parallel import CatalogueSlice
 from fmrl_dist.losses.tiled_log_sum_exp import Rows
 from fmrl_dist.model import ItemEncoder
 
@@ -58,3 +61,12 @@ def catalogue_columns(encoder: ItemEncoder, table: ItemTable, dtype: torch.dtype
     for begin in range(0, num_items, MADE_AT_ONCE):
         resident[begin : begin + MADE_AT_ONCE] = made[begin : begin + MADE_AT_ONCE]
     return resident
+
+
+def catalogue_slice(
+    encoder: ItemEncoder, table: ItemTable, dtype: torch.dtype, rank: int, num_ranks: int
+) -> CatalogueSlice:
+    """The items that ``rank`` scores: V / W of them, or one more; of their columns, as :func:`catalogue_columns`."""
+    begin, end = (len(table.values) * number // num_ranks for number in (rank, rank + 1))
+    rows = ItemTable(table.dims, table.values[begin:end], table.present[begin:end])
+    return CatalogueSlice(catalogue_columns(encoder, rows, dtype), begin)

@@ -185,6 +185,7 @@ class LossConfig:
     temperatures: tuple[float, ...] | None = None  # τ_m by which each size's scores are divided; None: 1
     normalize: bool = False  # score by cosines of each size's prefixes; needs temperatures
     softmax: str = "full"  # full | sampled
+    catalogue: str = "whole"  # of the full softmax: whole: each rank scores all items | split: a slice of them, for all
     negatives: str = "uniform"  # uniform | popularity | in_batch | mixed: uniform and in-batch
     num_negatives: int = 256  # drawn for each lane; in_batch draws none
     popularity_power: float = 0.75  # popularity is (train_count + 1)^power
@@ -193,6 +194,7 @@ class LossConfig:
     def __post_init__(self) -> None:
         require_choice("loss.impl", self.impl, ("tiled", "compiled", "triton", "plain"))
         require_choice("loss.softmax", self.softmax, ("full", "sampled"))
+        require_choice("loss.catalogue", self.catalogue, ("whole", "split"))
         require_choice("loss.negatives", self.negatives, ("uniform", "popularity", "in_batch", "mixed"))
         require_choice("loss.scope", self.scope, ("lane", "batch"))
         require_at_least(self, "loss", 1, "num_negatives")
@@ -204,6 +206,14 @@ class LossConfig:
         require(
             weights is None or min(weights, default=-1) >= 0 < sum(weights),
             f"loss.size_weights is {list(weights or ())}; expected numbers of at least 0, one of them more",
+        )
+        require(
+            self.catalogue == "whole" or self.softmax == "full",
+            "loss.catalogue is split and loss.softmax is sampled, which scores no catalogue; choose whole, or full",
+        )
+        require(
+            self.catalogue == "whole" or not self.normalize,
+            "loss.catalogue is split, which loss.normalize does not support; choose whole, or turn loss.normalize off",
         )
         temperatures = self.temperatures
         require(

@@ -1,4 +1,4 @@
-"""Whether the loss can run here in the way that ``loss.impl`` asks for."""
+"""Whether the loss can run here in the way that ``loss.impl`` and ``loss.catalogue`` ask for."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import importlib.util
 import os
 import shutil
 
+from fmrl_dist.config import Config
 from fmrl_dist.errors import require
 from fmrl_dist.runtime import Runtime
+
+SPLIT_ZERO_STAGES = (1, 2)
+REPLICATED_TABLE_BYTES = 4 * 2**30  # float32; with its gradient and moments four times as much, on every rank
 
 
 def check_loss_impl(impl: str, runtime: Runtime) -> None:
@@ -30,3 +34,27 @@ def check_loss_impl(impl: str, runtime: Runtime) -> None:
             "tiled",
         )
         runtime.say("loss.impl is compiled: the first steps wait for the compiler, up to a minute")
+
+
+def splits_catalogue(config: Config, runtime: Runtime, num_items: int) -> bool:
+    """Whether each rank is to score a slice of the items; a process of its own scores them all, whatever is asked.
+
+    Raises:
+        UserError: an engine under which this is not supported, or an id table that is too large for every rank.
+    """
+    if config.loss.catalogue == "whole" or runtime.world_size == 1:
+        return False
+    stage = runtime.accelerator.deepspeed_plugin.zero_stage if runtime.uses_deepspeed else None
+    require(
+        stage is None or stage in SPLIT_ZERO_STAGES,
+        f"loss.catalogue is split, which ZeRO {stage} does not support; choose ZeRO 1 or 2, DDP, or loss.catalogue: "
+        "whole",
+    )
+    table_bytes = 4 * num_items * config.model.width if config.model.id_table else 0
+    require(
+        table_bytes <= REPLICATED_TABLE_BYTES,
+        f"loss.catalogue is split, but every rank holds model.id_table whole: {num_items:,} rows take "
+        f"{table_bytes / 2**30:.1f} GiB, expected at most {REPLICATED_TABLE_BYTES / 2**30:.0f}; turn model.id_table "
+        "off, or choose loss.softmax: sampled",
+    )
+    return True

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fmrl_dist.assembly import build_inline_model, build_model, build_ranker, check_inline, load_weights
 from fmrl_dist.catalogue import Catalogue, EmbeddedCatalogue, StreamedCatalogue
-from fmrl_dist.catalogue_columns import catalogue_columns
+from fmrl_dist.catalogue_columns import TableColumns, catalogue_columns, catalogue_slice
 from fmrl_dist.checkpoint import Checkpoint, TrainState, load_checkpoint
 from fmrl_dist.checkpoint_writer import CheckpointWriter
 from fmrl_dist.config import Config, command_parser, parse_command
@@ -42,7 +42,8 @@ from fmrl_dist.evaluate import evaluate, report
 from fmrl_dist.evaluation import rank_histograms
 from fmrl_dist.files import write_atomically
 from fmrl_dist.logbook import Logbook, Progress
-from fmrl_dist.loss_impl import check_loss_impl
+from fmrl_dist.loss_impl import check_loss_impl, splits_catalogue
+from fmrl_dist.losses.tiled_log_sum_exp import Rows
 from fmrl_dist.meter import Meter
 from fmrl_dist.metrics import metrics_from_histogram
 from fmrl_dist.optim import build_optimizer, learning_rate
@@ -152,9 +153,15 @@ def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
         load_weights(model, resume_from)
     model.to(runtime.device)
     dtype = runtime.matmul_dtype or torch.float32
-    columns = catalogue_columns(model.encoder, table, dtype) if table is not None else None
+    columns: Rows | None = None
+    part = None
+    if table is not None and splits_catalogue(config, runtime, len(table.values)):
+        columns = TableColumns(model.encoder, table, dtype)
+        part = catalogue_slice(model.encoder, table, dtype, runtime.rank, runtime.world_size)
+    elif table is not None:
+        columns = catalogue_columns(model.encoder, table, dtype)
     module = TrainingModule(
-        model, columns, config.loss.temperatures, config.loss.normalize, config.loss.impl, runtime.matmul_dtype
+        model, columns, config.loss.temperatures, config.loss.normalize, config.loss.impl, runtime.matmul_dtype, part
     )
     optimizer = build_optimizer(
         model, config.train.lr, (config.train.beta1, config.train.beta2), config.train.eps, config.train.weight_decay

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fmrl_dist.data.histories import Packed, SampledBatch
+from fmrl_dist.losses.catalogue_parallel import CatalogueSlice
 from fmrl_dist.losses.nested_cross_entropy import (
     Negatives,
     catalogue_cross_entropy,
@@ -37,6 +38,8 @@ class TrainingModule(nn.Module):
         normalize: score by cosines, of each size's prefixes; the catalogue's embeddings are then held whole.
         loss_impl: of :mod:`fmrl_dist.losses.nested_cross_entropy`.
         matmul_dtype: of the products' inputs; None keeps float32.
+        part: the items that this rank scores for all ranks; None for all items, for its own positions. Not with
+            ``normalize``.
     """
 
     def __init__(
@@ -47,11 +50,12 @@ class TrainingModule(nn.Module):
         normalize: bool,
         loss_impl: str,
         matmul_dtype: torch.dtype | None,
+        part: CatalogueSlice | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         # A plain attribute, not a buffer: DDP would broadcast it, a checkpoint would hold it, and it may lie on disk.
-        self.columns = columns
+        self.columns, self.part = columns, part
         self.temperatures, self.normalize = temperatures, normalize
         self.loss_impl, self.matmul_dtype = loss_impl, matmul_dtype
 
@@ -73,8 +77,9 @@ class TrainingModule(nn.Module):
                 lambda z, rows, sizes, taus: nested_cross_entropy(z, rows, right, sizes, taus, impl, dtype),
                 *(z, catalogue),
             )
+        scored = self.columns if self.part is None else self.part
         return catalogue_cross_entropy(
-            *(z, items[targets], self.columns, projection, table, self.model.sizes, self.temperatures, impl, dtype)
+            *(z, items[targets], scored, projection, table, self.model.sizes, self.temperatures, impl, dtype)
         )
 
     def _columns(self, ids: Tensor, batch: Packed) -> Tensor:

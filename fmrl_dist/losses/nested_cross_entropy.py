@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fmrl_dist.losses.catalogue_parallel import CatalogueSlice, split_log_sum_exp
 from fmrl_dist.losses.log_sum_exp import catalogue_log_sum_exp, nested_log_sum_exp, nested_scores
 from fmrl_dist.losses.tiled_log_sum_exp import Correction, Rows
 from fmrl_dist.ops.nested import matmul_linear
@@ -51,7 +52,7 @@ def nested_cross_entropy(
 def catalogue_cross_entropy(
     z: Tensor,
     target_items: Tensor,
-    columns: Rows,
+    columns: Rows | CatalogueSlice,
     projection: Tensor,
     table: Tensor | None,
     sizes: Sequence[int],
@@ -64,7 +65,8 @@ def catalogue_cross_entropy(
     Args:
         z: outputs [N, D], float32 or float64.
         target_items: embeddings [N, D] of the right items.
-        columns: [V, C], what the projection maps; read a tile of rows at a time.
+        columns: [V, C], what the projection maps, read a tile of rows at a time; or this rank's slice of them, where
+            the ranks share the catalogue.
         projection: [D, C].
         table: id table [V, D], or None.
         sizes, temperatures, impl, dtype: as in :func:`nested_cross_entropy`.
@@ -73,7 +75,11 @@ def catalogue_cross_entropy(
         [S], differentiable in z, target_items, projection and table.
     """
     own_SN = _divide(nested_scores(z, target_items, sizes), temperatures)
-    return (catalogue_log_sum_exp(z, columns, projection, table, sizes, temperatures, impl, dtype) - own_SN).sum(1)
+    if isinstance(columns, CatalogueSlice):
+        lse_SN = split_log_sum_exp(z, columns, projection, table, sizes, temperatures, impl, dtype)
+    else:
+        lse_SN = catalogue_log_sum_exp(z, columns, projection, table, sizes, temperatures, impl, dtype)
+    return (lse_SN - own_SN).sum(1)
 
 
 def cosine_per_size(

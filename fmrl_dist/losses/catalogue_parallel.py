@@ -1,0 +1,112 @@
+"""The full softmax with the catalogue split over the ranks: each scores its own items for everybody's positions.
+
+W ranks, N positions of this rank, P of all together, V items, v of them this rank's, D width, S sizes. One process'
+:func:`fmrl_dist.losses.log_sum_exp.catalogue_log_sum_exp` is the specification; the result is the same, to rounding:
+
+    1. outputs       every rank's z goes to all ranks                           [N, D]  →  [P, D]
+    2. partial sums  log-sum-exp over the rank's items, by the one-process operator      →  [S, P]
+    3. return        each partial goes to the rank whose position it is          [P, S]  →  [W, N, S]
+    4. whole         log-sum-exp of the W partials                                       →  [S, N]
+
+Backward, each exchange is the same one the other way round. Step 4 tells each partial its share of the softmax, step 2
+gives the gradients of what the rank's items are made of, and step 1 adds up what all ranks' items pull at a position.
+
+A rank's gradient of the projection and the id table comes from its items, for the positions of all ranks. The
+training loop multiplies losses by W and data parallelism averages gradients over the ranks: so the summands of all
+ranks' items are added up, as are those of their own positions.
+
+Cost: a rank projects, and holds, a W-th of the catalogue instead of all of it. A step sends (W - 1)·P·(D + S) numbers
+forward and as many backward, over all ranks. The exchange is one ``all_to_all``, which gloo and NCCL have, for ranks
+with any number of positions; sums are in rank order, so two runs give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fmrl_dist.losses.log_sum_exp import catalogue_log_sum_exp
+from fmrl_dist.losses.tiled_log_sum_exp import Rows
+
+
+@dataclass(frozen=True)
+class CatalogueSlice:
+    """The items that this rank scores: consecutive ones, none at all if need be. Every item is some one rank's."""
+
+    columns: Rows  # [v, C], what the projection maps
+    begin: int  # the first of them in the catalogue
+
+    def rows_of(self, table: Tensor) -> Tensor:
+        """These items' rows [v, D] of an id table [V, D]."""
+        return table[self.begin : self.begin + int(self.columns.shape[0])]
+
+
+def split_log_sum_exp(
+    z: Tensor,
+    part: CatalogueSlice,
+    weight: Tensor,
+    table: Tensor | None,
+    sizes: Sequence[int],
+    temperatures: Sequence[float] | None = None,
+    impl: str = "tiled",
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Log-sum-exp over all ranks' items for this rank's positions. Every rank has to call it, forward and backward.
+
+    Args:
+        z: outputs [N, D] of this rank, float32 or float64, the same dtype on all; N may be 0 and differ.
+        part: this rank's items.
+        weight: W_proj [D, C], the same on all ranks.
+        table: id table [V, D] of the whole catalogue, the same on all ranks; None for nothing.
+        sizes, temperatures, impl, dtype: as in :func:`fmrl_dist.losses.log_sum_exp.nested_log_sum_exp`.
+
+    Returns:
+        [S, N], differentiable in z, weight and table; the gradients of weight and table are this rank's summands.
+    """
+    num_ranks, own = dist.get_world_size(), [len(z)] * dist.get_world_size()
+    counts = _counts_of_all(len(z), z.device)
+    everyones_z = _Exchange.apply(z.repeat(num_ranks, 1), own, counts)
+    rows = None if table is None else part.rows_of(table)
+    partial_SP = catalogue_log_sum_exp(everyones_z, part.columns, weight, rows, sizes, temperatures, impl, dtype)
+    partials = _Exchange.apply(partial_SP.T, counts, own)  # [W·N, S]
+    whole_NS: Tensor = partials.view(num_ranks, len(z), len(sizes)).logsumexp(0)
+    return whole_NS.T
+
+
+def exchanged_bytes(num_positions: int, num_ranks: int, width: int, num_sizes: int, itemsize: int = 4) -> int:
+    """What all ranks together send in one step, forward and backward, for P positions; see the module's docstring."""
+    return 2 * (num_ranks - 1) * num_positions * (width + num_sizes) * itemsize
+
+
+class _Exchange(torch.autograd.Function):
+    """Rows [·, K]: the first ``sent[0]`` go to rank 0, the next to rank 1, …; back come ``received[r]`` from rank r."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        ctx.counts = sent, received
+        return _all_to_all(rows, sent, received)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        sent, received = ctx.counts
+        return _all_to_all(grad, received, sent), None, None
+
+
+def _all_to_all(rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+    result = rows.new_empty(sum(received), rows.shape[1])
+    dist.all_to_all_single(result, rows.contiguous(), received, sent)
+    return result
+
+
+def _counts_of_all(count: int, device: torch.device) -> list[int]:
+    """Every rank's ``count``, in rank order."""
+    counts = [torch.empty(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor([count], device=device))
+    return torch.cat(counts).tolist()

@@ -1,0 +1,276 @@
+"""``python -m fmrl_dist.plan --items V --gpus W``: what a training step costs each rank, by loss, and which to take.
+
+    whole    full softmax; every rank scores all items for its own positions      loss.catalogue: whole
+    split    full softmax; every rank scores a slice of them for all positions    loss.catalogue: split
+    sampled  every rank scores its lanes' negatives                               loss.softmax: sampled
+
+Bytes and floating-point operations are counted from the operators' shapes, in the terms below. Three constants are
+measured, on a CPU: what a block keeps of each position and channel for its backward pass, the copies that the parts of
+a step hold at once, and the share of the machine's matmul rate that a step reaches. Tests hold the predicted memory
+against the measured peak of small steps. On a GPU nothing of this was measured. Not in the memory: the process itself
+(about half a GiB on a CPU; the context on a GPU), a memory-mapped item table, and validation, which holds [V, D].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import compress
+
+import torch
+
+from fmrl_dist.catalogue_columns import RESIDENT_BYTES, RESIDENT_SHARE
+from fmrl_dist.config import Config, command_parser, parse_command
+from fmrl_dist.errors import require, run_command
+from fmrl_dist.losses.catalogue_parallel import exchanged_bytes
+from fmrl_dist.losses.tiled_log_sum_exp import GPU_FACTOR, KEPT_BYTES, TILE_ITEMS, TILE_POSITIONS, back_projected
+from fmrl_dist.model import FMRLRec
+from fmrl_dist.ops.nested import chunks
+
+LOSSES = ("whole", "split", "sampled")
+SETTINGS = {"whole": "loss.catalogue: whole", "split": "loss.catalogue: split", "sampled": "loss.softmax: sampled"}
+FLOAT = 4  # bytes
+ADAM_COPIES = 4  # of each parameter: itself, its gradient, two moments
+BLOCK_FLOATS = 14  # of each position and channel, that a block keeps for its backward pass; measured
+DROPOUT_FLOATS = 3.5  # the same, more with dropout
+PASSING_FLOATS = 16  # the same, of the one block that is at work
+BLOCK_PRODUCTS = 7 * 2 / 3  # D² multiplications of a position in a block: B and C complex, three in the FFN; nested: ⅔
+RATE_SHARE = 0.6  # of the machine's matmul rate; measured: 0.53 … 0.67 (docs/performance.md)
+FIT_SHARE = 0.9  # of a rank's memory that a plan may fill
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step, as far as its cost goes."""
+
+    sizes: tuple[int, ...]
+    depth: int
+    num_features: int  # F, dims of all features together
+    num_items: int  # V
+    id_table: bool
+    dropout: bool
+    num_ranks: int
+    positions: int  # of one rank
+    negatives: int  # that a position is scored against, with sampled softmax
+    drawn: int  # rows of items that a rank embeds for its negatives
+    itemsize: int  # bytes of the products' inputs
+    on_gpu: bool
+    memory_bytes: int  # of one rank
+
+    @property
+    def width(self) -> int:
+        return self.sizes[-1]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one rank spends on a step."""
+
+    memory: dict[str, int]  # bytes, by what they hold
+    operations: float  # of the products; a multiplication and an addition are two
+    sent_bytes: int  # for the loss, beside the gradients
+    read_bytes: int  # of the item table where it lies, since its columns do not fit
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self.memory.values())
+
+
+def predict(step: Step, loss: str) -> Cost:
+    """Cost of a step under one of ``LOSSES``."""
+    with torch.device("meta"):
+        model = FMRLRec(step.sizes, step.depth, {"features": step.num_features}, step.num_items * step.id_table)
+    num_columns, table_floats = model.encoder.num_columns, step.num_items * step.width * step.id_table
+    copies = ADAM_COPIES + (step.num_ranks > 1)  # data parallelism reduces gradients in buckets
+    full = loss != "sampled"
+    weights = FLOAT * (copies * sum(p.numel() for p in model.parameters()) + full * table_floats)  # two gradients added
+    loss_cost = (_full if full else _sampled)(step, num_columns, loss == "split")
+    own_items = step.num_items if loss != "split" else -(-step.num_items // step.num_ranks)
+    columns = own_items * num_columns * step.itemsize
+    resident = columns <= (RESIDENT_SHARE * step.memory_bytes if step.on_gpu else RESIDENT_BYTES)
+    read = 0 if resident or not full else 2 * own_items * step.num_features * 2  # float16, forward and backward
+    batch_rows = 2 * step.positions  # inputs and targets, gathered from what is embedded once
+    batch = FLOAT * (2 * batch_rows * step.width + batch_rows * (num_columns + step.width))
+    projection = FLOAT * 3 * step.width * num_columns  # put together of its parts, padded, and its gradient
+    channels = FLOAT * step.positions * step.width
+    kept = int(channels * step.depth * (BLOCK_FLOATS + DROPOUT_FLOATS * step.dropout))
+    # The loss is at work while no block is, and has nothing left when they are.
+    at_work = max(loss_cost.num_bytes, PASSING_FLOATS * channels)
+    memory = {
+        "weights, gradients, moments": weights,
+        "item columns": columns if resident else 0,
+        "kept of blocks and batch": kept + batch + projection,
+        "loss": at_work,
+    }
+    model_operations = 6 * step.positions * step.depth * BLOCK_PRODUCTS * step.width**2
+    batch_operations = 4 * batch_rows * step.width * num_columns  # features are frozen: no gradient of theirs
+    return Cost(memory, model_operations + batch_operations + loss_cost.operations, loss_cost.sent_bytes, read)
+
+
+def _full(step: Step, num_columns: int, split: bool) -> Cost:
+    positions = step.positions * (step.num_ranks if split else 1)
+    num_items = -(-step.num_items // step.num_ranks) if split else step.num_items
+    back = back_projected(step.sizes, positions, num_columns)
+    if step.id_table:
+        back = (False,) * len(back)
+    widths = [high - low for low, high in chunks(step.sizes)]
+    embedded = sum(compress(widths, [not b for b in back]))
+    rows = sum(back) * positions + embedded  # that meet the columns: positions projected back, channels of items
+    memory, kept = _tiles(step, positions, num_items, rows)
+    memory += FLOAT * (2 * rows * num_columns + 4 * positions * step.width)  # projector; z by chunks, their gradients
+    memory += FLOAT * 4 * positions * step.width * split  # repeated, everyone's, and the way back
+    passes = 2 - kept
+    operations = num_items * (
+        2 * rows * num_columns * (passes + 1)  # what meets the columns, again, and its gradient
+        + 2 * positions * embedded * (passes + 2)
+    )
+    sent = exchanged_bytes(positions, step.num_ranks, step.width, len(step.sizes)) // step.num_ranks if split else 0
+    return Cost({"loss": memory}, operations, sent, 0)
+
+
+def _sampled(step: Step, num_columns: int, split: bool) -> Cost:
+    assert not split, "negatives are each rank's own"
+    memory, kept = _tiles(step, step.positions, step.negatives, step.width)
+    memory += FLOAT * (step.drawn * (num_columns + 3 * step.width) + 4 * step.positions * step.width)
+    operations = 4 * step.drawn * step.width * num_columns + 2 * step.positions * step.negatives * step.width * (
+        2 - kept + 2
+    )
+    return Cost({"loss": memory}, operations, 0, 0)
+
+
+def _tiles(step: Step, positions: int, num_items: int, rows: int) -> tuple[int, float]:
+    """Bytes of the tiles that are there at once, and the share of all that is kept for the backward pass.
+
+    ``rows`` of each item are held once forward and once for the gradients: its channels, positions projected back.
+    """
+    factor = GPU_FACTOR if step.on_gpu else 1
+    all_bytes = FLOAT * num_items * (len(step.sizes) * positions + step.width)
+    kept_bytes = min(KEPT_BYTES * factor, all_bytes)
+    tile_items, tile_positions = min(TILE_ITEMS * factor, num_items), min(TILE_POSITIONS * factor, positions)
+    scores = len(step.sizes) * tile_positions * (kept_bytes < all_bytes)  # else kept, every one of them
+    tile = FLOAT * tile_items * (scores + 2 * rows + step.num_features)
+    return kept_bytes + tile, kept_bytes / max(all_bytes, 1)
+
+
+def fitting(costs: dict[str, Cost], memory_bytes: int) -> list[str]:
+    """The losses whose memory a rank has."""
+    return [loss for loss, cost in costs.items() if cost.num_bytes <= FIT_SHARE * memory_bytes]
+
+
+def recommend(
+    costs: dict[str, Cost], memory_bytes: int, seconds: Callable[[Cost], float] | None, max_step_s: float
+) -> tuple[str, str]:
+    """A loss and the reason: the exact one where it fits and is fast enough, of two exact ones the cheaper.
+
+    Args:
+        costs: of ``LOSSES``.
+        memory_bytes: of one rank.
+        seconds: predicted of a step; None where the machine's rate is not known.
+        max_step_s: longest step that is taken for an exact loss.
+
+    Raises:
+        UserError: none of them fits.
+    """
+    fits = fitting(costs, memory_bytes)
+    least = min(costs.values(), key=lambda cost: cost.num_bytes).num_bytes
+    require(
+        bool(fits),
+        f"no loss fits: a step needs at least {least / 2**30:.1f} GiB of a rank's {memory_bytes / 2**30:.1f}; take "
+        "fewer positions a step (train.batch_size), turn model.id_table off, or add ranks",
+    )
+    exact = sorted((loss for loss in fits if loss != "sampled"), key=lambda loss: costs[loss].operations)
+    if not exact:
+        return "sampled", "no full softmax fits the memory"
+    first = exact[0]
+    if seconds is not None and seconds(costs[first]) > max_step_s and "sampled" in fits:
+        return "sampled", f"a step of the full softmax takes {seconds(costs[first]):.1f} s, more than {max_step_s:g}"
+    less = "; it costs no more than the other exact one" if len(exact) > 1 else ""
+    return first, f"exact, and it fits{less}"
+
+
+def table(costs: dict[str, Cost], seconds: Callable[[Cost], float] | None) -> str:
+    """Markdown: a row a loss."""
+    parts = list(next(iter(costs.values())).memory)
+    head = ["loss", "memory, GiB", *parts, "TFLOP", "MB sent", "GB read", *(["seconds"] if seconds else [])]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for loss, cost in costs.items():
+        gib = [f"{num_bytes / 2**30:.2f}" for num_bytes in (cost.num_bytes, *cost.memory.values())]
+        end = [f"{cost.operations / 1e12:.3g}", f"{cost.sent_bytes / 1e6:.3g}", f"{cost.read_bytes / 1e9:.3g}"]
+        end += [f"{seconds(cost):.3g}"] if seconds else []
+        lines.append(f"| {' | '.join((loss, *gib, *end))} |")
+    return "\n".join(lines)
+
+
+def step_of(
+    config: Config, num_items: int, num_ranks: int, num_features: int, positions: int, on_gpu: bool, memory_bytes: int
+) -> Step:
+    """The step of a configuration. ``positions`` are those of the whole batch."""
+    loss, lanes = config.loss, config.train.num_lanes
+    drawn = 0 if loss.negatives == "in_batch" else loss.num_negatives
+    others = -(-positions // lanes) if loss.negatives in ("in_batch", "mixed") else 0
+    lanes_seen = lanes if loss.scope == "batch" else 1
+    lanes_embedded = lanes if loss.scope == "batch" else -(-lanes // num_ranks)
+    return Step(
+        sizes=config.model.sizes,
+        depth=config.model.depth,
+        num_features=num_features,
+        num_items=num_items,
+        id_table=config.model.id_table,
+        dropout=max(config.model.dropout, config.model.lru_dropout) > 0,
+        num_ranks=num_ranks,
+        positions=-(-positions // num_ranks),
+        negatives=(drawn + others) * lanes_seen,
+        drawn=(drawn + others) * lanes_embedded,
+        itemsize=2 if config.train.precision == "bf16" else 4,
+        on_gpu=on_gpu,
+        memory_bytes=memory_bytes,
+    )
+
+
+def main(argv: list[str]) -> None:
+    parser = command_parser("fmrl_dist.plan", "Predict what a training step costs each rank, and recommend a loss.")
+    parser.add_argument("--items", type=int, required=True, help="of the catalogue")
+    ranks = parser.add_mutually_exclusive_group(required=True)
+    ranks.add_argument("--gpus", type=int, help="ranks, each with a GPU")
+    ranks.add_argument("--cpus", type=int, help="ranks on processors")
+    parser.add_argument("--feature-dims", type=int, default=384, help="of all features together (default: 384)")
+    parser.add_argument("--positions", type=int, help="of a batch (default: all histories as long as data.max_length)")
+    parser.add_argument("--memory-gib", type=float, default=80.0, help="of a rank (default: 80)")
+    parser.add_argument("--teraflops", type=float, help="a second, of large products on a rank: predicts seconds")
+    parser.add_argument("--max-step-s", type=float, default=2.0, help="longest step of an exact loss (default: 2)")
+    arguments, config = parse_command(parser, argv)
+    num_ranks = arguments.gpus if arguments.gpus is not None else arguments.cpus
+    positions = config.train.batch_size * config.data.max_length if arguments.positions is None else arguments.positions
+    teraflops = arguments.teraflops
+    require(arguments.items > 0, f"--items is {arguments.items}; expected at least 1")
+    require(num_ranks > 0, f"--gpus or --cpus is {num_ranks}; expected at least 1")
+    require(positions > 0, f"--positions is {positions}; expected at least 1")
+    require(arguments.feature_dims >= 0, f"--feature-dims is {arguments.feature_dims}; expected at least 0")
+    require(arguments.memory_gib > 0, f"--memory-gib is {arguments.memory_gib}; expected more than 0")
+    require(teraflops is None or teraflops > 0, f"--teraflops is {teraflops}; expected more than 0")
+    require(
+        not config.loss.normalize, "loss.normalize is on, whose cost is not predicted; turn it off to plan without it"
+    )
+    memory_bytes = int(arguments.memory_gib * 2**30)
+    step = step_of(
+        *(config, arguments.items, num_ranks, arguments.feature_dims, positions),
+        *(arguments.gpus is not None, memory_bytes),
+    )
+    costs = {loss: predict(step, loss) for loss in LOSSES if loss != "split" or num_ranks > 1}
+
+    def seconds(cost: Cost) -> float:
+        return cost.operations / (RATE_SHARE * teraflops * 1e12)
+
+    print(
+        f"{num_ranks} rank(s), {step.num_items:,} items of {step.num_features:,} features, sizes {list(step.sizes)}, "
+        f"{step.depth} block(s), {step.positions:,} positions of each rank a step, {step.drawn:,} negatives\n"
+    )
+    print(table(costs, seconds if teraflops else None))
+    loss, reason = recommend(costs, memory_bytes, seconds if teraflops else None, arguments.max_step_s)
+    print(f"\nrecommended: {SETTINGS[loss]} ({reason})")
+    if not teraflops:
+        print("time is not weighed; give --teraflops, the rate of large products on a rank")
+
+
+if __name__ == "__main__":
+    run_command(main)

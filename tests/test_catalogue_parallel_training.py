@@ -1,0 +1,145 @@
+"""Training with the catalogue split over two ranks: the run of one process, under DDP and ZeRO, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fmrl_dist import train
+from fmrl_dist.catalogue_columns import catalogue_columns, catalogue_slice
+from fmrl_dist.config import Config, LossConfig, ModelConfig
+from fmrl_dist.data.items import ItemTable
+from fmrl_dist.errors import UserError
+from fmrl_dist.loss_impl import splits_catalogue
+from fmrl_dist.model import ItemEncoder
+from fmrl_dist.runtime import start_runtime
+from tests.processes import REPOSITORY, launch, run_processes
+from tests.training_fixture import STEPS_PER_EPOCH, evaluation, figures, make_shop, records, refusal, train_here
+
+ZERO2 = REPOSITORY / "launch" / "accelerate" / "zero2-cpu-2.yaml"
+SPLIT = ["--loss.catalogue", "split"]
+WORDS = ["--model.dropout", "0", "--model.lru_dropout", "0", "--train.epochs", "2"]
+WITH_IDS = ["--model.id_table", "true", "--loss.temperatures", "[0.5, 2]", "--loss.size_weights", "[1, 3]"]
+FIGURES = ("loss", "loss@4", "loss@8", "grad_norm", "lr")
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its users leave one of two ranks empty in an epoch's last step; 41 items are no even number for two ranks."""
+    return make_shop(tmp_path_factory.mktemp("split"), num_items=41)
+
+
+def train_on_each_rank(config: str, folder: str) -> dict[str, Any]:
+    root = Path(folder)
+    train_here(Path(config), root / "split", *WORDS, *SPLIT)
+    train_here(Path(config), root / "split-ids", *WORDS, *SPLIT, *WITH_IDS)
+    train_here(Path(config), root / "passed-on", *WORDS, *SPLIT, "--resume", "auto")
+    return {"refused": refused_id_table()}
+
+
+def refused_id_table() -> str:
+    """What is said of a table of 4 GiB and a row."""
+    config = Config(model=ModelConfig(id_table=True, width=128), loss=LossConfig(catalogue="split"))
+    runtime = start_runtime(1, lanes=2)
+    assert splits_catalogue(config, runtime, 2**23)
+    try:
+        splits_catalogue(config, runtime, 2**23 + 1)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture(scope="module")
+def two(shop: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """The runs of two ranks, and what each rank said."""
+    folder = tmp_path_factory.mktemp("two")
+    train_here(shop, folder / "passed-on", *WORDS, "--train.max_steps", STEPS_PER_EPOCH)
+    return folder, run_processes(2, train_on_each_rank, str(shop), str(folder), timeout_s=200)
+
+
+@pytest.fixture(scope="module")
+def one(shop: Path) -> Path:
+    return train_here(shop, shop.parent / "one", *WORDS)
+
+
+def assert_equal_runs(found: Path, expected: Path) -> None:
+    for record, other in zip(records(found), records(expected), strict=True):
+        for key in ("step", *FIGURES):
+            assert record[key] == pytest.approx(other[key], rel=1e-5), (record["step"], key)
+    assert len(records(found)) == 2 * STEPS_PER_EPOCH
+    assert evaluation(found) == evaluation(expected)
+    assert records(found, "valid") == records(expected, "valid")
+
+
+@pytest.mark.multiproc
+def test_two_ranks_train_as_one_process(two: tuple[Path, list[dict[str, Any]]], one: Path) -> None:
+    assert_equal_runs(two[0] / "split", one)
+
+
+@pytest.mark.multiproc
+def test_with_ids_temperatures_and_weights(two: tuple[Path, list[dict[str, Any]]], shop: Path) -> None:
+    assert_equal_runs(two[0] / "split-ids", train_here(shop, shop.parent / "one-ids", *WORDS, *WITH_IDS))
+
+
+@pytest.mark.multiproc
+def test_a_run_of_the_whole_catalogue_goes_on_split(two: tuple[Path, list[dict[str, Any]]], one: Path) -> None:
+    assert_equal_runs(two[0] / "passed-on", one)
+
+
+@pytest.mark.multiproc
+def test_a_large_id_table_is_refused(two: tuple[Path, list[dict[str, Any]]]) -> None:
+    for said in two[1]:
+        assert said["refused"].startswith(
+            "loss.catalogue is split, but every rank holds model.id_table whole: 8,388,609 rows take 4.0 GiB"
+        )
+        assert "\n" not in said["refused"]
+
+
+@pytest.mark.multiproc
+@pytest.mark.slow
+@pytest.mark.parametrize("with_ids", [False, True], ids=["features", "features and ids"])
+def test_zero_2_trains_as_one_process(with_ids: bool, shop: Path, tmp_path: Path) -> None:
+    words = [*WORDS, *(WITH_IDS if with_ids else [])]
+    command = ["-m", "fmrl_dist.train", "--config", str(shop), "--run.dir", str(tmp_path / "zero"), *words, *SPLIT]
+    result = launch(2, command, config_file=ZERO2)
+    assert result.returncode == 0, result.stderr
+    assert "engine deepspeed ZeRO 2" in result.stdout
+    assert_equal_runs(tmp_path / "zero", train_here(shop, tmp_path / "one", *words))
+
+
+def test_one_process_splits_nothing(shop: Path, one: Path, tmp_path: Path) -> None:
+    """Its figures are those of the whole catalogue to the last bit."""
+    assert figures(train_here(shop, tmp_path / "run", *WORDS, *SPLIT)) == figures(one)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 7])
+def test_slices_hold_each_item_once(num_ranks: int) -> None:
+    encoder = ItemEncoder(8, {"text": 5})
+    table = ItemTable({"text": 5}, torch.randn(5, 5).half(), torch.rand(5, 1) < 0.5)
+    parts = [catalogue_slice(encoder, table, torch.float32, rank, num_ranks) for rank in range(num_ranks)]
+    assert torch.equal(
+        torch.cat([part.columns[:] for part in parts]), catalogue_columns(encoder, table, torch.float32)[:]
+    )
+    lengths = [int(part.columns.shape[0]) for part in parts]
+    assert [part.begin for part in parts] == [sum(lengths[:rank]) for rank in range(num_ranks)]
+    assert max(lengths) - min(lengths) <= 1
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--loss.softmax", "sampled"], "loss.softmax is sampled, which scores no catalogue; choose whole, or full"),
+        (
+            ["--loss.normalize", "true", "--loss.temperatures", "[0.1, 0.1]"],
+            "which loss.normalize does not support; choose whole, or turn loss.normalize off",
+        ),
+    ],
+)
+def test_what_cannot_be_split(words: list[str], line: str, shop: Path, tmp_path: Path) -> None:
+    said = refusal(train.main, "--config", shop, "--run.dir", tmp_path / "run", *SPLIT, *words)
+    assert said.startswith("error: loss.catalogue is split")
+    assert said.endswith(line)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,226 @@
+"""The planner: its memory against the measured peak of small steps, its counts against the profiler's, its advice."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.timing import forget_peak, peak_resident_bytes
+from fmrl_dist import plan
+from fmrl_dist.catalogue_columns import TableColumns, catalogue_columns, catalogue_slice
+from fmrl_dist.data.histories import Packed, SampledBatch
+from fmrl_dist.data.items import ItemTable
+from fmrl_dist.model import FMRLRec
+from fmrl_dist.optim import build_optimizer
+from fmrl_dist.plan import Cost, Step, predict, recommend
+from fmrl_dist.training_module import TrainingModule
+from tests.processes import run_processes
+from tests.training_fixture import refusal
+
+LENGTH = 9  # inputs of a history; ten positions
+MEMORY_ERROR = 0.25
+BASE = Step(
+    sizes=(32, 64, 128, 256),
+    depth=1,
+    num_features=256,
+    num_items=60_000,
+    id_table=False,
+    dropout=False,
+    num_ranks=1,
+    positions=1000,
+    negatives=0,
+    drawn=0,
+    itemsize=4,
+    on_gpu=False,
+    memory_bytes=2**34,
+)
+MEASURED = {
+    "whole": (BASE, "whole"),
+    "whole, ids": (replace(BASE, id_table=True), "whole"),
+    "whole, wide and deep, bfloat16": (
+        replace(BASE, sizes=(64, 512), depth=3, num_items=20_000, positions=2000, itemsize=2),
+        "whole",
+    ),
+    "sampled": (replace(BASE, negatives=4096, drawn=4096), "sampled"),
+    "sampled, ids": (replace(BASE, id_table=True, negatives=4096, drawn=4096), "sampled"),
+}
+MEASURED_BY_TWO = {
+    "whole by two": (replace(BASE, num_ranks=2), "whole"),
+    "split": (replace(BASE, num_ranks=2), "split"),
+    "split, ids": (replace(BASE, num_ranks=2, num_items=30_000, id_table=True), "split"),
+}
+
+
+def make_module(step: Step, loss: str) -> TrainingModule:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(step.num_items, step.num_features, generator=generator).half()
+    table = ItemTable({"features": step.num_features}, values, torch.ones(len(values), 1, dtype=torch.bool))
+    products = torch.bfloat16 if step.itemsize == 2 else None
+    model = FMRLRec(step.sizes, step.depth, table.dims, step.num_items * step.id_table, matmul_dtype=products)
+    dtype = products or torch.float32
+    if loss != "split":
+        columns = catalogue_columns(model.encoder, table, dtype)
+        return TrainingModule(model, columns, None, False, "tiled", products)
+    part = catalogue_slice(model.encoder, table, dtype, dist.get_rank(), step.num_ranks)
+    return TrainingModule(model, TableColumns(model.encoder, table, dtype), None, False, "tiled", products, part)
+
+
+def make_batch(step: Step, loss: str) -> Packed:
+    num_histories = step.positions // (LENGTH + 1)
+    events = torch.randint(step.num_items, (num_histories, LENGTH + 1))
+    whole = Packed(
+        users=torch.arange(num_histories),
+        items=events[:, :-1].flatten(),
+        starts=torch.arange(num_histories + 1) * LENGTH,
+        from_start=torch.ones(num_histories, dtype=torch.bool),
+        targets=events.flatten(),
+    )
+    if loss != "sampled":
+        return whole
+    return SampledBatch(
+        **vars(whole),
+        position_starts=torch.tensor([0, len(whole.targets)]),
+        negatives=torch.randint(step.num_items, (step.negatives,)),
+        log_expected=torch.zeros(step.negatives),
+        negative_starts=torch.tensor([0, step.negatives]),
+    )
+
+
+def run_steps(step: Step, loss: str) -> None:
+    module = make_module(step, loss)
+    optimizer = build_optimizer(module.model, 1e-3, (0.9, 0.999), 1e-8, 0.01)
+    wrapped = DistributedDataParallel(module) if step.num_ranks > 1 else module
+    for _ in range(3):
+        wrapped(make_batch(step, loss)).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def peak_of(fields: dict[str, Any], loss: str) -> int:
+    """Peak resident bytes of three steps, beside the process with everything loaded and the table."""
+    step = Step(**fields | {"sizes": tuple(fields["sizes"])})
+    run_steps(replace(step, num_items=100, positions=10, negatives=10), loss)
+    ctypes.CDLL(None).malloc_trim(0)  # what it has freed, but would use again
+    forget_peak()
+    before = peak_resident_bytes() + 2 * step.num_items * step.num_features
+    run_steps(step, loss)
+    return peak_resident_bytes() - before
+
+
+@pytest.mark.multiproc
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*MEASURED, *MEASURED_BY_TWO])
+def test_memory_is_as_measured(name: str) -> None:
+    step, loss = (MEASURED | MEASURED_BY_TWO)[name]
+    peaks = run_processes(step.num_ranks, peak_of, asdict(step), loss)
+    cost = predict(step, loss)
+    print(f"{name}: measured {max(peaks) / 2**20:.0f} MiB, predicted {cost.num_bytes / 2**20:.0f}: {cost.memory}")
+    assert cost.num_bytes == pytest.approx(max(peaks), rel=MEMORY_ERROR)
+
+
+def counted_operations(step: Step, loss: str) -> int:
+    """Two for each multiplication in the matrix products of one step."""
+    module, batch = make_module(step, loss), make_batch(step, loss)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        module(batch).mean().backward()
+    operations = 0
+    for event in profile.events() or ():
+        if event.name in ("aten::mm", "aten::addmm", "aten::addmm_"):
+            (n, k), (_, m) = event.input_shapes[:2] if event.name == "aten::mm" else event.input_shapes[1:3]
+            operations += 2 * n * k * m
+    return operations
+
+
+@pytest.mark.parametrize(
+    ("step", "loss"),
+    [
+        (replace(BASE, num_items=5000, positions=200), "whole"),
+        (replace(BASE, num_items=5000, positions=20), "whole"),  # projected back
+        (replace(BASE, num_items=30_000, positions=400), "whole"),  # some tiles are not kept
+        (replace(BASE, num_items=5000, positions=200, id_table=True), "whole"),
+        (replace(BASE, num_items=20_000, positions=500, negatives=3000, drawn=3000), "sampled"),
+    ],
+    ids=["kept", "back", "again", "ids", "sampled"],
+)
+def test_operations_are_as_counted(step: Step, loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if step.num_items == 30_000:
+        for module in ("fmrl_dist.plan", "fmrl_dist.losses.tiled_log_sum_exp"):
+            monkeypatch.setattr(f"{module}.KEPT_BYTES", 64 * 2**20)
+        assert step.num_items * (4 * step.positions + 256) * 4 > 64 * 2**20
+    assert predict(step, loss).operations == pytest.approx(counted_operations(step, loss), rel=0.1)
+
+
+def test_split_divides_projection_and_columns() -> None:
+    step = replace(BASE, num_ranks=8, num_items=10_000_000, memory_bytes=80 * 2**30, on_gpu=True)
+    whole, split = predict(step, "whole"), predict(step, "split")
+    assert split.operations < whole.operations
+    assert split.memory["item columns"] == whole.memory["item columns"] / 8
+    assert split.sent_bytes > 0 == whole.sent_bytes
+
+
+def test_what_does_not_fit_the_device_is_read_from_the_table() -> None:
+    step = replace(BASE, num_ranks=8, num_items=10_000_000, memory_bytes=16 * 2**30, on_gpu=True)
+    whole, split = predict(step, "whole"), predict(step, "split")
+    assert (whole.memory["item columns"], whole.read_bytes) == (0, 2 * 10_000_000 * 256 * 2)
+    assert split.read_bytes == 0 < split.memory["item columns"]
+
+
+def cost(num_bytes: int, operations: float) -> Cost:
+    return Cost({"all": num_bytes}, operations, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("costs", "max_step_s", "chosen"),
+    [
+        ({"whole": cost(10, 5.0), "split": cost(10, 4.0), "sampled": cost(1, 1.0)}, 9.0, "split"),
+        ({"whole": cost(10, 5.0), "split": cost(10, 5.0), "sampled": cost(1, 1.0)}, 9.0, "whole"),
+        ({"whole": cost(10, 5.0), "split": cost(95, 4.0), "sampled": cost(1, 1.0)}, 9.0, "whole"),
+        ({"whole": cost(95, 5.0), "split": cost(95, 4.0), "sampled": cost(1, 1.0)}, 9.0, "sampled"),
+        ({"whole": cost(10, 5.0), "split": cost(10, 4.0), "sampled": cost(1, 1.0)}, 3.0, "sampled"),
+        ({"whole": cost(10, 5.0), "split": cost(10, 4.0), "sampled": cost(95, 1.0)}, 3.0, "split"),
+    ],
+)
+def test_recommendation(costs: dict[str, Cost], max_step_s: float, chosen: str) -> None:
+    assert recommend(costs, 100, lambda cost: cost.operations, max_step_s)[0] == chosen
+
+
+def test_command(capsys: pytest.CaptureFixture[str]) -> None:
+    plan.main(["--items", "10000000", "--gpus", "8", "--positions", "4096", "--teraflops", "300"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(
+        "8 rank(s), 10,000,000 items of 384 features, sizes [8, 16, 32, 64, 128], 2 block(s), 512 "
+    )
+    assert [line.split()[1] for line in lines if line.startswith("| ")] == ["loss", "whole", "split", "sampled"]
+    assert lines[-1].startswith("recommended: loss.catalogue: split (exact, and it fits")
+
+
+def test_command_of_one_rank_names_no_split(capsys: pytest.CaptureFixture[str]) -> None:
+    plan.main(["--items", "10000", "--cpus", "1"])
+    out = capsys.readouterr().out
+    assert "| split |" not in out
+    assert "recommended: loss.catalogue: whole" in out
+    assert "time is not weighed" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--items", "0", "--gpus", "8"], "--items is 0; expected at least 1"),
+        (["--items", "5", "--gpus", "0"], "--gpus or --cpus is 0; expected at least 1"),
+        (["--items", "5"], "one of the arguments --gpus --cpus is required; see --help"),
+        (["--items", "5", "--gpus", "2", "--teraflops", "0"], "--teraflops is 0.0; expected more than 0"),
+        (
+            ["--items", "5", "--gpus", "2", "--loss.normalize", "true", "--loss.temperatures", "[1, 1, 1, 1, 1]"],
+            "loss.normalize is on, whose cost is not predicted",
+        ),
+        (["--items", "100000000", "--gpus", "8", "--model.id_table", "true"], "no loss fits: a step needs at least "),
+    ],
+)
+def test_refusals(words: list[str], line: str) -> None:
+    assert refusal(plan.main, *words).startswith(f"error: {line}")
