@@ -20,7 +20,7 @@ from typing import Self
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fmrl_dist.files import write_atomically
 from fmrl_dist.logbook import kept_lines
@@ -30,6 +30,7 @@ FILE = "ranks.jsonl"
 COLUMNS = ("step_s", "data_wait_s", "forward_s", "meeting_s", "memory_mb")
 SLOW_FACTOR = 1.5  # times the median rank's own work
 SLOW_S = 0.01  # a step, at least
+JUDGED_EVERY_S = 10.0
 OTHERS_S = 5.0  # for the other ranks to write where they stand, before the launcher ends them
 
 
@@ -58,6 +59,7 @@ class Watch:
         self._thread = threading.Thread(target=self._end_a_hang, name="watch", daemon=True)
         if runtime.is_main:
             write_atomically(self._path, "".join(kept_lines(self._path, step)).encode())
+        self._forget_own()
         self.restart_clock()
 
     @contextmanager
@@ -85,7 +87,8 @@ class Watch:
         """Gather all ranks' means since the last record, and start anew; every rank at once.
 
         Returns:
-            On rank 0 a line that names the ranks that others wait for, if they are not those named last; else "".
+            On rank 0, every ten seconds, a line that names the ranks that others waited for, if they are not those named
+            last; else "".
         """
         steps = max(self._steps, 1)
         own = [
@@ -100,9 +103,22 @@ class Watch:
         columns = {name: [round(value, 6) for value in table[:, i].tolist()] for i, name in enumerate(COLUMNS)}
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step} | columns) + "\n")
-        line = describe_slow_ranks(columns["data_wait_s"], columns["forward_s"])
+        return self._name_slow_ranks(steps, table[:, 1:3].cpu())
+
+    def _name_slow_ranks(self, steps: int, waits_and_forwards: Tensor) -> str:
+        self._own += steps * waits_and_forwards
+        self._own_steps += steps
+        if time.monotonic() - self._judged < JUDGED_EVERY_S:
+            return ""
+        waits, forwards = (self._own / self._own_steps).T.tolist()
+        line = describe_slow_ranks(waits, forwards)
+        self._forget_own()
         said, self._named = self._named, line.partition(":")[0]
         return line if self._named != said else ""
+
+    def _forget_own(self) -> None:
+        self._own, self._own_steps = torch.zeros(self._runtime.world_size, 2, dtype=torch.float64), 0
+        self._judged = time.monotonic()
 
     def _memory_mb(self) -> float:
         if self._runtime.device.type == "cuda":

@@ -31,7 +31,7 @@ POLL_S = 0.2
 START_S = 60.0
 CALL_S = 30.0
 JOB_S = 240.0
-RUNNING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED")
+RUNNING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
 
 
 def what_is_missing() -> str:
@@ -132,13 +132,23 @@ class SlurmCluster:
             AssertionError: it was not over after ``timeout_s``; it is cancelled, and the message shows its log's end.
         """
         deadline = time.monotonic() + timeout_s
-        while (facts := self.facts(job_id))["JobState"] in RUNNING:
+        while not self._has_ended(job_id):
+            facts = self.facts(job_id)
             if time.monotonic() > deadline:
                 self.call("scancel", str(job_id))
                 end = f"{read_log(facts)[-TAIL_CHARACTERS:]}\n{self._tails()}"
                 raise AssertionError(f"job {job_id} was {facts['JobState']} after {timeout_s} s:\n{end}")
             time.sleep(POLL_S)
+        facts = self.facts(job_id)
         return Job(job_id, facts["JobState"], facts["ExitCode"], read_log(facts))
+
+    def _has_ended(self, job_id: int) -> bool:
+        """Whether a job is over, and stays so: one that is submitted again looks as if it were, for a moment."""
+        for pause_s in (0.0, 2.0):
+            time.sleep(pause_s)
+            if self.facts(job_id)["JobState"] in RUNNING:
+                return False
+        return True
 
     def run(self, *words: object, environment: Mapping[str, str] | None = None, timeout_s: float = JOB_S) -> Job:
         """Submit a job and wait for it to complete.
