@@ -87,8 +87,8 @@ class Watch:
         """Gather all ranks' means since the last record, and start anew; every rank at once.
 
         Returns:
-            On rank 0, every ten seconds, a line that names the ranks that others waited for, if they are not those named
-            last; else "".
+            On rank 0, every ten seconds, a line that names the ranks that others waited for, if they are not those that
+            were named last; else "".
         """
         steps = max(self._steps, 1)
         own = [
