@@ -36,7 +36,7 @@ def replaced_folder(target: Path) -> Iterator[Path]:
 
     If the block raises, the folder is removed and ``target`` is what it was.
     """
-    aside = target.with_name(f".{target.name}.{os.getpid()}")
+    aside = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     aside.mkdir(parents=True)
     try:
         yield aside

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
-from collections.abc import Callable
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +15,7 @@ from fmrl_dist.checkpoint import Checkpoint, TrainState, load_checkpoint, load_n
 from fmrl_dist.config import Config, config_from_dict
 from fmrl_dist.errors import UserError
 
+LOCK_FILE = ".lock"
 # What a resumed run must share with its checkpoint, or its losses would not be those of one run.
 FIXED = {
     "data": ("max_length", "windows"),
@@ -67,6 +72,31 @@ def open_run(
         checkpoint = replace(checkpoint, state=state)
     _check_same_run(config, checkpoint, manifest_sha256)
     return checkpoint
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes, also of other machines, from training into a run's folder, which is made if need be.
+
+    The kernel, or the file server, takes the lock back however the process ends; forked readers do not hold it.
+
+    Raises:
+        UserError: another process is training into it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_FILE).open("a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise UserError(
+                f"{file.read().strip() or 'another process'} is training into {folder}; wait until it has ended, or "
+                "choose another --run.dir"
+            ) from None
+        file.truncate(0)
+        print(f"process {os.getpid()} of {socket.gethostname()}", file=file, flush=True)
+        yield
+        file.truncate(0)
 
 
 def schedule_epochs(config: Config) -> int:

@@ -12,7 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -48,7 +49,7 @@ from fmrl_dist.meter import Meter
 from fmrl_dist.metrics import metrics_from_histogram
 from fmrl_dist.optim import build_optimizer, learning_rate
 from fmrl_dist.report import evaluation_file
-from fmrl_dist.run_folder import open_run, out_of_patience, schedule_epochs, training_is_over
+from fmrl_dist.run_folder import locked, open_run, out_of_patience, schedule_epochs, training_is_over
 from fmrl_dist.runtime import Runtime, start_runtime
 from fmrl_dist.signals import Stopped, StopRequest, ask_for_requeue, forget_requeue
 from fmrl_dist.training_module import TrainingModule
@@ -186,18 +187,18 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest) ->
     state = resume_from.state if resume_from is not None else TrainState()
     sampler = make_negative_sampler(run)
     weights_S = torch.tensor(size_weights(config), device=runtime.device)
-    open_folder(run)
-    runtime.say(describe_start(run, model, state.step))
     progress = Progress(run.total_steps, state.step, runtime.is_main)
     meter = Meter(model.sizes, size_weights(config), runtime)
     clock, stopped = SaveClock(config.train.checkpoint_every_minutes), False
 
     with (
+        opened_folder(run),
         Logbook(run.folder, state.step, config.run.tensorboard, runtime.is_main) as logbook,
         CheckpointWriter(run.folder / "checkpoints", learner.facts, config.train.keep_checkpoints) as writer,
         make_feed(run, make_stream(run, sampler, state)) as feed,
         Watch(runtime, run.folder, state.step, learner.module, config.train.hang_timeout_s) as watch,
     ):
+        runtime.say(describe_start(run, model, state.step))
         for step in range(state.step, run.total_steps):
             if out_of_patience(config, state.evaluations_without_gain):
                 break
@@ -442,13 +443,27 @@ def final_evaluation(folder: Path) -> Path:
     return folder / f"{evaluation_file('test', mask_seen=False)}.json"
 
 
-def open_folder(run: Run) -> None:
-    """Make the run's folder, once nothing can be refused any more, and take back that the run is finished."""
+@contextmanager
+def opened_folder(run: Run) -> Iterator[None]:
+    """Make the run's folder this run's own, once nothing can be refused any more, and take back that it is finished.
+
+    Raises:
+        UserError: on every rank; another run trains into it.
+    """
     run.runtime.accelerator.wait_for_everyone()  # every rank has looked at the folder before one writes to it
-    if run.runtime.is_main:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(run.folder / "config.yaml", run.config.to_yaml().encode())
-        final_evaluation(run.folder).unlink(missing_ok=True)
+    with ExitStack() as stack:
+        refusal = ""
+        if run.runtime.is_main:
+            try:
+                stack.enter_context(locked(run.folder))
+            except UserError as error:
+                refusal = str(error)
+        if agree(run.runtime, bool(refusal))[0]:
+            raise UserError(refusal or f"another run is training into {run.folder}")
+        if run.runtime.is_main:
+            write_atomically(run.folder / "config.yaml", run.config.to_yaml().encode())
+            final_evaluation(run.folder).unlink(missing_ok=True)
+        yield
 
 
 def _evaluate_best(config: Config, runtime: Runtime, store: Store, folder: Path) -> None:

@@ -64,9 +64,10 @@ def launch_training(
     launcher: Path = ZERO2,
     options: tuple[str | Path, ...] = (),
     environment: dict[str, str] | None = None,
+    num_processes: int = 2,
 ) -> subprocess.CompletedProcess[str]:
-    """Training in two processes that has to end well, and quietly."""
-    result = launch(2, [*options, *training(shop, run, *words)], environment, config_file=launcher)
+    """Training in two processes, or as many as are said, that has to end well, and quietly."""
+    result = launch(num_processes, [*options, *training(shop, run, *words)], environment, config_file=launcher)
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
     return result
@@ -160,6 +161,17 @@ def test_a_run_passes_through_all_engines(shop: Path, one: Path, tmp_path: Path)
         launch_training(shop, run, *WORDS, "--train.max_steps", steps, "--resume", "auto", options=options)
     launch_training(shop, run, *WORDS, "--resume", "auto", launcher=LAUNCHERS / "cpu-2.yaml")
     assert_equal_runs(run, one)
+
+
+@pytest.mark.slow
+def test_four_processes_train_as_one(shop: Path, one: Path, tmp_path: Path) -> None:
+    """ZeRO 2, then ZeRO 1, then 3: most shares of the moments end in the middle of a parameter, the last in padding."""
+    for stage, words in ((2, ["--train.max_steps", 9]), (1, ["--train.max_steps", 17]), (3, [])):
+        options = ("--deepspeed_config_file", REPOSITORY / "launch" / "deepspeed" / f"zero{stage}.json")
+        words = [*words, "--resume", "auto"]
+        result = launch_training(shop, tmp_path / "run", *WORDS, *words, options=options, num_processes=4)
+        assert f"4 process(es), engine deepspeed ZeRO {stage}" in result.stdout
+    assert_equal_runs(tmp_path / "run", one)
 
 
 @pytest.mark.parametrize("name", ["zero2-offload", "zero3-offload"])

@@ -66,7 +66,10 @@ def assert_same_run(one: Path, other: Path) -> None:
 def test_run_leaves_everything(finished: tuple[Path, str]) -> None:
     run, _ = finished
     names = {path.name for path in run.iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "checkpoints", "evaluation.json", "evaluation.png", "tensorboard"}
+    assert names == {
+        *(".lock", "config.yaml", "metrics.jsonl", "ranks.jsonl", "tensorboard"),
+        *("checkpoints", "evaluation.json", "evaluation.png"),
+    }
     assert (run / "evaluation.png").read_bytes().startswith(b"\x89PNG")
     best, latest = ((run / "checkpoints" / link).resolve() for link in ("best", "latest"))
     assert {path.name for path in (run / "checkpoints").iterdir()} == {

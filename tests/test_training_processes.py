@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,7 @@ from fmrl_dist.data.store import Store
 from fmrl_dist.errors import UserError
 from fmrl_dist.runtime import start_runtime
 from tests.checkpoint_fixture import reseal
-from tests.processes import launch, run_processes
+from tests.processes import REPOSITORY, clean_environment, launch, run_processes
 from tests.training_fixture import (
     STEPS_PER_EPOCH,
     contents,
@@ -27,7 +31,9 @@ from tests.training_fixture import (
     figures,
     make_shop,
     records,
+    refusal,
     run_here,
+    run_module,
     train_here,
 )
 
@@ -138,6 +144,15 @@ def test_two_processes_train_as_one(run: str, one: Path, two: tuple[Path, list[d
     assert records(two[0] / run, "valid") == records(one, "valid")
 
 
+@pytest.mark.slow
+def test_four_processes_train_as_one(shop: Path, one: Path, tmp_path: Path) -> None:
+    run_processes(4, train_until, str(shop), str(tmp_path / "four"), 0)
+    for expected, found in zip(records(one), records(tmp_path / "four"), strict=True):
+        for key in ("loss", "loss@4", "grad_norm"):
+            assert found[key] == pytest.approx(expected[key], rel=1e-5), (found["step"], key)
+    assert evaluation(tmp_path / "four") == evaluation(one)
+
+
 def test_two_then_one_then_two_processes(shop: Path, one: Path, tmp_path: Path) -> None:
     run = tmp_path / "hopping"
     run_processes(2, train_until, str(shop), str(run), HOPS[0])
@@ -217,6 +232,36 @@ def test_infinite_loss_on_one_rank_stops_the_other(two: tuple[Path, list[dict[st
     said = [rank["infinite"] for rank in two[1]]
     assert said[0].startswith("step 5, rank 0: ")
     assert said[1].startswith("step 5, rank 1: loss is not finite; users of the batch: [7, 9]")
+
+
+def test_a_second_run_in_the_same_folder_is_refused(shop: Path, tmp_path: Path) -> None:
+    """While the first one trains, and it goes on undisturbed; once that is killed, though its readers live on."""
+    run = tmp_path / "run"
+    words = ["--config", shop, "--run.dir", run, "--resume", "auto", "--train.epochs", 200]
+    command = [sys.executable, "-m", "fmrl_dist.train", *map(str, words)]
+    with subprocess.Popen(command, cwd=REPOSITORY, env=clean_environment(), stdout=subprocess.DEVNULL) as first:
+        try:
+            wait_for_a_checkpoint(run, first)
+            before = (run / "config.yaml").stat().st_mtime_ns
+            said = run_processes(2, refused_on_each_rank, str(shop), str(run))
+            assert f"error: process {first.pid} of {socket.gethostname()} is training into {run}; wait" in said[0]
+            assert "error: another run is training into" in said[1]
+            assert first.poll() is None and (run / "config.yaml").stat().st_mtime_ns == before
+        finally:
+            first.kill()
+    result = run_module("fmrl_dist.train", *words, "--train.max_steps", records(run)[-1]["step"] + 1)
+    assert result.returncode == 0, result.stderr
+
+
+def wait_for_a_checkpoint(run: Path, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 60
+    while not (run / "checkpoints" / "latest").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def refused_on_each_rank(config: str, run: str) -> str:
+    return refusal(train.main, "--config", config, "--run.dir", run, "--resume", "auto", "--train.epochs", 200)
 
 
 def test_launcher_with_two_processes(shop: Path, one: Path, tmp_path: Path) -> None:
