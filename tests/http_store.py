@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -31,8 +32,20 @@ class StoreServer(ThreadingHTTPServer):
         self.faults: list[str] = []
         self.faulty = ".tar"
         self.authorization: str | None = None  # that every request must carry
+        self.latency_s = 0.0  # of every answer
+        self.most_at_once = self._now = 0  # requests
         self.closing = threading.Event()
         self._lock = threading.Lock()
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        with self._lock:
+            self._now += 1
+            self.most_at_once = max(self.most_at_once, self._now)
+        time.sleep(self.latency_s)
+        yield
+        with self._lock:
+            self._now -= 1
 
     def next_fault(self, name: str) -> str:
         with self._lock:
@@ -49,7 +62,8 @@ class Handler(BaseHTTPRequestHandler):
         self._answer("")
 
     def do_GET(self) -> None:
-        self._answer(self.server.next_fault(self.path))
+        with self.server.answering():
+            self._answer(self.server.next_fault(self.path))
 
     def log_message(self, format: str, *arguments: object) -> None:
         """Nothing on stderr."""

@@ -75,6 +75,26 @@ def test_the_same_arrays_from_the_manifest_and_block_ranges_alone(built: Store, 
     assert len(tar_requests(server)) == len(all_blocks(built)) + len(built.manifest.items)
 
 
+def test_blocks_are_fetched_several_at_once(built: Store, server: StoreServer) -> None:
+    """In order all the same; one that is damaged ends it, or is passed over."""
+    blocks = [*built.manifest.splits["train"]] * 5
+    store, skipping = (
+        Store.open(server.url, StoreConfig(timeout_s=6, retries=0, cache_gb=0, on_bad_shard=on_bad))
+        for on_bad in ("stop", "skip")
+    )
+    server.latency_s = 0.1
+    for found, block in zip(store.read_each(blocks), blocks, strict=True):
+        assert found is not None
+        np.testing.assert_array_equal(found["users"], built.read_block(block)["users"])
+    assert 4 <= server.most_at_once <= 8
+    server.faults = ["flip"]
+    assert [found is None for found in skipping.read_each(blocks)].count(True) == 1
+    server.faults, asked_before = ["forever", "flip"], len(server.requests)
+    with pytest.raises(UserError, match="python -m shards.verify"):
+        list(store.read_each(blocks * 4))
+    assert len(server.requests) - asked_before < 2 * len(blocks)
+
+
 def test_other_protocols(built: Store, own_cache: Path) -> None:
     memory = fsspec.filesystem("memory")
     for name, data in contents(built.path).items():

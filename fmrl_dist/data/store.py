@@ -17,6 +17,8 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +41,7 @@ VOCAB_FILE = "vocab.parquet"
 USERS_FILE = "users.parquet"
 SPLITS = ("train", "valid", "test")
 ROW_BYTES = 8  # of an id: the least that an item, a user or an event takes
+FETCHED_AT_ONCE = 8  # blocks, from a URL
 SHARD_NAME = re.compile(r"[a-z]+-\d{6}\.tar", re.ASCII)
 
 T = TypeVar("T")
@@ -241,6 +244,18 @@ class Store:
             if not self.skips_damaged:
                 raise
             return None
+
+    def read_each(self, blocks: Sequence[Block]) -> Iterator[dict[str, np.ndarray] | None]:
+        """:meth:`read_or_skip` of each block, in order; from a URL several are fetched at once, which hides its latency.
+
+        Raises:
+            UserError: a block cannot be read, and is not to be skipped; no further ones are fetched.
+        """
+        if isinstance(self.files, LocalFiles):
+            yield from map(self.read_or_skip, blocks)
+        else:
+            with ThreadPoolExecutor(FETCHED_AT_ONCE, thread_name_prefix="fetch") as pool:
+                yield from pool.map(self.read_or_skip, blocks)
 
     def read_bytes(self, block: Block) -> bytes:
         """The checked byte range of ``block``."""

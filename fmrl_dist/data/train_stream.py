@@ -231,10 +231,9 @@ class TrainStream:
         users, begins, lengths = (np.zeros(len(pairs), np.int64) for _ in range(3))
         there = np.zeros(len(pairs), np.bool_)
         events, features, damaged, base = [np.empty(0, np.int64)], [], [], 0
-        for i, number in enumerate(numbers.tolist()):
-            if number in self._skipped:
-                continue
-            block = self._store.read_or_skip(self._blocks[number])
+        wanted = [(i, number) for i, number in enumerate(numbers.tolist()) if number not in self._skipped]
+        blocks = self._store.read_each([self._blocks[number] for _, number in wanted])
+        for (i, number), block in zip(wanted, blocks, strict=True):
             if block is None:
                 damaged.append(number)
                 continue
