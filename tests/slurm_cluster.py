@@ -107,17 +107,23 @@ class SlurmCluster:
         Raises:
             AssertionError: it failed; the message is what it wrote.
         """
-        result = subprocess.run(
+        result = self.command(*words, environment=environment)
+        assert result.returncode == 0, f"{shlex.join(map(str, words))}: {result.stdout}{result.stderr}"
+        return result.stdout.strip()
+
+    def command(
+        self, *words: str | Path, environment: Mapping[str, str] | None = None, timeout_s: float = CALL_S
+    ) -> subprocess.CompletedProcess[str]:
+        """Run any command as :meth:`call` does, however it ends."""
+        return subprocess.run(
             self._machines["head"].inside(*words),
             cwd=REPOSITORY,
             env=self._environment | dict(environment or {}),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=CALL_S,
+            timeout=timeout_s,
         )
-        assert result.returncode == 0, f"{shlex.join(map(str, words))}: {result.stdout}{result.stderr}"
-        return result.stdout.strip()
 
     def submit(self, *words: object, environment: Mapping[str, str] | None = None) -> int:
         """``sbatch words`` from the repository's root, with ``environment`` on top; returns the job's id."""
