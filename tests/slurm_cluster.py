@@ -180,7 +180,7 @@ class SlurmCluster:
 
     def _power_on_head(self) -> None:
         munge = [f"--{kind}-file={self.folder / name}" for kind, name in MUNGE_FILES.items()]
-        services = [
+        services: list[list[str | Path]] = [
             ["munged", f"--socket={self.folder / 'munge.socket'}", *munge],
             ["bash", self.folder / "accounting"],
             ["slurmctld"],
