@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -218,7 +219,7 @@ EVALUATED = Evaluated("c" * 64, "m" * 64, "test", False, [4, 8], users=60)
         ({"users": 61}, "users is 60, expected 61"),
     ],
 )
-def test_all_that_identifies_is_compared(tmp_path: Path, change: dict[str, object], problem: str) -> None:
+def test_all_that_identifies_is_compared(tmp_path: Path, change: dict[str, Any], problem: str) -> None:
     path = write_part(tmp_path / "parts", Part(1, 1), EVALUATED, torch.zeros(2, 2 * CUTOFF + 1, dtype=torch.int64))
     with pytest.raises(UserError) as refused:
         join_parts(tmp_path / "parts", replace(EVALUATED, **change))
