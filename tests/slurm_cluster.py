@@ -129,13 +129,13 @@ class SlurmCluster:
         """``sbatch words`` from the repository's root, with ``environment`` on top; returns the job's id."""
         return int(self.call("sbatch", "--parsable", *map(str, words), environment=environment))
 
-    def facts(self, job_id: int) -> dict[str, str]:
-        """What ``scontrol show job`` knows about a job: JobState, ExitCode, StdOut, …"""
+    def facts(self, job_id: int | str) -> dict[str, str]:
+        """What ``scontrol show job`` knows about a job, or about an array's task (``12_3``): JobState, StdOut, …"""
         words = self.call("scontrol", "-o", "show", "job", str(job_id)).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, job_id: int, timeout_s: float = JOB_S) -> Job:
-        """Wait for a job to end, however it ends.
+    def wait(self, job_id: int | str, timeout_s: float = JOB_S) -> Job:
+        """Wait for a job, or an array's task (``12_3``), to end, however it ends.
 
         Raises:
             AssertionError: it was not over after ``timeout_s``; it is cancelled, and the message shows its log's end.
@@ -149,9 +149,9 @@ class SlurmCluster:
                 raise AssertionError(f"job {job_id} was {facts['JobState']} after {timeout_s} s:\n{end}")
             time.sleep(POLL_S)
         facts = self.facts(job_id)
-        return Job(job_id, facts["JobState"], facts["ExitCode"], read_log(facts))
+        return Job(int(facts["JobId"]), facts["JobState"], facts["ExitCode"], read_log(facts))
 
-    def _has_ended(self, job_id: int) -> bool:
+    def _has_ended(self, job_id: int | str) -> bool:
         """Whether a job is over, and stays so: one that is submitted again looks as if it were, for a moment."""
         for pause_s in (0.0, 2.0):
             time.sleep(pause_s)
