@@ -22,8 +22,11 @@ from typing import Self
 from tests.machine import NAMESPACES, Machine
 from tests.processes import REPOSITORY, TAIL_CHARACTERS, clean_environment
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "sinfo", "ip", "nsenter", "unshare")
-PACKAGES = "munge slurmctld slurmd slurm-client iproute2 util-linux"
+PROGRAMS = (
+    *("munged", "slurmctld", "slurmd", "slurmdbd", "sbatch", "scontrol", "sinfo", "sacct", "sacctmgr"),
+    *("mariadb-install-db", "mariadbd", "mariadb", "ip", "nsenter", "unshare"),
+)
+PACKAGES = "munge slurmctld slurmd slurmdbd slurm-client mariadb-server iproute2 util-linux"
 MUNGE_FILES = {"key": "munge.key", "pid": "munged.pid", "log": "munged.log", "seed": "munged.seed"}
 SYSTEM_PATH = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
 CPUS_PER_NODE, GPUS_PER_NODE = 8, 2  # what a node claims to have, whatever this machine has
@@ -104,29 +107,35 @@ class SlurmCluster:
         Raises:
             AssertionError: it failed; the message is what it wrote.
         """
-        result = subprocess.run(
+        result = self.command(*words, environment=environment)
+        assert result.returncode == 0, f"{shlex.join(map(str, words))}: {result.stdout}{result.stderr}"
+        return result.stdout.strip()
+
+    def command(
+        self, *words: str | Path, environment: Mapping[str, str] | None = None, timeout_s: float = CALL_S
+    ) -> subprocess.CompletedProcess[str]:
+        """Run any command as :meth:`call` does, however it ends."""
+        return subprocess.run(
             self._machines["head"].inside(*words),
             cwd=REPOSITORY,
             env=self._environment | dict(environment or {}),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=CALL_S,
+            timeout=timeout_s,
         )
-        assert result.returncode == 0, f"{shlex.join(map(str, words))}: {result.stdout}{result.stderr}"
-        return result.stdout.strip()
 
     def submit(self, *words: object, environment: Mapping[str, str] | None = None) -> int:
         """``sbatch words`` from the repository's root, with ``environment`` on top; returns the job's id."""
         return int(self.call("sbatch", "--parsable", *map(str, words), environment=environment))
 
-    def facts(self, job_id: int) -> dict[str, str]:
-        """What ``scontrol show job`` knows about a job: JobState, ExitCode, StdOut, …"""
+    def facts(self, job_id: int | str) -> dict[str, str]:
+        """What ``scontrol show job`` knows about a job, or about an array's task (``12_3``): JobState, StdOut, …"""
         words = self.call("scontrol", "-o", "show", "job", str(job_id)).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, job_id: int, timeout_s: float = JOB_S) -> Job:
-        """Wait for a job to end, however it ends.
+    def wait(self, job_id: int | str, timeout_s: float = JOB_S) -> Job:
+        """Wait for a job, or an array's task (``12_3``), to end, however it ends.
 
         Raises:
             AssertionError: it was not over after ``timeout_s``; it is cancelled, and the message shows its log's end.
@@ -140,9 +149,9 @@ class SlurmCluster:
                 raise AssertionError(f"job {job_id} was {facts['JobState']} after {timeout_s} s:\n{end}")
             time.sleep(POLL_S)
         facts = self.facts(job_id)
-        return Job(job_id, facts["JobState"], facts["ExitCode"], read_log(facts))
+        return Job(int(facts["JobId"]), facts["JobState"], facts["ExitCode"], read_log(facts))
 
-    def _has_ended(self, job_id: int) -> bool:
+    def _has_ended(self, job_id: int | str) -> bool:
         """Whether a job is over, and stays so: one that is submitted again looks as if it were, for a moment."""
         for pause_s in (0.0, 2.0):
             time.sleep(pause_s)
@@ -171,9 +180,9 @@ class SlurmCluster:
 
     def _power_on_head(self) -> None:
         munge = [f"--{kind}-file={self.folder / name}" for kind, name in MUNGE_FILES.items()]
-        services = [
+        services: list[list[str | Path]] = [
             ["munged", f"--socket={self.folder / 'munge.socket'}", *munge],
-            # slurmdbd, for sacct, would start here: slurmctld looks for it.
+            ["bash", self.folder / "accounting"],
             ["slurmctld"],
         ]
         head = self._machines["head"] = Machine("head", self.folder, services, self._environment)
@@ -229,7 +238,7 @@ def address(machine: str) -> str:
 
 
 def write_configuration(folder: Path, node_names: Sequence[str]) -> None:
-    """What the daemons read: slurm.conf, gres.conf, munge's key, and /etc/hosts of every machine."""
+    """What the daemons read: slurm.conf, slurmdbd.conf, gres.conf, munge's key, and /etc/hosts of every machine."""
     machines = ["head", *node_names]
     hosts = ["127.0.0.1 localhost", *(f"{address(name)} {name}" for name in machines)]
     (folder / "hosts").write_text("\n".join(hosts) + "\n")
@@ -239,6 +248,7 @@ def write_configuration(folder: Path, node_names: Sequence[str]) -> None:
         (folder / f"gpu{number}").touch()
     (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-{GPUS_PER_NODE - 1}]\n")
     (folder / "state").mkdir()
+    write_accounting(folder)
     nodes = [
         f"NodeName={name} NodeAddr={address(name)} CPUs={CPUS_PER_NODE} Gres=gpu:{GPUS_PER_NODE}" for name in node_names
     ]
@@ -268,12 +278,52 @@ def write_configuration(folder: Path, node_names: Sequence[str]) -> None:
         "KillWait": 20,  # from TERM to KILL
         "PreemptType": "preempt/partition_prio",
         "PreemptMode": "REQUEUE",
+        "AccountingStorageType": "accounting_storage/slurmdbd",
+        "AccountingStorageHost": address("head"),
+        "AccountingStoragePass": folder / "munge.socket",
     }
     lines = [f"{key}={value}" for key, value in settings.items()]
     common = "Nodes=ALL MaxTime=INFINITE DefaultTime=10 State=UP"
     lines += [*nodes, f"PartitionName=main Default=YES {common} PriorityTier=1 GraceTime=20"]
     lines += [f"PartitionName=urgent {common} PriorityTier=2 PreemptMode=OFF"]
     (folder / "slurm.conf").write_text("\n".join(lines) + "\n")
+
+
+def write_accounting(folder: Path) -> None:
+    """slurmdbd.conf, and the script that starts accounting, which sacct asks: a database on the head, and slurmdbd.
+
+    Nothing but the cluster reaches the database, so it knows no users; nothing is kept, so it waits for no disk.
+    """
+    settings = {
+        "DbdHost": "head",
+        "DbdAddr": address("head"),
+        "AuthType": "auth/munge",
+        "AuthInfo": f"socket={folder / 'munge.socket'}",
+        "SlurmUser": "root",
+        "LogFile": folder / "slurmdbd.log",
+        "PidFile": folder / "slurmdbd.pid",
+        "StorageType": "accounting_storage/mysql",
+        "StorageHost": "127.0.0.1",
+        "StorageUser": "root",
+        "CommitDelay": 1,
+    }
+    (folder / "slurmdbd.conf").write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
+    (folder / "slurmdbd.conf").chmod(0o600)  # slurmdbd insists
+    socket = f"--socket={folder / 'database.socket'}"
+    options = [
+        *("--no-defaults", "--user=root", f"--datadir={folder / 'database'}", socket, f"--tmpdir={folder}"),
+        *("--innodb-log-file-size=4M", "--innodb-buffer-pool-size=64M", "--innodb-flush-log-at-trx-commit=0"),
+    ]
+    run = ["--bind-address=127.0.0.1", "--skip-grant-tables", f"--pid-file={folder / 'database.pid'}"]
+    steps = [
+        "set -e",
+        f"{shlex.join(['mariadb-install-db', *options, '--skip-test-db'])} > {folder / 'database.log'} 2>&1",
+        f"{shlex.join(['mariadbd', *options, *run])} >> {folder / 'database.log'} 2>&1 &",
+        f"until mariadb --no-defaults {socket} --execute='' 2> /dev/null; do kill -0 $!; sleep 0.05; done",
+        "slurmdbd",
+        "until sacctmgr --immediate add cluster test > /dev/null 2>&1; do sleep 0.05; done",
+    ]
+    (folder / "accounting").write_text("\n".join(steps) + "\n")
 
 
 def read_log(facts: Mapping[str, str]) -> str:

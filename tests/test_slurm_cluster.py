@@ -48,7 +48,7 @@ def test_two_clusters_at_once(slurm: SlurmCluster) -> None:
     with SlurmCluster(2) as other:
         assert interfaces() == before
         assert sorted(other.call("srun", "--nodes=2", "hostname").split()) == ["node1", "node2"]
-        assert {"munged", "slurmctld", "slurmd"} <= set(processes_of(other.folder))
+        assert {"munged", "mariadbd", "slurmdbd", "slurmctld", "slurmd"} <= set(processes_of(other.folder))
         other.submit("--wrap=sleep 100", "--output=/dev/null")
     assert processes_of(other.folder) == []
     assert not other.folder.exists()
@@ -85,7 +85,7 @@ def test_nothing_outlives_the_process_that_started_it(slurm: SlurmCluster) -> No
     with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         folder = Path(process.stdout.readline().strip())
-        assert {"munged", "slurmctld", "slurmd"} <= set(processes_of(folder))
+        assert {"munged", "mariadbd", "slurmdbd", "slurmctld", "slurmd"} <= set(processes_of(folder))
         process.send_signal(signal.SIGKILL)
     deadline = time.monotonic() + 10
     while processes_of(folder) and time.monotonic() < deadline:
