@@ -27,3 +27,17 @@ fi
 
 # srun no longer takes this from sbatch by itself (since SLURM 22.05): all processes of a node would share one core.
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+
+# This job alone, also as a task of an array: one of them has the number of the whole array.
+job=$SLURM_JOB_ID
+[[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+
+# To be called when a step is over. SLURM ends a job that it preempts when its grace time is over, and submits it again; one
+# that ends by itself before that would count as failed (launchers that are preempted end with an error), or as completed.
+await_preemption() {
+  if scontrol --oneliner show job "$job" | grep ' PreemptTime=2' >/dev/null; then # not --quiet: it reads to the end
+    echo "waiting for SLURM to submit job $job again"
+    sleep 900 || true
+    exit 143
+  fi
+}

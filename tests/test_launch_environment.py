@@ -10,7 +10,10 @@ import pytest
 
 from tests.processes import REPOSITORY
 
-BASE = {"SLURM_SUBMIT_DIR": "/shared/fmrl-dist", "FMRL_VENV": sys.prefix, "PATH": os.environ["PATH"]}
+BASE = {
+    **{"SLURM_SUBMIT_DIR": "/shared/fmrl-dist", "SLURM_JOB_ID": "7"},
+    **{"FMRL_VENV": sys.prefix, "PATH": os.environ["PATH"]},
+}
 
 
 def source(**variables: str) -> dict[str, str]:
