@@ -58,6 +58,7 @@ class Checkpoint:
     features: dict[str, int]  # feature → dim, as the model was built
     num_items: int
     manifest_sha256: str
+    sha256: str  # of its record, which holds those of its tensors
 
 
 def save_checkpoint(
@@ -157,7 +158,8 @@ def load_checkpoint(path: Path, link: str = "best") -> Checkpoint:
         version = record["checkpoint_version"]
         if version != CHECKPOINT_VERSION:
             raise UserError(f"checkpoint {path} has version {version!r}; expected {CHECKPOINT_VERSION}")
-        if record.pop("sha256") != json_sha256(record):
+        sha256 = record.pop("sha256")
+        if sha256 != json_sha256(record):
             raise ValueError("state.json was changed after it was written")
         hashes = record["sha256_of"]
         model, optimizer = (_load_tensors(path / f"{name}.safetensors", hashes[name]) for name in TENSOR_FILES)
@@ -168,7 +170,7 @@ def load_checkpoint(path: Path, link: str = "best") -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         problem = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"checkpoint {path} is damaged ({problem}); use another or start again") from None
-    return Checkpoint(path, model, optimizer, state, **facts)
+    return Checkpoint(path, model, optimizer, state, sha256=sha256, **facts)
 
 
 def load_newest_whole(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fmrl_dist.data.store import VOCAB_FILE
 from fmrl_dist.errors import UserError, require
-from fmrl_dist.files import replaced_folder
+from fmrl_dist.files import file_sha256, json_sha256, replaced_folder
 from fmrl_dist.model import CONFIG_FILE, FORMAT_VERSION, MODEL_FILE, FMRLRec
 
 ITEMS_FILE = "item_embeddings.safetensors"
@@ -113,6 +113,11 @@ def read_export(folder: Path) -> Recommender:
         problem = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"export {folder} is damaged ({problem}); export it again") from None
     return Recommender(model, items, max_length, predict_first, origin, normalize)
+
+
+def export_sha256(folder: Path) -> str:
+    """Hash of what an export ranks with: all of it but the vocabulary."""
+    return json_sha256({name: file_sha256(folder / name) for name in (CONFIG_FILE, MODEL_FILE, ITEMS_FILE)})
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:

@@ -44,8 +44,14 @@ ITEM_ORDER_SEED = 0
 
 def main(argv: list[str]) -> None:
     parser = command_parser("shards.build", "Build the shard store that a config describes.")
-    parser.add_argument("--overwrite", action="store_true", help="replace a store that is already there")
+    there = parser.add_mutually_exclusive_group()
+    there.add_argument("--overwrite", action="store_true", help="replace a store that is already there")
+    there.add_argument("--keep", action="store_true", help="keep a store that is already there, and build none")
     arguments, config = parse_command(parser, argv)
+    if arguments.keep and (is_url(config.store.path) or Path(config.store.path, MANIFEST_FILE).is_file()):
+        kept = kept_store(config)
+        print(f"kept {kept.location}: {kept.manifest.num_users:,} users, {kept.manifest.num_items:,} items")
+        return
     start = time.monotonic()
     store, features = build(config, overwrite=arguments.overwrite)
     _print_summary(store, features, time.monotonic() - start)
@@ -68,6 +74,31 @@ def build(config: Config, overwrite: bool = False) -> tuple[Store, list[FeatureR
         features = _write_store(config, aside, encoding_folder(target))
     shutil.rmtree(encoding_folder(target), ignore_errors=True)
     return Store.open(target), features
+
+
+def kept_store(config: Config) -> Store:
+    """The store that is already there: every shard in full length, with the config's features.
+
+    Its blocks are checked at every read.
+
+    Raises:
+        UserError: it is not whole, or another config's.
+    """
+    store = Store.open(config.store.path, config.store)
+    mend = "build it again with --overwrite, or choose another --store.path"
+    for shard in store.manifest.shards:
+        try:
+            size = store.files.size(shard.name)
+        except FileNotFoundError:
+            size = 0
+        require(
+            size == shard.num_bytes,
+            f"store {store.location}: {shard.name} has {size} bytes, the manifest says {shard.num_bytes}; {mend}",
+        )
+    found = [feature.name for feature in store.manifest.features]
+    absent = [name for name in config.data.features if name not in found]
+    require(not absent, f"store {store.location} has the features {found}, not the config's {absent}; {mend}")
+    return store
 
 
 def _check_target(target: Path, overwrite: bool) -> None:

@@ -107,29 +107,35 @@ class SlurmCluster:
         Raises:
             AssertionError: it failed; the message is what it wrote.
         """
-        result = subprocess.run(
+        result = self.command(*words, environment=environment)
+        assert result.returncode == 0, f"{shlex.join(map(str, words))}: {result.stdout}{result.stderr}"
+        return result.stdout.strip()
+
+    def command(
+        self, *words: str | Path, environment: Mapping[str, str] | None = None, timeout_s: float = CALL_S
+    ) -> subprocess.CompletedProcess[str]:
+        """Run any command as :meth:`call` does, however it ends."""
+        return subprocess.run(
             self._machines["head"].inside(*words),
             cwd=REPOSITORY,
             env=self._environment | dict(environment or {}),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=CALL_S,
+            timeout=timeout_s,
         )
-        assert result.returncode == 0, f"{shlex.join(map(str, words))}: {result.stdout}{result.stderr}"
-        return result.stdout.strip()
 
     def submit(self, *words: object, environment: Mapping[str, str] | None = None) -> int:
         """``sbatch words`` from the repository's root, with ``environment`` on top; returns the job's id."""
         return int(self.call("sbatch", "--parsable", *map(str, words), environment=environment))
 
-    def facts(self, job_id: int) -> dict[str, str]:
-        """What ``scontrol show job`` knows about a job: JobState, ExitCode, StdOut, …"""
+    def facts(self, job_id: int | str) -> dict[str, str]:
+        """What ``scontrol show job`` knows about a job, or about an array's task (``12_3``): JobState, StdOut, …"""
         words = self.call("scontrol", "-o", "show", "job", str(job_id)).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, job_id: int, timeout_s: float = JOB_S) -> Job:
-        """Wait for a job to end, however it ends.
+    def wait(self, job_id: int | str, timeout_s: float = JOB_S) -> Job:
+        """Wait for a job, or an array's task (``12_3``), to end, however it ends.
 
         Raises:
             AssertionError: it was not over after ``timeout_s``; it is cancelled, and the message shows its log's end.
@@ -143,9 +149,9 @@ class SlurmCluster:
                 raise AssertionError(f"job {job_id} was {facts['JobState']} after {timeout_s} s:\n{end}")
             time.sleep(POLL_S)
         facts = self.facts(job_id)
-        return Job(job_id, facts["JobState"], facts["ExitCode"], read_log(facts))
+        return Job(int(facts["JobId"]), facts["JobState"], facts["ExitCode"], read_log(facts))
 
-    def _has_ended(self, job_id: int) -> bool:
+    def _has_ended(self, job_id: int | str) -> bool:
         """Whether a job is over, and stays so: one that is submitted again looks as if it were, for a moment."""
         for pause_s in (0.0, 2.0):
             time.sleep(pause_s)
@@ -174,7 +180,7 @@ class SlurmCluster:
 
     def _power_on_head(self) -> None:
         munge = [f"--{kind}-file={self.folder / name}" for kind, name in MUNGE_FILES.items()]
-        services = [
+        services: list[list[str | Path]] = [
             ["munged", f"--socket={self.folder / 'munge.socket'}", *munge],
             ["bash", self.folder / "accounting"],
             ["slurmctld"],

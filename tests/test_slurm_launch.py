@@ -33,6 +33,7 @@ def demo_words(folder: Path, run: str) -> list[str]:
     values = {
         **{"data.root": folder / "data", "store.path": folder / "store", "run.dir": folder / run},
         **{"data.demo.users": 200, "data.demo.items": 120, "data.features.text.dim": 16},
+        **{"store.users_per_block": 32},
         **{"model.dropout": 0.2, "model.lru_dropout": 0.2, "run.tensorboard": "false"},
         **{"train.epochs": 2, "train.batch_size": 32, "train.threads": 1, "train.log_every_steps": 1},
     }
@@ -70,7 +71,7 @@ def test_evaluation_on_two_nodes(slurm: SlurmCluster, two_nodes: Job, folder: Pa
     """Equal to an evaluation here; the processes meet through the interface that is named."""
     words = [folder / "two-nodes", "--split", "valid", "--mask-seen", "--threads", 1]
     environment = VENV | {"FMRL_INTERFACE": "eth0"}
-    slurm.run(log_in(folder), "--nodes=2", "launch/eval.slurm", *words, environment=environment)
+    slurm.run(log_in(folder), "--nodes=2", "--array=0", "launch/eval.slurm", *words, environment=environment)
     result = folder / "two-nodes" / "evaluation-valid-masked.json"
     by_slurm = result.read_bytes()
     result.unlink()
@@ -111,7 +112,7 @@ def test_one_node_and_resumed_with_a_process_per_gpu(slurm: SlurmCluster, two_no
             id="processes",
         ),
         pytest.param(
-            ["launch/eval.slurm", "--split", "valid"],
+            ["--array=0", "launch/eval.slurm", "--split", "valid"],
             VENV,
             "no run to evaluate; submit as sbatch launch/eval.slurm RUN [--split valid …]",
             id="no run",
@@ -127,7 +128,8 @@ def test_mistake_ends_the_job_with_one_line(
 
 def test_mistake_that_is_found_on_the_node(slurm: SlurmCluster, folder: Path) -> None:
     """The launcher adds a traceback of its own and an exit code of 1; the line is there all the same."""
-    job = slurm.wait(slurm.submit(log_in(folder), "launch/eval.slurm", folder / "no-run", environment=VENV))
+    words = [log_in(folder), "--array=0", "launch/eval.slurm", folder / "no-run"]
+    job = slurm.wait(slurm.submit(*words, environment=VENV))
     assert (job.state, job.exit_code, slurm.facts(job.id)["NumNodes"]) == ("FAILED", "1:0", "1")
     (line,) = [line for line in job.log.splitlines() if line.startswith("error: ")]
     assert line.startswith(f"error: {folder / 'no-run'} holds no checkpoint")

@@ -1,0 +1,143 @@
+"""An evaluation in parts: jobs of their own rank for a share of the user blocks each, and the last one adds them up.
+
+    RUN/evaluation.parts/2-of-4.json   of part 2: what was evaluated, its histograms of 2·rank, the sha256 of both
+
+Blocks are fixed and the histograms are integers, so the sum is that of a single evaluation, and so are the figures, to
+the last digit. A part that is evaluated again replaces the one that was there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmrl_dist.errors import UserError, require
+from fmrl_dist.files import json_sha256, write_atomically
+from fmrl_dist.metrics import CUTOFF
+from fmrl_dist.report import evaluation_file
+
+PART = re.compile(r"([1-9][0-9]{0,5})/([1-9][0-9]{0,5})")
+PART_FILE = re.compile(r"([1-9][0-9]{0,5})-of-([1-9][0-9]{0,5})\.json")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part ``number`` of ``count``, counted from 1."""
+
+    number: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Part:
+        """``I/N``, as the command line has it."""
+        found = PART.fullmatch(text)
+        if not found or int(found[1]) > int(found[2]):
+            raise argparse.ArgumentTypeError(f"{text!r} is no part; expected I/N with I from 1 to N")
+        return cls(int(found[1]), int(found[2]))
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+    @property
+    def file(self) -> str:
+        return f"{self.number}-of-{self.count}.json"
+
+    def share(self, num_blocks: int) -> range:
+        """The blocks of this part; none where there are fewer blocks than parts."""
+        return range(self.number - 1, num_blocks, self.count)
+
+
+WHOLE = Part(1, 1)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What all parts of one evaluation have in common."""
+
+    checkpoint_sha256: str  # of a checkpoint's record, or of an export's files
+    manifest_sha256: str  # of the store
+    split: str
+    mask_seen: bool
+    sizes: list[int]
+    users: int  # of the whole split, those in damaged blocks too
+
+
+def parts_folder(folder: Path, evaluated: Evaluated) -> Path:
+    """Where the parts lie: beside the report that they are joined into."""
+    return folder / f"{evaluation_file(evaluated.split, evaluated.mask_seen)}.parts"
+
+
+def write_part(folder: Path, part: Part, evaluated: Evaluated, histograms: Tensor) -> Path:
+    """Write one part into ``folder``, which is made; returns its path. Histograms are int64 [S, 2·CUTOFF + 1]."""
+    record = {"part": str(part), "evaluated": asdict(evaluated), "histograms": histograms.tolist()}
+    folder.mkdir(exist_ok=True)
+    write_atomically(folder / part.file, json.dumps(record | {"sha256": json_sha256(record)}).encode() + b"\n")
+    return folder / part.file
+
+
+def join_parts(folder: Path, evaluated: Evaluated) -> Tensor:
+    """The sum of all parts' histograms, int64 [S, 2·CUTOFF + 1].
+
+    Raises:
+        UserError: a part is missing, damaged or of another evaluation, or there are parts of several divisions.
+    """
+    parts = _parts_in(folder)
+    counts = sorted({part.count for part in parts})
+    require(bool(counts), f"{folder} holds no parts to join; evaluate them with --part 1/N to N/N")
+    require(
+        len(counts) == 1,
+        f"{folder} holds parts of {' and of '.join(map(str, counts))}; keep the files of one N only and join again",
+    )
+    wanted = [Part(number, counts[0]) for number in range(1, counts[0] + 1)]
+    missing = [part for part in wanted if part not in parts]
+    if missing:
+        raise UserError(
+            f"{folder} lacks {len(missing)} of {counts[0]} parts; evaluate "
+            f"{', '.join(f'--part {part}' for part in missing[:3])}{' …' if missing[3:] else ''} and join again"
+        )
+    return torch.stack([_read_part(folder, part, evaluated) for part in wanted]).sum(0)
+
+
+def _parts_in(folder: Path) -> set[Part]:
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return {Part(int(found[1]), int(found[2])) for name in names if (found := PART_FILE.fullmatch(name))}
+
+
+def _read_part(folder: Path, part: Part, evaluated: Evaluated) -> Tensor:
+    path, again = folder / part.file, f"evaluate it again with --part {part}"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record.pop("sha256") != json_sha256(record):
+            raise ValueError("its sha256 is not the recorded one")
+        _require_same(path, {"part": str(part)} | asdict(evaluated), {"part": record["part"]} | record["evaluated"])
+        return _checked(record["histograms"], evaluated)
+    except UserError as error:
+        raise UserError(f"{error}; {again}") from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        problem = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{path} is damaged ({problem}); {again}") from None
+
+
+def _require_same(path: Path, expected: dict[str, Any], found: dict[str, Any]) -> None:
+    for key, value in expected.items():
+        was, wanted = (v[:12] if isinstance(v, str) else v for v in (found[key], value))
+        require(found[key] == value, f"{path} is of another evaluation: {key} is {was!r}, expected {wanted!r}")
+
+
+def _checked(rows: list[list[int]], evaluated: Evaluated) -> Tensor:
+    """Histograms that can be those of some of the users."""
+    histograms = torch.tensor(rows, dtype=torch.int64)
+    expected = (len(evaluated.sizes), 2 * CUTOFF + 1)
+    if histograms.shape != expected or histograms.tolist() != rows:
+        raise ValueError(f"histograms are {list(histograms.shape)}; expected integers {list(expected)}")
+    sums = histograms.sum(1).tolist()
+    if bool((histograms < 0).any()) or len(set(sums)) != 1 or sums[0] > evaluated.users:
+        raise ValueError(f"histograms count {sums} users of {evaluated.users}")
+    return histograms

@@ -1,0 +1,292 @@
+"""An evaluation in parts is the evaluation as a whole, byte for byte; a part that does not belong is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fmrl_dist import evaluate, export
+from fmrl_dist.checkpoint import load_checkpoint
+from fmrl_dist.config import load_config
+from fmrl_dist.data.store import Store
+from fmrl_dist.errors import UserError
+from fmrl_dist.evaluation_parts import Evaluated, Part, join_parts, write_part
+from fmrl_dist.files import json_sha256
+from fmrl_dist.metrics import CUTOFF
+from tests.processes import run_processes
+from tests.training_fixture import contents, evaluation, make_shop, refusal, run_here, run_module, train_here
+
+NUM_BLOCKS = 7  # of the test split: 113 users less those with 2 events, in blocks of 16
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shop(tmp_path_factory.mktemp("parts"))
+
+
+@pytest.fixture(scope="module")
+def trained(shop: Path) -> Path:
+    run = train_here(shop, shop.parent / "run")
+    run_here(export.main, ["--checkpoint", run, "--size", 4])
+    return run
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    shutil.copytree(trained, tmp_path / "run", symlinks=True)
+    return tmp_path / "run"
+
+
+def evaluate_here(*words: object) -> None:
+    run_here(evaluate.main, ["--checkpoint", *words, "--threads", 1])
+
+
+def evaluate_parts(num_parts: int, *words: object) -> None:
+    for number in range(num_parts, 0, -1):
+        evaluate_here(*words, "--part", f"{number}/{num_parts}")
+
+
+# The same bytes
+
+
+@pytest.mark.parametrize(
+    ("num_parts", "words", "name"),
+    [
+        (1, (), "evaluation"),
+        (2, ("--split", "valid"), "evaluation-valid"),
+        (3, ("--mask-seen",), "evaluation-masked"),
+        (7, ("--split", "valid", "--mask-seen"), "evaluation-valid-masked"),
+        (NUM_BLOCKS + 2, (), "evaluation"),  # two of them are empty
+    ],
+)
+@pytest.mark.parametrize("what", ["run", "export"])
+def test_parts_are_the_whole(
+    run: Path, what: str, num_parts: int, words: tuple[str, ...], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subject = run if what == "run" else run / "export-4"
+    evaluate_here(subject, *words)
+    expected, said = contents(subject), capsys.readouterr().out
+    for ending in ("json", "png"):
+        (subject / f"{name}.{ending}").unlink()
+    evaluate_parts(num_parts, subject, *words)
+    assert not (subject / f"{name}.json").exists()
+    parts = subject / f"{name}.parts"
+    assert sorted(p.name for p in parts.iterdir()) == [f"{i}-of-{num_parts}.json" for i in range(1, num_parts + 1)]
+    capsys.readouterr()
+    evaluate_here(subject, *words, "--join")
+    assert capsys.readouterr().out == said
+    assert contents(subject) == expected and not parts.exists()
+
+
+def test_every_part_has_its_blocks(run: Path, shop: Path) -> None:
+    blocks = Store.open(load_config(shop).store.path).manifest.splits["test"]
+    assert len(blocks) == NUM_BLOCKS
+    evaluate_parts(3, run)
+    for number in (1, 2, 3):
+        (first, second) = json.loads((run / "evaluation.parts" / f"{number}-of-3.json").read_text())["histograms"]
+        assert sum(first) == sum(second) == sum(block.count for block in blocks[number - 1 :: 3])
+
+
+def part_here(run: str, part: str) -> None:
+    evaluate_here(run, "--part", part)
+
+
+@pytest.mark.multiproc
+def test_processes_share_a_part(run: Path) -> None:
+    """Three ranks share the one block of some parts; the parts of one and of three ranks go together."""
+    expected = (run / "evaluation.json").read_bytes()
+    (run / "evaluation.json").unlink()
+    for part in ("1/4", "2/4"):
+        run_processes(3, part_here, str(run), part)
+    for part in ("3/4", "4/4"):
+        evaluate_here(run, "--part", part)
+    result = run_module("fmrl_dist.evaluate", "--checkpoint", run, "--join")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (run / "evaluation.json").read_bytes() == expected
+
+
+def test_users_of_damaged_blocks_are_counted_once(shop: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(load_config(shop).store.path, store)
+    blocks = Store.open(store).manifest.splits["test"]
+    for block in (blocks[0], blocks[4]):
+        with (store / block.shard).open("r+b") as file:
+            file.seek(block.offset + block.num_bytes // 2)
+            file.write(b"\xff" * 64)
+    words = ["--store.path", store, "--store.on_bad_shard", "skip", "--train.max_steps", 4]
+    run = train_here(shop, tmp_path / "run", *words)
+    expected = (run / "evaluation.json").read_bytes()
+    assert evaluation(run)["users_lost"] == blocks[0].count + blocks[4].count
+    (run / "evaluation.json").unlink()
+    evaluate_parts(2, run)
+    evaluate_here(run, "--join")
+    assert (run / "evaluation.json").read_bytes() == expected
+
+
+# What does not belong
+
+
+@pytest.fixture
+def parts(run: Path) -> Path:
+    """The folder of three parts of a run that has no evaluation."""
+    (run / "evaluation.json").unlink()
+    evaluate_parts(3, run)
+    return run / "evaluation.parts"
+
+
+def join_refusal(run: Path, *words: object) -> str:
+    """The line with which joining is refused; nothing is written or removed."""
+    before = contents(run)
+    line = refusal(evaluate.main, "--checkpoint", run, *words, "--join")
+    assert contents(run) == before
+    return line.removeprefix("error: ")
+
+
+def test_no_parts(run: Path) -> None:
+    expected = f"{run / 'evaluation.parts'} holds no parts to join; evaluate them with --part 1/N to N/N"
+    assert join_refusal(run) == expected
+    (run / "evaluation.parts").mkdir()
+    assert join_refusal(run) == expected
+
+
+def test_missing_parts(run: Path, parts: Path) -> None:
+    (parts / "2-of-3.json").unlink()
+    assert join_refusal(run) == f"{parts} lacks 1 of 3 parts; evaluate --part 2/3 and join again"
+    evaluate_here(run, "--part", "2/3")
+    evaluate_here(run, "--join")
+
+
+def test_parts_of_another_division(run: Path, parts: Path) -> None:
+    evaluate_here(run, "--part", "1/2")
+    assert join_refusal(run) == f"{parts} holds parts of 2 and of 3; keep the files of one N only and join again"
+
+
+def test_part_under_another_name(run: Path, parts: Path) -> None:
+    shutil.copy(parts / "1-of-3.json", parts / "2-of-3.json")
+    line = join_refusal(run)
+    assert line.startswith(f"{parts / '2-of-3.json'} is of another evaluation: part is '1/3', expected '2/3'; ")
+
+
+def test_part_of_another_checkpoint(run: Path, parts: Path) -> None:
+    """The best of the run has changed since; the part says so, and evaluating it again mends it."""
+    best, latest = ((run / "checkpoints" / link).resolve() for link in ("best", "latest"))
+    old, new = (load_checkpoint(path).sha256[:12] for path in (best, latest))
+    (run / "checkpoints" / "best").unlink()
+    (run / "checkpoints" / "best").symlink_to(latest.name)
+    for number in (1, 2, 3):
+        path, part = parts / f"{number}-of-3.json", f"{number}/3"
+        problem = f"checkpoint_sha256 is '{old}', expected '{new}'"
+        assert join_refusal(run) == f"{path} is of another evaluation: {problem}; evaluate it again with --part {part}"
+        evaluate_here(run, "--part", part)
+    evaluate_here(run, "--join")
+    assert (run / "evaluation.json").exists()
+
+
+def test_part_of_another_export(run: Path) -> None:
+    evaluate_parts(2, run / "export-4")
+    other = ["--split", "valid"]
+    evaluate_parts(1, run / "export-4", *other)  # is no hindrance
+    run_here(export.main, ["--checkpoint", run / "checkpoints" / "latest", "--size", 4, "--output", run / "new"])
+    shutil.move(run / "export-4" / "evaluation.parts", run / "new" / "evaluation.parts")
+    assert "is of another evaluation: checkpoint_sha256 is" in join_refusal(run / "new")
+
+
+def test_part_of_another_store(run: Path, parts: Path, tmp_path: Path) -> None:
+    other = make_shop(tmp_path / "other", num_items=50).parent / "store"
+    assert "1-of-3.json is of another evaluation: manifest_sha256 is" in join_refusal(run, "--store", other)
+
+
+EVALUATED = Evaluated("c" * 64, "m" * 64, "test", False, [4, 8], users=60)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"checkpoint_sha256": "d" * 64}, "checkpoint_sha256 is 'cccccccccccc', expected 'dddddddddddd'"),
+        ({"manifest_sha256": "d" * 64}, "manifest_sha256 is 'mmmmmmmmmmmm', expected 'dddddddddddd'"),
+        ({"split": "valid"}, "split is 'test', expected 'valid'"),
+        ({"mask_seen": True}, "mask_seen is False, expected True"),
+        ({"sizes": [4, 16]}, "sizes is [4, 8], expected [4, 16]"),
+        ({"users": 61}, "users is 60, expected 61"),
+    ],
+)
+def test_all_that_identifies_is_compared(tmp_path: Path, change: dict[str, Any], problem: str) -> None:
+    path = write_part(tmp_path / "parts", Part(1, 1), EVALUATED, torch.zeros(2, 2 * CUTOFF + 1, dtype=torch.int64))
+    with pytest.raises(UserError) as refused:
+        join_parts(tmp_path / "parts", replace(EVALUATED, **change))
+    assert str(refused.value) == f"{path} is of another evaluation: {problem}; evaluate it again with --part 1/1"
+
+
+histograms = st.lists(st.integers(0, 2), min_size=2 * CUTOFF + 1, max_size=2 * CUTOFF + 1)
+
+
+@st.composite
+def histogram_pairs(draw: st.DrawFn) -> torch.Tensor:
+    """Two sizes' histograms of the same users, int64 [2, 2·CUTOFF + 1]."""
+    row = draw(histograms)
+    return torch.tensor([row, draw(st.permutations(row))])
+
+
+@given(rows=st.lists(histogram_pairs(), min_size=1, max_size=5))
+def test_joining_adds(rows: list[torch.Tensor]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        for number, row in enumerate(rows, 1):
+            write_part(Path(name), Part(number, len(rows)), EVALUATED, row)
+        assert torch.equal(join_parts(Path(name), EVALUATED), sum(rows, torch.zeros_like(rows[0])))
+
+
+@given(row=histogram_pairs(), data=st.data())
+def test_damage_never_moves_a_figure(row: torch.Tensor, data: st.DataObject) -> None:
+    """One byte of the file is another, or its end is lost: refused, or still the same figures (a space for a space)."""
+    with tempfile.TemporaryDirectory() as name:
+        path = write_part(Path(name), Part(1, 1), EVALUATED, row)
+        content = bytearray(path.read_bytes())
+        place = data.draw(st.integers(0, len(content) - 1))
+        if data.draw(st.booleans()):
+            content[place] = data.draw(st.integers(0, 255))
+        else:
+            del content[place:]
+        path.write_bytes(content)
+        try:
+            assert torch.equal(join_parts(Path(name), EVALUATED), row)
+        except UserError as error:
+            assert str(path) in str(error) and str(error).endswith("; evaluate it again with --part 1/1")
+            assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        *([[1]], [[0] * 21] * 3, [[0] * 21, [0] * 20], [["1"] * 21] * 2, [[0.5] * 21] * 2, {"4": [0] * 21}, None),
+        *([[1] * 21, [0] * 21], [[-1, 1] + [0] * 19] * 2, [[61] + [0] * 20] * 2, [[2**64] + [0] * 20] * 2),
+    ],
+    ids=repr,
+)
+def test_histograms_that_cannot_be(tmp_path: Path, rows: object) -> None:
+    """A file that bears the right hash, but was not written here."""
+    path = write_part(tmp_path, Part(1, 1), EVALUATED, torch.zeros(2, 2 * CUTOFF + 1, dtype=torch.int64))
+    record = json.loads(path.read_text()) | {"histograms": rows}
+    del record["sha256"]
+    path.write_text(json.dumps(record | {"sha256": json_sha256(record)}))
+    with pytest.raises(UserError, match=r"1-of-1\.json is damaged \(.*\); evaluate it again with --part 1/1$"):
+        join_parts(tmp_path, EVALUATED)
+
+
+@pytest.mark.parametrize("text", ["0/3", "4/3", "1", "1/0", "a/b", "1/2/3", "-1/2", "1 / 2", "٣/٤", ""])
+def test_part_that_is_none(text: str) -> None:
+    line = refusal(evaluate.main, "--checkpoint", "nowhere", f"--part={text}")
+    assert line == f"error: argument --part: {text!r} is no part; expected I/N with I from 1 to N; see --help"
+
+
+def test_part_or_join() -> None:
+    line = refusal(evaluate.main, "--checkpoint", "nowhere", "--join", "--part", "1/2")
+    assert "argument --part: not allowed with argument --join" in line
