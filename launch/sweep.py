@@ -7,23 +7,46 @@ A run evaluates on test when it ends, as any run does; nothing here reads that: 
 
 from __future__ import annotations
 
+import math
+import os
+import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
 
 from fmrl_dist.config import CommandParser
 from fmrl_dist.errors import UserError, require, run_command
 from launch.jobs import LIVE, Script, require_slurm, sbatch_text, states, submit
 from launch.space import Space, metric_of, overrides, read_space
 from launch.study import Study, Trial, best_of, import_optuna
-from launch.sweep_folder import BEST, has_begun, open_folder, prepare_folder, run_of, training_words, worker_lock, write
+from launch.sweep_folder import (
+    BEST,
+    JOBS,
+    SPACE,
+    has_begun,
+    open_folder,
+    prepare_folder,
+    run_of,
+    training_words,
+    worker_lock,
+    write,
+)
+
+if TYPE_CHECKING:  # the extra `slurm`: imported where it is needed
+    import submitit
 
 SCRIPT = "launch/sweep.slurm"
 ACCELERATE = "accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
+SBATCH_NAME = re.compile(r"[a-z][a-z0-9-]*")
+OURS = ("array", "chdir", "dependency", "error", "job-name", "nodes", "ntasks-per-node", "output", "parsable", "wrap")
 POLL_S = 0.5
 SLURM_POLL_S = 10.0
 
@@ -31,16 +54,51 @@ SLURM_POLL_S = 10.0
 def worker_scripts(folder: Path, workers: int) -> list[Script]:
     """What each worker runs."""
     module = (sys.executable, "-m", "launch.sweep_worker", str(folder))
-    return [Script(SCRIPT, (str(folder), str(i)), (*module, str(i)), {}) for i in range(workers)]
+    environment = {"FMRL_VENV": sys.prefix, **{k: v for k, v in os.environ.items() if k.startswith("FMRL_")}}
+    return [Script(SCRIPT, (str(folder), str(i)), (*module, str(i)), environment) for i in range(workers)]
 
 
-def describe(space: Space, folder: Path) -> str:
-    """What a sweep would do, in lines."""
-    config = space.config()
-    lines = [f"{folder}: {space.trials} trials over {space.base}, by validation {metric_of(config)}"]
-    lines += [f"  {key}: {value}" for key, value in space.raw["parameters"].items()]
-    lines += [f"  {' '.join(overrides({key: word}))}" for key, word in space.fixed.items()]
-    return "\n".join(lines)
+def dry_run_text(space: Space, folder: Path, workers: int, cluster: str, options: Mapping[str, str]) -> str:
+    """What a sweep would do: its space, the batch script of its array, and each worker's command."""
+    lines = [f"{folder}: {space.trials} trials over {space.base}, by validation {metric_of(space.config())}"]
+    lines += [f"  --{key} {word}" for key, word in space.fixed.items()]
+    for key, value in space.raw["parameters"].items():
+        lines.append(
+            f"  --{key} {yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=math.inf).strip()}"
+        )
+    scripts = worker_scripts(folder, workers)
+    if cluster == "local":
+        return "\n".join([*lines, *(shlex.join(script.local) for script in scripts)])
+    lines += [f"### {shlex.join(('bash', script.path, *script.words))}" for script in scripts]
+    return "\n".join([*lines, sbatch_text(scripts, folder / JOBS, job_name(space), options, max_at_once=workers)])
+
+
+def sweep(space: Space, folder: Path, workers: int, cluster: str, options: Mapping[str, str], wait: bool) -> None:
+    """Start the workers of a sweep, or go on with it; see it to its end here, and on SLURM if asked to ``wait``."""
+    import_optuna()
+    if cluster == "slurm":
+        require_slurm()
+    require_free(folder, workers)
+    require_store(space)
+    space = prepare_folder(folder, space)
+    study = Study(folder, space)
+    if not is_over(study, space):
+        scripts, name = worker_scripts(folder, workers), job_name(space)
+        jobs = submit(scripts, cluster, folder / JOBS, name, options, max_at_once=workers)
+        if cluster == "local":
+            wait_here(jobs)
+        else:
+            print(f"{name}: job(s) {', '.join(job.job_id for job in jobs)}, logs in {folder / JOBS}")
+            print(f"see how it goes: python -m launch.sweep {folder / SPACE} --folder {folder} --status", flush=True)
+            if not wait:
+                return
+            wait_for_slurm([job.job_id for job in jobs], study, space)
+        del jobs  # submitit's complain when the process ends before them
+    finish(folder, space, study)
+
+
+def job_name(space: Space) -> str:
+    return f"{space.study}-sweep"
 
 
 def require_free(folder: Path, workers: int) -> None:
@@ -109,7 +167,7 @@ def finish(folder: Path, space: Space, study: Study) -> None:
         write(folder / BEST, config.to_yaml())
         print(f"wrote {folder / BEST}")
         return
-    why = f"{left} trials are left; see the workers' logs in {folder / 'jobs'}, and call the command again"
+    why = f"{left} trials are left; see the workers' logs in {folder / JOBS}, and call the command again"
     print(f"error: {why if left else 'all trials failed'}", file=sys.stderr)
     raise SystemExit(1)
 
@@ -120,23 +178,41 @@ def is_over(study: Study, space: Space) -> bool:
     return len(trials) >= space.trials and all(trial.state != "running" for trial in trials)
 
 
+def wait_here(jobs: Sequence[submitit.Job[None]]) -> None:
+    """Until all local workers have ended; whatever ends this before ends them too, and they save."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        for job in jobs:
+            while not job.done():
+                time.sleep(POLL_S)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", flush=True)
+        raise SystemExit(128 + signal.SIGINT) from None
+    finally:
+        for job in jobs:
+            job.cancel()
+
+
 def wait_for_slurm(job_ids: Sequence[str], study: Study, space: Space) -> None:
-    """Until the sweep is over, or all of its jobs have ended."""
-    while not is_over(study, space):
-        if all(state not in (*LIVE, "UNKNOWN") for state in states(job_ids).values()):
-            return
-        time.sleep(SLURM_POLL_S)
+    """Until the sweep is over, or all of its jobs have ended; they do not depend on whoever waits for them."""
+    try:
+        while not is_over(study, space):
+            if not any(state in (*LIVE, "UNKNOWN") for state in states(job_ids).values()):
+                return
+            time.sleep(SLURM_POLL_S)
+    except KeyboardInterrupt:
+        print("\nno longer waited for; the jobs go on: see --status, or end them with scancel")
+        raise SystemExit(128 + signal.SIGINT) from None
 
 
 def parse_sbatch(words: Sequence[str]) -> Mapping[str, str]:
-    """``key=value`` words as options of sbatch."""
+    """``option=value`` words as options of sbatch, by long name."""
     options = {}
     for word in words:
-        key, equals, value = word.partition("=")
-        require(
-            bool(key and equals), f"--sbatch {word!r} is not key=value; write --sbatch time=04:00:00 gpus-per-node=1"
-        )
-        options[key.lstrip("-")] = value
+        name, _, value = word.partition("=")
+        require(SBATCH_NAME.fullmatch(name) is not None, f"--sbatch {word}: expected OPTION[=VALUE], such as time=120")
+        require(name not in OURS, f"--sbatch {word}: the sweep sets {name} itself; leave it out")
+        options[name] = value
     return options
 
 
@@ -154,48 +230,31 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--workers", type=int, default=1, help="that train trials at the same time (default: 1)")
     parser.add_argument("--cluster", choices=("slurm", "local"), default="slurm", help="default: slurm")
     parser.add_argument("--folder", type=Path, help="default: runs/<study>-sweep; all nodes share it")
-    parser.add_argument("--sbatch", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="for each worker")
+    parser.add_argument(
+        "--sbatch",
+        metavar="OPTION[=VALUE]",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="of sbatch, by long name, for each worker: time=120 gpus-per-node=1",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and end")
     parser.add_argument("--wait", action="store_true", help="for the end, then show the best (local always does)")
     parser.add_argument("--status", action="store_true", help="print the trials so far, and end")
     arguments = parser.parse_args(argv)
     require(arguments.workers >= 1, f"--workers is {arguments.workers}; expected at least 1")
-    options, local = parse_sbatch(arguments.sbatch), arguments.cluster == "local"
-    require(not (local and options), "--sbatch is for --cluster slurm; leave it out")
+    options = parse_sbatch(arguments.sbatch)
+    require(not (options and arguments.cluster == "local"), "--sbatch is for SLURM; leave it out, or --cluster local")
+    require(Path(SCRIPT).is_file(), f"{Path.cwd()} is not the repository's root; start a sweep from there")
     space = read_space(arguments.space)
     folder = arguments.folder or Path("runs") / f"{space.study}-sweep"
     if arguments.status:
         recorded, study = open_folder(folder)
         print(status_text(folder, recorded, study.trials()))
-        return
-    scripts = worker_scripts(folder, arguments.workers)
-    name, jobs_folder = f"{space.study}-sweep", folder / "jobs"
-    if arguments.dry_run:
-        print(describe(space, folder))
-        commands = [shlex.join(script.local if local else ("bash", script.path, *script.words)) for script in scripts]
-        if not local:
-            print(sbatch_text(scripts, jobs_folder, name, options, max_at_once=len(scripts)), end="")
-        print("\n".join(commands))
-        return
-    import_optuna()
-    if not local:
-        require_slurm()
-    require_free(folder, arguments.workers)
-    require_store(space)
-    space = prepare_folder(folder, space)
-    study = Study(folder, space)
-    jobs = submit(scripts, arguments.cluster, jobs_folder, name, options, max_at_once=len(scripts))
-    if local:
-        for job in jobs:
-            while not job.done():
-                time.sleep(POLL_S)
+    elif arguments.dry_run:
+        print(dry_run_text(space, folder, arguments.workers, arguments.cluster, options))
     else:
-        print(f"{name}: job(s) {', '.join(job.job_id for job in jobs)}, logs in {jobs_folder}")
-        print(f"see how it goes: python -m launch.sweep {arguments.space} --folder {folder} --status", flush=True)
-        if not arguments.wait:
-            return
-        wait_for_slurm([job.job_id for job in jobs], study, space)
-    finish(folder, space, study)
+        sweep(space, folder, arguments.workers, arguments.cluster, options, arguments.wait)
 
 
 if __name__ == "__main__":

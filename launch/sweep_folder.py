@@ -24,7 +24,7 @@ from fmrl_dist.errors import UserError, require
 from launch.space import Space, overrides, read_space
 from launch.study import JOURNAL, Study, Trial
 
-SPACE, BASE, BEST = "space.yaml", "base.yaml", "best.yaml"
+SPACE, BASE, BEST, JOBS = "space.yaml", "base.yaml", "best.yaml", "jobs"
 LOCK_POLL_S = 0.5
 
 
