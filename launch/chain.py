@@ -62,8 +62,8 @@ class Chain:
         found = []
         for stage in self.on_this_machine():
             if stage.name == "evaluate" and self.parts > 1:
-                run, command = self.config.run.dir, stage.scripts[0].local
-                join = self._script("launch/eval.slurm", ("--join", run), (*command, "--join"))
+                script = stage.scripts[0]
+                join = self._script(script.path, ("--join", *script.words), (*script.local, "--join"))
                 found += [Stage(stage.name, stage.scripts * self.parts), Stage(JOIN, (join,))]
             else:
                 found.append(stage)
@@ -83,8 +83,10 @@ class Chain:
             local = (*self._launcher(), "-m", "fmrl_dist.train", *config, "--resume", "auto")
             return (self._script("launch/train.slurm", words, local),)
         if stage == "evaluate":
-            local = (*python, "fmrl_dist.evaluate", "--checkpoint", run)
-            return (self._script("launch/eval.slurm", (run,), local),)
+            threads = self.config.train.threads  # as many as training's own evaluation has: the same figures
+            of_run = (run, *(() if threads == "auto" else ("--threads", str(threads))))
+            local = (*python, "fmrl_dist.evaluate", "--checkpoint", *of_run)
+            return (self._script("launch/eval.slurm", of_run, local),)
         exports = [(run, "--size", str(size), "--overwrite") for size in self.sizes]
         return tuple(
             self._script("launch/export.slurm", of_size, (*python, "fmrl_dist.export", "--checkpoint", *of_size))

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What your cluster needs, said once: sourced by train.slurm and eval.slurm before anything else. srun hands exported
+# What your cluster needs, said once: sourced by every script before anything else. srun hands exported
 # variables on to every node. If Python or CUDA come as modules on your cluster, load them at the end of this file.
 
 refuse() {

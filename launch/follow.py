@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from fmrl_dist.errors import UserError, require
@@ -79,7 +80,8 @@ def follow(stages: Sequence[Submitted]) -> None:
     while True:
         now = states(all_jobs(stages))
         for stage in stages:
-            if told.get(stage.stage) != (line := summary(stage, now)):
+            line = summary(stage, now)
+            if told.get(stage.stage) != line and "UNKNOWN" not in line:
                 told[stage.stage] = line
                 print(f"{time.monotonic() - start:6.0f} s  {line}", flush=True)
         ended = not any(state in LIVE or state == "UNKNOWN" for state in now.values())
@@ -100,6 +102,8 @@ def follow(stages: Sequence[Submitted]) -> None:
 def fail(stage: str, what: str, log: Path) -> None:
     """Say which stage has failed, and how its log ends; ends the command."""
     lines = log.read_text(errors="replace").splitlines() if log.exists() else ["(there is no log: it has not started)"]
+    # What follows in a local job's log is submitit's traceback.
+    lines = list(takewhile(lambda line: not line.startswith("submitit ERROR"), lines))
     print(f"{stage} failed: {what}; its log is {log} and ends with", flush=True)
     print("\n".join(f"    {line}" for line in lines[-TAIL_LINES:]), flush=True)
     raise SystemExit(1)

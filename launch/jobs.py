@@ -8,6 +8,8 @@ never taken for finished: there is no pickled result, only SLURM's word (:func:`
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import shlex
@@ -100,10 +102,15 @@ def submit(
     require_slurm()
     executor = executors.SlurmExecutor(folder, python=_python())
     executor.update_parameters(**_parameters(scripts[0].path, name, options, after, max_at_once))
+    before = set(folder.iterdir()) if folder.exists() else set()
     try:
-        jobs: list[submitit.Job[None]] = executor.submit_array(scripts)
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit also prints what it raises
+            jobs: list[submitit.Job[None]] = executor.submit_array(scripts)
     except RuntimeError as error:
-        raise UserError(f"sbatch refuses {name}: {' '.join(str(error).split())}; see --sbatch") from None
+        for written in set(folder.iterdir()) - before:
+            written.unlink()
+        complaint = " ".join(str(error).replace("sbatch: error: ", "").split())
+        raise UserError(f"sbatch refuses {name}: {complaint}; mend its options") from None
     return jobs
 
 

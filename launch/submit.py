@@ -7,6 +7,7 @@ cancels it where that has failed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import shlex
 import signal
@@ -53,8 +54,10 @@ def main(argv: list[str]) -> None:
     )
     actions = parser.add_mutually_exclusive_group()
     actions.add_argument("--dry-run", action="store_true", help="print what would be submitted, and do nothing")
-    actions.add_argument("--status", action="store_true", help="say what has become of this config's chain")
-    actions.add_argument("--cancel", action="store_true", help="cancel what waits or runs of this config's chain")
+    actions.add_argument(
+        "--status", action="store_true", help="say what has become of the chain; with --wait, follow it"
+    )
+    actions.add_argument("--cancel", action="store_true", help="cancel what waits or runs of the chain")
     parser.add_argument("--wait", action="store_true", help="follow until the chain ends; exit code 1 if a stage fails")
     arguments, config = parse_command(parser, argv)
     overrides = parser.parse_known_args(argv)[1]
@@ -74,12 +77,12 @@ def main(argv: list[str]) -> None:
             run_here(chain)
     elif arguments.dry_run:
         print_texts(chain, options)
-    elif arguments.status:
+    elif arguments.status and not arguments.wait:
         print_status(read_record(chain.folder))
     elif arguments.cancel:
         cancel_chain(chain.folder)
     else:
-        submitted = submit_chain(chain, options)
+        submitted = read_record(chain.folder) if arguments.status else submit_chain(chain, options)
         if arguments.wait:
             follow_until_interrupted(submitted)
 
@@ -153,6 +156,9 @@ def submit_chain(chain: Chain, options: Mapping[str, dict[str, str]]) -> list[Su
     except UserError:
         if submitted:
             cancel(all_jobs(submitted))
+        else:
+            with contextlib.suppress(OSError):  # there is an older record in it
+                chain.folder.rmdir()
         raise
     for entry in submitted:
         tasks = f", {len(entry.jobs)} tasks" if len(entry.jobs) > 1 else ""

@@ -23,13 +23,14 @@ from PIL import Image
 from fmrl_dist.config import StoreConfig
 from fmrl_dist.data.store import Store
 from fmrl_dist.errors import UserError
-from shards.build import build
+from shards.build import build, main
 from shards.images import MAX_PIXELS
 from shards.inspect import main as inspect_main
 from shards.pixels import DIM, encode_image
 from shards.text import UNTITLED, item_texts, template_columns
 from shards.verify import verify
 from tests.store_fixture import HISTORIES, ITEMS, png, tiny_config, write_histories, write_items, write_raw
+from tests.training_fixture import contents, refusal
 
 
 def read_split(store: Store, split: str, field: str = "items") -> dict[int, list[int]]:
@@ -269,6 +270,31 @@ def test_a_store_is_replaced_only_when_asked(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["raw", "store"]
     with pytest.raises(UserError, match="exists and is not a store"):
         build(tiny_config(tmp_path / "raw", tmp_path / "raw"), overwrite=True)
+
+
+def test_a_whole_store_of_the_config_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``--keep`` builds what is not there, keeps what is, and refuses what is damaged or another config's."""
+    write_raw(tmp_path / "raw")
+    config, store = tmp_path / "config.yaml", tmp_path / "store"
+    config.write_text(tiny_config(tmp_path / "raw", store).to_yaml())
+    main(["--config", str(config), "--keep"])
+    assert capsys.readouterr().out.startswith(f"built {store}")
+    before = contents(store)
+    main(["--config", str(config), "--keep"])
+    assert capsys.readouterr().out.startswith(f"kept {store}: ")
+    another = ["--data.features.other.source", "npy", "--data.features.other.path", "vectors.npy"]
+    assert "not the config's ['other']; build it again with --overwrite" in refusal(
+        main, "--config", config, "--keep", *another
+    )
+    assert "not allowed with" in refusal(main, "--config", config, "--keep", "--overwrite")
+    assert contents(store) == before
+    shard = next(iter(sorted(store.glob("train-*"))))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert f"{shard.name} has {shard.stat().st_size} bytes, the manifest says" in refusal(
+        main, "--config", config, "--keep"
+    )
+    shard.unlink()
+    assert f"{shard.name} has 0 bytes, the manifest says" in refusal(main, "--config", config, "--keep")
 
 
 def test_the_commands_on_the_demo(tmp_path: Path) -> None:
