@@ -49,12 +49,11 @@ class Study:
         path = str(folder / JOURNAL)
         backend = journal.JournalFileBackend(path, lock_obj=journal.JournalFileOpenLock(path))
         self._storage = self._optuna.storages.JournalStorage(backend)
-        self._study = self._optuna.create_study(
-            storage=self._storage,
-            study_name=space.study,
-            direction="maximize",
-            load_if_exists=True,
-        )
+        name = {"storage": self._storage, "study_name": space.study}
+        try:
+            self._study = self._optuna.load_study(**name)  # without a word in the journal
+        except KeyError:
+            self._study = self._optuna.create_study(**name, direction="maximize", load_if_exists=True)
 
     def trials(self) -> list[Trial]:
         """All that a worker has begun, in their order."""

@@ -30,7 +30,7 @@ from tests.processes import REPOSITORY, clean_environment
 from tests.sweep_fixture import METRIC, begin, best_in_run, trials_of, write_space
 from tests.training_fixture import records, refusal, run_module
 
-LONG = {"train.epochs": 80, "train.patience": 0, "train.checkpoint_every_steps": 20, "eval.every_steps": 200}
+LONG = {"train.epochs": 40, "train.patience": 0, "train.checkpoint_every_steps": 20, "eval.every_steps": 200}
 
 
 @pytest.fixture(scope="module")
@@ -75,25 +75,24 @@ def test_jobs_are_like_those_of_training() -> None:
     assert {k: v for k, v in training.items() if k not in ("job-name", "nodes")}.items() <= ours.items()
 
 
-def take_all(path: str, folder: str, worker: int) -> list[int]:
-    _, study = begin(Path(path), Path(folder))
-    numbers = []
-    while (trial := study.take(worker)) is not None:
-        study.complete(trial.number, trial.number / 7)
-        numbers.append(trial.number)
-    return numbers
-
-
-TAKE_ALL = (
-    "import sys; from tests.test_sweep import take_all; print(take_all(sys.argv[1], sys.argv[2], int(sys.argv[3])))"
-)
+TAKE_ALL = """
+import sys
+from pathlib import Path
+from launch.sweep_folder import open_folder
+_, study = open_folder(Path(sys.argv[1]))
+numbers = []
+while (trial := study.take(int(sys.argv[2]))) is not None:
+    study.complete(trial.number, trial.number / 7)
+    numbers.append(trial.number)
+print(numbers)
+"""
 
 
 def test_workers_share_out_exactly_the_trials(tmp_path: Path) -> None:
     """Three processes take trials as fast as they can; each trial is one worker's, and there are as many as asked."""
-    path, folder = write_space(tmp_path, trials=12), tmp_path / "sweep"
-    begin(path, folder)
-    commands = [[sys.executable, "-c", TAKE_ALL, str(path), str(folder), str(worker)] for worker in range(3)]
+    folder = tmp_path / "sweep"
+    begin(write_space(tmp_path, trials=12), folder)
+    commands = [[sys.executable, "-c", TAKE_ALL, str(folder), str(worker)] for worker in range(3)]
     processes = [subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) for command in commands]
     taken = [yaml.safe_load(process.communicate(timeout=120)[0]) for process in processes]
     assert sorted(sum(taken, [])) == list(range(12))
@@ -156,7 +155,9 @@ def test_the_journal_is_never_unpickled(tmp_path: Path, monkeypatch: pytest.Monk
         raise AssertionError("unpickled")
 
     path, folder = write_space(tmp_path, trials=120), tmp_path / "sweep"  # snapshots are for every hundredth trial
-    take_all(str(path), str(folder), 0)
+    _, study = begin(path, folder)
+    while (trial := study.take(0)) is not None:
+        study.complete(trial.number, 0.0)
     for name in ("load", "loads"):
         monkeypatch.setattr(pickle, name, unpickled)
     assert len(trials_of(folder)) == 120
@@ -353,5 +354,5 @@ def test_a_worker_that_is_stopped_or_killed_goes_on_with_its_trial(shop: Path) -
     assert [(trial.number, trial.worker, trial.state) for trial in trials] == [(0, 0, "complete"), (1, 0, "complete")]
     starts = [int(step) for step in re.findall(r"from step (\d+) to", run.with_suffix(".log").read_text())]
     assert starts[0] == 0 and 40 <= starts[1] < starts[2]
-    assert [record["step"] for record in records(run)][-1] == 560
+    assert [record["step"] for record in records(run)][-1] == 280
     assert [trial.value for trial in trials] == [best_in_run(folder, trial) for trial in trials]
