@@ -76,6 +76,11 @@ def run_of(folder: Path, trial: Trial) -> Path:
     return folder / f"trial-{trial.number:04d}"
 
 
+def stopped_file(folder: Path, worker: int) -> Path:
+    """What a worker leaves when a signal has ended it."""
+    return folder / f"worker-{worker}.stopped"
+
+
 def training_words(folder: Path, words: Mapping[str, str], run: Path) -> list[str]:
     """What follows ``fmrl_dist.train`` to train with these values into the folder ``run``."""
     return ["--config", str(folder / BASE), *overrides(words), "--run.dir", str(run)]

@@ -1,12 +1,11 @@
 """``python -m launch.sweep_worker FOLDER INDEX``: train trials of a sweep, one after another, until none is left.
 
-``launch/sweep.slurm`` becomes this; ``python -m launch.sweep`` starts it. A trial is a run that ``--resume auto`` goes
+``launch/sweep.slurm`` runs this; ``python -m launch.sweep`` starts it. A trial is a run that ``--resume auto`` goes
 on with: where a worker was killed, the next one of its index goes on with its trial. A trial that fails is noted, and
 the next one begins.
 
-USR1 and TERM are handed on to what is trained, which saves and ends; its trial stays as it is. On SLURM, after USR1
-(the time is nearly over) the job is submitted again; after TERM it waits for SLURM to end it, as launch/train.slurm
-does.
+At USR1 and TERM what is trained saves and ends; its trial stays as it is. The worker then leaves
+``worker-<index>.stopped`` with the signal's name in its folder, for the batch script to see, and ends well too.
 """
 
 from __future__ import annotations
@@ -27,13 +26,11 @@ from fmrl_dist.config import CommandParser
 from fmrl_dist.errors import run_command
 from launch.space import metric_of
 from launch.study import Study, Trial
-from launch.sweep_folder import open_folder, run_of, training_words, worker_lock
+from launch.sweep_folder import open_folder, run_of, stopped_file, training_words, worker_lock, write
 
 POLL_S = 0.2
 REMIND_S = 10.0  # what is still starting does not listen yet
 LOCK_PATIENCE_S = 60.0  # until the lock of a node that has died is free, on a network file system
-GRACE_S = 600.0  # for SLURM to end a job that it preempts
-EXIT_STOPPED = 128 + signal.SIGTERM
 # A line that says what went wrong, and those that launchers add below it.
 FAILURE = re.compile(r"error: |[A-Za-z_.]*(Error|Exception)\b")
 OF_LAUNCHERS = ("subprocess.CalledProcessError", "torch.distributed.elastic")
@@ -52,19 +49,17 @@ class Signals:
 
 
 class Stopped(Exception):  # noqa: N818 - it is none
-    """A signal has ended a trial before it was done, or the worker between two."""
-
-    def __init__(self, requeue: bool) -> None:
-        self.requeue = requeue
+    """A signal, whose name this holds, has ended a trial before it was done, or the worker between two."""
 
 
-def work(folder: Path, worker: int, launcher: Sequence[str], signals: Signals) -> None:
+def work(folder: Path, worker: int, launcher: Sequence[str] | None, signals: Signals) -> None:
     """Train until no trial is left for this worker.
 
     Args:
         folder: of the sweep.
         worker: index of this worker; no two may have the same.
-        launcher: command that starts the module whose name and words follow.
+        launcher: command that starts the module whose name and words follow; whoever signals this process signals it
+            too. None: this Python, which is sent what this process is sent.
         signals: what this process has been asked.
 
     Raises:
@@ -78,7 +73,7 @@ def work(folder: Path, worker: int, launcher: Sequence[str], signals: Signals) -
             metric = metric_of(space.config(trial.words))
             train(folder, study, trial, metric, launcher, lock, signals)
     if signals.number is not None:
-        raise Stopped(requeue=signals.number == signal.SIGUSR1)
+        raise Stopped(signals.number.name)
     trials = study.trials()
     print(f"worker {worker}: no trial is left to begin", flush=True)
     if all(trial.state == "failed" for trial in trials):
@@ -87,7 +82,7 @@ def work(folder: Path, worker: int, launcher: Sequence[str], signals: Signals) -
 
 
 def train(
-    folder: Path, study: Study, trial: Trial, metric: str, launcher: Sequence[str], lock: int, signals: Signals
+    folder: Path, study: Study, trial: Trial, metric: str, launcher: Sequence[str] | None, lock: int, signals: Signals
 ) -> None:
     """Train a trial, or what is left of it, and tell the study.
 
@@ -99,19 +94,20 @@ def train(
     with run.with_suffix(".log").open("ab") as log:
         begin = log.tell()
         process = subprocess.Popen(
-            [*launcher, "fmrl_dist.train", *words],
+            [*(launcher or (sys.executable, "-m")), "fmrl_dist.train", *words],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             pass_fds=(lock,),
         )
-        status = wait(process, signals)
+        status = process.wait() if launcher else wait(process, signals)
     if status == 0 and (run / "evaluation.json").exists():
         value = best_value(run, metric)
         study.complete(trial.number, value)
         print(f"trial {trial.number}: {metric} {value:.4f}", flush=True)
     elif status == 0 or signals.number is not None:
-        raise Stopped(requeue=signals.number == signal.SIGUSR1 or (run / "requeue").exists())
+        told = signals.number or (signal.SIGUSR1 if (run / "requeue").exists() else signal.SIGTERM)
+        raise Stopped(told.name)
     else:
         why = cause(run.with_suffix(".log").read_bytes()[begin:].decode(errors="replace"), status)
         study.fail(trial.number, why)
@@ -153,34 +149,21 @@ def cause(log: str, status: int) -> str:
     return [*errors[:1], *lines[-1:], f"exit code {status} without a word"][0]
 
 
-def end_stopped(stopped: Stopped, job: str | None) -> None:
-    """End as SLURM needs it: submitted again, or left to it; without a job, simply as a process that was stopped."""
-    if job is not None and stopped.requeue:
-        print(f"job {job} is submitted again and goes on with its trial", flush=True)
-        subprocess.run(["scontrol", "requeue", job], check=True)  # which ends this process
-        return
-    print("stopped by a signal; the trial goes on when its worker is started again", flush=True)
-    if job is not None:
-        time.sleep(GRACE_S)
-    raise SystemExit(EXIT_STOPPED)
-
-
 def main(argv: list[str]) -> None:
     parser = CommandParser("python -m launch.sweep_worker", description="Train trials of a sweep until none is left.")
     parser.add_argument("folder", type=Path, help="of the sweep")
     parser.add_argument("worker", type=int, help="index of this worker, from 0")
-    parser.add_argument("--job", help="SLURM's id of the job that this is")
     parser.add_argument(
         "--launcher",
         nargs=argparse.REMAINDER,
-        default=[sys.executable, "-m"],
-        help="command that starts a module, the words that follow (default: this Python, one process)",
+        help="command that starts a module, all words that follow (default: this Python, one process)",
     )
     arguments = parser.parse_args(argv)
     try:
         work(arguments.folder, arguments.worker, arguments.launcher, Signals())
     except Stopped as stopped:
-        end_stopped(stopped, arguments.job)
+        write(stopped_file(arguments.folder, arguments.worker), f"{stopped}\n".removeprefix("SIG"))
+        print("stopped by a signal; the trial goes on when its worker is started again", flush=True)
 
 
 if __name__ == "__main__":
