@@ -104,6 +104,9 @@ def fail(stage: str, what: str, log: Path) -> None:
     lines = log.read_text(errors="replace").splitlines() if log.exists() else ["(there is no log: it has not started)"]
     # What follows in a local job's log is submitit's traceback.
     lines = list(takewhile(lambda line: not line.startswith("submitit ERROR"), lines))
+    shown = lines[-TAIL_LINES:]
+    if errors := [line for line in lines[:-TAIL_LINES] if line.startswith("error: ")]:
+        shown = [errors[-1], "…", *shown]  # the cause; a launcher writes pages after it
     print(f"{stage} failed: {what}; its log is {log} and ends with", flush=True)
-    print("\n".join(f"    {line}" for line in lines[-TAIL_LINES:]), flush=True)
+    print("\n".join(f"    {line}" for line in shown), flush=True)
     raise SystemExit(1)

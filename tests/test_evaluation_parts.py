@@ -226,6 +226,18 @@ def test_all_that_identifies_is_compared(tmp_path: Path, change: dict[str, Any],
     assert str(refused.value) == f"{path} is of another evaluation: {problem}; evaluate it again with --part 1/1"
 
 
+def test_figures_that_were_changed(tmp_path: Path) -> None:
+    """At both sizes a user has moved from beyond the cut-off to rank 1: counts that could be, but were not written."""
+    path = write_part(tmp_path, Part(1, 1), EVALUATED, torch.tensor([[50] + [0] * 2 * CUTOFF] * 2))
+    text = path.read_text()
+    path.write_text(text.replace("[50, 0, 0,", "[49, 0, 1,"))
+    assert path.read_text() != text
+    with pytest.raises(UserError) as refused:
+        join_parts(tmp_path, EVALUATED)
+    problem = "ValueError: its sha256 is not the recorded one"
+    assert str(refused.value) == f"{path} is damaged ({problem}); evaluate it again with --part 1/1"
+
+
 histograms = st.lists(st.integers(0, 2), min_size=2 * CUTOFF + 1, max_size=2 * CUTOFF + 1)
 
 

@@ -29,7 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(folder: Path) -> Path:
     """A demo trained here, its 200 users in 7 blocks."""
-    return train_here(Path("configs/demo.yaml"), folder / "run", *demo_words(folder, "run"))
+    words = [*demo_words(folder, "run"), "--store.users_per_block", 32]
+    return train_here(Path("configs/demo.yaml"), folder / "run", *words)
 
 
 def submit(slurm: SlurmCluster, folder: Path, *words: object, **environment: str) -> int:

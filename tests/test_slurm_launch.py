@@ -33,7 +33,6 @@ def demo_words(folder: Path, run: str) -> list[str]:
     values = {
         **{"data.root": folder / "data", "store.path": folder / "store", "run.dir": folder / run},
         **{"data.demo.users": 200, "data.demo.items": 120, "data.features.text.dim": 16},
-        **{"store.users_per_block": 32},
         **{"model.dropout": 0.2, "model.lru_dropout": 0.2, "run.tensorboard": "false"},
         **{"train.epochs": 2, "train.batch_size": 32, "train.threads": 1, "train.log_every_steps": 1},
     }
