@@ -24,7 +24,7 @@ import yaml
 
 from fmrl_dist.config import CommandParser
 from fmrl_dist.errors import UserError, require, run_command
-from launch.jobs import LIVE, Script, require_slurm, sbatch_text, states, submit
+from launch.jobs import LIVE, Script, import_submitit, require_slurm, sbatch_text, states, submit
 from launch.space import Space, metric_of, overrides, read_space
 from launch.study import Study, Trial, best_of, import_optuna
 from launch.sweep_folder import (
@@ -76,6 +76,7 @@ def dry_run_text(space: Space, folder: Path, workers: int, cluster: str, options
 def sweep(space: Space, folder: Path, workers: int, cluster: str, options: Mapping[str, str], wait: bool) -> None:
     """Start the workers of a sweep, or go on with it; see it to its end here, and on SLURM if asked to ``wait``."""
     import_optuna()
+    import_submitit()
     if cluster == "slurm":
         require_slurm()
     require_free(folder, workers)
