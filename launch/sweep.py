@@ -7,6 +7,7 @@ A run evaluates on test when it ends, as any run does; nothing here reads that: 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -18,7 +19,6 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import yaml
 
@@ -39,9 +39,6 @@ from launch.sweep_folder import (
     worker_lock,
     write,
 )
-
-if TYPE_CHECKING:  # the extra `slurm`: imported where it is needed
-    import submitit
 
 SCRIPT = "launch/sweep.slurm"
 ACCELERATE = "accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
@@ -83,18 +80,19 @@ def sweep(space: Space, folder: Path, workers: int, cluster: str, options: Mappi
     require_store(space)
     space = prepare_folder(folder, space)
     study = Study(folder, space)
-    if not is_over(study, space):
-        scripts, name = worker_scripts(folder, workers), job_name(space)
+    if is_over(study, space):
+        finish(folder, space, study)
+        return
+    scripts, name = worker_scripts(folder, workers), job_name(space)
+    if cluster == "local":
+        sweep_here(scripts, folder, name)
+    else:
         jobs = submit(scripts, cluster, folder / JOBS, name, options, max_at_once=workers)
-        if cluster == "local":
-            wait_here(jobs)
-        else:
-            print(f"{name}: job(s) {', '.join(job.job_id for job in jobs)}, logs in {folder / JOBS}")
-            print(f"see how it goes: python -m launch.sweep {folder / SPACE} --folder {folder} --status", flush=True)
-            if not wait:
-                return
-            wait_for_slurm([job.job_id for job in jobs], study, space)
-        del jobs  # submitit's complain when the process ends before them
+        print(f"{name}: job(s) {', '.join(job.job_id for job in jobs)}, logs in {folder / JOBS}")
+        print(f"see how it goes: python -m launch.sweep {folder / SPACE} --folder {folder} --status", flush=True)
+        if not wait:
+            return
+        wait_for_slurm([job.job_id for job in jobs], study, space)
     finish(folder, space, study)
 
 
@@ -179,19 +177,36 @@ def is_over(study: Study, space: Space) -> bool:
     return len(trials) >= space.trials and all(trial.state != "running" for trial in trials)
 
 
-def wait_here(jobs: Sequence[submitit.Job[None]]) -> None:
-    """Until all local workers have ended; whatever ends this before ends them too, and they save."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        for job in jobs:
-            while not job.done():
-                time.sleep(POLL_S)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", flush=True)
-        raise SystemExit(128 + signal.SIGINT) from None
-    finally:
-        for job in jobs:
-            job.cancel()
+def sweep_here(scripts: Sequence[Script], folder: Path, name: str) -> None:
+    """Run workers on this machine until all have ended; INT and TERM end them, and what they train is saved.
+
+    Raises:
+        SystemExit: such a signal came.
+    """
+    told: list[int] = []
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for submitit's processes: of a terminal's, they would die first
+    jobs = submit(scripts, "local", folder / JOBS, name, {})
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: told.append(number))
+    while not all(job.done() for job in jobs):
+        if told:
+            end_workers([int(job.job_id) for job in jobs])
+        time.sleep(POLL_S)
+    if told:
+        del jobs  # submitit's complain when the process ends before them
+        print("stopped; the same command goes on", flush=True)
+        raise SystemExit(128 + told[0])
+
+
+def end_workers(pids: Sequence[int]) -> None:
+    """Send TERM to the workers below some of submitit's processes."""
+    import psutil
+
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            for process in psutil.Process(pid).children(recursive=True):
+                if "launch.sweep_worker" in process.cmdline():
+                    process.terminate()
 
 
 def wait_for_slurm(job_ids: Sequence[str], study: Study, space: Space) -> None:

@@ -357,3 +357,23 @@ def test_a_worker_that_is_stopped_or_killed_goes_on_with_its_trial(shop: Path) -
     assert starts[0] == 0 and 40 <= starts[1] < starts[2]
     assert [record["step"] for record in records(run)][-1] == 280
     assert [trial.value for trial in trials] == [best_in_run(folder, trial) for trial in trials]
+
+
+@pytest.mark.slow
+def test_an_interrupted_local_sweep_ends_its_workers(shop: Path) -> None:
+    """In one line, with its trial saved; nothing of it lives on."""
+    path, folder = write_space(shop, trials=1, fixed=LONG), shop / "interrupted"
+    sweep.require_store(begin(path, folder)[0])
+    command = [sys.executable, "-m", "launch.sweep", str(path), "--cluster", "local", "--folder", str(folder)]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        wait_for_steps(folder / "trial-0000", 20)
+        everybody = family(process)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        kill(family(process))
+    assert (process.returncode, output) == (128 + signal.SIGINT, "stopped; the same command goes on\n")
+    assert [other for other in everybody if other.is_running()] == []
+    assert (folder / "worker-0.stopped").exists()
+    assert trials_of(folder)[0].state == "running"
