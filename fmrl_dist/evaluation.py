@@ -39,15 +39,13 @@ def rank_histograms(
     """
     device = model.encoder.bias.device
     histograms = torch.zeros(len(model.sizes), 2 * CUTOFF + 1, dtype=torch.int64, device=device)
-    for group in _groups(blocks, catalogue.users_at_once):
+    for group in catalogue.in_step(_groups(blocks, catalogue.users_at_once)):
+        group = [block.to(device) for block in group]
         rankings = []
-        for block in group:
-            batch = block.to(device)
-            z = model(catalogue.inputs(batch), batch.starts, batch.from_start)[batch.starts[1:] - 1]
-            rankings.append(Ranking(z, batch, model.sizes, mask_seen, normalize))
-        for ids, tile in catalogue.tiles():
-            for ranking in rankings:
-                ranking.add(ids, tile)
+        for block, inputs in zip(group, catalogue.inputs(group), strict=True):
+            z = model(inputs, block.starts, block.from_start)[block.starts[1:] - 1]
+            rankings.append(Ranking(z, block.targets, hidden_items(block, mask_seen), model.sizes, normalize))
+        catalogue.rank(rankings)
         for ranking in rankings:
             half_ranks = 2 * ranking.ranks()  # [S, U]
             half_ranks = torch.where(half_ranks <= 2 * CUTOFF, half_ranks, 0).long()
@@ -67,45 +65,61 @@ def _groups(blocks: Iterable[RankingBlock], num_users: int) -> Iterator[list[Ran
         yield group
 
 
+def hidden_items(block: RankingBlock, mask_seen: bool) -> Tensor:
+    """What is left out of each user's ranking, pairs of user's row and item, int64 [h, 2]: never the target."""
+    rows = torch.arange(len(block.targets), device=block.seen.device).repeat_interleave(block.seen_starts.diff())
+    hidden = (block.seen != block.targets[rows]) & mask_seen
+    return torch.stack((rows[hidden], block.seen[hidden]), 1)
+
+
 class Ranking:
     """Ranks of some users' targets among the items of all tiles, exact up to CUTOFF.
 
     Args:
         z: outputs [U, D].
-        batch: the same U users' histories and targets.
+        targets: of the same users, int64 [U].
+        hidden: pairs of a user's row and an item that is left out, int64 [h, 2].
         sizes: Matryoshka sizes.
-        mask_seen: leave out the items of a user's whole history, never the target.
         normalize: rank by cosines of each size's prefixes. The length of z is the same for all items: left out.
     """
 
     def __init__(
-        self, z: Tensor, batch: RankingBlock, sizes: Sequence[int], mask_seen: bool, normalize: bool = False
+        self, z: Tensor, targets: Tensor, hidden: Tensor, sizes: Sequence[int], normalize: bool = False
     ) -> None:
-        self._z, self._sizes, self._normalize = z, tuple(sizes), normalize
-        self._targets = batch.targets
+        self.z, self.targets, self.hidden = z, targets, hidden
+        self.sizes, self.normalize = tuple(sizes), normalize
         self._top = z.new_full((len(sizes), len(z), TOP), -torch.inf)
         self._target_scores = z.new_full((len(sizes), len(z)), torch.nan)
         self._user_rows = torch.arange(len(z), device=z.device)
-        seen_rows = self._user_rows.repeat_interleave(batch.seen_starts.diff())
-        hidden = (batch.seen != batch.targets[seen_rows]) & mask_seen
-        self._hidden_rows, self._hidden = seen_rows[hidden], batch.seen[hidden]
 
     def add(self, ids: Tensor, tile: Tensor) -> None:
         """Rank among the items of one more tile: ids int64 [v], sorted, and embeddings [v, D]."""
-        z, user_rows = self._z, self._user_rows
-        target_columns, here = _places(self._targets, ids)
-        hidden_columns, hidden = _places(self._hidden, ids)
+        z, user_rows = self.z, self._user_rows
+        target_columns, here = _places(self.targets, ids)
+        hidden_columns, hidden = _places(self.hidden[:, 1].contiguous(), ids)
         scores = z.new_zeros(len(z), -(-len(tile) // GROUPED) * GROUPED)
         scores[:, len(tile) :] = -torch.inf
-        scores[self._hidden_rows[hidden], hidden_columns[hidden]] = -torch.inf  # and stays so, whatever is added
-        for j, (first, last) in enumerate(chunks(self._sizes)):
+        scores[self.hidden[hidden, 0], hidden_columns[hidden]] = -torch.inf  # and stays so, whatever is added
+        for j, (first, last) in enumerate(chunks(self.sizes)):
             scores[:, : len(tile)].addmm_(z[:, first:last], tile[:, first:last].T)
             ranked = scores
-            if self._normalize:
+            if self.normalize:
                 lengths = tile[:, :last].norm(dim=1).clamp_min(torch.finfo(tile.dtype).tiny)
                 ranked = scores / F.pad(lengths, (0, scores.shape[1] - len(tile)), value=1.0)
             self._target_scores[j, here] = ranked[user_rows[here], target_columns[here]]
             self._top[j] = torch.cat((self._top[j], _candidates(ranked)), 1).topk(TOP, sorted=False).values
+
+    def found(self) -> Tensor:
+        """What the tiles so far amount to, [U, S, TOP + 1]: the best scores, and the target's (NaN: not among them)."""
+        return torch.cat((self._top, self._target_scores[..., None]), 2).transpose(0, 1)
+
+    def join(self, parts: Tensor) -> None:
+        """Take what rankings of all tiles :meth:`found` for the same users, [W, U, S, TOP + 1], for one's own."""
+        everything = parts.permute(2, 1, 0, 3)  # [S, U, W, TOP + 1]
+        self._top = everything[..., :TOP].flatten(2).topk(TOP, sorted=False).values
+        scores = everything[..., TOP]
+        elsewhere = scores.isnan()
+        self._target_scores = torch.where(elsewhere, 0, scores).sum(2).where(~elsewhere.all(2), torch.nan)
 
     def ranks(self) -> Tensor:
         """Rank at each size, float [S, U]; above CUTOFF it is only known to be above."""

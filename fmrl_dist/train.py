@@ -52,6 +52,7 @@ from fmrl_dist.report import evaluation_file
 from fmrl_dist.run_folder import locked, open_run, out_of_patience, schedule_epochs, training_is_over
 from fmrl_dist.runtime import Runtime, start_runtime
 from fmrl_dist.signals import Stopped, StopRequest, ask_for_requeue, forget_requeue
+from fmrl_dist.split_catalogue import SplitCatalogue, ranks_share
 from fmrl_dist.training_module import TrainingModule
 from fmrl_dist.urls import is_url
 from fmrl_dist.watch import Watch
@@ -366,7 +367,10 @@ def ranked_catalogue(run: Run, module: TrainingModule) -> Catalogue:
     encoder = module.model.encoder
     if run.inline:
         return StreamedCatalogue(encoder, run.store, encoder.feature_dims)
-    return EmbeddedCatalogue(module.item_embeddings())
+    num_items = run.store.manifest.num_items
+    if not ranks_share(num_items, module.model.width, run.runtime.world_size, module.part is not None):
+        return EmbeddedCatalogue(module.item_embeddings())
+    return SplitCatalogue.embed(run.runtime.rank, run.runtime.world_size, num_items, module.item_embeddings)
 
 
 def save(run: Run, learner: Learner, state: TrainState, writer: CheckpointWriter) -> None:
@@ -467,7 +471,7 @@ def opened_folder(run: Run) -> Iterator[None]:
 
 
 def _evaluate_best(config: Config, runtime: Runtime, store: Store, folder: Path) -> None:
-    ranker = build_ranker(load_checkpoint(folder), config, store, runtime.device)
+    ranker = build_ranker(load_checkpoint(folder), config, store, runtime)
     result = evaluate(ranker, store, runtime, "test", mask_seen=False)
     if runtime.is_main:
         report(result, folder)

@@ -246,7 +246,7 @@ class Store:
             return None
 
     def read_each(self, blocks: Sequence[Block]) -> Iterator[dict[str, np.ndarray] | None]:
-        """:meth:`read_or_skip` of each block, in order; from a URL several are fetched at once, which hides its latency.
+        """:meth:`read_or_skip` of each block, in order; from a URL several are fetched at once, to hide its latency.
 
         Raises:
             UserError: a block cannot be read, and is not to be skipped; no further ones are fetched.
