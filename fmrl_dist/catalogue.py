@@ -17,6 +17,7 @@ from fmrl_dist.data.histories import RankingBlock
 from fmrl_dist.data.item_rows import block_rows
 from fmrl_dist.data.store import Store
 from fmrl_dist.model import ItemEncoder
+from fmrl_dist.ranking import Ranking
 
 TILE_ITEMS = 4096
 Group = list[RankingBlock]  # users for whom one pass over the items is made
@@ -40,18 +41,11 @@ class Catalogue(Protocol):
     def inputs(self, group: Group) -> list[Tensor]:
         """Embeddings of each block's items, [N, D]."""
 
-    def rank(self, rankings: Sequence[Tiled]) -> None:
+    def rank(self, rankings: Sequence[Ranking]) -> None:
         """Have every item ranked, once, always in the same tiles."""
 
 
-class Tiled(Protocol):
-    """What ranks items for some users, tile by tile."""
-
-    def add(self, ids: Tensor, tile: Tensor) -> None:
-        """Rank among one more tile: ids int64 [v], sorted, and embeddings [v, D]."""
-
-
-def add_tiles(rankings: Sequence[Tiled], tiles: Iterable[tuple[Tensor, Tensor]]) -> None:
+def add_tiles(rankings: Sequence[Ranking], tiles: Iterable[tuple[Tensor, Tensor]]) -> None:
     """One pass over the tiles for all rankings."""
     for ids, tile in tiles:
         for ranking in rankings:
@@ -79,7 +73,7 @@ class EmbeddedCatalogue:
     def inputs(self, group: Group) -> list[Tensor]:
         return [self.items[block.items] for block in group]
 
-    def rank(self, rankings: Sequence[Tiled]) -> None:
+    def rank(self, rankings: Sequence[Ranking]) -> None:
         add_tiles(rankings, tiles_of(self.items))
 
 
@@ -101,7 +95,7 @@ class StreamedCatalogue:
     def inputs(self, group: Group) -> list[Tensor]:
         return [self._inputs(block) for block in group]
 
-    def rank(self, rankings: Sequence[Tiled]) -> None:
+    def rank(self, rankings: Sequence[Ranking]) -> None:
         add_tiles(rankings, self._tiles())
 
     def _inputs(self, block: RankingBlock) -> Tensor:

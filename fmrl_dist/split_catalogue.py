@@ -22,8 +22,8 @@ from torch import Tensor
 
 from fmrl_dist.catalogue import TILE_ITEMS, Group, add_tiles, tiles_of
 from fmrl_dist.data.histories import RankingBlock
-from fmrl_dist.evaluation import Ranking
 from fmrl_dist.exchange import exchange_counts, exchange_rows, to_everyone
+from fmrl_dist.ranking import Ranking
 
 SHARED_BYTES = 2**30  # of embeddings: ranks share more than that even where each of them scores all items for its loss
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fmrl_dist.catalogue import EmbeddedCatalogue
 from fmrl_dist.data.histories import RankingBlock
-from fmrl_dist.evaluation import Ranking, hidden_items
+from fmrl_dist.ranking import Ranking, hidden_items
 
 
 def target_ranks(

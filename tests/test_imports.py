@@ -21,7 +21,7 @@ LAYERS = (
     ("ops",),
     ("model",),
     ("plain_values", "feature_config", "config"),
-    ("data", "losses", "metrics", "checkpoint", "catalogue", "evaluation", "split_catalogue"),
+    ("data", "losses", "metrics", "checkpoint", "ranking", "catalogue", "evaluation", "split_catalogue"),
     ("export_folder",),
 )
 SHARDS_MAY_IMPORT = (
