@@ -1,15 +1,16 @@
 """``python -m benchmarks.loader [--events N]``: how fast histories are read, and in how much memory.
 
-Histories are generated, built into a store, and read once by each of four readers, in one process and interleaved:
+Histories are generated, built into a store, and read once by each of several readers, interleaved:
 
     ours, batches    an epoch in shuffled order: checked against hashes, packed into training batches of 512
     ours, blocks     every block in the store's order, checked against hashes and manifest, as arrays
     webdataset       the same tars by stock webdataset, decoded to arrays; no hash, no order, no batch
     Parquet          the table that the store was built from, by pyarrow, record batch by record batch
 
-The first does more than the others: shuffling and packing are what they leave to their user. With ``--memory`` one
-epoch of ours is read by itself in a fresh process, and the growth of its anonymous memory is told from a tenth of the
-epoch on, when the windows of all lanes are full; likewise that of the build, from a tenth of its time on.
+all in one process; then ours, batches, and webdataset with one and two processes that read ahead (``--workers``), as
+in training. The batches do more than the others: shuffling and packing are what they leave to their user. With
+``--memory`` one epoch of ours is read by itself in a fresh process, and the growth of its anonymous memory is told
+from a tenth of the epoch on, when the windows of all lanes are full; likewise that of the build.
 """
 
 from __future__ import annotations
@@ -19,22 +20,26 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from torch.utils.data import DataLoader
 
 from benchmarks import describe_setting
 from benchmarks.timing import in_child, interleave
 from fmrl_dist.config import load_config
+from fmrl_dist.data.feed import BatchFeed
 from fmrl_dist.data.order import Order
 from fmrl_dist.data.store import Store
 from fmrl_dist.data.train_stream import TrainStream
 from shards.build import build
 
 NUM_ITEMS, MEAN_EVENTS, USERS_AT_ONCE, BATCH, LANES = 100_000, 20, 50_000, 512, 16
+TIMEOUT_S = 600.0
 
 
 def write_raw(folder: Path, num_events: int) -> None:
@@ -78,11 +83,20 @@ def read_blocks(store: Store, _round: int) -> None:
         store.read_block(block)
 
 
-def read_webdataset(store: Store, _round: int) -> None:
+def read_ahead(store: Store, _round: int, workers: int) -> None:
+    stream = make_stream(store)
+    steps = stream.order.steps_per_epoch
+    with BatchFeed(stream, range(LANES), steps, workers, TIMEOUT_S) as feed:
+        for step in range(steps):
+            feed.batches(step)
+
+
+def read_webdataset(store: Store, _round: int, workers: int = 0) -> None:
     import webdataset
 
     shards = [str(store.path / shard.name) for shard in store.manifest.shards if shard.name.startswith("train-")]
-    for sample in webdataset.WebDataset(shards, shardshuffle=False).decode():
+    dataset = webdataset.WebDataset(shards, shardshuffle=False).decode()
+    for sample in DataLoader(dataset, batch_size=None, num_workers=workers) if workers else dataset:
         _ = sample["users.npy"], sample["starts.npy"], sample["items.npy"]
 
 
@@ -145,6 +159,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=__doc__)
     parser.add_argument("--events", type=int, default=2_000_000)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=int, nargs="*", default=[1, 2], help="processes that read ahead")
     parser.add_argument("--memory", action="store_true", help="one epoch of ours alone, and its memory")
     parser.add_argument("--weigh", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -170,16 +185,19 @@ def main(argv: list[str]) -> None:
         if arguments.memory:
             print(in_child("benchmarks.loader", "--weigh", str(folder)), end="")
             return
-        sides = {
+        sides: dict[str, Callable[[Store, int], None]] = {
             "ours, batches": read_batches,
             "ours, blocks": read_blocks,
             "webdataset": read_webdataset,
             "Parquet": read_parquet,
         }
+        for workers in arguments.workers:
+            sides[f"ours, {workers} ahead"] = partial(read_ahead, workers=workers)
+            sides[f"webdataset, {workers} ahead"] = partial(read_webdataset, workers=workers)
         timings = interleave({name: partial(read, store) for name, read in sides.items()}, arguments.rounds)
         for name, timing in timings.items():
             print(
-                f"{name:14} {users / timing.median:>12,.0f} users/s {events / timing.median:>14,.0f} events/s; "
+                f"{name:20} {users / timing.median:>12,.0f} users/s {events / timing.median:>14,.0f} events/s; "
                 f"webdataset takes {timings['webdataset'].over(timing)} times as long, Parquet "
                 f"{timings['Parquet'].over(timing)}"
             )
