@@ -96,3 +96,15 @@ def test_preemption(slurm: SlurmCluster, undisturbed: Path, folder: Path) -> Non
     assert int(slurm.facts(job_id)["Restarts"]) == 1
     assert "stopped by a signal" in job.log
     assert_same_run(job, folder / "preempted", undisturbed)
+
+
+def test_cancelled(slurm: SlurmCluster, folder: Path) -> None:
+    """It saves and ends, and asks no node. sbatch hands on one variable only, and is told of two tasks a node."""
+    options = [log_in(folder), "--ntasks-per-node=2", "--export=FMRL_VENV"]
+    job_id = slurm.submit(*options, "launch/train.slurm", *long_words(folder, "cancelled"), environment=VENV)
+    wait_for_steps(folder / "cancelled", 1)
+    slurm.call("scancel", str(job_id))
+    job = slurm.wait(job_id)
+    assert job.state == "CANCELLED", job.log
+    assert job.log.count("2 process(es), engine multi_cpu") == 1
+    assert "stopped by a signal" in job.log and "a node does not answer" not in job.log
