@@ -17,7 +17,7 @@ BASE = {
 }
 
 
-def source(script: Path = Path("launch/environment.sh"), **variables: str) -> dict[str, str]:
+def source(script: str | Path = "launch/environment.sh", **variables: str) -> dict[str, str]:
     """The environment after ``source launch/environment.sh`` in one of ``variables``."""
     command = ["bash", "-euo", "pipefail", "-c", f"source {script}; env -0"]
     result = subprocess.run(command, cwd=REPOSITORY, env=BASE | variables, capture_output=True, text=True, check=True)
@@ -61,7 +61,7 @@ def test_deepspeed_file_that_is_not_there() -> None:
 
 
 def test_a_module_can_change_what_is_found_first(tmp_path: Path) -> None:
-    """Written into the marked place, a module uses what is not set, and has its folder behind the virtual environment."""
+    """In the marked place, a module may use what is not set, and comes behind the virtual environment."""
     text = (REPOSITORY / "launch" / "environment.sh").read_text()
     loaded = "# module load python/3.12 cuda/12.8\n"
     assert loaded in text
