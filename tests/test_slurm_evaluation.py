@@ -166,11 +166,16 @@ def test_preemption(slurm: SlurmCluster, run: Path, folder: Path) -> None:
     (run / "evaluation.json").unlink()
     job_id = submit(slurm, folder, "--array=0", "--nodes=2", "launch/eval.slurm", run)
     deadline = time.monotonic() + START_S
-    while not slurm.call("squeue", "--noheader", "--steps", f"--jobs={job_id}"):  # the launchers run
+    steps = ("squeue", "--noheader", "--steps", "--format=%i", f"--jobs={job_id}")
+    while f"{job_id}_0.0" not in slurm.call(*steps).split():  # the launchers run
         assert time.monotonic() < deadline, slurm.facts(job_id)
         time.sleep(0.1)
-    urgent = slurm.submit("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
-    assert slurm.wait(urgent).state == "COMPLETED"
+    slurm.call("scontrol", "update", "PartitionName=main", "GraceTime=8")  # of 20 s, in which a training saves
+    try:
+        urgent = slurm.submit("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
+        assert slurm.wait(urgent).state == "COMPLETED"
+    finally:
+        slurm.call("scontrol", "update", "PartitionName=main", "GraceTime=20")
     job = slurm.wait(f"{job_id}_0")
     assert (job.state, slurm.facts(f"{job_id}_0")["Restarts"]) == ("COMPLETED", "1"), job.log
     assert f"waiting for SLURM to submit job {job_id}_0 again" in job.log
