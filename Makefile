@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SHELL_SCRIPTS := .ci/run .ci/install-slurm $(wildcard launch/*.sh launch/*.slurm)
 BENCHMARKS := $(filter-out benchmarks/__init__.py,$(wildcard benchmarks/*.py))
 
-EXTRAS := shards,text,minilm,deepspeed,triton,slurm,dev
+EXTRAS := shards,text,minilm,deepspeed,triton,slurm,sweep,dev
 
 .PHONY: setup images train test test-all lint bench clean
 

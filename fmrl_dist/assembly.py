@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from fmrl_dist.errors import UserError, require
 from fmrl_dist.export_folder import Origin, Recommender
 from fmrl_dist.model import FMRLRec
 from fmrl_dist.runtime import Runtime
+from fmrl_dist.split_catalogue import SplitCatalogue, ranks_share
 
 EMBEDDED_AT_ONCE = 4096  # items
 
@@ -96,15 +98,21 @@ def check_features(store: Store, checkpoint: Checkpoint) -> None:
 
 
 @torch.no_grad()
-def embed_catalogue(model: FMRLRec, table: ItemTable, device: torch.device) -> Tensor:
-    """Embeddings of all items, float32 [V, D] on ``device``; of the features only some rows at a time."""
+def embed_catalogue(
+    model: FMRLRec, table: ItemTable, device: torch.device, first: int = 0, last: int | None = None
+) -> Tensor:
+    """Embeddings of all items, or of those from ``first`` to before ``last``, float32 [·, D] on ``device``.
+
+    Of the features only some rows are read at a time.
+    """
     encoder = model.encoder
-    items = torch.empty(len(table.values), model.width, device=device)
-    for begin in range(0, len(items), EMBEDDED_AT_ONCE):
-        rows = slice(begin, begin + EMBEDDED_AT_ONCE)
-        present = table.present[rows].to(device)
-        features = encoder.normalize(table.values[rows].to(device), present)
-        items[rows] = encoder(features, present, torch.arange(len(items), device=device)[rows])
+    last = len(table.values) if last is None else last
+    items = torch.empty(last - first, model.width, device=device)
+    for begin in range(first, last, EMBEDDED_AT_ONCE):
+        end = min(begin + EMBEDDED_AT_ONCE, last)
+        present = table.present[begin:end].to(device)
+        features = encoder.normalize(table.values[begin:end].to(device), present)
+        items[begin - first : end - first] = encoder(features, present, torch.arange(begin, end, device=device))
     return items
 
 
@@ -161,17 +169,28 @@ def ranker(recommender: Recommender) -> Ranker:
     return Ranker(recommender.model, catalogue, recommender.max_length, recommender.normalize)
 
 
-def build_ranker(checkpoint: Checkpoint, config: Config, store: Store, device: torch.device) -> Ranker:
+def build_ranker(checkpoint: Checkpoint, config: Config, store: Store, runtime: Runtime) -> Ranker:
     """A checkpoint's model and the items of ``store``: streamed where run and store are inline, else embedded.
+
+    The ranks share the items where :func:`fmrl_dist.split_catalogue.ranks_share` says so; the figures are the same.
 
     Raises:
         UserError: the store does not fit the model.
     """
-    if config.store.feature_mode == "table" or not store.manifest.inline:
+    device = runtime.device
+    in_table = config.store.feature_mode == "table" or not store.manifest.inline
+    num_items, in_loss = store.manifest.num_items, config.loss.catalogue == "split"
+    if in_table and not ranks_share(num_items, config.model.width, runtime.world_size, in_loss):
         return ranker(build_recommender(checkpoint, config, store, device))
-    check_features(store, checkpoint)
     model = restore_model(config.model, checkpoint).to(device).eval()
-    catalogue = StreamedCatalogue(model.encoder, store, checkpoint.features)
+    catalogue: Catalogue
+    if in_table:
+        table = load_catalogue_table(store, checkpoint)
+        embed = partial(embed_catalogue, model, table, device)
+        catalogue = SplitCatalogue.embed(runtime.rank, runtime.world_size, num_items, embed)
+    else:
+        check_features(store, checkpoint)
+        catalogue = StreamedCatalogue(model.encoder, store, checkpoint.features)
     return Ranker(model, catalogue, config.data.max_length, config.loss.normalize)
 
 

@@ -1,11 +1,12 @@
 """The catalogue as ranking reads it: embeddings of all items, tile by tile, resident or made from the item shards.
 
-V items, D width. The loss reads columns instead (:mod:`fmrl_dist.catalogue_columns`).
+V items, D width. Split over the ranks: :mod:`fmrl_dist.split_catalogue`. The loss reads columns instead
+(:mod:`fmrl_dist.catalogue_columns`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,8 +17,10 @@ from fmrl_dist.data.histories import RankingBlock
 from fmrl_dist.data.item_rows import block_rows
 from fmrl_dist.data.store import Store
 from fmrl_dist.model import ItemEncoder
+from fmrl_dist.ranking import Ranking
 
 TILE_ITEMS = 4096
+Group = list[RankingBlock]  # users for whom one pass over the items is made
 STREAMED_USERS = 65536  # that one pass over the item shards ranks for: with D = 1024 their outputs take 256 MiB
 
 
@@ -32,11 +35,28 @@ class Catalogue(Protocol):
     def inline_dims(self) -> Mapping[str, int] | None:
         """Features that users' blocks have to bring along for :meth:`inputs`; None for none."""
 
-    def inputs(self, batch: RankingBlock) -> Tensor:
-        """Embeddings of ``batch.items``, [N, D]."""
+    def in_step(self, groups: Iterable[Group]) -> Iterator[Group]:
+        """The groups of users to rank for, one at a time. Where the ranks rank together, all have as many."""
 
-    def tiles(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Ids int64 [v], sorted, and embeddings [v, D]: every item once, always in the same tiles."""
+    def inputs(self, group: Group) -> list[Tensor]:
+        """Embeddings of each block's items, [N, D]."""
+
+    def rank(self, rankings: Sequence[Ranking]) -> None:
+        """Have every item ranked, once, always in the same tiles."""
+
+
+def add_tiles(rankings: Sequence[Ranking], tiles: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """One pass over the tiles for all rankings."""
+    for ids, tile in tiles:
+        for ranking in rankings:
+            ranking.add(ids, tile)
+
+
+def tiles_of(items: Tensor, begin: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Ids and embeddings of resident items [v, D], the first of which is ``begin``, in tiles."""
+    ids = torch.arange(begin, begin + len(items), device=items.device)
+    if len(items):  # else torch would make one tile of nothing
+        yield from zip(ids.split(TILE_ITEMS), items.split(TILE_ITEMS), strict=True)
 
 
 @dataclass(frozen=True)
@@ -47,12 +67,14 @@ class EmbeddedCatalogue:
     users_at_once: int = 1
     inline_dims: None = None
 
-    def inputs(self, batch: RankingBlock) -> Tensor:
-        return self.items[batch.items]
+    def in_step(self, groups: Iterable[Group]) -> Iterator[Group]:
+        yield from groups
 
-    def tiles(self) -> Iterator[tuple[Tensor, Tensor]]:
-        ids = torch.arange(len(self.items), device=self.items.device)
-        yield from zip(ids.split(TILE_ITEMS), self.items.split(TILE_ITEMS), strict=True)
+    def inputs(self, group: Group) -> list[Tensor]:
+        return [self.items[block.items] for block in group]
+
+    def rank(self, rankings: Sequence[Ranking]) -> None:
+        add_tiles(rankings, tiles_of(self.items))
 
 
 @dataclass(frozen=True)
@@ -67,12 +89,21 @@ class StreamedCatalogue:
     inline_dims: Mapping[str, int]
     users_at_once: int = STREAMED_USERS
 
-    def inputs(self, batch: RankingBlock) -> Tensor:
-        assert batch.feature_ids is not None and batch.feature_values is not None and batch.feature_present is not None
-        embeddings = self._embed(batch.feature_values, batch.feature_present)
-        return embeddings[torch.searchsorted(batch.feature_ids, batch.items)]
+    def in_step(self, groups: Iterable[Group]) -> Iterator[Group]:
+        yield from groups
 
-    def tiles(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def inputs(self, group: Group) -> list[Tensor]:
+        return [self._inputs(block) for block in group]
+
+    def rank(self, rankings: Sequence[Ranking]) -> None:
+        add_tiles(rankings, self._tiles())
+
+    def _inputs(self, block: RankingBlock) -> Tensor:
+        assert block.feature_ids is not None and block.feature_values is not None and block.feature_present is not None
+        embeddings = self._embed(block.feature_values, block.feature_present)
+        return embeddings[torch.searchsorted(block.feature_ids, block.items)]
+
+    def _tiles(self) -> Iterator[tuple[Tensor, Tensor]]:
         device = self.encoder.weight.device
         for block in self.store.manifest.items:
             rows = block_rows(self.store.read_block(block), "ids", self.inline_dims)

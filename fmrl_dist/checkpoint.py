@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from fmrl_dist.errors import UserError, require
 from fmrl_dist.files import file_sha256, flush, json_sha256
 
-CHECKPOINT_VERSION = 2
+CHECKPOINT_VERSION = 3
 TENSOR_FILES = ("model", "optimizer")
 
 
@@ -43,6 +43,7 @@ class TrainState:
     best_value: float = -1.0  # of the chosen metric
     best_step: int = 0
     evaluations_without_gain: int = 0
+    validation_is_due: bool = False  # of this very step: the run was stopped before it
     skipped_blocks: list[int] = field(default_factory=list)  # damaged ones of the train split, left out on all ranks
 
 
@@ -220,6 +221,4 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
     for name, parameter in model.named_parameters():
         saved = {key.split("/")[0]: t for key, t in tensors.items() if key.split("/")[1] == name}
         if saved:
-            optimizer.state[parameter] = {
-                moment: t if moment == "step" else t.to(parameter.device) for moment, t in saved.items()
-            }
+            optimizer.state[parameter] = {moment: t.to(parameter.device) for moment, t in saved.items()}

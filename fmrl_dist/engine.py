@@ -136,7 +136,7 @@ class ZeroEngine:
         flat = zero.fp32_partitioned_groups_flat if self._partitioned else zero.single_partition_of_fp32_groups
         for share in flat:
             zeros = {moment: torch.zeros_like(share, requires_grad=False) for moment in MOMENTS}
-            optimizer.state[share] = {"step": torch.tensor(0.0), **zeros}
+            optimizer.state[share] = {"step": torch.zeros((), device=share.device), **zeros}
         if not self._partitioned:
             zero._lazy_init_hp_params_optimizer_state()
 

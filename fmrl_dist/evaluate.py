@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fmrl_dist.assembly import Ranker, build_ranker, ranker
@@ -34,7 +33,7 @@ from fmrl_dist.runtime import Runtime, start_runtime
 class Subject:
     """What is evaluated, before its catalogue is read."""
 
-    build: Callable[[torch.device], Ranker]
+    build: Callable[[Runtime], Ranker]
     sha256: Callable[[], str]  # tells it from another checkpoint or export
     sizes: list[int]
     store: Store  # of its users
@@ -101,7 +100,7 @@ def main(argv: list[str]) -> None:
         if runtime.is_main:
             join(subject, split, mask_seen)
     else:
-        histograms = count_ranks(subject.build(runtime.device), subject.store, runtime, split, mask_seen, part or WHOLE)
+        histograms = count_ranks(subject.build(runtime), subject.store, runtime, split, mask_seen, part or WHOLE)
         if runtime.is_main and part:
             means = Means(torch.get_num_threads(), runtime.device.type)
             leave_part(subject, split, mask_seen, part, means, histograms)
@@ -155,7 +154,7 @@ def open_export(path: Path, store_path: str | None, split: str) -> Subject:
         f"export {path} ranks {len(recommender.items)} items; store {store.location} has {num_items}",
     )
     return Subject(
-        build=lambda device: ranker(recommender.to(device)),
+        build=lambda runtime: ranker(recommender.to(runtime.device)),
         sha256=partial(export_sha256, path),
         sizes=list(recommender.model.sizes),
         store=store,

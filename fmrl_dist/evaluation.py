@@ -1,27 +1,21 @@
-"""Full-catalogue ranking at every size in one pass over the items.
+"""Full-catalogue ranking of users block by block, counted as histograms.
 
-U users of a block, V items, S sizes, D width. The score of size m_j is the score of m_{j-1} plus the product of chunk
-j, so one pass gives all sizes. A running top list per user and size makes ranks up to the cut-off exact; the target's
-own score is taken from the same product when its tile comes. User blocks and item tiles are fixed, ranks are counted in
-integers: figures are the same for any number of processes at the same threads per process.
+User blocks and item tiles are fixed, ranks (:mod:`fmrl_dist.ranking`) are counted in integers: figures are the same for
+any number of processes at the same threads per process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fmrl_dist.catalogue import Catalogue
 from fmrl_dist.data.histories import RankingBlock
 from fmrl_dist.metrics import CUTOFF
 from fmrl_dist.model import FMRLRec
-from fmrl_dist.ops.nested import chunks
-
-GROUPED = 16  # columns whose maximum stands for them in the search for the top list
-TOP = 2 * CUTOFF  # a target at rank ≤ CUTOFF has at most 2·CUTOFF - 2 other items scored higher or equal
+from fmrl_dist.ranking import Ranking, hidden_items
 
 
 @torch.no_grad()
@@ -39,15 +33,13 @@ def rank_histograms(
     """
     device = model.encoder.bias.device
     histograms = torch.zeros(len(model.sizes), 2 * CUTOFF + 1, dtype=torch.int64, device=device)
-    for group in _groups(blocks, catalogue.users_at_once):
+    for group in catalogue.in_step(_groups(blocks, catalogue.users_at_once)):
+        group = [block.to(device) for block in group]
         rankings = []
-        for block in group:
-            batch = block.to(device)
-            z = model(catalogue.inputs(batch), batch.starts, batch.from_start)[batch.starts[1:] - 1]
-            rankings.append(Ranking(z, batch, model.sizes, mask_seen, normalize))
-        for ids, tile in catalogue.tiles():
-            for ranking in rankings:
-                ranking.add(ids, tile)
+        for block, inputs in zip(group, catalogue.inputs(group), strict=True):
+            z = model(inputs, block.starts, block.from_start)[block.starts[1:] - 1]
+            rankings.append(Ranking(z, block.targets, hidden_items(block, mask_seen), model.sizes, normalize))
+        catalogue.rank(rankings)
         for ranking in rankings:
             half_ranks = 2 * ranking.ranks()  # [S, U]
             half_ranks = torch.where(half_ranks <= 2 * CUTOFF, half_ranks, 0).long()
@@ -65,69 +57,3 @@ def _groups(blocks: Iterable[RankingBlock], num_users: int) -> Iterator[list[Ran
             group = []
     if group:
         yield group
-
-
-class Ranking:
-    """Ranks of some users' targets among the items of all tiles, exact up to CUTOFF.
-
-    Args:
-        z: outputs [U, D].
-        batch: the same U users' histories and targets.
-        sizes: Matryoshka sizes.
-        mask_seen: leave out the items of a user's whole history, never the target.
-        normalize: rank by cosines of each size's prefixes. The length of z is the same for all items: left out.
-    """
-
-    def __init__(
-        self, z: Tensor, batch: RankingBlock, sizes: Sequence[int], mask_seen: bool, normalize: bool = False
-    ) -> None:
-        self._z, self._sizes, self._normalize = z, tuple(sizes), normalize
-        self._targets = batch.targets
-        self._top = z.new_full((len(sizes), len(z), TOP), -torch.inf)
-        self._target_scores = z.new_full((len(sizes), len(z)), torch.nan)
-        self._user_rows = torch.arange(len(z), device=z.device)
-        seen_rows = self._user_rows.repeat_interleave(batch.seen_starts.diff())
-        hidden = (batch.seen != batch.targets[seen_rows]) & mask_seen
-        self._hidden_rows, self._hidden = seen_rows[hidden], batch.seen[hidden]
-
-    def add(self, ids: Tensor, tile: Tensor) -> None:
-        """Rank among the items of one more tile: ids int64 [v], sorted, and embeddings [v, D]."""
-        z, user_rows = self._z, self._user_rows
-        target_columns, here = _places(self._targets, ids)
-        hidden_columns, hidden = _places(self._hidden, ids)
-        scores = z.new_zeros(len(z), -(-len(tile) // GROUPED) * GROUPED)
-        scores[:, len(tile) :] = -torch.inf
-        scores[self._hidden_rows[hidden], hidden_columns[hidden]] = -torch.inf  # and stays so, whatever is added
-        for j, (first, last) in enumerate(chunks(self._sizes)):
-            scores[:, : len(tile)].addmm_(z[:, first:last], tile[:, first:last].T)
-            ranked = scores
-            if self._normalize:
-                lengths = tile[:, :last].norm(dim=1).clamp_min(torch.finfo(tile.dtype).tiny)
-                ranked = scores / F.pad(lengths, (0, scores.shape[1] - len(tile)), value=1.0)
-            self._target_scores[j, here] = ranked[user_rows[here], target_columns[here]]
-            self._top[j] = torch.cat((self._top[j], _candidates(ranked)), 1).topk(TOP, sorted=False).values
-
-    def ranks(self) -> Tensor:
-        """Rank at each size, float [S, U]; above CUTOFF it is only known to be above."""
-        scores = self._target_scores[..., None]
-        higher = (~(self._top <= scores)).sum(2)  # a NaN, of the target or another, is never to its advantage
-        equal = (self._top == scores).sum(2) - 1  # less the target, which is in the list unless far below
-        return 1 + higher + 0.5 * equal.clamp_min(0)
-
-
-def _places(wanted: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each wanted item stands in the sorted ``ids``, and whether it does."""
-    places = torch.searchsorted(ids, wanted).clamp_max(len(ids) - 1)
-    return places, ids[places] == wanted
-
-
-def _candidates(scores: Tensor) -> Tensor:
-    """Columns that hold each row's TOP highest scores: those of the TOP groups with the highest maxima.
-
-    Far cheaper than a top list of all columns: [U, v] → [U, at most GROUPED·TOP].
-    """
-    groups = scores.unflatten(1, (GROUPED, -1))  # [U, GROUPED, v / GROUPED]
-    if groups.shape[2] <= TOP:
-        return scores
-    best = groups.amax(1).topk(TOP, sorted=False).indices
-    return groups.gather(2, best[:, None].expand(-1, GROUPED, -1)).flatten(1)

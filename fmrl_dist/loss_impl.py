@@ -55,6 +55,6 @@ def splits_catalogue(config: Config, runtime: Runtime, num_items: int) -> bool:
         table_bytes <= REPLICATED_TABLE_BYTES,
         f"loss.catalogue is split, but every rank holds model.id_table whole: {num_items:,} rows take "
         f"{table_bytes / 2**30:.1f} GiB, expected at most {REPLICATED_TABLE_BYTES / 2**30:.0f}; turn model.id_table "
-        "off, or choose loss.softmax: sampled",
+        "off",
     )
     return True

@@ -8,7 +8,8 @@ Bytes and floating-point operations are counted from the operators' shapes, in t
 measured, on a CPU: what a block keeps of each position and channel for its backward pass, the copies that the parts of
 a step hold at once, and the share of the machine's matmul rate that a step reaches. Tests hold the predicted memory
 against the measured peak of small steps. On a GPU nothing of this was measured. Not in the memory: the process itself
-(about half a GiB on a CPU; the context on a GPU), a memory-mapped item table, and validation, which holds [V, D].
+(about half a GiB on a CPU; the context on a GPU), and a memory-mapped item table. Not counted: train.micro_batches,
+which divides what blocks keep and the loss holds.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from fmrl_dist.losses.catalogue_parallel import exchanged_bytes
 from fmrl_dist.losses.tiled_log_sum_exp import GPU_FACTOR, KEPT_BYTES, TILE_ITEMS, TILE_POSITIONS, back_projected
 from fmrl_dist.model import FMRLRec
 from fmrl_dist.ops.nested import chunks
+from fmrl_dist.split_catalogue import ranks_share
 
 LOSSES = ("whole", "split", "sampled")
 SETTINGS = {"whole": "loss.catalogue: whole", "split": "loss.catalogue: split", "sampled": "loss.softmax: sampled"}
@@ -70,10 +72,11 @@ class Cost:
     operations: float  # of the products; a multiplication and an addition are two
     sent_bytes: int  # for the loss, beside the gradients
     read_bytes: int  # of the item table where it lies, since its columns do not fit
+    validation_bytes: int = 0  # in all, while it validates
 
     @property
     def num_bytes(self) -> int:
-        return sum(self.memory.values())
+        return max(sum(self.memory.values()), self.validation_bytes)
 
 
 def predict(step: Step, loss: str) -> Cost:
@@ -104,7 +107,11 @@ def predict(step: Step, loss: str) -> Cost:
     }
     model_operations = 6 * step.positions * step.depth * BLOCK_PRODUCTS * step.width**2
     batch_operations = 4 * batch_rows * step.width * num_columns  # features are frozen: no gradient of theirs
-    return Cost(memory, model_operations + batch_operations + loss_cost.operations, loss_cost.sent_bytes, read)
+    shared = ranks_share(step.num_items, step.width, step.num_ranks, loss == "split")
+    ranked = -(-step.num_items // step.num_ranks) if shared else step.num_items
+    validation = weights + memory["item columns"] + FLOAT * ranked * step.width
+    operations = model_operations + batch_operations + loss_cost.operations
+    return Cost(memory, operations, loss_cost.sent_bytes, read, validation)
 
 
 def _full(step: Step, num_columns: int, split: bool) -> Cost:
@@ -191,10 +198,20 @@ def recommend(
 def table(costs: dict[str, Cost], seconds: Callable[[Cost], float] | None) -> str:
     """Markdown: a row a loss."""
     parts = list(next(iter(costs.values())).memory)
-    head = ["loss", "memory, GiB", *parts, "TFLOP", "MB sent", "GB read", *(["seconds"] if seconds else [])]
+    head = [
+        "loss",
+        "memory, GiB",
+        *parts,
+        "in validation",
+        "TFLOP",
+        "MB sent",
+        "GB read",
+        *(["seconds"] if seconds else []),
+    ]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for loss, cost in costs.items():
-        gib = [f"{num_bytes / 2**30:.2f}" for num_bytes in (cost.num_bytes, *cost.memory.values())]
+        numbers = (cost.num_bytes, *cost.memory.values(), cost.validation_bytes)
+        gib = [f"{num_bytes / 2**30:.2f}" for num_bytes in numbers]
         end = [f"{cost.operations / 1e12:.3g}", f"{cost.sent_bytes / 1e6:.3g}", f"{cost.read_bytes / 1e9:.3g}"]
         end += [f"{seconds(cost):.3g}"] if seconds else []
         lines.append(f"| {' | '.join((loss, *gib, *end))} |")
@@ -218,7 +235,7 @@ def step_of(
         id_table=config.model.id_table,
         dropout=max(config.model.dropout, config.model.lru_dropout) > 0,
         num_ranks=num_ranks,
-        positions=-(-positions // num_ranks),
+        positions=-(-lanes // num_ranks) * -(-positions // lanes),
         negatives=(drawn + others) * lanes_seen,
         drawn=(drawn + others) * lanes_embedded,
         itemsize=2 if config.train.precision == "bf16" else 4,
@@ -242,8 +259,13 @@ def main(argv: list[str]) -> None:
     num_ranks = arguments.gpus if arguments.gpus is not None else arguments.cpus
     positions = config.train.batch_size * config.data.max_length if arguments.positions is None else arguments.positions
     teraflops = arguments.teraflops
+    lanes = config.train.num_lanes
     require(arguments.items > 0, f"--items is {arguments.items}; expected at least 1")
     require(num_ranks > 0, f"--gpus or --cpus is {num_ranks}; expected at least 1")
+    require(
+        num_ranks <= lanes,
+        f"{num_ranks} ranks share {lanes} lanes; raise --train.lanes (a divisor of train.batch_size) or take fewer",
+    )
     require(positions > 0, f"--positions is {positions}; expected at least 1")
     require(arguments.feature_dims >= 0, f"--feature-dims is {arguments.feature_dims}; expected at least 0")
     require(arguments.memory_gib > 0, f"--memory-gib is {arguments.memory_gib}; expected more than 0")

@@ -6,6 +6,7 @@ import fcntl
 import math
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,6 +17,7 @@ from fmrl_dist.config import Config, config_from_dict
 from fmrl_dist.errors import UserError
 
 LOCK_FILE = ".lock"
+RESTART_PATIENCE_S = 150.0
 # What a resumed run must share with its checkpoint, or its losses would not be those of one run.
 FIXED = {
     "data": ("max_length", "windows"),
@@ -68,17 +70,28 @@ def open_run(
     best_step, known_best = _best_step(folder, say), checkpoint.state.best_step
     # Of this run, a later best is as good or better; of another run, it tells nothing.
     if best_step < known_best or (resume != "auto" and best_step != known_best):
-        state = TrainState(step=checkpoint.state.step, skipped_blocks=checkpoint.state.skipped_blocks)
+        none = TrainState()
+        state = replace(
+            checkpoint.state,
+            best_value=none.best_value,
+            best_step=none.best_step,
+            evaluations_without_gain=none.evaluations_without_gain,
+        )
         checkpoint = replace(checkpoint, state=state)
     _check_same_run(config, checkpoint, manifest_sha256)
     return checkpoint
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
     """Keep other processes, also of other machines, from training into a run's folder, which is made if need be.
 
-    The kernel, or the file server, takes the lock back however the process ends; forked readers do not hold it.
+    The kernel, or the file server, takes the lock back however the process ends; forked readers do not hold it. A file
+    server may need a minute or two to notice that a machine is dead, so a job that SLURM starts again has patience.
+
+    Args:
+        folder: of the run.
+        say: tells that the file system has no locks.
 
     Raises:
         UserError: another process is training into it.
@@ -86,17 +99,30 @@ def locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK_FILE).open("a+") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            _lock(file.fileno(), RESTART_PATIENCE_S if "SLURM_RESTART_COUNT" in os.environ else 0)
+        except (BlockingIOError, PermissionError):
             file.seek(0)
             raise UserError(
                 f"{file.read().strip() or 'another process'} is training into {folder}; wait until it has ended, or "
-                "choose another --run.dir"
+                f"choose another --run.dir (if its machine is dead, delete {folder / LOCK_FILE})"
             ) from None
+        except OSError as error:
+            say(f"{folder} cannot be locked ({error.strerror}): nothing keeps a second run from training into it")
         file.truncate(0)
         print(f"process {os.getpid()} of {socket.gethostname()}", file=file, flush=True)
         yield
         file.truncate(0)
+
+
+def _lock(descriptor: int, patience_s: float) -> None:
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # both say that another has it
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(1)
 
 
 def schedule_epochs(config: Config) -> int:
@@ -106,6 +132,8 @@ def schedule_epochs(config: Config) -> int:
 
 def training_is_over(config: Config, checkpoint: Checkpoint, total_steps: int) -> bool:
     """Whether a checkpoint's run has nothing left to train."""
+    if checkpoint.state.validation_is_due:
+        return False
     return checkpoint.state.step >= total_steps or out_of_patience(config, checkpoint.state.evaluations_without_gain)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,8 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from fmrl_dist.errors import UserError, require
 from fmrl_dist.zero_config import asks_for_deepspeed, checked_plugin, leave_out_unused_build
+
+PATIENCE_S = 4 * 3600.0  # of ranks that evaluate different users
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,21 @@ class Runtime:
         rows: torch.Tensor = self.accelerator.gather(row[None])
         return rows
 
-    def require_same(self, what: str, value: int) -> None:
+    def have_same(self, sha256: str) -> bool:
+        """Whether all ranks say the same, to the first 60 bits; each of them knows."""
+        return len(set(self._of_all(sha256))) == 1
+
+    def _of_all(self, sha256: str) -> list[int]:
+        numbers: list[int] = self.accelerator.gather(torch.tensor([int(sha256[:15], 16)], device=self.device)).tolist()
+        return numbers
+
+    def require_same(self, what: str, sha256: str) -> None:
         """Refuse to go on with ranks that have read different things: then they do not see the same files."""
-        values = self.accelerator.gather(torch.tensor([value], device=self.device)).tolist()
+        values = self._of_all(sha256)
         require(
             len(set(values)) == 1,
-            f"the ranks see different versions of the {what} ({', '.join(map(str, values))}); "
-            "give all of them the same run folder on a shared file system",
+            f"the ranks see different versions of the {what} ({', '.join(f'{value:015x}' for value in values)}); "
+            "give all of them the same store and run folder on a shared file system",
         )
 
     def say(self, text: str) -> None:
@@ -92,13 +103,16 @@ class Runtime:
         )
 
 
-def start_runtime(threads: int | str, lanes: int | None, precision: str = "fp32") -> Runtime:
+def start_runtime(
+    threads: int | str, lanes: int | None, precision: str = "fp32", patience_s: float = PATIENCE_S
+) -> Runtime:
     """Join the other processes, and set this one's threads.
 
     Args:
         threads: of this process; "auto" shares the cores among the processes of the machine.
         lanes: of the global batch, at least one for every process; None where there is no batch.
         precision: fp32 or bf16, if the launcher leaves the choice.
+        patience_s: longest time that one process may wait for another before the run ends.
 
     Raises:
         UserError: the launcher was asked for several processes but started one, asks for a precision, an accumulation
@@ -108,7 +122,7 @@ def start_runtime(threads: int | str, lanes: int | None, precision: str = "fp32"
     refuse_accumulation(os.environ)
     precision = launched_precision(os.environ, precision)
     in_group = dist.is_initialized()
-    accelerator = start_accelerator(os.environ)
+    accelerator = start_accelerator(os.environ, patience_s)
     asked_for = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != asked_for:
         raise UserError(
@@ -128,17 +142,19 @@ def start_runtime(threads: int | str, lanes: int | None, precision: str = "fp32"
     return Runtime(accelerator, num_threads, precision, joined_group=dist.is_initialized() and not in_group)
 
 
-def start_accelerator(environment: os._Environ[str] | dict[str, str]) -> Accelerator:
+def start_accelerator(environment: os._Environ[str] | dict[str, str], patience_s: float) -> Accelerator:
     """Meet the other processes under the engine that the launcher asked for; precision stays ours."""
     on_cpu = not torch.cuda.is_available()
+    # NCCL's own limit is ten minutes, less than one rank may need to unpack a table or to save.
+    group = InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timedelta(seconds=patience_s))
     if not asks_for_deepspeed(environment):
         # Said outright: on a machine without a GPU, --multi_gpu would otherwise start processes that never meet.
-        return Accelerator(cpu=on_cpu, mixed_precision="no")
+        alone = int(environment.get("WORLD_SIZE", "1")) == 1  # then there is no group, and Accelerate would look for it
+        return Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[] if alone else [group])
     plugin = checked_plugin(environment)
     leave_out_unused_build()
-    # With cpu=True, Accelerate would silently take DDP. Without it, it has to be told the CPU's backend.
-    handlers = [InitProcessGroupKwargs(backend="gloo")] if on_cpu else []
-    return Accelerator(mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=handlers)
+    # With cpu=True, Accelerate would silently take DDP.
+    return Accelerator(mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=[group])
 
 
 def refuse_one_process_trap(environment: os._Environ[str] | dict[str, str]) -> None:

@@ -54,8 +54,8 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]  # what signal() gave back
 
 
-class Stopped(Exception):  # noqa: N818 - it is none
-    """A signal has ended the run after its last checkpoint."""
+class Stopped(BaseException):
+    """A signal has ended the run after its last checkpoint. No Exception: whoever tries again must not catch it."""
 
 
 def ask_for_requeue(folder: Path) -> None:

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from fmrl_dist.engine import Engine, prepare_engine
 from fmrl_dist.errors import UserError, run_command
 from fmrl_dist.evaluate import evaluate, report
 from fmrl_dist.evaluation import rank_histograms
-from fmrl_dist.files import write_atomically
+from fmrl_dist.files import json_sha256, write_atomically
 from fmrl_dist.logbook import Logbook, Progress
 from fmrl_dist.loss_impl import check_loss_impl, splits_catalogue
 from fmrl_dist.losses.tiled_log_sum_exp import Rows
@@ -52,15 +52,20 @@ from fmrl_dist.report import evaluation_file
 from fmrl_dist.run_folder import locked, open_run, out_of_patience, schedule_epochs, training_is_over
 from fmrl_dist.runtime import Runtime, start_runtime
 from fmrl_dist.signals import Stopped, StopRequest, ask_for_requeue, forget_requeue
+from fmrl_dist.split_catalogue import SplitCatalogue, ranks_share
 from fmrl_dist.training_module import TrainingModule
 from fmrl_dist.urls import is_url
 from fmrl_dist.watch import Watch
+
+SLACK_S = 300.0  # that ranks wait for each other beyond what ends a run in words: train.hang_timeout_s and its like
+NEW_LINK_S = 90  # a network file system may show a link for a minute as it was
 
 
 def train(config: Config, resume: str | None) -> None:
     """Run or go on with a training run (see the module's docstring)."""
     build_missing_demo_store(config)
-    runtime = start_runtime(config.train.threads, config.train.num_lanes, config.train.precision)
+    patience_s = max(config.train.hang_timeout_s, config.train.worker_timeout_s) + SLACK_S
+    runtime = start_runtime(config.train.threads, config.train.num_lanes, config.train.precision, patience_s)
     config = replace(config, train=replace(config.train, precision=runtime.precision))
     with StopRequest() as stop:
         try:
@@ -85,10 +90,11 @@ def train_and_evaluate(config: Config, runtime: Runtime, resume: str | None, sto
             f"store {store.location} has no validation and test users; expected histories of 3 events or more"
         )
     check_inline(config, store)
+    runtime.require_same("store", store.manifest.sha256)
     checkpoint = open_run(config, resume, store.manifest.sha256, runtime.say)
     if runtime.is_main:
         forget_requeue(folder)
-    runtime.require_same("checkpoint", -1 if checkpoint is None else checkpoint.state.step)
+    runtime.require_same("checkpoint", json_sha256(checkpoint and asdict(checkpoint.state)))
     order = Order(
         [block.count for block in store.manifest.splits["train"]],
         config.train.batch_size,
@@ -184,7 +190,11 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest) ->
     config, runtime, order = run.config, run.runtime, run.order
     learner = prepare_learner(run, resume_from)
     model, engine = learner.module.model, learner.engine
-    state = resume_from.state if resume_from is not None else TrainState()
+    state = TrainState()
+    if resume_from is not None:
+        state = resume_from.state
+        for copied in (resume_from.model, resume_from.optimizer):
+            copied.clear()
     sampler = make_negative_sampler(run)
     weights_S = torch.tensor(size_weights(config), device=runtime.device)
     progress = Progress(run.total_steps, state.step, runtime.is_main)
@@ -199,6 +209,9 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest) ->
         Watch(runtime, run.folder, state.step, learner.module, config.train.hang_timeout_s) as watch,
     ):
         runtime.say(describe_start(run, model, state.step))
+        if state.validation_is_due:  # the last life saved, and had no time left for it
+            note_validation(run, learner, state, logbook, progress)
+            save(run, learner, state, writer)
         for step in range(state.step, run.total_steps):
             if out_of_patience(config, state.evaluations_without_gain):
                 break
@@ -239,12 +252,9 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest) ->
                 if slow_ranks := watch.record(state.step):
                     progress.say(slow_ranks)
                 progress.update(state.step, meter.line(record))
-            if evaluate_now:
-                with engine.whole_weights():
-                    record = validate(run, learner.module)
-                logbook.write({"step": state.step, "epoch": epoch, "split": "valid"} | record)
-                update_early_stopping(config, state, record)
-                progress.say(describe_validation(config, state, epoch, record))
+            state.validation_is_due = evaluate_now
+            if state.validation_is_due and not num_stopped:  # a run that is to end saves first
+                note_validation(run, learner, state, logbook, progress)
             if save_now:
                 save(run, learner, state, writer)
                 clock.restart()
@@ -338,6 +348,17 @@ def size_weights(config: Config) -> tuple[float, ...]:
     return config.loss.size_weights or (1.0,) * len(config.model.sizes)
 
 
+def note_validation(run: Run, learner: Learner, state: TrainState, logbook: Logbook, progress: Progress) -> None:
+    """Validate, record it, and see whether this is the best so far."""
+    epoch = (state.step - 1) // run.order.steps_per_epoch
+    with learner.engine.whole_weights():
+        record = validate(run, learner.module)
+    logbook.write({"step": state.step, "epoch": epoch, "split": "valid"} | record)
+    update_early_stopping(run.config, state, record)
+    state.validation_is_due = False
+    progress.say(describe_validation(run.config, state, epoch, record))
+
+
 def validate(run: Run, module: TrainingModule) -> dict[str, float]:
     """Metrics of every size on the validation users: ``ndcg@10@512`` and so on."""
     config, runtime = run.config, run.runtime
@@ -366,7 +387,10 @@ def ranked_catalogue(run: Run, module: TrainingModule) -> Catalogue:
     encoder = module.model.encoder
     if run.inline:
         return StreamedCatalogue(encoder, run.store, encoder.feature_dims)
-    return EmbeddedCatalogue(module.item_embeddings())
+    num_items = run.store.manifest.num_items
+    if not ranks_share(num_items, module.model.width, run.runtime.world_size, module.part is not None):
+        return EmbeddedCatalogue(module.item_embeddings())
+    return SplitCatalogue.embed(run.runtime.rank, run.runtime.world_size, num_items, module.item_embeddings)
 
 
 def save(run: Run, learner: Learner, state: TrainState, writer: CheckpointWriter) -> None:
@@ -455,7 +479,7 @@ def opened_folder(run: Run) -> Iterator[None]:
         refusal = ""
         if run.runtime.is_main:
             try:
-                stack.enter_context(locked(run.folder))
+                stack.enter_context(locked(run.folder, run.runtime.say))
             except UserError as error:
                 refusal = str(error)
         if agree(run.runtime, bool(refusal))[0]:
@@ -466,8 +490,19 @@ def opened_folder(run: Run) -> Iterator[None]:
         yield
 
 
+def load_best(folder: Path, runtime: Runtime) -> Checkpoint:
+    """A run's best checkpoint, the same on all ranks."""
+    for _ in range(NEW_LINK_S):
+        checkpoint = load_checkpoint(folder)
+        if runtime.have_same(checkpoint.sha256):
+            break
+        time.sleep(1)
+    runtime.require_same("best checkpoint", checkpoint.sha256)
+    return checkpoint
+
+
 def _evaluate_best(config: Config, runtime: Runtime, store: Store, folder: Path) -> None:
-    ranker = build_ranker(load_checkpoint(folder), config, store, runtime.device)
+    ranker = build_ranker(load_best(folder, runtime), config, store, runtime)
     result = evaluate(ranker, store, runtime, "test", mask_seen=False)
     if runtime.is_main:
         report(result, folder)

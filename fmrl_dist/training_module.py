@@ -103,6 +103,9 @@ class TrainingModule(nn.Module):
             self._group(z, own_items, targets, other_items, Negatives(ids, log_expected))
             for z, own_items, targets, other_items, ids, log_expected in groups
         ]
+        if not losses:  # still a function of all that others take a gradient of
+            nothing = z.sum() + target_items.sum() + negative_items.sum()
+            return nothing * z.new_zeros(len(self.model.sizes))
         return torch.stack(losses).sum(0)
 
     def _group(self, z: Tensor, own: Tensor, targets: Tensor, others: Tensor, negatives: Negatives) -> Tensor:
@@ -122,14 +125,16 @@ class TrainingModule(nn.Module):
         return cosine_per_size(loss, embeddings, self.model.sizes, self.temperatures)
 
     @torch.no_grad()
-    def item_embeddings(self) -> Tensor:
-        """Embeddings of the whole catalogue, [V, D]."""
+    def item_embeddings(self, first: int = 0, last: int | None = None) -> Tensor:
+        """Embeddings [last - first, D] of the items from ``first`` on, to the end of the catalogue if None."""
         assert self.columns is not None, "a streamed catalogue is never held whole"
         projection, table = self.model.encoder.projection(), self.model.encoder.id_table
-        items = projection.new_empty(self.columns.shape[0], len(projection))
-        for begin in range(0, len(items), EMBEDDED_AT_ONCE):
-            rows = slice(begin, begin + EMBEDDED_AT_ONCE)
-            items[rows] = self._embed(self.columns[rows], projection, None if table is None else table[rows])
+        last = int(self.columns.shape[0]) if last is None else last
+        items = projection.new_empty(last - first, len(projection))
+        for begin in range(first, last, EMBEDDED_AT_ONCE):
+            rows = slice(begin, min(begin + EMBEDDED_AT_ONCE, last))
+            embedded = self._embed(self.columns[rows], projection, None if table is None else table[rows])
+            items[begin - first : begin - first + len(embedded)] = embedded
         return items
 
     def _embed(self, columns: Tensor, projection: Tensor, table_rows: Tensor | None) -> Tensor:

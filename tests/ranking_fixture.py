@@ -8,14 +8,13 @@ from torch import Tensor
 
 from fmrl_dist.catalogue import EmbeddedCatalogue
 from fmrl_dist.data.histories import RankingBlock
-from fmrl_dist.evaluation import Ranking
+from fmrl_dist.ranking import Ranking, hidden_items
 
 
 def target_ranks(
     z: Tensor, items: Tensor, batch: RankingBlock, sizes: Sequence[int], mask_seen: bool, normalize: bool = False
 ) -> Tensor:
     """Rank of each target at each size, [S, U], among ``items`` [V, D]."""
-    ranking = Ranking(z, batch, sizes, mask_seen, normalize)
-    for ids, tile in EmbeddedCatalogue(items).tiles():
-        ranking.add(ids, tile)
+    ranking = Ranking(z, batch.targets, hidden_items(batch, mask_seen), sizes, normalize)
+    EmbeddedCatalogue(items).rank([ranking])
     return ranking.ranks()

@@ -61,6 +61,14 @@ def test_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert not torch.equal(again.encoder.weight, before["encoder.weight"])
 
 
+def test_moments_and_step_lie_where_their_parameter_does(saved: Path) -> None:
+    """A fused optimiser on a GPU reads the step there."""
+    model, optimizer = make_training()
+    restore_optimizer(model.to("meta"), optimizer, load_checkpoint(saved).optimizer)
+    for parameter, state in optimizer.state.items():
+        assert {tensor.device for tensor in state.values()} == {parameter.device}
+
+
 def test_facts_come_back(saved: Path) -> None:
     checkpoint = load_checkpoint(saved)
     facts = {name: getattr(checkpoint, name) for name in FACTS}
@@ -75,8 +83,9 @@ def test_files_are_safetensors_and_json(saved: Path) -> None:
     assert_same_bits(checkpoint.model, load_file(saved / "model.safetensors"))
     assert_same_bits(checkpoint.optimizer, load_file(saved / "optimizer.safetensors"))
     record = json.loads((saved / "state.json").read_text())
-    assert record["checkpoint_version"] == 2
-    state = {"step": 3, "best_value": 0.25, "best_step": 3, "evaluations_without_gain": 0, "skipped_blocks": []}
+    assert record["checkpoint_version"] == 3
+    state = {"step": 3, "best_value": 0.25, "best_step": 3, "evaluations_without_gain": 0}
+    state |= {"validation_is_due": False, "skipped_blocks": []}
     assert record["state"] == state
 
 

@@ -88,7 +88,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "model bit flipped": lambda path: flip(path / "model.safetensors", -9),
     "optimizer bit flipped": lambda path: flip(path / "optimizer.safetensors", -9),
     "record digit changed": lambda path: flip(
-        path / "state.json", (path / "state.json").read_bytes().index(b": 3") + 2
+        path / "state.json", (path / "state.json").read_bytes().index(b'"step": 3') + 8
     ),
     "model header cut": truncate("model.safetensors", 50),
     "model end cut": truncate("model.safetensors", -1),
@@ -119,7 +119,7 @@ def test_damage_is_one_clear_line(saved: Path, damage: Callable[[Path], object])
 
 def test_another_version_names_both(saved: Path) -> None:
     change_record(lambda record: record | {"checkpoint_version": 9})(saved)
-    with pytest.raises(UserError, match="has version 9; expected 2$"):
+    with pytest.raises(UserError, match="has version 9; expected 3$"):
         load_checkpoint(saved)
 
 

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from fmrl_dist.catalogue import TILE_ITEMS, EmbeddedCatalogue
 from fmrl_dist.data.histories import RankingBlock
-from fmrl_dist.evaluation import GROUPED, TOP, rank_histograms
+from fmrl_dist.evaluation import rank_histograms
 from fmrl_dist.metrics import CUTOFF, metrics_from_histogram
 from fmrl_dist.model import FMRLRec
+from fmrl_dist.ranking import GROUPED, TOP
 from tests.ranking_fixture import target_ranks
 
 SIZES = (4, 8, 16)

@@ -17,11 +17,11 @@ PACKAGES = ("fmrl_dist", "shards", "launch")
 # Parts of fmrl_dist from the bottom up; a part imports from its own layer and from those below. A part not named here
 # belongs to the entries, on top.
 LAYERS = (
-    ("__version__", "errors", "files", "urls"),
+    ("__version__", "errors", "files", "urls", "exchange"),
     ("ops",),
     ("model",),
     ("plain_values", "feature_config", "config"),
-    ("data", "losses", "metrics", "checkpoint", "catalogue", "evaluation"),
+    ("data", "losses", "metrics", "checkpoint", "ranking", "catalogue", "evaluation", "split_catalogue"),
     ("export_folder",),
 )
 SHARDS_MAY_IMPORT = (

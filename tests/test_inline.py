@@ -391,7 +391,9 @@ def test_evaluate_and_export(run: Path, shop: Path, tmp_path: Path, capsys: pyte
 def test_a_store_without_features_in_it_is_evaluated_by_a_table(run: Path, shop: Path, tmp_path: Path) -> None:
     other, _ = build(load_config(shop, ["--store.feature_mode", "table", "--store.path", str(tmp_path / "table")]))
     checkpoint, config = load_checkpoint(run), load_config(shop)
-    assert isinstance(build_ranker(checkpoint, config, other, CPU).catalogue, EmbeddedCatalogue)
+    assert isinstance(
+        build_ranker(checkpoint, config, other, start_runtime(1, lanes=None)).catalogue, EmbeddedCatalogue
+    )
     with pytest.raises(UserError, match=r"does not carry features .* --store.feature_mode inline"):
         check_inline(config, other)
 

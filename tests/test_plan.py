@@ -171,6 +171,16 @@ def test_what_does_not_fit_the_device_is_read_from_the_table() -> None:
     assert split.read_bytes == 0 < split.memory["item columns"]
 
 
+def test_validation_holds_the_ranked_embeddings() -> None:
+    step = replace(BASE, num_ranks=8, num_items=10_000_000, memory_bytes=80 * 2**30, on_gpu=True)
+    for loss in ("whole", "split", "sampled"):  # of so many items, ranks share them whatever the loss
+        cost = predict(step, loss)
+        resting = cost.memory["weights, gradients, moments"] + cost.memory["item columns"]
+        assert cost.validation_bytes == resting + 4 * 10_000_000 * 256 / 8
+    alone = predict(replace(step, num_ranks=1), "sampled")
+    assert alone.num_bytes == alone.validation_bytes > 4 * 10_000_000 * 256
+
+
 def cost(num_bytes: int, operations: float) -> Cost:
     return Cost({"all": num_bytes}, operations, 0, 0)
 
@@ -213,6 +223,7 @@ def test_command_of_one_rank_names_no_split(capsys: pytest.CaptureFixture[str]) 
     [
         (["--items", "0", "--gpus", "8"], "--items is 0; expected at least 1"),
         (["--items", "5", "--gpus", "0"], "--gpus or --cpus is 0; expected at least 1"),
+        (["--items", "5", "--gpus", "17"], "17 ranks share 16 lanes; raise --train.lanes"),
         (["--items", "5"], "one of the arguments --gpus --cpus is required; see --help"),
         (["--items", "5", "--gpus", "2", "--teraflops", "0"], "--teraflops is 0.0; expected more than 0"),
         (

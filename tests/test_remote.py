@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from fmrl_dist.config import StoreConfig
 from fmrl_dist.data.items import load_item_table
 from fmrl_dist.data.store import Block, Store
+from fmrl_dist.data.store_files import SourceError
 from fmrl_dist.errors import UserError
 from shards import inspect as inspect_command
 from shards.build import build
@@ -93,6 +95,49 @@ def test_blocks_are_fetched_several_at_once(built: Store, server: StoreServer) -
     with pytest.raises(UserError, match="python -m shards.verify"):
         list(store.read_each(blocks * 4))
     assert len(server.requests) - asked_before < 2 * len(blocks)
+
+
+def test_ranges_are_asked_for_by_name(built: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """s3fs takes a version before the range."""
+
+    class Versioned(type(fsspec.filesystem("memory"))):  # type: ignore[misc]
+        def cat_file(self, path, version_id=None, start=None, end=None, **rest):  # type: ignore[no-untyped-def]
+            assert version_id is None
+            return super().cat_file(path, start, end, **rest)
+
+    memory = fsspec.filesystem("memory")
+    for name, data in contents(built.path).items():
+        memory.pipe(f"/shop/{name}", data)
+    try:
+        monkeypatch.setattr(fsspec, "filesystem", lambda *_, **__: Versioned())
+        store = Store.open("memory://shop")
+        for block in all_blocks(built):
+            assert store.read_bytes(block) == built.read_bytes(block)
+    finally:
+        memory.rm("/shop", recursive=True)
+
+
+@pytest.mark.parametrize("fault", ["500", "drop", "401"])
+def test_an_outage_is_no_damage(built: Store, server: StoreServer, fault: str) -> None:
+    """Else a run that skips damaged blocks would lose all users to a source that is away for a while."""
+    store = Store.open(server.url, StoreConfig(timeout_s=2, retries=1, cache_gb=0, on_bad_shard="skip"))
+    block = built.manifest.splits["train"][0]
+    server.faults = ["forever", "flip"]
+    assert store.read_or_skip(block) is None
+    server.faults = ["forever", fault]
+    with pytest.raises(SourceError, match="cannot be fetched"):
+        store.read_or_skip(block)
+
+
+def test_a_folder_that_is_gone_is_no_damage(built: Store, tmp_path: Path) -> None:
+    shutil.copytree(built.path, tmp_path / "store")
+    store = Store.open(tmp_path / "store", StoreConfig(on_bad_shard="skip"))
+    block = store.manifest.splits["train"][0]
+    (tmp_path / "store" / block.shard).unlink()
+    assert store.read_or_skip(block) is None
+    shutil.rmtree(tmp_path / "store")
+    with pytest.raises(SourceError, match="is gone; mount it again"):
+        store.read_or_skip(block)
 
 
 def test_other_protocols(built: Store, own_cache: Path) -> None:

@@ -114,6 +114,27 @@ def test_all_ranks_end_when_one_is_told(told: int, shop: Path, tmp_path: Path) -
     assert (run / "evaluation.json").exists() and not (run / REQUEUE_FILE).exists()
 
 
+@pytest.mark.parametrize("epochs", [EPOCHS, 1], ids=["amid the run", "at its last step"])
+def test_a_signal_in_a_step_that_validates(epochs: int, shop: Path, tmp_path: Path) -> None:
+    """It saves at once, and the next life begins by validating."""
+    words = ["--train.epochs", epochs]
+    expected = train_here(shop, tmp_path / "whole", *words)
+    run, batches = tmp_path / "run", BatchFeed.batches
+
+    def tell(self: BatchFeed, step: int) -> object:
+        if step == STEPS_PER_EPOCH - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batches(self, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BatchFeed, "batches", tell)
+        train_here(shop, run, *words)
+    assert len(records(run)) == STEPS_PER_EPOCH and not records(run, "valid")
+    assert (run / "checkpoints" / "latest").resolve().name == f"step-{STEPS_PER_EPOCH:08d}"
+    train_here(shop, run, *words, "--resume", "auto")
+    assert figures(run) == figures(expected) and evaluation(run) == evaluation(expected)
+
+
 def test_a_signal_in_the_final_evaluation(shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is left to save: the run ends where it is, and the next life only evaluates."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import itertools
 import math
 import socket
@@ -21,6 +23,7 @@ from fmrl_dist.data.histories import Packed
 from fmrl_dist.data.order import Order
 from fmrl_dist.data.store import Store
 from fmrl_dist.errors import UserError
+from fmrl_dist.run_folder import locked
 from fmrl_dist.runtime import start_runtime
 from tests.checkpoint_fixture import reseal
 from tests.processes import REPOSITORY, clean_environment, launch, run_processes
@@ -164,6 +167,19 @@ def test_two_then_one_then_two_processes(shop: Path, one: Path, tmp_path: Path) 
     assert evaluation(run)["sizes"] == evaluation(one)["sizes"]
 
 
+SAMPLED = ["--loss.softmax", "sampled", "--loss.negatives", "mixed", "--loss.num_negatives", 7]
+
+
+def test_micro_batches_without_lanes_have_no_negatives(shop: Path, tmp_path: Path) -> None:
+    """More pieces than a rank has lanes, each lane with its own negatives."""
+    words = [*NO_DROPOUT, *map(str, SAMPLED), "--train.epochs", 1]
+    one = train_here(shop, tmp_path / "one", *words)
+    run_processes(3, train_in_pieces, str(shop), str(tmp_path / "three"), [*words, "--train.micro_batches", 7])
+    for expected, found in zip(records(one), records(tmp_path / "three"), strict=True):
+        for key in ("loss", "loss@4", "grad_norm"):
+            assert found[key] == pytest.approx(expected[key], rel=1e-5), (found["step"], key)
+
+
 @pytest.mark.parametrize("pieces", [3, 16])
 def test_micro_batches_train_as_the_whole_batch(pieces: int, shop: Path, one: Path, tmp_path: Path) -> None:
     """Pieces by lanes, some of them empty; in one process and in two, whose gradients meet once a step."""
@@ -251,6 +267,29 @@ def test_a_second_run_in_the_same_folder_is_refused(shop: Path, tmp_path: Path) 
             first.kill()
     result = run_module("fmrl_dist.train", *words, "--train.max_steps", records(run)[-1]["step"] + 1)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_file_system_without_locks_is_announced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the kernel answers as it does for Lustre without -o flock; and a lock that a dead machine still holds."""
+    answers = [OSError(errno.ENOSYS, "Function not implemented")]
+
+    def lockf(*_: object) -> None:
+        if answers:
+            raise answers.pop(0)
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    with locked(tmp_path):
+        assert "cannot be locked (Function not implemented): nothing keeps a second run" in capsys.readouterr().out
+    answers += [BlockingIOError(errno.EAGAIN, "taken"), PermissionError(errno.EACCES, "taken")]
+    with pytest.raises(UserError, match="another process is training into"), locked(tmp_path):
+        pass
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    answers += [BlockingIOError(errno.EAGAIN, "taken")]
+    with locked(tmp_path):
+        assert answers == [] and capsys.readouterr().out == ""
 
 
 def wait_for_a_checkpoint(run: Path, process: subprocess.Popen[bytes]) -> None:

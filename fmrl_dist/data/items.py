@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from fmrl_dist.errors import UserError, require
 from fmrl_dist.files import flush
 
 LOCK_POLL_S = 0.05
+LEFT_BEHIND_S = 600.0  # without a write: then whoever wrote a file aside is dead
 SAY_AFTER_S = 5.0  # of waiting for another process
 
 
@@ -92,10 +94,13 @@ def feature_dims(store: Store, features: Sequence[str] | None) -> dict[str, int]
 
 def _unpack(store: Store, dims: Mapping[str, int], values_path: Path, present_path: Path) -> None:
     """Write both files aside, then rename them, the values last: where they are, everything is."""
-    for left in values_path.parent.glob(f".{values_path.stem.partition('.')[0]}.*"):  # of a process that was killed
-        left.unlink()
+    stem = values_path.stem.partition(".")[0]
+    for left in values_path.parent.glob(f".{stem}.*"):  # of a process that was killed
+        if time.time() - left.stat().st_mtime > LEFT_BEHIND_S:
+            left.unlink(missing_ok=True)
     paths = {present_path: (np.bool_, len(dims)), values_path: (np.float16, sum(dims.values()))}
-    asides = [path.with_name(f".{path.name}") for path in paths]
+    # Names of one's own: where the lock does not reach, as on some network file systems, two do the same work in peace.
+    asides = [path.with_name(f".{path.name}.{secrets.token_hex(8)}") for path in paths]
     try:
         present, values = (
             np.lib.format.open_memmap(aside, "w+", dtype, (store.manifest.num_items, width))
@@ -152,6 +157,8 @@ def _locked(path: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 time.sleep(LOCK_POLL_S)
+            except OSError:
+                break  # a file system without locks
             if not said and time.monotonic() - began > SAY_AFTER_S:
                 print(f"waiting for another process of this node to unpack the item table (lock {path})", flush=True)
                 said = True

@@ -28,7 +28,7 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem
 
 from fmrl_dist.data.cache import RangeCache
-from fmrl_dist.data.store_files import CHUNK_BYTES, checked_name, checked_range
+from fmrl_dist.data.store_files import CHUNK_BYTES, SourceError, checked_name, checked_range
 from fmrl_dist.errors import UserError, require
 from fmrl_dist.urls import HIDDEN, hide_credentials
 
@@ -95,20 +95,20 @@ class RemoteFiles:
         return data
 
     def _fetch(self, name: str, limit_s: float, begin: int | None = None, end: int | None = None) -> bytes:
-        data: bytes = self._call("cat_file", name, limit_s, begin, end)
+        data: bytes = self._call("cat_file", name, limit_s, start=begin, end=end)  # by name: s3fs has them elsewhere
         if begin is not None and end is not None and len(data) > end - begin:
             raise FinalError(
                 f"cannot be fetched: {len(data)} bytes came for a range of {end - begin}; serve it by ranges"
             )
         return data
 
-    def _call(self, method: str, name: str, limit_s: float, *arguments: Any) -> Any:
+    def _call(self, method: str, name: str, limit_s: float, **arguments: Any) -> Any:
         """A method of fsspec's file system on one file of the store, ended after ``limit_s`` seconds."""
         file_system = self._file_system()
         limit = {"timeout": limit_s} if isinstance(file_system, AsyncFileSystem) else {}
         folder, mark, query = self._url.partition("?")  # a signature, say, for all files of the folder
         url = f"{folder.rstrip('/')}/{name}{mark}{query}"
-        return getattr(file_system, method)(url, *arguments, **limit)
+        return getattr(file_system, method)(url, **arguments, **limit)
 
     def _file_system(self) -> Any:
         """fsspec's, which keeps one for each process: it must not be carried over a fork."""
@@ -126,6 +126,7 @@ class RemoteFiles:
         checked_name(name)
         begin = time.monotonic()
         deadline, problem, tries = begin + self._timeout_s, "", 0
+        kind: type[UserError] = SourceError
         while tries <= self._retries and (left_s := deadline - time.monotonic()) > 0:
             if tries:
                 longest_s = min(FIRST_PAUSE_S * 2 ** (tries - 1), LONGEST_PAUSE_S, left_s / 2)
@@ -139,9 +140,11 @@ class RemoteFiles:
                 raise FileNotFoundError(f"{self.location}: {name}") from None
             except Exception as error:  # each protocol's library has errors of its own
                 problem = _describe(error)
+                # What came is not what was written, or nothing came; the latter says nothing of the store.
+                kind = UserError if isinstance(error, UserError) and not isinstance(error, FinalError) else SourceError
                 if _is_final(error):
                     break
-        raise UserError(
+        raise kind(
             f"{subject}{problem} ({tries} of {self._retries + 1} tries in {time.monotonic() - begin:.1f} s; "
             "see store.retries, store.timeout_s)"
         )

@@ -30,7 +30,7 @@ from fmrl_dist.config import FEATURE_NAME, StoreConfig
 from fmrl_dist.data.block_arrays import item_problems, parse_block, user_problems
 from fmrl_dist.data.cache import SHA256, RangeCache
 from fmrl_dist.data.remote import RemoteFiles, checked_url, default_cache_folder
-from fmrl_dist.data.store_files import LocalFiles, StoreFiles
+from fmrl_dist.data.store_files import LocalFiles, SourceError, StoreFiles
 from fmrl_dist.errors import UserError
 from fmrl_dist.files import json_sha256
 from fmrl_dist.urls import is_url
@@ -237,16 +237,23 @@ class Store:
         return arrays
 
     def read_or_skip(self, block: Block) -> dict[str, np.ndarray] | None:
-        """:meth:`read_block`; None of a damaged block where the store was opened with ``on_bad_shard: skip``."""
+        """:meth:`read_block`; None of a damaged block where the store was opened with ``on_bad_shard: skip``.
+
+        Raises:
+            SourceError: the store cannot be reached, whatever is asked for damaged blocks.
+            UserError: the block is damaged, and not to be skipped.
+        """
         try:
             return self.read_block(block)
+        except SourceError:
+            raise
         except UserError:
             if not self.skips_damaged:
                 raise
             return None
 
     def read_each(self, blocks: Sequence[Block]) -> Iterator[dict[str, np.ndarray] | None]:
-        """:meth:`read_or_skip` of each block, in order; from a URL several are fetched at once, which hides its latency.
+        """:meth:`read_or_skip` of each block, in order; from a URL several are fetched at once, to hide its latency.
 
         Raises:
             UserError: a block cannot be read, and is not to be skipped; no further ones are fetched.
@@ -268,7 +275,11 @@ class Store:
         try:
             return self.files.read_range(block.shard, block.offset, block.num_bytes, block.sha256)
         except FileNotFoundError:
+            if isinstance(self.files, LocalFiles) and not (self.files.folder / MANIFEST_FILE).exists():
+                raise SourceError(f"store {self.location} is gone; mount it again, then go on") from None
             raise UserError(f"{where}: no such shard; {mend}") from None
+        except SourceError as error:
+            raise SourceError(f"{where} {error}") from None
         except UserError as error:
             raise UserError(f"{where} {error}; {mend}") from None
 

@@ -13,12 +13,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from fmrl_dist.errors import require
+from fmrl_dist.errors import UserError, require
 
 FILE_NAME = re.compile(r"manifest\.json|(vocab|users)\.parquet|[a-z]+-\d{6}\.tar", re.ASCII)
 CHUNK_BYTES = 8 << 20
 
 T = TypeVar("T")
+
+
+class SourceError(UserError):
+    """Where a store comes from does not answer: it may be as good as ever, and nothing of it is to be left out."""
 
 
 class StoreFiles(Protocol):

@@ -193,12 +193,13 @@ class TrainStream:
                 self._sampler.negatives(drawn_of_lane, own.targets[begin:end])
                 for drawn_of_lane, (begin, end) in zip(drawn, pairwise(position_starts), strict=True)
             ]
-        negatives = np.concatenate([ids for ids, _ in groups])
+        nothing = (np.empty(0, np.int64), np.empty(0, np.float32))  # of a rank, or a micro-batch, without lanes
+        negatives, log_expected = (np.concatenate(parts) for parts in zip(nothing, *groups, strict=True))
         return SampledBatch(
             **packed.tensors | self._features(joint, own, negatives),
             position_starts=torch.from_numpy(position_starts),
             negatives=torch.from_numpy(negatives),
-            log_expected=torch.from_numpy(np.concatenate([log_expected for _, log_expected in groups])),
+            log_expected=torch.from_numpy(log_expected),
             negative_starts=torch.from_numpy(_starts(np.array([len(ids) for ids, _ in groups]))),
         )
 

@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fmrl_dist.exchange import exchange_counts, exchange_rows
 from fmrl_dist.losses.log_sum_exp import catalogue_log_sum_exp
 from fmrl_dist.losses.tiled_log_sum_exp import Rows
 
@@ -70,7 +71,7 @@ def split_log_sum_exp(
         [S, N], differentiable in z, weight and table; the gradients of weight and table are this rank's summands.
     """
     num_ranks, own = dist.get_world_size(), [len(z)] * dist.get_world_size()
-    counts = _counts_of_all(len(z), z.device)
+    counts = exchange_counts(own, z.device)
     everyones_z = _Exchange.apply(z.repeat(num_ranks, 1), own, counts)
     rows = None if table is None else part.rows_of(table)
     partial_SP = catalogue_log_sum_exp(everyones_z, part.columns, weight, rows, sizes, temperatures, impl, dtype)
@@ -90,23 +91,10 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
         ctx.counts = sent, received
-        return _all_to_all(rows, sent, received)
+        return exchange_rows(rows, sent, received)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         sent, received = ctx.counts
-        return _all_to_all(grad, received, sent), None, None
-
-
-def _all_to_all(rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
-    result = rows.new_empty(sum(received), rows.shape[1])
-    dist.all_to_all_single(result, rows.contiguous(), received, sent)
-    return result
-
-
-def _counts_of_all(count: int, device: torch.device) -> list[int]:
-    """Every rank's ``count``, in rank order."""
-    counts = [torch.empty(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, torch.tensor([count], device=device))
-    return torch.cat(counts).tolist()
+        return exchange_rows(grad, received, sent), None, None

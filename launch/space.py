@@ -1,0 +1,234 @@
+"""The space of a sweep: a YAML file that says what varies, from where to where, over which config, and for how long.
+
+    base: configs/demo.yaml             # the config of every trial
+    study: demo                         # names the sweep
+    trials: 8                           # how many, those that fail included
+    metric: ndcg@10@16                  # default: the base's eval.metric at its eval.size
+    sampler: {seed: 0}                  # default 0
+    fixed: {train.epochs: 3}            # keys in which all trials differ from the base
+    parameters:
+      train.lr: {low: 1.0e-4, high: 1.0e-2, log: true}
+      model.depth: {low: 1, high: 3, step: 1}          # integers give integers
+      loss.predict_first: {choices: [true, false]}
+
+A value is handed on as the word that stands after ``--section.key`` on a command line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fmrl_dist.config import Config, load_config
+from fmrl_dist.errors import UserError, require
+
+STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+OWN_SECTIONS = ("run", "eval", "store")  # the sweep sets the first two; all trials read one store
+SECTIONS = ("base", "study", "trials", "metric", "sampler", "fixed", "parameters")
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from ``low`` to ``high``, both included: integers, if both ends are."""
+
+    low: int | float
+    high: int | float
+    step: int | float | None = None  # None: 1 for integers, any number otherwise
+    log: bool = False
+
+    @property
+    def is_integer(self) -> bool:
+        return isinstance(self.low, int) and isinstance(self.high, int)
+
+    @property
+    def extremes(self) -> tuple[str, ...]:
+        return as_word(self.low), as_word(self.high)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """One of several values, each as its word."""
+
+    words: tuple[str, ...]
+
+    @property
+    def extremes(self) -> tuple[str, ...]:
+        return self.words
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a sweep searches."""
+
+    base: Path
+    study: str
+    trials: int
+    seed: int
+    fixed: Mapping[str, str]  # words by key; what follows from `metric` is among them
+    parameters: Mapping[str, Range | Choices]
+    raw: Mapping[str, Any]  # the file
+
+    def config(self, words: Mapping[str, str] | None = None) -> Config:
+        """The config of a trial with these values of the parameters."""
+        return load_config(self.base, overrides({**self.fixed, **(words or {})}))
+
+
+def overrides(words: Mapping[str, str]) -> list[str]:
+    """``--section.key word`` for a command line."""
+    return [part for key, word in words.items() for part in (f"--{key}", word)]
+
+
+def as_word(value: Any) -> str:
+    """What stands for a plain value on a command line, where it is read as YAML."""
+    with contextlib.suppress(yaml.YAMLError, ValueError):
+        if isinstance(value, str) and yaml.safe_load(value) == value:
+            return value
+    return json.dumps(value)
+
+
+def metric_of(config: Config) -> str:
+    """The name in ``metrics.jsonl`` of the figure that decides which checkpoint is best, and which trial."""
+    return f"{config.eval.metric}@{config.eval.size or config.model.width}"
+
+
+def read_space(path: Path) -> Space:
+    """Read a space file; every end of its ranges and every choice is a config that may be trained.
+
+    Raises:
+        UserError: the file is missing or not YAML, or what it says is impossible; the message names the key.
+    """
+    require(path.is_file(), f"space {path} does not exist; expected a YAML file such as configs/sweep-demo.yaml")
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"space {path} is not YAML: {' '.join(str(error).split())}") from None
+    try:
+        space = _space(raw)
+        space.config()
+    except UserError as error:
+        raise UserError(f"space {path}: {error}") from None
+    for key, parameter in space.parameters.items():
+        for word in parameter.extremes:
+            try:
+                space.config({key: word})
+            except UserError as error:
+                raise UserError(f"space {path}: parameters.{key} cannot be {word}: {error}") from None
+    return space
+
+
+def _space(raw: Any) -> Space:
+    values = _mapping("a space", raw)
+    _require_known("", values, SECTIONS)
+    for key in ("base", "study", "trials", "parameters"):
+        require(key in values, f"{key} is missing; expected base, study, trials and parameters")
+    for key in ("base", "study"):
+        require(isinstance(values[key], str), f"{key} is {values[key]!r}; expected a text")
+    study = values["study"]
+    require(STUDY_NAME.fullmatch(study) is not None, f"study is {study!r}; expected letters, digits and ._-")
+    sampler = _mapping("sampler", values.get("sampler", {}))
+    _require_known("sampler.", sampler, ("seed",))
+    fixed = _mapping("fixed", values.get("fixed", {}))
+    require("run.dir" not in fixed, "fixed sets run.dir, of which each trial has its own; leave it out")
+    parameters = _mapping("parameters", values["parameters"])
+    require(bool(parameters), "parameters is empty; expected at least one key of the config")
+    for key in parameters:
+        section, dot, _ = str(key).partition(".")
+        require(bool(dot), f"parameter {key!r} is no key of the config; expected section.key, such as train.lr")
+        require(section not in OWN_SECTIONS, f"parameter {key!r} is not the model's or its training's; leave it out")
+        require(key not in fixed, f"{key} is both fixed and a parameter; leave one out")
+    return Space(
+        Path(values["base"]),
+        study,
+        _at_least(1, "trials", values["trials"]),
+        _at_least(0, "sampler.seed", sampler.get("seed", 0)),
+        {str(key): as_word(value) for key, value in fixed.items()} | _metric_words(values.get("metric")),
+        {str(key): _parameter(f"parameters.{key}", value) for key, value in parameters.items()},
+        values,
+    )
+
+
+def _metric_words(metric: Any) -> dict[str, str]:
+    """The keys that make a run choose its best checkpoint by ``metric``."""
+    if metric is None:
+        return {}
+    name, _, size = str(metric).rpartition("@")
+    require(
+        isinstance(metric, str) and "@" in name and size.isdecimal(),
+        f"metric is {metric!r}; expected one of a run's validation figures, such as ndcg@10@64",
+    )
+    return {"eval.metric": name, "eval.size": size}
+
+
+def _parameter(where: str, raw: Any) -> Range | Choices:
+    values = _mapping(where, raw)
+    if "choices" in values:
+        _require_known(f"{where}.", values, ("choices",))
+        choices = values["choices"]
+        require(
+            isinstance(choices, list) and bool(choices), f"{where}.choices is {choices!r}; expected a list of values"
+        )
+        words = tuple(as_word(choice) for choice in choices)
+        require(len(set(words)) == len(words), f"{where}.choices names a value twice; name each once")
+        return Choices(words)
+    _require_known(f"{where}.", values, ("low", "high", "step", "log"))
+    for key in ("low", "high"):
+        require(key in values, f"{where}.{key} is missing; expected low and high, or choices")
+    low, high = (_number(f"{where}.{key}", values[key]) for key in ("low", "high"))
+    require(low < high, f"{where} goes from {low} to {high}; expected low below high")
+    log = values.get("log", False)
+    require(isinstance(log, bool), f"{where}.log is {log!r}; expected true or false")
+    require(not log or low > 0, f"{where}.low is {low}; a logarithmic range begins above 0")
+    if values.get("step") is None:
+        return Range(low, high, None, log)
+    step = _number(f"{where}.step", values["step"])
+    found = Range(low, high, step, log)
+    require(not log, f"{where} has both log and step; leave one out")
+    require(step > 0, f"{where}.step is {step}; expected more than 0")
+    require(isinstance(step, int) or not found.is_integer, f"{where}.step is {step}; expected an integer, as low is")
+    steps = (Decimal(str(high)) - Decimal(str(low))) % Decimal(str(step))
+    require(steps == 0, f"{where}.step {step} does not lead from {low} to {high}; change one of them")
+    return found
+
+
+def _mapping(where: str, value: Any) -> dict[str, Any]:
+    require(isinstance(value, dict), f"{where} is {value!r}; expected a mapping")
+    return dict(value)
+
+
+def _require_known(prefix: str, values: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    for key in values:
+        close = difflib.get_close_matches(str(key), known, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+        require(key in known, f"unknown key {f'{prefix}{key}'!r}; {hint}")
+
+
+def _at_least(low: int, where: str, value: Any) -> int:
+    require(
+        isinstance(value, int) and not isinstance(value, bool) and value >= low,
+        f"{where} is {value!r}; expected a whole number of at least {low}",
+    )
+    return int(value)
+
+
+def _number(where: str, value: Any) -> int | float:
+    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a text
+        try:
+            value = float(value)
+        except ValueError:
+            raise UserError(f"{where} is {value!r}; expected a number") from None
+    require(
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value),
+        f"{where} is {value!r}; expected a number",
+    )
+    found: int | float = value
+    return found

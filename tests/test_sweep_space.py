@@ -1,0 +1,138 @@
+"""Space files: what they mean, and how a mistake in one is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fmrl_dist.errors import UserError
+from launch import sweep
+from launch.space import Choices, Range, as_word, metric_of, overrides, read_space
+from tests.training_fixture import refusal
+
+RAW: dict[str, Any] = {
+    "base": "configs/demo.yaml",
+    "study": "a",
+    "trials": 3,
+    "parameters": {"train.lr": {"low": 1e-4, "high": 1e-2, "log": True}},
+}
+
+
+def write(folder: Path, **values: Any) -> Path:
+    path = folder / "space.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in {**RAW, **values}.items() if value != "absent"}))
+    return path
+
+
+def test_a_space_file(tmp_path: Path) -> None:
+    parameters = {
+        "train.lr": {"low": "1e-4", "high": 1, "log": True},  # as YAML 1.1 reads 1e-4
+        "train.weight_decay": {"low": 0.0, "high": 0.3, "step": 0.1},
+        "model.depth": {"low": 1, "high": 3, "step": 2},
+        "model.sizes": {"choices": [[64, 128], [8, 64, 128]]},
+        "loss.impl": {"choices": ["tiled", "plain"]},
+        "loss.predict_first": {"choices": [True, False]},
+    }
+    fixed = {"train.epochs": 2, "data.root": "elsewhere"}
+    space = read_space(write(tmp_path, parameters=parameters, fixed=fixed, metric="recall@5@64", sampler={"seed": 7}))
+    assert space.parameters == {
+        "train.lr": Range(1e-4, 1, None, True),
+        "train.weight_decay": Range(0.0, 0.3, 0.1),
+        "model.depth": Range(1, 3, 2),
+        "model.sizes": Choices(("[64, 128]", "[8, 64, 128]")),
+        "loss.impl": Choices(("tiled", "plain")),
+        "loss.predict_first": Choices(("true", "false")),
+    }
+    assert [name for name, p in space.parameters.items() if isinstance(p, Range) and p.is_integer] == ["model.depth"]
+    assert (space.study, space.trials, space.seed) == ("a", 3, 7)
+    config = space.config({"model.depth": "3", "loss.predict_first": "false"})
+    assert (config.train.epochs, config.data.root, config.model.depth) == (2, "elsewhere", 3)
+    assert not config.loss.predict_first
+    assert metric_of(config) == "recall@5@64"
+
+
+def test_the_metric_is_the_configs_own_by_default(tmp_path: Path) -> None:
+    assert metric_of(read_space(write(tmp_path)).config()) == "ndcg@10@128"
+
+
+def test_the_demo_sweep() -> None:
+    assert read_space(Path("configs/sweep-demo.yaml")).trials == 6
+
+
+@pytest.mark.parametrize("value", [1, -2.5, 1e-7, 1e22, True, None, "auto", "1", "true", "", "a: b", "[", [8, 16]])
+def test_words_are_read_as_what_they_were(value: Any) -> None:
+    read = yaml.safe_load(as_word(value))
+    assert (float(read) if isinstance(value, float) else read) == value
+
+
+def test_overrides() -> None:
+    assert overrides({"a.b": "1", "c.d": "x"}) == ["--a.b", "1", "--c.d", "x"]
+
+
+def parameter(key: str, **values: Any) -> dict[str, Any]:
+    return {"parameters": {key: values}}
+
+
+MISTAKES = {
+    "no mapping": ({"parameters": [1]}, "parameters is [1]; expected a mapping"),
+    "unknown section": ({"trails": 3}, "unknown key 'trails'; did you mean 'trials'?"),
+    "missing section": ({"study": "absent"}, "study is missing; expected base, study, trials and parameters"),
+    "no parameters": ({"parameters": {}}, "parameters is empty; expected at least one key of the config"),
+    "no base": ({"base": "configs/demmo.yaml"}, "config configs/demmo.yaml does not exist"),
+    "study": ({"study": "a/b"}, "study is 'a/b'; expected letters, digits and ._-"),
+    "trials": ({"trials": 0}, "trials is 0; expected a whole number of at least 1"),
+    "trials' type": ({"trials": "many"}, "trials is 'many'; expected a whole number of at least 1"),
+    "sampler": ({"sampler": {"sead": 1}}, "unknown key 'sampler.sead'; did you mean 'seed'?"),
+    "metric": ({"metric": "ndcg"}, "metric is 'ndcg'; expected one of a run's validation figures, such as ndcg@10@64"),
+    "metric's name": ({"metric": "ndcg@7@64"}, "eval.metric is 'ndcg@7'; expected one of: recall@5"),
+    "metric's size": ({"metric": "ndcg@10@50"}, "eval.size is 50, which is not trained"),
+    "fixed key": ({"fixed": {"train.epoch": 1}}, "unknown config key 'train.epoch'; did you mean 'epochs'?"),
+    "fixed run": ({"fixed": {"run.dir": "x"}}, "fixed sets run.dir, of which each trial has its own; leave it out"),
+    "fixed twice": ({"fixed": {"train.lr": 0.1}}, "train.lr is both fixed and a parameter; leave one out"),
+    "no section": (parameter("lr", low=0, high=1), "parameter 'lr' is no key of the config; expected section.key"),
+    "not varied": (parameter("eval.users", low=1, high=2), "'eval.users' is not the model's or its training's"),
+    "unknown key": (
+        parameter("train.lrr", low=0.1, high=1),
+        "parameters.train.lrr cannot be 0.1: unknown config key 'train.lrr'; did you mean 'lr'?",
+    ),
+    "unknown word": (parameter("train.lr", lo=0, high=1), "unknown key 'parameters.train.lr.lo'; did you mean 'low'?"),
+    "no high": (parameter("train.lr", low=0.1), "parameters.train.lr.high is missing; expected low and high"),
+    "text": (parameter("train.lr", low="small", high=1), "parameters.train.lr.low is 'small'; expected a number"),
+    "order": (parameter("train.lr", low=1, high=1), "parameters.train.lr goes from 1 to 1; expected low below high"),
+    "log from 0": (parameter("train.lr", low=0, high=1, log=True), "train.lr.low is 0; a logarithmic range begins ab"),
+    "log and step": (parameter("model.depth", low=1, high=3, step=1, log=True), "has both log and step; leave one out"),
+    "log's type": (parameter("train.lr", low=1, high=2, log=1), "parameters.train.lr.log is 1; expected true or false"),
+    "step": (parameter("train.lr", low=0.1, high=0.5, step=0.3), "step 0.3 does not lead from 0.1 to 0.5; change one"),
+    "float step": (parameter("model.depth", low=1, high=2, step=0.5), "step is 0.5; expected an integer, as low is"),
+    "floats": (parameter("model.depth", low=1.0, high=2.0), "cannot be 1.0: model.depth is 1.0; expected int"),
+    "impossible": (parameter("model.dropout", low=0.0, high=1.0), "cannot be 1.0: model.dropout is 1.0; expected 0 <="),
+    "no choices": (parameter("model.depth", choices=[]), "model.depth.choices is []; expected a list of values"),
+    "a choice": (
+        parameter("loss.impl", choices=["plain", "fast"]),
+        "cannot be fast: loss.impl is 'fast'; expected one",
+    ),
+    "choices twice": (parameter("model.depth", choices=[1, 1]), "choices names a value twice; name each once"),
+    "both kinds": (
+        parameter("model.depth", choices=[1], low=1),
+        "unknown key 'parameters.model.depth.low'; known: cho",
+    ),
+}
+
+
+@pytest.mark.parametrize(("values", "complaint"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_is_told_in_one_line(values: dict[str, Any], complaint: str, tmp_path: Path) -> None:
+    path = write(tmp_path, **values)
+    with pytest.raises(UserError) as error:
+        read_space(path)
+    assert str(error.value).startswith(f"space {path}: ")
+    assert complaint in str(error.value) and "\n" not in str(error.value)
+
+
+def test_no_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "space.yaml"
+    path.write_text("a: [")
+    assert "is not YAML" in refusal(sweep.main, path)
+    assert "does not exist; expected a YAML file" in refusal(sweep.main, tmp_path / "absent.yaml")
