@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from launch.follow import Submitted, read_record, write_record
-from tests.processes import launch
+from tests.processes import REPOSITORY, launch
 from tests.slurm_cluster import SYSTEM_PATH, SlurmCluster
 from tests.test_slurm_launch import demo_words
 from tests.test_slurm_requeue import long_words, wait_for_restart
@@ -165,6 +167,25 @@ def test_what_sbatch_refuses_leaves_no_job(slurm: SlurmCluster, folder: Path) ->
     assert line.startswith("error: sbatch refuses refused-export: ")
     wait_until_over(slurm, record(folder, "refused"))
     assert slurm.call("squeue", "--noheader") == before
+
+
+def test_the_first_page_of_the_docs(chain: subprocess.CompletedProcess[str], slurm: SlurmCluster, folder: Path) -> None:
+    """Word by word, but for the clone and the set-up, whose place the tests' own take, and a demo of two steps."""
+    assert chain.returncode == 0, chain.stdout + chain.stderr
+    page = (REPOSITORY / "docs" / "cluster.md").read_text()
+    clone, set_up, command = page.split("```")[1].strip().splitlines()
+    assert clone == "git clone URL fmrl-dist && cd fmrl-dist"
+    assert set_up.startswith("make setup ") and command.startswith(".venv/bin/python -m launch.submit ")
+    words = shlex.split(command.replace("PARTITION", "main"))[1:]
+    result = slurm.command(
+        *(sys.executable, *words, *demo_words(folder, "docs"), "--train.max_steps", "2"), timeout_s=400
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    example = re.search(r"^    (\d+ s  export .*)$", page, re.MULTILINE)
+    assert example is not None
+    shape = [re.sub(r"\d+", "N", line).split() for line in (example[1], result.stdout.splitlines()[-1])]
+    assert shape[0] == shape[1]
+    assert {path.name for path in (folder / "docs").glob("export-*")} == {f"export-{8 << i}" for i in range(5)}
 
 
 def test_no_accounting_and_a_controller_that_is_busy_once(
