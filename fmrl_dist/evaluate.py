@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fmrl_dist.assembly import Ranker, build_ranker, ranker
@@ -21,7 +22,7 @@ from fmrl_dist.data.histories import evaluation_blocks
 from fmrl_dist.data.store import Store
 from fmrl_dist.errors import UserError, require, run_command
 from fmrl_dist.evaluation import rank_histograms
-from fmrl_dist.evaluation_parts import WHOLE, Evaluated, Part, join_parts, parts_folder, write_part
+from fmrl_dist.evaluation_parts import WHOLE, Evaluated, Means, Part, join_parts, parts_folder, write_part
 from fmrl_dist.export_folder import export_sha256, is_export, read_export
 from fmrl_dist.metrics import metrics_from_histogram
 from fmrl_dist.report import size_table, write_report
@@ -102,16 +103,17 @@ def main(argv: list[str]) -> None:
     else:
         histograms = count_ranks(subject.build(runtime), subject.store, runtime, split, mask_seen, part or WHOLE)
         if runtime.is_main and part:
-            leave_part(subject, split, mask_seen, part, histograms)
+            means = Means(torch.get_num_threads(), runtime.device.type)
+            leave_part(subject, split, mask_seen, part, means, histograms)
         elif runtime.is_main:
             report(figures(histograms, subject.sizes, subject.store, split, mask_seen), subject.folder)
     runtime.leave()
 
 
-def leave_part(subject: Subject, split: str, mask_seen: bool, part: Part, histograms: Tensor) -> None:
+def leave_part(subject: Subject, split: str, mask_seen: bool, part: Part, means: Means, histograms: Tensor) -> None:
     """Write one part, and say where it is."""
     evaluated = evaluated_of(subject, split, mask_seen)
-    path = write_part(parts_folder(subject.folder, evaluated), part, evaluated, histograms)
+    path = write_part(parts_folder(subject.folder, evaluated), part, evaluated, means, histograms)
     print(f"{split}, part {part}: {int(histograms[0].sum()):,} users\nwritten: {path}", flush=True)
 
 

@@ -1,9 +1,10 @@
 """An evaluation in parts: jobs of their own rank for a share of the user blocks each, and the last one adds them up.
 
-    RUN/evaluation.parts/2-of-4.json   of part 2: what was evaluated, its histograms of 2·rank, the sha256 of both
+    RUN/evaluation.parts/2-of-4.json   of part 2: what was evaluated and how, its histograms of 2·rank, their sha256
 
 Blocks are fixed and the histograms are integers, so the sum is that of a single evaluation, and so are the figures, to
-the last digit. A part that is evaluated again replaces the one that was there.
+the last digit: with the same threads on the same kind of device, which round alike; others are not mixed. A part that
+is evaluated again replaces the one that was there.
 """
 
 from __future__ import annotations
@@ -69,14 +70,25 @@ class Evaluated:
     users: int  # of the whole split, those in damaged blocks too
 
 
+@dataclass(frozen=True)
+class Means:
+    """What a part's scores were computed with: they are rounded otherwise by others."""
+
+    threads: int  # of each process
+    device: str  # cpu | cuda
+
+
 def parts_folder(folder: Path, evaluated: Evaluated) -> Path:
     """Where the parts lie: beside the report that they are joined into."""
     return folder / f"{evaluation_file(evaluated.split, evaluated.mask_seen)}.parts"
 
 
-def write_part(folder: Path, part: Part, evaluated: Evaluated, histograms: Tensor) -> Path:
+def write_part(folder: Path, part: Part, evaluated: Evaluated, means: Means, histograms: Tensor) -> Path:
     """Write one part into ``folder``, which is made; returns its path. Histograms are int64 [S, 2·CUTOFF + 1]."""
-    record = {"part": str(part), "evaluated": asdict(evaluated), "histograms": histograms.tolist()}
+    record = {
+        **{"part": str(part), "evaluated": asdict(evaluated), "means": asdict(means)},
+        "histograms": histograms.tolist(),
+    }
     folder.mkdir(exist_ok=True)
     write_atomically(folder / part.file, json.dumps(record | {"sha256": json_sha256(record)}).encode() + b"\n")
     return folder / part.file
@@ -86,7 +98,8 @@ def join_parts(folder: Path, evaluated: Evaluated) -> Tensor:
     """The sum of all parts' histograms, int64 [S, 2·CUTOFF + 1].
 
     Raises:
-        UserError: a part is missing, damaged or of another evaluation, or there are parts of several divisions.
+        UserError: a part is missing, damaged or of another evaluation, or there are parts of several divisions, or
+            with other threads or devices.
     """
     parts = _parts_in(folder)
     counts = sorted({part.count for part in parts})
@@ -102,7 +115,18 @@ def join_parts(folder: Path, evaluated: Evaluated) -> Tensor:
             f"{folder} lacks {len(missing)} of {counts[0]} parts; evaluate "
             f"{', '.join(f'--part {part}' for part in missing[:3])}{' …' if missing[3:] else ''} and join again"
         )
-    return torch.stack([_read_part(folder, part, evaluated) for part in wanted]).sum(0)
+    means, histograms = zip(*(_read_part(folder, part, evaluated) for part in wanted), strict=True)
+    for part, own in zip(wanted, means, strict=True):
+        require(
+            own == means[0],
+            f"{folder / part.file} was evaluated with {_said(own)}, part {wanted[0]} with {_said(means[0])}: they "
+            "round differently; evaluate all parts with the same --threads on the same kind of device",
+        )
+    return torch.stack(histograms).sum(0)
+
+
+def _said(means: Means) -> str:
+    return f"{means.threads} thread(s) on {means.device}"
 
 
 def _parts_in(folder: Path) -> set[Part]:
@@ -110,14 +134,14 @@ def _parts_in(folder: Path) -> set[Part]:
     return {Part(int(found[1]), int(found[2])) for name in names if (found := PART_FILE.fullmatch(name))}
 
 
-def _read_part(folder: Path, part: Part, evaluated: Evaluated) -> Tensor:
+def _read_part(folder: Path, part: Part, evaluated: Evaluated) -> tuple[Means, Tensor]:
     path, again = folder / part.file, f"evaluate it again with --part {part}"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if record.pop("sha256") != json_sha256(record):
             raise ValueError("its sha256 is not the recorded one")
         _require_same(path, {"part": str(part)} | asdict(evaluated), {"part": record["part"]} | record["evaluated"])
-        return _checked(record["histograms"], evaluated)
+        return Means(**record["means"]), _checked(record["histograms"], evaluated)
     except UserError as error:
         raise UserError(f"{error}; {again}") from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:

@@ -1,11 +1,20 @@
 # shellcheck shell=bash
 # What your cluster needs, said once: sourced by every script before anything else. srun hands exported
-# variables on to every node. If Python or CUDA come as modules on your cluster, load them at the end of this file.
+# variables on to every node.
+
+# Your cluster's modules and settings come here, before the virtual environment: what is loaded later is found first.
+# Modules use variables that are not set.
+set +u
+# module load python/3.12 cuda/12.8
+set -u
 
 refuse() {
   echo "error: $1" >&2
   exit 2
 }
+
+# Where sbatch was told to hand on little (--export=NONE, on some clusters the default), srun would hand on as little.
+export SLURM_EXPORT_ENV=ALL
 
 # The virtual environment, on a file system that all nodes share.
 venv=${FMRL_VENV:-$SLURM_SUBMIT_DIR/.venv}
@@ -14,11 +23,19 @@ venv=${FMRL_VENV:-$SLURM_SUBMIT_DIR/.venv}
 export PATH=$venv/bin:$PATH
 
 # One process for each GPU that the job has on a node, one where it has none.
-processes=${SLURM_GPUS_ON_NODE:-0}
-[[ $processes != 0 ]] || processes=1
-export FMRL_PROCESSES_PER_NODE=${FMRL_PROCESSES_PER_NODE:-$processes}
+if [[ ! ${FMRL_PROCESSES_PER_NODE:-} ]]; then
+  gpus=${SLURM_GPUS_ON_NODE:-0}
+  export FMRL_PROCESSES_PER_NODE=$((gpus ? gpus : 1)) FMRL_GPUS_PER_NODE=$gpus # of the first node; all must have as many
+fi
 [[ $FMRL_PROCESSES_PER_NODE =~ ^[1-9][0-9]*$ ]] ||
   refuse "FMRL_PROCESSES_PER_NODE is '$FMRL_PROCESSES_PER_NODE'; expected a number of at least 1"
+
+# One launcher on each node, whatever sbatch was told of tasks.
+# shellcheck disable=SC2034 # for srun, in the scripts
+launchers=(--nodes="${SLURM_JOB_NUM_NODES:-1}" --ntasks="${SLURM_JOB_NUM_NODES:-1}" --ntasks-per-node=1)
+
+[[ ! ${FMRL_DEEPSPEED:-} || -f $FMRL_DEEPSPEED ]] ||
+  refuse "FMRL_DEEPSPEED is $FMRL_DEEPSPEED, which is no file in $PWD; expected one such as launch/deepspeed/zero2.json"
 
 # gloo and NCCL look for the network between the nodes themselves; where they take another, FMRL_INTERFACE names it.
 if [[ -n ${FMRL_INTERFACE:-} ]]; then

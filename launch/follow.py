@@ -12,12 +12,13 @@ from itertools import takewhile
 from pathlib import Path
 
 from fmrl_dist.errors import UserError, require
-from launch.jobs import LIVE, states
+from launch.jobs import LIVE, announce, import_submitit, queue_states, require_slurm, states
 
 RECORD = "chain.json"
 TAIL_LINES = 20
 MIN_POLL_S, MAX_POLL_S = 2.0, 30.0
-ACCOUNTING_S = 120.0  # in which sacct must know of a job that has left the queue
+ACCOUNTING_S = 120.0  # in which sacct must know of the jobs that have left the queue, when none is left in it
+SILENCE_S = 600.0  # in which SLURM, busy or started anew, must answer again
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def all_jobs(stages: Sequence[Submitted]) -> list[str]:
 
 def live_jobs(stages: Sequence[Submitted]) -> dict[str, str]:
     """Jobs that wait or run, with their states."""
-    return {job: state for job, state in states(all_jobs(stages)).items() if state in LIVE}
+    return {job: state for job, state in queue_states(all_jobs(stages)).items() if state in LIVE}
 
 
 def summary(stage: Submitted, now: Mapping[str, str]) -> str:
@@ -72,26 +73,43 @@ def follow(stages: Sequence[Submitted]) -> None:
 
     Raises:
         SystemExit: a stage has failed; its name, its log's path and the log's end are printed.
-        UserError: SLURM does not say what has become of a job.
+        UserError: SLURM does not say what has become of a job, or has not answered for a while.
     """
+    import_submitit()
+    require_slurm()
     start = time.monotonic()
     told: dict[str, str] = {}
-    ended_before, known_until = False, start
+    over: dict[str, str] = {}  # how jobs have ended, which a cluster without accounting forgets
+    ended_before, known_until, answered = False, start, start
     while True:
-        now = states(all_jobs(stages))
+        try:
+            now = states(all_jobs(stages))
+        except UserError as error:
+            if time.monotonic() - answered > SILENCE_S:
+                raise
+            announce(f"{error}; asked again for {SILENCE_S / 60:.0f} minutes")
+            time.sleep(MIN_POLL_S)
+            continue
+        answered = time.monotonic()
+        now = {job: over.get(job, state) if state == "UNKNOWN" else state for job, state in now.items()}
+        over |= {job: state for job, state in now.items() if state not in (*LIVE, "UNKNOWN")}
         for stage in stages:
             line = summary(stage, now)
             if told.get(stage.stage) != line and "UNKNOWN" not in line:
                 told[stage.stage] = line
                 print(f"{time.monotonic() - start:6.0f} s  {line}", flush=True)
-        ended = not any(state in LIVE or state == "UNKNOWN" for state in now.values())
+        any_live = any(state in LIVE for state in now.values())
+        ended = not any_live and "UNKNOWN" not in now.values()
         if ended and ended_before:  # one that is submitted again can look as if it had ended, for a moment
             break
         ended_before = ended
-        if "UNKNOWN" not in now.values():
+        if any_live or ended:
             known_until = time.monotonic()
-        unknown = [job for job, state in now.items() if state == "UNKNOWN"]
-        require(time.monotonic() - known_until < ACCOUNTING_S, f"sacct does not know jobs {unknown}; see their logs")
+        unknown = ", ".join(job for job, state in now.items() if state == "UNKNOWN")
+        require(
+            time.monotonic() - known_until < ACCOUNTING_S,
+            f"neither squeue nor sacct knows what has become of {unknown}; see their logs",
+        )
         time.sleep(min(MIN_POLL_S + (time.monotonic() - start) / 60, MAX_POLL_S))
     for stage in stages:
         for job, log in zip(stage.jobs, stage.logs, strict=True):

@@ -9,6 +9,7 @@ never taken for finished: there is no pickled result, only SLURM's word (:func:`
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import re
@@ -135,14 +136,23 @@ def sbatch_text(
 
 
 def script_options(path: Path) -> dict[str, str]:
-    """The ``#SBATCH --name=value`` lines of a script, by name; "" for one without a value."""
+    """The ``#SBATCH --name=value`` lines of a script, by name; "" for one without a value.
+
+    Raises:
+        UserError: a line is written in another way that sbatch takes: these are written by hand, cluster by cluster.
+    """
     found = {}
-    for line in path.read_text().splitlines():
-        if not line.startswith("#"):
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if line.strip() and not line.startswith("#"):
             break  # as sbatch does
         if line.startswith("#SBATCH"):
-            match = OPTION.fullmatch(line)
-            assert match is not None, f"{path}: {line}"
+            match = OPTION.fullmatch(line.rstrip())
+            require(
+                match is not None,
+                f"{path}, line {number}: {line!r} is not understood; "
+                "expected #SBATCH --name or #SBATCH --name=value, with a long name and no comment after it",
+            )
+            assert match is not None
             found[match[1]] = match[2] or ""
     return found
 
@@ -150,26 +160,34 @@ def script_options(path: Path) -> dict[str, str]:
 def states(job_ids: Sequence[str]) -> dict[str, str]:
     """SLURM's word on each job or task of an array: PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, …
 
-    Those in the queue are the controller's word, those that have ended the accounting's: UNKNOWN where it does not know
-    yet.
+    The controller's word, which forgets a job some minutes after its end (``MinJobAge``), and after that the
+    accounting's: UNKNOWN where that does not know yet, or there is none.
 
     Raises:
-        UserError: squeue or sacct does not answer.
+        UserError: squeue does not answer.
     """
-    executors = import_submitit()
+    known = queue_states(job_ids)
+    forgotten = [job_id for job_id in job_ids if job_id not in known]
+    ended = _accounted_states(forgotten) if forgotten else {}
+    return {job_id: known.get(job_id) or ended.get(job_id, "UNKNOWN") for job_id in job_ids}
+
+
+def queue_states(job_ids: Sequence[str]) -> dict[str, str]:
+    """The controller's word on the jobs that it knows: all that have not ended, and those that have lately.
+
+    Raises:
+        UserError: squeue does not answer.
+    """
     require_slurm()
-    jobs = ",".join(dict.fromkeys(job_id.split("_")[0] for job_id in job_ids))
-    queue = _ask("squeue", "--noheader", "--array", "--format=%i %T", f"--jobs={jobs}")
-    queued = dict(line.split() for line in queue.splitlines())
-    ended = {}
-    if any(job_id not in queued for job_id in job_ids):
-        table = _ask("sacct", "--allocations", "--parsable2", "--format=JobID,State", f"--jobs={jobs}")
-        ended = {
-            job_id: row["State"].split()[0]  # "CANCELLED by 0"
-            for job_id, row in executors.SlurmJob.watcher.read_info(table).items()
-            if row["State"].split()[0] not in LIVE
-        }
-    return {job_id: queued.get(job_id) or ended.get(job_id, "UNKNOWN") for job_id in job_ids}
+    queue = _ask("squeue", "--states=all", "--noheader", "--array", "--format=%i %T", f"--jobs={_numbers(job_ids)}")
+    found = dict(line.split() for line in queue.splitlines())
+    return {job_id: found[job_id] for job_id in job_ids if job_id in found}
+
+
+@functools.cache
+def announce(line: str) -> None:
+    """Say something once, however often it is found again."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def cancel(job_ids: Sequence[str]) -> None:
@@ -190,6 +208,26 @@ def import_submitit() -> Any:
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed; install it with pip install -e '.[slurm]'") from None
     return submitit
+
+
+def _accounted_states(job_ids: Sequence[str]) -> dict[str, str]:
+    """The accounting's word on jobs that have ended; nothing, which is announced, on a cluster without one."""
+    executors = import_submitit()
+    try:
+        table = _ask("sacct", "--allocations", "--parsable2", "--format=JobID,State", f"--jobs={_numbers(job_ids)}")
+    except UserError as error:
+        announce(f"{error}; what squeue no longer knows is UNKNOWN")
+        return {}
+    return {
+        job_id: row["State"].split()[0]  # "CANCELLED by 0"
+        for job_id, row in executors.SlurmJob.watcher.read_info(table).items()
+        if row["State"].split()[0] not in LIVE
+    }
+
+
+def _numbers(job_ids: Sequence[str]) -> str:
+    """For ``--jobs``: an array is asked for as a whole."""
+    return ",".join(dict.fromkeys(job_id.split("_")[0] for job_id in job_ids))
 
 
 def _python() -> str:

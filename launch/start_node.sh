@@ -2,6 +2,13 @@
 # One node's launcher: srun starts this once on every node of a job, as `start_node.sh MODULE [ARGUMENTS …]`.
 set -euo pipefail
 
+# environment.sh sets this one where nobody has said how many processes.
+if [[ ${FMRL_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}} != "${SLURM_GPUS_ON_NODE:-0}" ]]; then
+  echo "error: $SLURMD_NODENAME has ${SLURM_GPUS_ON_NODE:-0} GPU(s) in this job, the first node $FMRL_GPUS_PER_NODE;" \
+    "expected as many on each: use --gpus-per-node, or set FMRL_PROCESSES_PER_NODE" >&2
+  exit 2
+fi
+
 nodes=$SLURM_JOB_NUM_NODES
 processes=$((nodes * FMRL_PROCESSES_PER_NODE))
 read -r first_node < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -10,9 +17,13 @@ read -r first_node < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 port=$((20000 + SLURM_JOB_ID % 10000))
 
 options=(--num_machines "$nodes" --num_processes "$processes" --mixed_precision no --dynamo_backend no)
-if ((processes > 1)); then
+meet=(--machine_rank "$SLURM_NODEID" --main_process_ip "$first_node" --main_process_port "$port")
+if [[ ${FMRL_DEEPSPEED:-} ]]; then
+  # "standard" is PyTorch's launcher, as without DeepSpeed; the others go to the nodes by ssh.
+  options+=(--use_deepspeed --deepspeed_config_file "$FMRL_DEEPSPEED" --deepspeed_multinode_launcher standard "${meet[@]}")
+elif ((processes > 1)); then
   # The launcher's word for several processes, with or without GPUs; --cpu would start one.
-  options+=(--multi_gpu --machine_rank "$SLURM_NODEID" --main_process_ip "$first_node" --main_process_port "$port")
+  options+=(--multi_gpu "${meet[@]}")
 fi
 # The launcher would end at the time limit's signal; the trainers have handlers of their own.
 trap '' USR1

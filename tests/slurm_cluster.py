@@ -271,7 +271,7 @@ def write_configuration(folder: Path, node_names: Sequence[str]) -> None:
         "GresTypes": "gpu",
         "SelectType": "select/cons_tres",
         "SelectTypeParameters": "CR_Core",
-        "SchedulerParameters": "batch_sched_delay=0",
+        "SchedulerParameters": "batch_sched_delay=0,sched_interval=2,bf_interval=2",  # seconds until it looks again
         "MinJobAge": 3600,  # seconds that scontrol remembers a job
         "ReturnToService": 2,
         "SlurmdTimeout": 10,  # then a node is down

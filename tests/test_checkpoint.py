@@ -84,9 +84,10 @@ def test_files_are_safetensors_and_json(saved: Path) -> None:
     assert_same_bits(checkpoint.optimizer, load_file(saved / "optimizer.safetensors"))
     record = json.loads((saved / "state.json").read_text())
     assert record["checkpoint_version"] == 3
-    state = {"step": 3, "best_value": 0.25, "best_step": 3, "evaluations_without_gain": 0}
-    state |= {"validation_is_due": False, "skipped_blocks": []}
-    assert record["state"] == state
+    assert record["state"] == {
+        **{"step": 3, "best_value": 0.25, "best_step": 3, "evaluations_without_gain": 0},
+        **{"validation_is_due": False, "skipped_blocks": []},
+    }
 
 
 def test_a_parameter_that_has_taken_no_step_has_no_moments(tmp_path: Path) -> None:

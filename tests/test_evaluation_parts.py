@@ -19,7 +19,7 @@ from fmrl_dist.checkpoint import load_checkpoint
 from fmrl_dist.config import load_config
 from fmrl_dist.data.store import Store
 from fmrl_dist.errors import UserError
-from fmrl_dist.evaluation_parts import Evaluated, Part, join_parts, write_part
+from fmrl_dist.evaluation_parts import Evaluated, Means, Part, join_parts, write_part
 from fmrl_dist.files import json_sha256
 from fmrl_dist.metrics import CUTOFF
 from tests.processes import run_processes
@@ -203,6 +203,28 @@ def test_part_of_another_store(run: Path, parts: Path, tmp_path: Path) -> None:
     assert "1-of-3.json is of another evaluation: manifest_sha256 is" in join_refusal(run, "--store", other)
 
 
+def test_part_with_other_threads(run: Path, parts: Path) -> None:
+    """Or on another device. All with the same two threads are as good."""
+    run_here(evaluate.main, ["--checkpoint", run, "--part", "3/3", "--threads", 2])
+    assert join_refusal(run) == (
+        f"{parts / '3-of-3.json'} was evaluated with 2 thread(s) on cpu, part 1/3 with 1 thread(s) on cpu: they "
+        "round differently; evaluate all parts with the same --threads on the same kind of device"
+    )
+    for part in ("1/3", "2/3"):
+        run_here(evaluate.main, ["--checkpoint", run, "--part", part, "--threads", 2])
+    evaluate_here(run, "--join")
+    assert (run / "evaluation.json").exists()
+
+
+def test_part_on_another_device(tmp_path: Path) -> None:
+    for number, means in enumerate((MEANS, Means(1, "cuda")), 1):
+        write_part(tmp_path, Part(number, 2), EVALUATED, means, torch.zeros(2, 2 * CUTOFF + 1, dtype=torch.int64))
+    problem = r"2-of-2\.json was evaluated with 1 thread\(s\) on cuda, part 1/2 with 1 thread\(s\) on cpu"
+    with pytest.raises(UserError, match=problem):
+        join_parts(tmp_path, EVALUATED)
+
+
+MEANS = Means(1, "cpu")
 EVALUATED = Evaluated("c" * 64, "m" * 64, "test", False, [4, 8], users=60)
 
 
@@ -218,7 +240,9 @@ EVALUATED = Evaluated("c" * 64, "m" * 64, "test", False, [4, 8], users=60)
     ],
 )
 def test_all_that_identifies_is_compared(tmp_path: Path, change: dict[str, Any], problem: str) -> None:
-    path = write_part(tmp_path / "parts", Part(1, 1), EVALUATED, torch.zeros(2, 2 * CUTOFF + 1, dtype=torch.int64))
+    path = write_part(
+        tmp_path / "parts", Part(1, 1), EVALUATED, MEANS, torch.zeros(2, 2 * CUTOFF + 1, dtype=torch.int64)
+    )
     with pytest.raises(UserError) as refused:
         join_parts(tmp_path / "parts", replace(EVALUATED, **change))
     assert str(refused.value) == f"{path} is of another evaluation: {problem}; evaluate it again with --part 1/1"
@@ -226,7 +250,7 @@ def test_all_that_identifies_is_compared(tmp_path: Path, change: dict[str, Any],
 
 def test_figures_that_were_changed(tmp_path: Path) -> None:
     """At both sizes a user has moved from beyond the cut-off to rank 1: counts that could be, but were not written."""
-    path = write_part(tmp_path, Part(1, 1), EVALUATED, torch.tensor([[50] + [0] * 2 * CUTOFF] * 2))
+    path = write_part(tmp_path, Part(1, 1), EVALUATED, MEANS, torch.tensor([[50] + [0] * 2 * CUTOFF] * 2))
     text = path.read_text()
     path.write_text(text.replace("[50, 0, 0,", "[49, 0, 1,"))
     assert path.read_text() != text
@@ -250,7 +274,7 @@ def histogram_pairs(draw: st.DrawFn) -> torch.Tensor:
 def test_joining_adds(rows: list[torch.Tensor]) -> None:
     with tempfile.TemporaryDirectory() as name:
         for number, row in enumerate(rows, 1):
-            write_part(Path(name), Part(number, len(rows)), EVALUATED, row)
+            write_part(Path(name), Part(number, len(rows)), EVALUATED, MEANS, row)
         assert torch.equal(join_parts(Path(name), EVALUATED), sum(rows, torch.zeros_like(rows[0])))
 
 
@@ -258,7 +282,7 @@ def test_joining_adds(rows: list[torch.Tensor]) -> None:
 def test_damage_never_moves_a_figure(row: torch.Tensor, data: st.DataObject) -> None:
     """One byte of the file is another, or its end is lost: refused, or still the same figures (a space for a space)."""
     with tempfile.TemporaryDirectory() as name:
-        path = write_part(Path(name), Part(1, 1), EVALUATED, row)
+        path = write_part(Path(name), Part(1, 1), EVALUATED, MEANS, row)
         content = bytearray(path.read_bytes())
         place = data.draw(st.integers(0, len(content) - 1))
         if data.draw(st.booleans()):
@@ -283,7 +307,7 @@ def test_damage_never_moves_a_figure(row: torch.Tensor, data: st.DataObject) -> 
 )
 def test_histograms_that_cannot_be(tmp_path: Path, rows: object) -> None:
     """A file that bears the right hash, but was not written here."""
-    path = write_part(tmp_path, Part(1, 1), EVALUATED, torch.zeros(2, 2 * CUTOFF + 1, dtype=torch.int64))
+    path = write_part(tmp_path, Part(1, 1), EVALUATED, MEANS, torch.zeros(2, 2 * CUTOFF + 1, dtype=torch.int64))
     record = json.loads(path.read_text()) | {"histograms": rows}
     del record["sha256"]
     path.write_text(json.dumps(record | {"sha256": json_sha256(record)}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -16,12 +17,10 @@ BASE = {
 }
 
 
-def source(**variables: str) -> dict[str, str]:
+def source(script: str | Path = "launch/environment.sh", **variables: str) -> dict[str, str]:
     """The environment after ``source launch/environment.sh`` in one of ``variables``."""
-    command = ["bash", "-euo", "pipefail", "-c", "source launch/environment.sh; env -0"]
-    result = subprocess.run(
-        command, cwd=REPOSITORY, env=BASE | variables, stdout=subprocess.PIPE, text=True, check=True
-    )
+    command = ["bash", "-euo", "pipefail", "-c", f"source {script}; env -0"]
+    result = subprocess.run(command, cwd=REPOSITORY, env=BASE | variables, capture_output=True, text=True, check=True)
     return dict(line.split("=", 1) for line in result.stdout.split("\0") if line)
 
 
@@ -40,6 +39,35 @@ def test_programs_are_those_of_the_virtual_environment() -> None:
 )
 def test_processes_per_node(variables: dict[str, str], processes: str) -> None:
     assert source(**variables)["FMRL_PROCESSES_PER_NODE"] == processes
+
+
+def test_processes_that_follow_the_gpus_are_told_from_those_that_are_set() -> None:
+    assert source(SLURM_GPUS_ON_NODE="4")["FMRL_GPUS_PER_NODE"] == "4"
+    assert "FMRL_GPUS_PER_NODE" not in source(SLURM_GPUS_ON_NODE="4", FMRL_PROCESSES_PER_NODE="4")
+
+
+def test_a_step_gets_all_variables_whatever_sbatch_has_handed_on() -> None:
+    assert source(SLURM_EXPORT_ENV="NONE")["SLURM_EXPORT_ENV"] == "ALL"
+
+
+def test_deepspeed_file_that_is_not_there() -> None:
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        source(FMRL_DEEPSPEED="zero.json")
+    assert refused.value.returncode == 2
+    assert refused.value.stderr == (
+        f"error: FMRL_DEEPSPEED is zero.json, which is no file in {REPOSITORY}; "
+        "expected one such as launch/deepspeed/zero2.json\n"
+    )
+
+
+def test_a_module_can_change_what_is_found_first(tmp_path: Path) -> None:
+    """In the marked place, a module may use what is not set, and comes behind the virtual environment."""
+    text = (REPOSITORY / "launch" / "environment.sh").read_text()
+    loaded = "# module load python/3.12 cuda/12.8\n"
+    assert loaded in text
+    script = tmp_path / "environment.sh"
+    script.write_text(text.replace(loaded, "export PATH=/module$NOT_SET/bin:$PATH\n"))
+    assert source(script)["PATH"] == f"{sys.prefix}/bin:/module/bin:{os.environ['PATH']}"
 
 
 def test_a_task_gets_the_cores_that_the_job_asked_for() -> None:

@@ -160,6 +160,24 @@ def test_join_that_cannot_be_submitted(slurm: SlurmCluster, run: Path, folder: P
     assert first.log.startswith("sbatch: error: ")
 
 
+def test_preemption(slurm: SlurmCluster, run: Path, folder: Path) -> None:
+    """Another job takes the node; the evaluation waits to be submitted again, and begins anew."""
+    expected = bytes_here(run, "evaluation.json")
+    (run / "evaluation.json").unlink()
+    job_id = submit(slurm, folder, "--array=0", "--nodes=2", "launch/eval.slurm", run)
+    deadline = time.monotonic() + START_S
+    steps = ("squeue", "--noheader", "--steps", "--format=%i", f"--jobs={job_id}")
+    while f"{job_id}_0.0" not in slurm.call(*steps).split():  # the launchers run
+        assert time.monotonic() < deadline, slurm.facts(job_id)
+        time.sleep(0.1)
+    urgent = slurm.submit("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
+    assert slurm.wait(urgent).state == "COMPLETED"
+    job = slurm.wait(f"{job_id}_0")
+    assert (job.state, slurm.facts(f"{job_id}_0")["Restarts"]) == ("COMPLETED", "1"), job.log
+    assert f"waiting for SLURM to submit job {job_id}_0 again" in job.log
+    assert (run / "evaluation.json").read_bytes() == expected
+
+
 def test_mistakes(slurm: SlurmCluster, run: Path, folder: Path) -> None:
     """One line, and exit code 2: of an array with gaps, and of a join without parts."""
     gaps = submit(slurm, folder, "--array=0,2", "launch/eval.slurm", run)

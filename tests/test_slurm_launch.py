@@ -89,6 +89,19 @@ def test_one_node_and_resumed_with_a_process_per_gpu(slurm: SlurmCluster, two_no
     assert [record["step"] for record in records(folder / "one-node")] == [1, 2, 3, 4]
 
 
+def test_deepspeed_on_two_nodes(slurm: SlurmCluster, two_nodes: Job, folder: Path) -> None:
+    """The losses of local processes without DeepSpeed, at dropout 0."""
+    same = ["--model.dropout", "0", "--model.lru_dropout", "0", "--train.max_steps", "7"]
+    result = launch(2, ["-m", "fmrl_dist.train", *demo_words(folder, "ddp"), *same])
+    assert result.returncode == 0, result.stderr
+    words = [log_in(folder), "launch/train.slurm", *demo_words(folder, "zero"), *same]
+    job = slurm.run(*words, environment=VENV | {"FMRL_DEEPSPEED": "launch/deepspeed/zero2.json"})
+    assert "2 process(es), engine deepspeed ZeRO 2" in job.log
+    for found, expected in zip(records(folder / "zero"), records(folder / "ddp"), strict=True):
+        for key in ("loss", "loss@8", "loss@128", "grad_norm"):
+            assert found[key] == pytest.approx(expected[key], rel=1e-5), (found["step"], key)
+
+
 @pytest.mark.parametrize(
     ("words", "environment", "complaint"),
     [
@@ -116,6 +129,13 @@ def test_one_node_and_resumed_with_a_process_per_gpu(slurm: SlurmCluster, two_no
             "no run to evaluate; submit as sbatch launch/eval.slurm RUN [--split valid …]",
             id="no run",
         ),
+        pytest.param(
+            ["launch/train.slurm", "--train.batch_size", "96", "--train.lanes", "3"],
+            VENV | {"FMRL_PROCESSES_PER_NODE": "2"},
+            "4 processes (2 nodes with 2 each) share 3 lanes; raise --train.lanes (a divisor of train.batch_size, 96), "
+            "or ask for fewer nodes or processes",
+            id="lanes",
+        ),
     ],
 )
 def test_mistake_ends_the_job_with_one_line(
@@ -132,3 +152,13 @@ def test_mistake_that_is_found_on_the_node(slurm: SlurmCluster, folder: Path) ->
     assert (job.state, job.exit_code, slurm.facts(job.id)["NumNodes"]) == ("FAILED", "1:0", "1")
     (line,) = [line for line in job.log.splitlines() if line.startswith("error: ")]
     assert line.startswith(f"error: {folder / 'no-run'} holds no checkpoint")
+
+
+def test_nodes_with_unequal_numbers_of_gpus(slurm: SlurmCluster, folder: Path) -> None:
+    """Three on two nodes. Every node would start as many processes as the first has GPUs."""
+    words = ["--nodes=2", "--gpus=3", "launch/train.slurm", *demo_words(folder, "unequal")]
+    job = slurm.wait(slurm.submit(log_in(folder), *words, environment=VENV))
+    assert job.state == "FAILED"
+    (line,) = [line for line in job.log.splitlines() if line.startswith("error: node")]
+    assert line.endswith("expected as many on each: use --gpus-per-node, or set FMRL_PROCESSES_PER_NODE")
+    assert not (folder / "unequal").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
@@ -96,3 +97,37 @@ def test_preemption(slurm: SlurmCluster, undisturbed: Path, folder: Path) -> Non
     assert int(slurm.facts(job_id)["Restarts"]) == 1
     assert "stopped by a signal" in job.log
     assert_same_run(job, folder / "preempted", undisturbed)
+
+
+def test_no_time_to_evaluate(slurm: SlurmCluster, undisturbed: Path, folder: Path) -> None:
+    """All steps are done, and two lives have ended before the evaluation has: the third says so, the last."""
+    run = folder / "unevaluated"
+    shutil.copytree(undisturbed, run, symlinks=True)
+    (run / "evaluation.json").unlink()
+    words = ["--nodes=1", "launch/train.slurm", *long_words(folder, "unevaluated")]
+    job_id = slurm.submit("--hold", log_in(folder), *words, environment=VENV)
+    life = f"job {job_id} at {(run / 'checkpoints' / 'latest').readlink()}"
+    (run / "lives").write_text(f"{life}\n" * 2)
+    slurm.call("scontrol", "release", str(job_id))
+    deadline = time.monotonic() + START_S
+    while slurm.facts(job_id)["JobState"] in ("PENDING", "RUNNING") and time.monotonic() < deadline:
+        slurm.command("scancel", "--signal=USR1", str(job_id))  # to the trainer, as soon as there is one
+        time.sleep(0.2)
+    job = slurm.wait(job_id)
+    assert (job.state, job.exit_code) == ("FAILED", "2:0"), job.log
+    assert job.log.splitlines()[-1] == (
+        f"error: the time limit has come three times to {life}: there is no time to evaluate, or for one step; "
+        "submit it again with a longer --time"
+    )
+
+
+def test_cancelled(slurm: SlurmCluster, folder: Path) -> None:
+    """It saves and ends, and asks no node. sbatch hands on one variable only, and is told of two tasks a node."""
+    options = [log_in(folder), "--ntasks-per-node=2", "--export=FMRL_VENV"]
+    job_id = slurm.submit(*options, "launch/train.slurm", *long_words(folder, "cancelled"), environment=VENV)
+    wait_for_steps(folder / "cancelled", 1)
+    slurm.call("scancel", str(job_id))
+    job = slurm.wait(job_id)
+    assert job.state == "CANCELLED", job.log
+    assert job.log.count("2 process(es), engine multi_cpu") == 1
+    assert "stopped by a signal" in job.log and "a node does not answer" not in job.log

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from fmrl_dist.errors import UserError
 from launch.jobs import Script, script_options, submit
 from launch.submit import main, parse_sbatch
 from tests.processes import REPOSITORY
@@ -38,6 +39,19 @@ def test_dry_run_prints_the_golden_batch_scripts(capsys: pytest.CaptureFixture[s
 def test_options_of_the_scripts_are_the_golden_ones() -> None:
     found = {path.name: script_options(path) for path in sorted(Path("launch").glob("*.slurm"))}
     assert found == json.loads((GOLDEN / "script_options.json").read_text())
+
+
+@pytest.mark.parametrize("line", ["#SBATCH -p gpu", "#SBATCH --time=5  # minutes", "#SBATCH --time 5", "#SBATCH"])
+def test_line_of_a_script_that_is_not_understood(line: str, tmp_path: Path) -> None:
+    (tmp_path / "own.slurm").write_text(f"#!/bin/bash\n#SBATCH --nodes=2\n\n{line}\n")
+    with pytest.raises(UserError, match=r"own\.slurm, line 4: '#SBATCH.*' is not understood; expected #SBATCH --name"):
+        script_options(tmp_path / "own.slurm")
+
+
+def test_blank_lines_and_comments_stand_between_options_and_a_command_ends_them(tmp_path: Path) -> None:
+    lines = ["#!/bin/bash", "", "#SBATCH --nodes=2", " ", "# Why.", "#SBATCH --exclusive ", "true", "#SBATCH -p gpu"]
+    (tmp_path / "own.slurm").write_text("\n".join(lines))
+    assert script_options(tmp_path / "own.slurm") == {"nodes": "2", "exclusive": ""}
 
 
 def test_options_of_sbatch_for_all_stages_and_for_one() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.follow import Submitted, read_record
-from tests.processes import launch
-from tests.slurm_cluster import SlurmCluster
+from launch.follow import Submitted, read_record, write_record
+from tests.processes import REPOSITORY, launch
+from tests.slurm_cluster import SYSTEM_PATH, SlurmCluster
 from tests.test_slurm_launch import demo_words
 from tests.test_slurm_requeue import long_words, wait_for_restart
 from tests.training_fixture import evaluation
@@ -27,9 +29,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("chain")
 
 
-def submit(slurm: SlurmCluster, *words: object) -> subprocess.CompletedProcess[str]:
-    """``python -m launch.submit words`` at the head."""
-    return slurm.command(sys.executable, "-m", "launch.submit", *map(str, words), timeout_s=400)
+def submit(slurm: SlurmCluster, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``python -m launch.submit words`` at the head, with ``environment`` on top."""
+    command = [sys.executable, "-m", "launch.submit", *map(str, words)]
+    return slurm.command(*command, environment=environment, timeout_s=400)
 
 
 def record(folder: Path, run: str) -> dict[str, Submitted]:
@@ -164,6 +167,55 @@ def test_what_sbatch_refuses_leaves_no_job(slurm: SlurmCluster, folder: Path) ->
     assert line.startswith("error: sbatch refuses refused-export: ")
     wait_until_over(slurm, record(folder, "refused"))
     assert slurm.call("squeue", "--noheader") == before
+
+
+def test_the_first_page_of_the_docs(chain: subprocess.CompletedProcess[str], slurm: SlurmCluster, folder: Path) -> None:
+    """Word by word, but for the clone and the set-up, whose place the tests' own take, and a demo of two steps."""
+    assert chain.returncode == 0, chain.stdout + chain.stderr
+    page = (REPOSITORY / "docs" / "cluster.md").read_text()
+    clone, set_up, command = page.split("```")[1].strip().splitlines()
+    assert clone == "git clone URL fmrl-dist && cd fmrl-dist"
+    assert set_up.startswith("make setup ") and command.startswith(".venv/bin/python -m launch.submit ")
+    words = shlex.split(command.replace("PARTITION", "main"))[1:]
+    result = slurm.command(
+        *(sys.executable, *words, *demo_words(folder, "docs"), "--train.max_steps", "2"), timeout_s=400
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    example = re.search(r"^    (\d+ s  export .*)$", page, re.MULTILINE)
+    assert example is not None
+    shape = [re.sub(r"\d+", "N", line).split() for line in (example[1], result.stdout.splitlines()[-1])]
+    assert shape[0] == shape[1]
+    assert {path.name for path in (folder / "docs").glob("export-*")} == {f"export-{8 << i}" for i in range(5)}
+
+
+def test_no_accounting_and_a_controller_that_is_busy_once(
+    chain: subprocess.CompletedProcess[str], slurm: SlurmCluster, folder: Path, tmp_path: Path
+) -> None:
+    """The chain is followed to its end. What squeue has forgotten is UNKNOWN, and in the way of nothing."""
+    assert chain.returncode == 0, chain.stdout + chain.stderr
+    shutil.copytree(folder / "chain", folder / "alone", symlinks=True)
+    busy = f'mkdir {tmp_path}/asked 2>/dev/null || exec {shutil.which("squeue")} "$@"\necho busy >&2\nexit 1'
+    for name, script in {"squeue": busy, "sacct": "echo no slurmdbd >&2\nexit 1"}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{SYSTEM_PATH}"
+    words = [*demo_words(folder, "alone"), "--stages", "export", "--sizes", "8"]
+    result = submit(slurm, *words, "--wait", PATH=path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "export " in result.stdout and "COMPLETED" in result.stdout
+    assert result.stderr.splitlines() == [
+        "squeue does not answer: busy; try again, or ask who runs the cluster; asked again for 10 minutes"
+    ]
+
+    jobs = folder / "alone.jobs"
+    write_record(jobs, [Submitted("train", ("999999",), ("",)), *read_record(jobs)])
+    result = submit(slurm, *words, "--status", PATH=path)
+    assert (result.returncode, len(result.stderr.splitlines())) == (0, 1), result.stderr
+    assert "sacct does not answer: no slurmdbd" in result.stderr
+    told = [line.split()[-1] for line in result.stdout.splitlines() if not line.startswith(" ")]
+    assert told == ["UNKNOWN", "COMPLETED"]
+    assert submit(slurm, *words, "--sbatch", "hold", PATH=path).returncode == 0
+    assert submit(slurm, *words, "--cancel", PATH=path).returncode == 0
 
 
 def test_time_limit(slurm: SlurmCluster, folder: Path) -> None:
