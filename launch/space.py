@@ -107,7 +107,7 @@ def read_space(path: Path) -> Space:
     Raises:
         UserError: the file is missing or not YAML, or what it says is impossible; the message names the key.
     """
-    require(path.is_file(), f"space {path} does not exist; expected a YAML file such as configs/sweep-demo.yaml")
+    require(path.is_file(), f"space {path} does not exist; expected a YAML file such as configs/sweeps/demo.yaml")
     try:
         raw = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, ValueError) as error:

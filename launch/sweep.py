@@ -242,7 +242,9 @@ def _shortened(word: str) -> str:
 
 def main(argv: list[str]) -> None:
     parser = CommandParser("python -m launch.sweep", description="Search a space for the config that validates best.")
-    parser.add_argument("space", type=Path, help="YAML file, such as configs/sweep-demo.yaml; launch/space.py says how")
+    parser.add_argument(
+        "space", type=Path, help="YAML file, such as configs/sweeps/demo.yaml; launch/space.py says how"
+    )
     parser.add_argument("--workers", type=int, default=1, help="that train trials at the same time (default: 1)")
     parser.add_argument("--cluster", choices=("slurm", "local"), default="slurm", help="default: slurm")
     parser.add_argument("--folder", type=Path, help="default: runs/<study>-sweep; all nodes share it")

@@ -40,7 +40,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sweep.main(["configs/sweep-demo.yaml", "--dry-run", "--cluster", "local", "--workers", "2"])
+    sweep.main(["configs/sweeps/demo.yaml", "--dry-run", "--cluster", "local", "--workers", "2"])
     assert (
         capsys.readouterr().out
         == f"""\
@@ -59,7 +59,7 @@ runs/demo-sweep: 6 trials over configs/demo.yaml, by validation ndcg@10@128
 
 def test_dry_run_of_slurm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--folder", str(tmp_path / "new"), "--workers", "3", "--sbatch", "time=60", "gpus-per-node=1"]
-    sweep.main(["configs/sweep-demo.yaml", "--dry-run", *words])
+    sweep.main(["configs/sweeps/demo.yaml", "--dry-run", *words])
     text = capsys.readouterr().out
     assert re.findall(r"^### .*", text, re.MULTILINE) == [
         f"### bash launch/sweep.slurm {tmp_path}/new {worker}" for worker in range(3)

@@ -59,7 +59,7 @@ def test_the_metric_is_the_configs_own_by_default(tmp_path: Path) -> None:
 
 
 def test_the_demo_sweep() -> None:
-    assert read_space(Path("configs/sweep-demo.yaml")).trials == 6
+    assert read_space(Path("configs/sweeps/demo.yaml")).trials == 6
 
 
 @pytest.mark.parametrize("value", [1, -2.5, 1e-7, 1e22, True, None, "auto", "1", "true", "", "a: b", "[", [8, 16]])
