@@ -74,9 +74,10 @@ def main(argv: list[str]) -> None:
     for scaling in SCALINGS:
         print(f"\n{scaling} scaling: {arguments.items:,} items {'in all' if scaling == 'strong' else 'of each rank'}\n")
         print(
-            f"| ranks | {' | '.join(f'{work}, alone and together' for work in WORKS)} | MB sent: counted, formula, lo |"
+            f"| ranks | {' | '.join(f'{work}, alone and together' for work in WORKS)} | MB sent: counted, formula, lo "
+            "| loss over product |"
         )
-        print(f"|---|{'---|' * len(WORKS)}---|", flush=True)
+        print(f"|---|{'---|' * len(WORKS)}---|---|", flush=True)
         for num_ranks in arguments.ranks:
             print(row(num_ranks, arguments, scaling), flush=True)
 
@@ -88,7 +89,12 @@ def row(num_ranks: int, arguments: argparse.Namespace, scaling: str) -> str:
     found = json.loads(in_child("torch.distributed.run", *words).splitlines()[-1])
     cells = [describe(**found[work]) for work in WORKS]
     megabytes = ", ".join(f"{found[key] / 1e6:.2f}" for key in ("counted", "predicted", "carried"))
-    return f"| {num_ranks} | {' | '.join(cells)} | {megabytes} |"
+    ours, products = (median_ratio(**found[work]) for work in ("loss", "product"))
+    return f"| {num_ranks} | {' | '.join(cells)} | {megabytes} | {ours / products:.2f} |"
+
+
+def median_ratio(alone: list[float], together: list[float]) -> float:
+    return statistics.median(ours / one for ours, one in zip(together, alone, strict=True))
 
 
 def describe(alone: list[float], together: list[float]) -> str:
