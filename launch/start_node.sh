@@ -6,6 +6,7 @@ set -euo pipefail
 if [[ ${FMRL_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}} != "${SLURM_GPUS_ON_NODE:-0}" ]]; then
   echo "error: $SLURMD_NODENAME has ${SLURM_GPUS_ON_NODE:-0} GPU(s) in this job, the first node $FMRL_GPUS_PER_NODE;" \
     "expected as many on each: use --gpus-per-node, or set FMRL_PROCESSES_PER_NODE" >&2
+  sleep 1 # srun ends the step with the first task that fails, and loses what that has just written
   exit 2
 fi
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -159,6 +160,7 @@ def test_nodes_with_unequal_numbers_of_gpus(slurm: SlurmCluster, folder: Path) -
     words = ["--nodes=2", "--gpus=3", "launch/train.slurm", *demo_words(folder, "unequal")]
     job = slurm.wait(slurm.submit(log_in(folder), *words, environment=VENV))
     assert job.state == "FAILED"
+    assert re.search(r"^error: node2 has . GPU", job.log, re.MULTILINE), job.log
     (line,) = [line for line in job.log.splitlines() if line.startswith("error: node")]
     assert line.endswith("expected as many on each: use --gpus-per-node, or set FMRL_PROCESSES_PER_NODE")
     assert not (folder / "unequal").exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from pathlib import Path
 
@@ -99,22 +98,18 @@ def test_preemption(slurm: SlurmCluster, undisturbed: Path, folder: Path) -> Non
     assert_same_run(job, folder / "preempted", undisturbed)
 
 
-def test_no_time_to_evaluate(slurm: SlurmCluster, undisturbed: Path, folder: Path) -> None:
-    """All steps are done, and two lives have ended before the evaluation has: the third says so, the last."""
-    run = folder / "unevaluated"
-    shutil.copytree(undisturbed, run, symlinks=True)
-    (run / "evaluation.json").unlink()
-    words = ["--nodes=1", "launch/train.slurm", *long_words(folder, "unevaluated")]
-    job_id = slurm.submit("--hold", log_in(folder), *words, environment=VENV)
-    life = f"job {job_id} at {(run / 'checkpoints' / 'latest').readlink()}"
-    (run / "lives").write_text(f"{life}\n" * 2)
-    slurm.call("scontrol", "release", str(job_id))
-    deadline = time.monotonic() + START_S
-    while slurm.facts(job_id)["JobState"] in ("PENDING", "RUNNING") and time.monotonic() < deadline:
-        slurm.command("scancel", "--signal=USR1", str(job_id))  # to the trainer, as soon as there is one
-        time.sleep(0.2)
+def test_no_time_for_a_step(slurm: SlurmCluster, folder: Path) -> None:
+    """Whichever step this life ends at, two lives have ended there before: it is the last."""
+    run = folder / "short"
+    words = ["--nodes=1", "launch/train.slurm", *long_words(folder, "short")]
+    job_id = slurm.submit(log_in(folder), *words, environment=VENV)
+    wait_for_steps(run, 1)
+    lives = [f"job {job_id} at step-{step:08d}" for step in range(NUM_STEPS + 1)]
+    (run / "lives").write_text("\n".join([*lives, *lives]) + "\n")
+    slurm.call("scancel", "--batch", "--signal=USR1", str(job_id))  # as the time limit does
     job = slurm.wait(job_id)
     assert (job.state, job.exit_code) == ("FAILED", "2:0"), job.log
+    life = f"job {job_id} at {(run / 'checkpoints' / 'latest').readlink()}"
     assert job.log.splitlines()[-1] == (
         f"error: the time limit has come three times to {life}: there is no time to evaluate, or for one step; "
         "submit it again with a longer --time"
