@@ -2,9 +2,11 @@
 # One node's launcher: srun starts this once on every node of a job, as `start_node.sh MODULE [ARGUMENTS …]`.
 set -euo pipefail
 
-# environment.sh sets this one where nobody has said how many processes.
-if [[ ${FMRL_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}} != "${SLURM_GPUS_ON_NODE:-0}" ]]; then
-  echo "error: $SLURMD_NODENAME has ${SLURM_GPUS_ON_NODE:-0} GPU(s) in this job, the first node $FMRL_GPUS_PER_NODE;" \
+# environment.sh sets FMRL_GPUS_PER_NODE where nobody has said how many processes. A step of an exclusive job that asked for
+# no GPUs has none, though the job has.
+gpus=${SLURM_GPUS_ON_NODE:-0}
+if ((gpus != 0 && gpus != ${FMRL_GPUS_PER_NODE:-gpus})); then
+  echo "error: $SLURMD_NODENAME has $gpus GPU(s) in this job, the first node $FMRL_GPUS_PER_NODE;" \
     "expected as many on each: use --gpus-per-node, or set FMRL_PROCESSES_PER_NODE" >&2
   sleep 1 # srun ends the step with the first task that fails, and loses what that has just written
   exit 2
