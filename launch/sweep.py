@@ -46,6 +46,7 @@ SBATCH_NAME = re.compile(r"[a-z][a-z0-9-]*")
 OURS = ("array", "chdir", "dependency", "error", "job-name", "nodes", "ntasks-per-node", "output", "parsable", "wrap")
 POLL_S = 0.5
 SLURM_POLL_S = 10.0
+FORGOTTEN_S = 300.0
 
 
 def worker_scripts(folder: Path, workers: int) -> list[Script]:
@@ -210,10 +211,17 @@ def end_workers(pids: Sequence[int]) -> None:
 
 
 def wait_for_slurm(job_ids: Sequence[str], study: Study, space: Space) -> None:
-    """Until the sweep is over, or all of its jobs have ended; they do not depend on whoever waits for them."""
+    """Until the sweep is over, or all of its jobs have ended; they do not depend on whoever waits for them.
+
+    Jobs that SLURM has not known for some minutes have ended, too: without accounting it forgets them.
+    """
+    known_until = time.monotonic()
     try:
         while not is_over(study, space):
-            if not any(state in (*LIVE, "UNKNOWN") for state in states(job_ids).values()):
+            now = states(job_ids).values()
+            if any(state in LIVE for state in now):
+                known_until = time.monotonic()
+            elif "UNKNOWN" not in now or time.monotonic() - known_until > FORGOTTEN_S:
                 return
             time.sleep(SLURM_POLL_S)
     except KeyboardInterrupt:
