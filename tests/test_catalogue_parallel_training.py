@@ -100,14 +100,30 @@ def test_a_large_id_table_is_refused(two: tuple[Path, list[dict[str, Any]]]) -> 
 
 @pytest.mark.multiproc
 @pytest.mark.slow
-@pytest.mark.parametrize("with_ids", [False, True], ids=["features", "features and ids"])
-def test_zero_2_trains_as_one_process(with_ids: bool, shop: Path, tmp_path: Path) -> None:
-    words = [*WORDS, *(WITH_IDS if with_ids else [])]
-    command = ["-m", "fmrl_dist.train", "--config", str(shop), "--run.dir", str(tmp_path / "zero"), *words, *SPLIT]
-    result = launch(2, command, config_file=ZERO2)
+@pytest.mark.parametrize(("stage", "extra"), [(1, []), (2, WITH_IDS)], ids=["ZeRO 1", "ZeRO 2 with ids"])
+def test_zero_trains_as_one_process(stage: int, extra: list[str], shop: Path, tmp_path: Path) -> None:
+    words = [*WORDS, *extra]
+    result = launch(2, zero_training(stage, shop, tmp_path / "zero", *words, *SPLIT), config_file=ZERO2)
     assert result.returncode == 0, result.stderr
-    assert "engine deepspeed ZeRO 2" in result.stdout
+    assert f"engine deepspeed ZeRO {stage}" in result.stdout
     assert_equal_runs(tmp_path / "zero", train_here(shop, tmp_path / "one", *words))
+
+
+def zero_training(stage: int, shop: Path, run: Path, *words: str) -> list[str]:
+    options = ["--deepspeed_config_file", str(REPOSITORY / "launch" / "deepspeed" / f"zero{stage}.json")]
+    return [*options, "-m", "fmrl_dist.train", "--config", str(shop), "--run.dir", str(run), *words]
+
+
+@pytest.mark.multiproc
+@pytest.mark.slow
+def test_zero_3_is_refused(shop: Path, tmp_path: Path) -> None:
+    result = launch(2, zero_training(3, shop, tmp_path / "run", *WORDS, *SPLIT), config_file=ZERO2)
+    assert result.returncode != 0
+    assert {line for line in result.stderr.splitlines() if line.startswith("error: ")} == {
+        "error: loss.catalogue is split, which ZeRO 3 does not support; choose ZeRO 1 or 2, DDP, or loss.catalogue: "
+        "whole"
+    }
+    assert not (tmp_path / "run").exists()
 
 
 def test_one_process_splits_nothing(shop: Path, one: Path, tmp_path: Path) -> None:

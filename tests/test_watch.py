@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import time
 from pathlib import Path
@@ -45,7 +47,9 @@ def test_records_after_the_checkpoint_are_cut_off(shop: Path, tmp_path: Path) ->
     assert [line["step"] for line in lines_of(run)] == [1, 2, 3, 4, 5, 6]
 
 
-def train_with_a_straggler(config: str, run: str, slow_rank: int) -> None:
+def train_with_a_straggler(config: str, run: str, slow_rank: int) -> str:
+    """What this rank prints."""
+    printed = io.StringIO()
     batches = BatchFeed.batches
 
     def slowly(self: BatchFeed, step: int) -> object:
@@ -55,13 +59,17 @@ def train_with_a_straggler(config: str, run: str, slow_rank: int) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(BatchFeed, "batches", slowly)
-        train_here(Path(config), Path(run), "--train.epochs", 1)
+        patch.setattr("fmrl_dist.watch.JUDGED_EVERY_S", 0.5)
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            train_here(Path(config), Path(run), "--train.epochs", 1)
+    return printed.getvalue()
 
 
 @pytest.mark.multiproc
 @pytest.mark.parametrize("slow_rank", [0, 1])
 def test_a_straggler_is_named(slow_rank: int, shop: Path, tmp_path: Path) -> None:
-    run_processes(2, train_with_a_straggler, str(shop), str(tmp_path / "run"), slow_rank)
+    said = run_processes(2, train_with_a_straggler, str(shop), str(tmp_path / "run"), slow_rank)
+    assert [text.count(f"all wait for rank {slow_rank}: ") for text in said] == [1, 0], "once, while it is the same"
     lines = lines_of(tmp_path / "run")
     assert [line["step"] for line in lines] == [*range(1, STEPS_PER_EPOCH + 1)]
     for line in lines:
