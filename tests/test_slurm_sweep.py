@@ -44,7 +44,7 @@ def test_an_array_of_workers(slurm: SlurmCluster, tmp_path: Path) -> None:
     sweep.require_store(begin(path, folder)[0])
     command: list[str | Path] = [sys.executable, "-m", "launch.sweep", path, "--folder", folder]
     said = slurm.call(*command, "--workers", "2", "--sbatch", "time=10")
-    array = int(slurm.call("squeue", "--noheader", "--name=small-sweep", "--format=%A").split()[0])
+    array = int(slurm.call("squeue", "--noheader", "--name=small-sweep", "--format=%F").split()[0])
     assert f"small-sweep: job(s) {array}_0, {array}_1, logs in {folder}/jobs" in said
 
     run = wait_for_run(folder)
@@ -71,7 +71,7 @@ def test_a_preempted_worker(slurm: SlurmCluster, tmp_path: Path) -> None:
     path, folder = write_space(tmp_path, trials=1, fixed=fixed), tmp_path / "sweep"
     sweep.require_store(begin(path, folder)[0])
     slurm.call(sys.executable, "-m", "launch.sweep", path, "--folder", folder)
-    job_id = slurm.call("squeue", "--noheader", "--name=small-sweep", "--format=%A").split()[0]
+    job_id = slurm.call("squeue", "--noheader", "--name=small-sweep", "--format=%F").split()[0]
     run = wait_for_run(folder)
     urgent = slurm.submit("--partition=urgent", "--nodes=2", "--exclusive", log_in(tmp_path), "--wrap=sleep 1")
     assert slurm.wait(urgent, 120).state == "COMPLETED"
