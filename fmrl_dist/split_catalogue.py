@@ -30,7 +30,7 @@ SHARED_BYTES = 2**30  # of embeddings: ranks share more than that even where eac
 
 @dataclass(frozen=True)
 class SplitCatalogue:
-    """This rank's items; see the module's docstring. Every rank has to rank with it, for as many blocks or fewer."""
+    """This rank's items; see the module's docstring. Every rank has to rank with it, also one that has no users."""
 
     items: Tensor  # float32 [v, D]
     bounds: Sequence[int]  # the first item of each rank and, last, V
