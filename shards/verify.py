@@ -156,7 +156,8 @@ def _check_tables(store: Store, train_count: np.ndarray) -> Iterator[str]:
     sizes = {VOCAB_FILE: ("item", store.manifest.num_items), USERS_FILE: ("user", store.manifest.num_users)}
     for name, (id_column, num_rows) in sizes.items():
         try:
-            table = pq.read_table(pa.BufferReader(store.read_table(name)))
+            with pq.ParquetFile(pa.BufferReader(store.read_table(name))) as file:
+                table = file.read(use_threads=False)  # see Store.read_table
         except (pa.ArrowException, OSError, UserError) as error:
             yield f"{name}: cannot be read ({' '.join(str(error).split())})"
             continue

@@ -7,6 +7,8 @@ import io
 import json
 import os
 import re
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,7 @@ from fmrl_dist.errors import UserError
 from shards.build import build
 from shards.verify import main as verify_main
 from shards.verify import verify
+from tests.processes import REPOSITORY
 from tests.store_fixture import tiny_config, write_raw
 
 
@@ -63,6 +66,32 @@ def test_manifest_survives_json(store: Store) -> None:
     again = Manifest.from_json(text)
     assert again == store.manifest
     assert again.sha256 == json.loads(text)["sha256"]
+
+
+THREADS_AROUND = """
+import sys
+import threading
+from pathlib import Path
+from fmrl_dist.data.derived import popularity_table
+from fmrl_dist.data.store import Store
+from shards.verify import verify
+
+def threads():  # that are not Python's, but for the one that jemalloc, pyarrow's allocator, starts when first used
+    names = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
+    return len(names) - names.count("jemalloc_bg_thd") - threading.active_count()
+
+store, before = Store.open(sys.argv[1]), threads()
+assert list(verify(store)) == [] and len(popularity_table(store, 0.5)) == store.manifest.num_items
+print(before, threads())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in Linux's /proc")
+def test_tables_are_read_without_threads(store: Store) -> None:
+    """A thread of pyarrow's that holds Python's bytes as Python ends aborts the process: rare, but exit code -6."""
+    words = [sys.executable, "-c", THREADS_AROUND, str(store.path)]
+    before, after = subprocess.run(words, capture_output=True, text=True, check=True, cwd=REPOSITORY).stdout.split()
+    assert before == after
 
 
 def write_manifest(store: Store, **changes: object) -> None:

@@ -65,7 +65,7 @@ def _train_counts(store: Store) -> np.ndarray:
                 num_rows == len(counts),
                 f"{path} has {num_rows} rows; expected the store's {len(counts)} items: build the store again",
             )
-            for batch in file.iter_batches(columns=["train_count"]):
+            for batch in file.iter_batches(columns=["train_count"], use_threads=False):  # see Store.read_table
                 counts[read : read + len(batch)] = batch.column(0).to_numpy()
                 read += len(batch)
     except (OSError, pa.ArrowException, IndexError) as error:  # IndexError: there is no such column

@@ -286,6 +286,9 @@ class Store:
     def read_table(self, name: str) -> bytes:
         """The Parquet file of the vocabulary or of the users, as it is.
 
+        Let pyarrow decode it with ``use_threads=False``: a thread of its pool that still holds these bytes, which are
+        Python's, while Python ends takes the process down (apache/arrow#34314).
+
         Raises:
             UserError: it is missing or cannot be fetched.
         """
