@@ -8,13 +8,16 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from fmrl_dist.checkpoint import Checkpoint, TrainState, load_checkpoint, load_newest_whole
 from fmrl_dist.config import Config, config_from_dict
 from fmrl_dist.errors import UserError
+from fmrl_dist.files import write_atomically
+from fmrl_dist.report import evaluation_file
+from fmrl_dist.runtime import Runtime
 
 LOCK_FILE = ".lock"
 RESTART_PATIENCE_S = 150.0
@@ -112,6 +115,34 @@ def locked(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
         print(f"process {os.getpid()} of {socket.gethostname()}", file=file, flush=True)
         yield
         file.truncate(0)
+
+
+@contextmanager
+def opened(folder: Path, config: Config, runtime: Runtime) -> Iterator[None]:
+    """Make the run's folder this run's own, once nothing can be refused any more, and take back that it is finished.
+
+    Raises:
+        UserError: on every rank; another run trains into it.
+    """
+    runtime.accelerator.wait_for_everyone()  # every rank has looked at the folder before one writes to it
+    with ExitStack() as stack:
+        refusal = ""
+        if runtime.is_main:
+            try:
+                stack.enter_context(locked(folder, runtime.say))
+            except UserError as error:
+                refusal = str(error)
+        if runtime.agree(bool(refusal))[0]:
+            raise UserError(refusal or f"another run is training into {folder}")
+        if runtime.is_main:
+            write_atomically(folder / "config.yaml", config.to_yaml().encode())
+            final_evaluation(folder).unlink(missing_ok=True)
+        yield
+
+
+def final_evaluation(folder: Path) -> Path:
+    """What a finished run leaves last."""
+    return folder / f"{evaluation_file('test', mask_seen=False)}.json"
 
 
 def _lock(descriptor: int, patience_s: float) -> None:

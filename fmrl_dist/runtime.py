@@ -59,6 +59,11 @@ class Runtime:
         total: torch.Tensor = self.accelerator.reduce(tensor, "sum")
         return total
 
+    def agree(self, *counts: int) -> list[int]:
+        """Sums of each rank's counts, the same on all of them."""
+        totals: list[int] = self.sum(torch.tensor(counts, device=self.device)).tolist()
+        return totals
+
     def gather(self, row: torch.Tensor) -> torch.Tensor:
         """Each rank's ``row`` [n], all on each of them, [world size, n]."""
         rows: torch.Tensor = self.accelerator.gather(row[None])

@@ -16,6 +16,7 @@ from benchmarks.crash import crash
 from fmrl_dist import train
 from fmrl_dist.checkpoint import TrainState, load_checkpoint
 from fmrl_dist.checkpoint_writer import CheckpointWriter
+from fmrl_dist.learner import Learner, Run
 from tests.test_checkpoint_damage import flip
 from tests.training_fixture import (
     STEPS_PER_EPOCH,
@@ -112,7 +113,7 @@ def test_a_checkpoint_every_few_moments(shop: Path, tmp_path: Path, monkeypatch:
     saved: list[int] = []
     save = train.save
 
-    def note(run: train.Run, learner: train.Learner, state: TrainState, writer: CheckpointWriter) -> None:
+    def note(run: Run, learner: Learner, state: TrainState, writer: CheckpointWriter) -> None:
         saved.append(state.step)
         save(run, learner, state, writer)
 

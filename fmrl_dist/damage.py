@@ -1,0 +1,27 @@
+"""Blocks that could not be read, under ``store.on_bad_shard: skip``: all ranks leave them out together."""
+
+from __future__ import annotations
+
+import torch
+
+from fmrl_dist.checkpoint import TrainState
+from fmrl_dist.learner import Run
+
+
+def leave_out(run: Run, state: TrainState, damaged: list[int]) -> None:
+    """Have all ranks leave out the blocks that any of them could not read, from this step on."""
+    flags = torch.zeros(len(run.store.manifest.splits["train"]), dtype=torch.int64, device=run.runtime.device)
+    flags[[*state.skipped_blocks, *damaged]] = 1
+    state.skipped_blocks = run.runtime.sum(flags).nonzero().flatten().tolist()
+    run.runtime.say(describe_loss(run, state.skipped_blocks))
+
+
+def describe_loss(run: Run, skipped_blocks: list[int]) -> str:
+    """How many users are lost, and which shards to mend."""
+    blocks = [run.store.manifest.splits["train"][number] for number in skipped_blocks]
+    shards = sorted({block.shard for block in blocks})
+    lost, total = sum(block.count for block in blocks), run.order.num_users
+    return (
+        f"{len(blocks)} damaged block(s) of {', '.join(shards[:5])}{' …' if len(shards) > 5 else ''} left out: "
+        f"{lost:,} of {total:,} training users are lost; see python -m shards.verify {run.store.location}"
+    )

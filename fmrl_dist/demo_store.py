@@ -1,0 +1,32 @@
+"""The demo's store, made at the first run that wants it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from fmrl_dist.config import Config
+from fmrl_dist.data.store import MANIFEST_FILE
+from fmrl_dist.errors import UserError
+from fmrl_dist.urls import is_url
+
+
+def build_missing_demo_store(config: Config) -> None:
+    """Build the demo's store where there is none: rank 0 does it, before the ranks meet, and the others wait there.
+
+    The others do not even look: a network file system may remember for a minute that a file was not there.
+    """
+    if config.data.demo is None or os.environ.get("RANK", "0") != "0":
+        return
+    if is_url(config.store.path) or (Path(config.store.path) / MANIFEST_FILE).exists():
+        return
+    print(f"building the demo store {config.store.path} …", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        with_config = Path(folder) / "config.yaml"
+        with_config.write_text(config.to_yaml())
+        built = subprocess.run([sys.executable, "-m", "shards.build", "--config", str(with_config)], check=False)
+    if built.returncode != 0:
+        raise UserError("the demo store could not be built; see the lines above")

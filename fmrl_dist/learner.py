@@ -1,0 +1,103 @@
+"""What a run trains: model, loss and optimiser, fresh from the seed or out of a checkpoint, and back into one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fmrl_dist.assembly import build_inline_model, build_model, load_weights
+from fmrl_dist.catalogue_columns import TableColumns, catalogue_columns, catalogue_slice
+from fmrl_dist.checkpoint import Checkpoint, TrainState
+from fmrl_dist.checkpoint_writer import CheckpointWriter
+from fmrl_dist.config import Config
+from fmrl_dist.data.items import load_item_table
+from fmrl_dist.data.order import Order
+from fmrl_dist.data.store import Store
+from fmrl_dist.engine import Engine, prepare_engine
+from fmrl_dist.loss_impl import check_loss_impl, splits_catalogue
+from fmrl_dist.losses.tiled_log_sum_exp import Rows
+from fmrl_dist.optim import build_optimizer
+from fmrl_dist.runtime import Runtime
+from fmrl_dist.training_module import TrainingModule
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same while a run trains."""
+
+    config: Config
+    runtime: Runtime
+    folder: Path
+    store: Store
+    order: Order
+    total_steps: int
+
+    @property
+    def inline(self) -> bool:
+        """Whether items' features ride with the stream; else they are in a table."""
+        return self.config.store.feature_mode == "inline"
+
+    @property
+    def evaluate_every_steps(self) -> int:
+        return self.config.eval.every_steps or self.order.steps_per_epoch
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What training changes, and the facts that every checkpoint of it records."""
+
+    module: TrainingModule
+    engine: Engine  # runs the module and the optimiser on all ranks together
+    optimizer: torch.optim.Optimizer
+    facts: dict[str, Any]
+
+
+def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
+    """Model, loss and optimiser: fresh from the seed, or as a checkpoint holds them."""
+    config, runtime = run.config, run.runtime
+    check_loss_impl(config.loss.impl, runtime)
+    torch.manual_seed(config.train.seed)
+    table = load_item_table(run.store, config.model.features) if not run.inline else None
+    if table is not None:
+        model = build_model(config.model, table, runtime.matmul_dtype)
+    else:
+        model = build_inline_model(config.model, run.store, runtime, runtime.matmul_dtype)
+    if resume_from is not None:
+        load_weights(model, resume_from)
+    model.to(runtime.device)
+    dtype = runtime.matmul_dtype or torch.float32
+    columns: Rows | None = None
+    part = None
+    if table is not None and splits_catalogue(config, runtime, len(table.values)):
+        columns = TableColumns(model.encoder, table, dtype)
+        part = catalogue_slice(model.encoder, table, dtype, runtime.rank, runtime.world_size)
+    elif table is not None:
+        columns = catalogue_columns(model.encoder, table, dtype)
+    module = TrainingModule(
+        model, columns, config.loss.temperatures, config.loss.normalize, config.loss.impl, runtime.matmul_dtype, part
+    )
+    optimizer = build_optimizer(
+        model, config.train.lr, (config.train.beta1, config.train.beta2), config.train.eps, config.train.weight_decay
+    )
+    engine = prepare_engine(runtime, module, optimizer, config.train.clip_norm)
+    if resume_from is not None:
+        engine.restore_optimizer(resume_from.optimizer)
+    facts = {
+        "config": config.to_dict(),
+        "features": dict(model.encoder.feature_dims),
+        "num_items": run.store.manifest.num_items,
+        "manifest_sha256": run.store.manifest.sha256,
+        "lanes": run.order.lanes,
+    }
+    return Learner(module, engine, optimizer, facts)
+
+
+def save(run: Run, learner: Learner, state: TrainState, writer: CheckpointWriter) -> None:
+    """Take a checkpoint: every rank gives its share of the optimiser, rank 0 writes the whole."""
+    moments = learner.engine.optimizer_tensors()
+    with learner.engine.whole_weights():
+        if run.runtime.is_main:
+            writer.save(state, learner.module.model.state_dict(), moments)

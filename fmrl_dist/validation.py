@@ -1,0 +1,77 @@
+"""Validation while a run trains: every size's metrics, the best so far, and early stopping (sec. 5.3)."""
+
+from __future__ import annotations
+
+import torch
+
+from fmrl_dist.catalogue import Catalogue, EmbeddedCatalogue, StreamedCatalogue
+from fmrl_dist.checkpoint import TrainState
+from fmrl_dist.config import Config
+from fmrl_dist.data.histories import evaluation_blocks
+from fmrl_dist.evaluation import rank_histograms
+from fmrl_dist.learner import Learner, Run
+from fmrl_dist.logbook import Logbook, Progress
+from fmrl_dist.metrics import metrics_from_histogram
+from fmrl_dist.split_catalogue import SplitCatalogue, ranks_share
+from fmrl_dist.training_module import TrainingModule
+
+
+def note_validation(run: Run, learner: Learner, state: TrainState, logbook: Logbook, progress: Progress) -> None:
+    """Validate, record it, and see whether this is the best so far."""
+    epoch = (state.step - 1) // run.order.steps_per_epoch
+    with learner.engine.whole_weights():
+        record = validate(run, learner.module)
+    logbook.write({"step": state.step, "epoch": epoch, "split": "valid"} | record)
+    update_early_stopping(run.config, state, record)
+    state.validation_is_due = False
+    progress.say(describe_validation(run.config, state, epoch, record))
+
+
+def validate(run: Run, module: TrainingModule) -> dict[str, float]:
+    """Metrics of every size on the validation users: ``ndcg@10@512`` and so on."""
+    config, runtime = run.config, run.runtime
+    module.eval()
+    with torch.no_grad():
+        catalogue = ranked_catalogue(run, module)
+        blocks = evaluation_blocks(
+            run.store,
+            "valid",
+            config.data.max_length,
+            runtime.my_share(len(run.store.manifest.splits["valid"])),
+            config.eval.users,
+            catalogue.inline_dims,
+        )
+        histograms = runtime.sum(rank_histograms(module.model, catalogue, blocks, False, config.loss.normalize))
+    module.train()
+    return {
+        f"{metric}@{size}": value
+        for size, histogram in zip(module.model.sizes, histograms, strict=True)
+        for metric, value in metrics_from_histogram(histogram).items()
+    }
+
+
+def ranked_catalogue(run: Run, module: TrainingModule) -> Catalogue:
+    """All items as they are now, to validate on."""
+    encoder = module.model.encoder
+    if run.inline:
+        return StreamedCatalogue(encoder, run.store, encoder.feature_dims)
+    num_items = run.store.manifest.num_items
+    if not ranks_share(num_items, module.model.width, run.runtime.world_size, module.part is not None):
+        return EmbeddedCatalogue(module.item_embeddings())
+    return SplitCatalogue.embed(run.runtime.rank, run.runtime.world_size, num_items, module.item_embeddings)
+
+
+def update_early_stopping(config: Config, state: TrainState, record: dict[str, float]) -> None:
+    """Note whether the chosen metric is the best so far; every rank has the same figures and so the same answer."""
+    value = record[f"{config.eval.metric}@{config.eval.size or config.model.width}"]
+    if value > state.best_value:
+        state.best_value, state.best_step, state.evaluations_without_gain = value, state.step, 0
+    else:
+        state.evaluations_without_gain += 1
+
+
+def describe_validation(config: Config, state: TrainState, epoch: int, record: dict[str, float]) -> str:
+    metric, sizes = config.eval.metric, config.model.sizes
+    values = "  ".join(f"{size}: {record[f'{metric}@{size}']:.4f}" for size in sizes)
+    best = f"(best {state.best_value:.4f} at step {state.best_step})"
+    return f"epoch {epoch + 1}, step {state.step}: valid {metric}  {values}  {best}"
