@@ -1,4 +1,4 @@
-"""The record of a submitted chain, ``<run.dir>.jobs/chain.json``, and what has become of its jobs."""
+"""The record of submitted jobs, ``submitted.json`` beside their logs, and what has become of them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from itertools import takewhile
 from pathlib import Path
 
 from fmrl_dist.errors import UserError, require
-from launch.jobs import LIVE, announce, import_submitit, queue_states, require_slurm, states
+from launch.jobs import LIVE, cancel, import_submitit, patient_states, queue_states, require_slurm
 
-RECORD = "chain.json"
+RECORD = "submitted.json"
 TAIL_LINES = 20
 MIN_POLL_S, MAX_POLL_S = 2.0, 30.0
 ACCOUNTING_S = 120.0  # in which sacct must know of the jobs that have left the queue, when none is left in it
-SILENCE_S = 600.0  # in which SLURM, busy or started anew, must answer again
 
 
 @dataclass(frozen=True)
@@ -38,27 +37,47 @@ def write_record(folder: Path, stages: Sequence[Submitted]) -> None:
 
 
 def read_record(folder: Path) -> list[Submitted]:
-    """The stages of the chain that was submitted last.
+    """The stages that were submitted last.
 
     Raises:
         UserError: there is none, or the file is not a record.
     """
     path = folder / RECORD
-    require(path.is_file(), f"no chain was submitted for this config: {path} does not exist")
+    require(path.is_file(), f"no jobs were submitted: {path} does not exist")
     try:
         stages = json.loads(path.read_text())["stages"]
         return [Submitted(stage["stage"], tuple(stage["jobs"]), tuple(stage["logs"])) for stage in stages]
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is not a record of a chain; look for its jobs with squeue, and remove it") from None
+        raise UserError(f"{path} is not a record of jobs; look for its jobs with squeue, and remove it") from None
 
 
 def all_jobs(stages: Sequence[Submitted]) -> list[str]:
     return [job for stage in stages for job in stage.jobs]
 
 
+def require_ended(folder: Path, what: str) -> None:
+    """Refuse to submit again what waits or runs."""
+    if not (folder / RECORD).exists():
+        return
+    told = ", ".join(f"{job} {state}" for job, state in live_jobs(read_record(folder)).items())
+    require(not told, f"{what} is under way: {told}; wait, or end it with --cancel")
+
+
 def live_jobs(stages: Sequence[Submitted]) -> dict[str, str]:
     """Jobs that wait or run, with their states."""
     return {job: state for job, state in queue_states(all_jobs(stages)).items() if state in LIVE}
+
+
+def cancel_recorded(folder: Path) -> None:
+    """Cancel what waits or runs of the jobs that were submitted last.
+
+    Raises:
+        UserError: none were.
+    """
+    live = live_jobs(read_record(folder))
+    if live:
+        cancel(list(live))
+    print(f"cancelled: {', '.join(live) or 'nothing, all jobs have ended'}")
 
 
 def summary(stage: Submitted, now: Mapping[str, str]) -> str:
@@ -80,17 +99,9 @@ def follow(stages: Sequence[Submitted]) -> None:
     start = time.monotonic()
     told: dict[str, str] = {}
     over: dict[str, str] = {}  # how jobs have ended, which a cluster without accounting forgets
-    ended_before, known_until, answered = False, start, start
+    ended_before, known_until = False, start
     while True:
-        try:
-            now = states(all_jobs(stages))
-        except UserError as error:
-            if time.monotonic() - answered > SILENCE_S:
-                raise
-            announce(f"{error}; asked again for {SILENCE_S / 60:.0f} minutes")
-            time.sleep(MIN_POLL_S)
-            continue
-        answered = time.monotonic()
+        now = patient_states(all_jobs(stages))
         now = {job: over.get(job, state) if state == "UNKNOWN" else state for job, state in now.items()}
         over |= {job: state for job, state in now.items() if state not in (*LIVE, "UNKNOWN")}
         for stage in stages:

@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +32,8 @@ if TYPE_CHECKING:  # the extra `slurm`: imported where it is needed
 OPTION = re.compile(r"#SBATCH --([a-z][a-z-]*)(?:=(\S+))?")
 COMMANDS = ("sbatch", "scancel", "squeue", "srun", "sacct")
 MAX_AT_ONCE = 16
+SILENCE_S = 600.0  # in which SLURM, busy or started anew, must answer again
+ASK_AGAIN_S = 2.0
 LOCAL_MINUTES = 10 * 365 * 24 * 60  # submitit's local executor wants a time limit
 GPUS = "CUDA_VISIBLE_DEVICES"
 LIVE = (
@@ -170,6 +173,23 @@ def states(job_ids: Sequence[str]) -> dict[str, str]:
     forgotten = [job_id for job_id in job_ids if job_id not in known]
     ended = _accounted_states(forgotten) if forgotten else {}
     return {job_id: known.get(job_id) or ended.get(job_id, "UNKNOWN") for job_id in job_ids}
+
+
+def patient_states(job_ids: Sequence[str]) -> dict[str, str]:
+    """:func:`states`; while squeue does not answer it is asked again, and that is said once.
+
+    Raises:
+        UserError: it has not answered for ten minutes.
+    """
+    asked = time.monotonic()
+    while True:
+        try:
+            return states(job_ids)
+        except UserError as error:
+            if time.monotonic() - asked > SILENCE_S:
+                raise
+            announce(f"{error}; asked again for {SILENCE_S / 60:.0f} minutes")
+            time.sleep(ASK_AGAIN_S)
 
 
 def queue_states(job_ids: Sequence[str]) -> dict[str, str]:

@@ -20,18 +20,17 @@ from fmrl_dist.config import command_parser, parse_command
 from fmrl_dist.errors import UserError, require, run_command
 from launch.chain import JOIN, STAGES, Chain, Stage, parse_sizes, parse_stages
 from launch.follow import (
-    RECORD,
     Submitted,
     all_jobs,
+    cancel_recorded,
     fail,
     follow,
-    live_jobs,
     read_record,
-    states,
+    require_ended,
     summary,
     write_record,
 )
-from launch.jobs import cancel, import_submitit, require_slurm, sbatch_text, submit
+from launch.jobs import cancel, import_submitit, require_slurm, sbatch_text, states, submit
 
 SBATCH_WORD = re.compile(r"(?:([a-z]+):)?([a-z][a-z0-9-]*)(?:=(.+))?")
 OURS = ("array", "chdir", "dependency", "error", "job-name", "kill-on-invalid-dep", "output", "parsable", "wrap")
@@ -80,7 +79,7 @@ def main(argv: list[str]) -> None:
     elif arguments.status and not arguments.wait:
         print_status(read_record(chain.folder))
     elif arguments.cancel:
-        cancel_chain(chain.folder)
+        cancel_recorded(chain.folder)
     else:
         submitted = read_record(chain.folder) if arguments.status else submit_chain(chain, options)
         if arguments.wait:
@@ -139,10 +138,7 @@ def submit_chain(chain: Chain, options: Mapping[str, dict[str, str]]) -> list[Su
     """
     import_submitit()
     require_slurm()
-    if (chain.folder / RECORD).exists():
-        live = live_jobs(read_record(chain.folder))
-        told = ", ".join(f"{job} {state}" for job, state in live.items())
-        require(not live, f"the chain of {chain.config.run.dir} is under way: {told}; wait, or end it with --cancel")
+    require_ended(chain.folder, f"the chain of {chain.config.run.dir}")
     submitted: list[Submitted] = []
     before: list[str] = []
     try:
@@ -174,13 +170,6 @@ def print_status(stages: Sequence[Submitted]) -> None:
         for job, log in zip(stage.jobs, stage.logs, strict=True):
             if Path(log).exists():
                 print(f"          {job:<8} {log}")
-
-
-def cancel_chain(folder: Path) -> None:
-    live = live_jobs(read_record(folder))
-    if live:
-        cancel(list(live))
-    print(f"cancelled: {', '.join(live) or 'nothing, all jobs have ended'}")
 
 
 def follow_until_interrupted(stages: Sequence[Submitted]) -> None:

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,26 @@ import yaml
 
 from fmrl_dist.config import CommandParser
 from fmrl_dist.errors import UserError, require, run_command
-from launch.jobs import LIVE, Script, import_submitit, require_slurm, sbatch_text, states, submit
+from launch.follow import (
+    RECORD,
+    Submitted,
+    cancel_recorded,
+    read_record,
+    require_ended,
+    summary,
+    write_record,
+)
+from launch.jobs import (
+    COMMANDS,
+    LIVE,
+    Script,
+    import_submitit,
+    patient_states,
+    require_slurm,
+    sbatch_text,
+    states,
+    submit,
+)
 from launch.space import Space, metric_of, overrides, read_space
 from launch.study import Study, Trial, best_of, import_optuna
 from launch.sweep_folder import (
@@ -77,6 +97,7 @@ def sweep(space: Space, folder: Path, workers: int, cluster: str, options: Mappi
     import_submitit()
     if cluster == "slurm":
         require_slurm()
+        require_ended(folder / JOBS, f"the sweep in {folder}")
     require_free(folder, workers)
     require_store(space)
     space = prepare_folder(folder, space)
@@ -89,11 +110,13 @@ def sweep(space: Space, folder: Path, workers: int, cluster: str, options: Mappi
         sweep_here(scripts, folder, name)
     else:
         jobs = submit(scripts, cluster, folder / JOBS, name, options, max_at_once=workers)
-        print(f"{name}: job(s) {', '.join(job.job_id for job in jobs)}, logs in {folder / JOBS}")
+        ids, logs = tuple(job.job_id for job in jobs), tuple(str(job.paths.stdout) for job in jobs)
+        write_record(folder / JOBS, [Submitted("workers", ids, logs)])
+        print(f"{name}: job(s) {', '.join(ids)}, logs in {folder / JOBS}")
         print(f"see how it goes: python -m launch.sweep {folder / SPACE} --folder {folder} --status", flush=True)
         if not wait:
             return
-        wait_for_slurm([job.job_id for job in jobs], study, space)
+        wait_for_slurm(ids, study, space)
     finish(folder, space, study)
 
 
@@ -150,6 +173,13 @@ def status_text(folder: Path, space: Space, trials: Sequence[Trial]) -> str:
         lines += [f"best: trial {best.number}, validation {metric} {best.value:.6f}, in {run_of(folder, best)}"]
         lines += [f"  {ACCELERATE} -m fmrl_dist.train {shlex.join(words)}"]
     return "\n".join(lines)
+
+
+def print_jobs(folder: Path) -> None:
+    """How many workers are in which state, where there is a SLURM to ask."""
+    if (folder / JOBS / RECORD).exists() and all(shutil.which(name) for name in COMMANDS):
+        (workers,) = read_record(folder / JOBS)
+        print(summary(workers, states(workers.jobs)))
 
 
 def finish(folder: Path, space: Space, study: Study) -> None:
@@ -218,14 +248,14 @@ def wait_for_slurm(job_ids: Sequence[str], study: Study, space: Space) -> None:
     known_until = time.monotonic()
     try:
         while not is_over(study, space):
-            now = states(job_ids).values()
+            now = patient_states(job_ids).values()
             if any(state in LIVE for state in now):
                 known_until = time.monotonic()
             elif "UNKNOWN" not in now or time.monotonic() - known_until > FORGOTTEN_S:
                 return
             time.sleep(SLURM_POLL_S)
     except KeyboardInterrupt:
-        print("\nno longer waited for; the jobs go on: see --status, or end them with scancel")
+        print("\nno longer waited for; the jobs go on: see --status and --cancel")
         raise SystemExit(128 + signal.SIGINT) from None
 
 
@@ -266,7 +296,8 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and end")
     parser.add_argument("--wait", action="store_true", help="for the end, then show the best (local always does)")
-    parser.add_argument("--status", action="store_true", help="print the trials so far, and end")
+    parser.add_argument("--status", action="store_true", help="print the trials so far and SLURM's jobs, and end")
+    parser.add_argument("--cancel", action="store_true", help="end SLURM's jobs; what they train is saved")
     arguments = parser.parse_args(argv)
     require(arguments.workers >= 1, f"--workers is {arguments.workers}; expected at least 1")
     options = parse_sbatch(arguments.sbatch)
@@ -277,6 +308,9 @@ def main(argv: list[str]) -> None:
     if arguments.status:
         recorded, study = open_folder(folder)
         print(status_text(folder, recorded, study.trials()))
+        print_jobs(folder)
+    elif arguments.cancel:
+        cancel_recorded(folder / JOBS)
     elif arguments.dry_run:
         print(dry_run_text(space, folder, arguments.workers, arguments.cluster, options))
     else:

@@ -97,10 +97,12 @@ def test_chain_submits_the_join(slurm: SlurmCluster, run: Path, folder: Path) ->
 
 
 def test_requeued_task_submits_no_second_join(slurm: SlurmCluster, run: Path, folder: Path) -> None:
-    """The join is in the array's partition, but takes nothing else from it: neither options nor variables."""
+    """The join is in the array's partition and reservation, but takes no other options or variables from it."""
     expected = bytes_here(run, "evaluation-masked.json", "--mask-seen")
     (run / "evaluation-masked.json").unlink()
-    options = ["--array=4-5", "--partition=urgent"]
+    reserved = ("reservation=ours", "starttime=now", "duration=10", "users=root", "nodes=ALL", "flags=ignore_jobs")
+    slurm.call("scontrol", "create", *reserved)
+    options = ["--array=4-5", "--partition=urgent", "--reservation=ours"]
     words = [*options, "launch/eval.slurm", run, "--mask-seen"]
     array = submit(slurm, folder, *words, SBATCH_EXCLUSIVE="exclusive")
     join = wait_for_join_id(slurm, f"{array}_4")
@@ -110,8 +112,10 @@ def test_requeued_task_submits_no_second_join(slurm: SlurmCluster, run: Path, fo
     assert f"job {join} joins the parts" in first.log and "test, part 1/2: " in first.log
     assert slurm.wait(join).state == "COMPLETED"
     assert jobs_of(slurm, f"fmrl-eval-{array}-join") == [str(join)]
-    numbers = [(slurm.facts(job)["NumCPUs"], slurm.facts(job)["Partition"]) for job in (f"{array}_4", join)]
-    assert numbers == [("8", "urgent"), ("1", "urgent")]
+    names = ("NumCPUs", "Partition", "Reservation")
+    facts = [[slurm.facts(job)[name] for name in names] for job in (f"{array}_4", join)]
+    assert facts == [["8", "urgent", "ours"], ["1", "urgent", "ours"]]
+    slurm.call("scontrol", "delete", "reservation=ours")
     assert (run / "evaluation-masked.json").read_bytes() == expected
 
 

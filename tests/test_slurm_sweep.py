@@ -43,6 +43,15 @@ def test_an_array_of_workers(slurm: SlurmCluster, tmp_path: Path) -> None:
     path, folder = write_space(tmp_path, trials=2, fixed=LONG), tmp_path / "sweep"
     sweep.require_store(begin(path, folder)[0])
     command: list[str | Path] = [sys.executable, "-m", "launch.sweep", path, "--folder", folder]
+    slurm.call(*command, "--sbatch", "hold")
+    again = slurm.command(*command)
+    assert (again.returncode, len(again.stderr.splitlines())) == (2, 1), again.stderr
+    assert f"the sweep in {folder} is under way: " in again.stderr and " PENDING; wait" in again.stderr
+    assert slurm.call(*command, "--status").splitlines()[-1].endswith(" PENDING")
+    assert re.fullmatch(r"cancelled: \d+", slurm.call(*command, "--cancel"))
+    assert slurm.call(*command, "--cancel") == "cancelled: nothing, all jobs have ended"
+    assert slurm.call(*command, "--status").splitlines()[-1].endswith(" CANCELLED")
+
     said = slurm.call(*command, "--workers", "2", "--sbatch", "time=10")
     array = int(slurm.call("squeue", "--noheader", "--name=small-sweep", "--format=%F").split()[0])
     assert f"small-sweep: job(s) {array}_0, {array}_1, logs in {folder}/jobs" in said

@@ -234,5 +234,5 @@ def test_time_limit(slurm: SlurmCluster, folder: Path) -> None:
     assert f"job {train} is submitted again and goes on from its checkpoint" in log
     assert log.count("from step ") == 1 + int(slurm.facts(train)["Restarts"])
     assert states(slurm, stages) == dict.fromkeys(stages, {"COMPLETED"})
-    assert json.loads((folder / "limited.jobs" / "chain.json").read_text())["stages"][1]["jobs"] == [str(train)]
+    assert json.loads((folder / "limited.jobs" / "submitted.json").read_text())["stages"][1]["jobs"] == [str(train)]
     assert evaluation(folder / "limited")["users"] == 200
