@@ -8,8 +8,7 @@ Bytes and floating-point operations are counted from the operators' shapes, in t
 measured, on a CPU: what a block keeps of each position and channel for its backward pass, the copies that the parts of
 a step hold at once, and the share of the machine's matmul rate that a step reaches. Tests hold the predicted memory
 against the measured peak of small steps. On a GPU nothing of this was measured. Not in the memory: the process itself
-(about half a GiB on a CPU; the context on a GPU), and a memory-mapped item table. Not counted: train.micro_batches,
-which divides what blocks keep and the loss holds.
+(about half a GiB on a CPU; the context on a GPU), and a memory-mapped item table.
 """
 
 from __future__ import annotations
@@ -52,12 +51,13 @@ class Step:
     id_table: bool
     dropout: bool
     num_ranks: int
-    positions: int  # of one rank
+    positions: int  # of one rank, in one of its micro-batches
     negatives: int  # that a position is scored against, with sampled softmax
     drawn: int  # rows of items that a rank embeds for its negatives
     itemsize: int  # bytes of the products' inputs
     on_gpu: bool
     memory_bytes: int  # of one rank
+    micro_batches: int = 1  # one after the other, their gradients added
 
     @property
     def width(self) -> int:
@@ -111,7 +111,8 @@ def predict(step: Step, loss: str) -> Cost:
     ranked = -(-step.num_items // step.num_ranks) if shared else step.num_items
     validation = weights + memory["item columns"] + FLOAT * ranked * step.width
     operations = model_operations + batch_operations + loss_cost.operations
-    return Cost(memory, operations, loss_cost.sent_bytes, read, validation)
+    times = step.micro_batches
+    return Cost(memory, times * operations, times * loss_cost.sent_bytes, times * read, validation)
 
 
 def _full(step: Step, num_columns: int, split: bool) -> Cost:
@@ -225,8 +226,10 @@ def step_of(
     loss, lanes = config.loss, config.train.num_lanes
     drawn = 0 if loss.negatives == "in_batch" else loss.num_negatives
     others = -(-positions // lanes) if loss.negatives in ("in_batch", "mixed") else 0
-    lanes_seen = lanes if loss.scope == "batch" else 1
-    lanes_embedded = lanes if loss.scope == "batch" else -(-lanes // num_ranks)
+    own_lanes = -(-lanes // num_ranks)
+    micro_batches = min(config.train.micro_batches, own_lanes)  # others are empty
+    lanes_at_once = -(-own_lanes // micro_batches)
+    lanes_seen, lanes_embedded = (lanes, lanes) if loss.scope == "batch" else (1, lanes_at_once)
     return Step(
         sizes=config.model.sizes,
         depth=config.model.depth,
@@ -235,12 +238,13 @@ def step_of(
         id_table=config.model.id_table,
         dropout=max(config.model.dropout, config.model.lru_dropout) > 0,
         num_ranks=num_ranks,
-        positions=-(-lanes // num_ranks) * -(-positions // lanes),
+        positions=lanes_at_once * -(-positions // lanes),
         negatives=(drawn + others) * lanes_seen,
         drawn=(drawn + others) * lanes_embedded,
         itemsize=2 if config.train.precision == "bf16" else 4,
         on_gpu=on_gpu,
         memory_bytes=memory_bytes,
+        micro_batches=micro_batches,
     )
 
 
@@ -283,9 +287,10 @@ def main(argv: list[str]) -> None:
     def seconds(cost: Cost) -> float:
         return cost.operations / (RATE_SHARE * teraflops * 1e12)
 
+    at_once = f"in each of {step.micro_batches} micro-batches" if step.micro_batches > 1 else "a step"
     print(
         f"{num_ranks} rank(s), {step.num_items:,} items of {step.num_features:,} features, sizes {list(step.sizes)}, "
-        f"{step.depth} block(s), {step.positions:,} positions of each rank a step, {step.drawn:,} negatives\n"
+        f"{step.depth} block(s), {step.positions:,} positions of each rank {at_once}, {step.drawn:,} negatives\n"
     )
     print(table(costs, seconds if teraflops else None))
     loss, reason = recommend(costs, memory_bytes, seconds if teraflops else None, arguments.max_step_s)

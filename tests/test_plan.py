@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.timing import forget_peak, peak_resident_bytes
 from fmrl_dist import plan
 from fmrl_dist.catalogue_columns import TableColumns, catalogue_columns, catalogue_slice
+from fmrl_dist.config import load_config
 from fmrl_dist.data.histories import Packed, SampledBatch
 from fmrl_dist.data.items import ItemTable
 from fmrl_dist.model import FMRLRec
@@ -47,6 +48,7 @@ MEASURED = {
         replace(BASE, sizes=(64, 512), depth=3, num_items=20_000, positions=2000, itemsize=2),
         "whole",
     ),
+    "whole, four micro-batches": (replace(BASE, positions=500, micro_batches=4), "whole"),
     "sampled": (replace(BASE, negatives=4096, drawn=4096), "sampled"),
     "sampled, ids": (replace(BASE, id_table=True, negatives=4096, drawn=4096), "sampled"),
 }
@@ -97,7 +99,8 @@ def run_steps(step: Step, loss: str) -> None:
     optimizer = build_optimizer(module.model, 1e-3, (0.9, 0.999), 1e-8, 0.01)
     wrapped = DistributedDataParallel(module) if step.num_ranks > 1 else module
     for _ in range(3):
-        wrapped(make_batch(step, loss)).mean().backward()
+        for _ in range(step.micro_batches):
+            wrapped(make_batch(step, loss)).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -128,7 +131,8 @@ def counted_operations(step: Step, loss: str) -> int:
     """Two for each multiplication in the matrix products of one step."""
     module, batch = make_module(step, loss), make_batch(step, loss)
     with torch.profiler.profile(record_shapes=True) as profile:
-        module(batch).mean().backward()
+        for _ in range(step.micro_batches):
+            module(batch).mean().backward()
     operations = 0
     for event in profile.events() or ():
         if event.name in ("aten::mm", "aten::addmm", "aten::addmm_"):
@@ -145,8 +149,9 @@ def counted_operations(step: Step, loss: str) -> int:
         (replace(BASE, num_items=30_000, positions=400), "whole"),  # some tiles are not kept
         (replace(BASE, num_items=5000, positions=200, id_table=True), "whole"),
         (replace(BASE, num_items=20_000, positions=500, negatives=3000, drawn=3000), "sampled"),
+        (replace(BASE, num_items=5000, positions=100, micro_batches=2), "whole"),
     ],
-    ids=["kept", "back", "again", "ids", "sampled"],
+    ids=["kept", "back", "again", "ids", "sampled", "micro-batches"],
 )
 def test_operations_are_as_counted(step: Step, loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if step.num_items == 30_000:
@@ -208,6 +213,21 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert [line.split()[1] for line in lines if line.startswith("| ")] == ["loss", "whole", "split", "sampled"]
     assert lines[-1].startswith("recommended: loss.catalogue: split (exact, and it fits")
+
+
+def test_micro_batches_save_memory_and_cost_operations(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 16 lanes, each of 8 ranks has two: it cannot divide them further."""
+    words = ["--items", "10000000", "--gpus", "8", "--positions", "4096"]
+    once, twice, more = (
+        plan.step_of(load_config(None, ["--train.micro_batches", str(n)]), 10**7, 8, 384, 4096, True, 2**36)
+        for n in (1, 2, 4)
+    )
+    assert (once.positions, twice.positions, twice.micro_batches) == (512, 256, 2) and more == twice
+    costs = [predict(step, "whole") for step in (once, twice)]
+    assert costs[0].memory["kept of blocks and batch"] > costs[1].memory["kept of blocks and batch"]
+    assert costs[0].operations < costs[1].operations < 2 * costs[0].operations
+    plan.main([*words, "--train.micro_batches", "2"])
+    assert ", 256 positions of each rank in each of 2 micro-batches, " in capsys.readouterr().out
 
 
 def test_command_of_one_rank_names_no_split(capsys: pytest.CaptureFixture[str]) -> None:
