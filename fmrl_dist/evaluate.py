@@ -21,13 +21,14 @@ from fmrl_dist.config import CommandParser, StoreConfig, config_from_dict
 from fmrl_dist.data.histories import evaluation_blocks
 from fmrl_dist.data.store import Store
 from fmrl_dist.errors import UserError, require, run_command
-from fmrl_dist.evaluation import rank_histograms
+from fmrl_dist.evaluation import count_together
 from fmrl_dist.evaluation_parts import WHOLE, Evaluated, Means, Part, join_parts, parts_folder, write_part
 from fmrl_dist.export_folder import export_sha256, is_export, read_export
 from fmrl_dist.metrics import metrics_from_histogram
 from fmrl_dist.report import size_table, write_report
 from fmrl_dist.run_folder import run_of_best
 from fmrl_dist.runtime import Runtime, start_runtime
+from fmrl_dist.signals import StopRequest
 
 
 @dataclass(frozen=True)
@@ -41,18 +42,32 @@ class Subject:
     folder: Path  # of its report
 
 
-def evaluate(ranker: Ranker, store: Store, runtime: Runtime, split: str, mask_seen: bool) -> dict[str, Any]:
-    """Metrics of every size, as ``evaluation.json`` holds them; each rank takes its share of the user blocks."""
-    histograms = count_ranks(ranker, store, runtime, split, mask_seen, WHOLE)
+def evaluate(
+    ranker: Ranker, store: Store, runtime: Runtime, split: str, mask_seen: bool, stop: StopRequest
+) -> dict[str, Any]:
+    """Metrics of every size, as ``evaluation.json`` holds them; each rank takes its share of the user blocks.
+
+    Raises:
+        Stopped: a signal came amid it.
+    """
+    histograms = count_ranks(ranker, store, runtime, split, mask_seen, WHOLE, stop)
     return figures(histograms, ranker.model.sizes, store, split, mask_seen)
 
 
-def count_ranks(ranker: Ranker, store: Store, runtime: Runtime, split: str, mask_seen: bool, part: Part) -> Tensor:
+def count_ranks(
+    ranker: Ranker,
+    store: Store,
+    runtime: Runtime,
+    split: str,
+    mask_seen: bool,
+    part: Part,
+    stop: StopRequest | None = None,
+) -> Tensor:
     """Histograms of 2·rank over the users of one part, int64 [S, 2·CUTOFF + 1]; the ranks share its blocks."""
     model, catalogue, numbers = ranker.model, ranker.catalogue, part.share(len(store.manifest.splits[split]))
     mine = [numbers[place] for place in runtime.my_share(len(numbers))]
     blocks = evaluation_blocks(store, split, ranker.max_length, mine, inline_dims=catalogue.inline_dims)
-    return runtime.sum(rank_histograms(model, catalogue, blocks, mask_seen, ranker.normalize))
+    return count_together(runtime, model, catalogue, blocks, mask_seen, ranker.normalize, stop)
 
 
 def figures(histograms: Tensor, sizes: Sequence[int], store: Store, split: str, mask_seen: bool) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from fmrl_dist.data.histories import RankingBlock
 from fmrl_dist.metrics import CUTOFF
 from fmrl_dist.model import FMRLRec
 from fmrl_dist.ranking import Ranking, hidden_items
+from fmrl_dist.runtime import Runtime
+from fmrl_dist.signals import Stopped, StopRequest
 
 
 @torch.no_grad()
@@ -45,6 +47,29 @@ def rank_histograms(
             half_ranks = torch.where(half_ranks <= 2 * CUTOFF, half_ranks, 0).long()
             histograms.scatter_add_(1, half_ranks, torch.ones_like(half_ranks))
     return histograms
+
+
+def count_together(
+    runtime: Runtime,
+    model: FMRLRec,
+    catalogue: Catalogue,
+    blocks: Iterable[RankingBlock],
+    mask_seen: bool,
+    normalize: bool,
+    stop: StopRequest | None = None,
+) -> Tensor:
+    """:func:`rank_histograms` of every rank's blocks, added up, on each of them.
+
+    Raises:
+        Stopped: some rank was told to ``stop`` before its last block.
+    """
+    stop = stop or StopRequest()
+    histograms = rank_histograms(model, catalogue, stop.until_told(blocks), mask_seen, normalize)
+    num_cut_short, num_requeued = runtime.agree(stop.cut_short, stop.usr1)
+    if num_cut_short:
+        stop.usr1 = num_requeued > 0  # whichever rank was told
+        raise Stopped
+    return runtime.sum(histograms)
 
 
 def _groups(blocks: Iterable[RankingBlock], num_users: int) -> Iterator[list[RankingBlock]]:

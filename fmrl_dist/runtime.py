@@ -91,10 +91,9 @@ class Runtime:
         if self.is_main:
             print(text, flush=True)
 
-    def leave(self, together: bool = True) -> None:
+    def leave(self) -> None:
         """End the process group, once every rank has got here: one that is left to the exit can kill its process."""
-        if together:
-            self.accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()
         if self.joined_group:
             self.accelerator.end_training()
 

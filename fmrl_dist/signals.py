@@ -1,17 +1,21 @@
 """Signals that ask a run to save and end: USR1 (its time is nearly over: submit it again), TERM (cancelled, preempted).
 
-A handler only notes the signal. The ranks agree on it once a step, save together, and leave; rank 0 then puts
-``requeue`` into the run's folder if any of them was sent USR1, for the batch script to see: through a launcher, exit
-codes tell no more than zero or not.
+A handler only notes the signal. The ranks agree on it once a step, save together, and leave; amid an evaluation each
+stops at its next block of users, and they agree when all have got there. Rank 0 then puts ``requeue`` into the run's
+folder if any of them was sent USR1, for the batch script to see: through a launcher, exit codes tell no more than zero
+or not.
 """
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Self, TypeVar
+
+T = TypeVar("T")
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 REQUEUE_FILE = "requeue"
@@ -22,25 +26,24 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.term = self.usr1 = False
-        self._leave_at_once = False
+        self.cut_short = False  # something was left out of until_told()
         self._before: dict[signal.Signals, object] = {}
 
     @property
-    def ended_in_evaluation(self) -> bool:
-        """Whether the ranks have been stopped wherever each of them was."""
-        return self._leave_at_once and (self.term or self.usr1)
+    def told(self) -> bool:
+        return self.term or self.usr1
 
-    def leave_at_once(self) -> None:
-        """From now on a signal ends the process where it is, without an error: there is nothing left to save."""
-        self._leave_at_once = True
-        if self.term or self.usr1:
-            raise Stopped
+    def until_told(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, up to the next one once a signal has come."""
+        for item in items:
+            if self.told:
+                self.cut_short = True
+                return
+            yield item
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.term |= number == signal.SIGTERM
         self.usr1 |= number == signal.SIGUSR1
-        if self._leave_at_once:
-            raise Stopped
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # only there does Python run handlers
@@ -54,8 +57,8 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]  # what signal() gave back
 
 
-class Stopped(BaseException):
-    """A signal has ended the run after its last checkpoint. No Exception: whoever tries again must not catch it."""
+class Stopped(Exception):  # noqa: N818 - it is none
+    """A signal has ended the run, or an evaluation, before its end; raised on all ranks."""
 
 
 def ask_for_requeue(folder: Path) -> None:

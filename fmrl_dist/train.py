@@ -61,7 +61,7 @@ def train(config: Config, resume: str | None) -> None:
             runtime.say("stopped by a signal; what is left goes on by --resume auto")
             if runtime.is_main and stop.usr1:
                 ask_for_requeue(Path(config.run.dir))
-    runtime.leave(together=not stop.ended_in_evaluation)
+    runtime.leave()
 
 
 def train_and_evaluate(config: Config, runtime: Runtime, resume: str | None, stop: StopRequest) -> None:
@@ -98,8 +98,7 @@ def train_and_evaluate(config: Config, runtime: Runtime, resume: str | None, sto
     elif final_evaluation(folder).exists():
         runtime.say(f"{folder} is finished (step {checkpoint.state.step}); nothing to do")
         return
-    stop.leave_at_once()
-    _evaluate_best(config, runtime, store, folder)
+    _evaluate_best(config, runtime, store, folder, stop)
 
 
 def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest) -> None:
@@ -114,7 +113,8 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest) ->
     sampler = make_negative_sampler(run)
     progress = Progress(run.total_steps, state.step, runtime.is_main)
     meter = Meter(model.sizes, size_weights(config), runtime)
-    clock, stopped = SaveClock(config.train.checkpoint_every_minutes), False
+    clock = SaveClock(config.train.checkpoint_every_minutes)
+    stopped = False  # by a signal, and the ranks know it
 
     with (
         opened(run.folder, config, runtime),
@@ -125,10 +125,11 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest) ->
     ):
         runtime.say(describe_start(run, model, state.step))
         if state.validation_is_due:  # the last life saved, and had no time left for it
-            note_validation(run, learner, state, logbook, progress)
-            save(run, learner, state, writer)
+            stopped = not note_validation(run, learner, state, logbook, progress, stop)
+            if not stopped:
+                save(run, learner, state, writer)
         for step in range(state.step, run.total_steps):
-            if out_of_patience(config, state.evaluations_without_gain):
+            if stopped or out_of_patience(config, state.evaluations_without_gain):
                 break
             epoch = step // order.steps_per_epoch
             with meter.waiting(), watch.timing("data_wait_s"):
@@ -136,8 +137,10 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest) ->
             with watch.timing("meeting_s"):
                 num_targets, num_damaged, save_is_due, num_stopped, num_requeued = runtime.agree(
                     *(count_targets(batches), len(damaged), runtime.is_main and clock.is_due()),
-                    *(stop.term or stop.usr1, stop.usr1),
+                    *(stop.told, stop.usr1),
                 )
+            if stopped := num_stopped > 0:
+                stop.usr1 = num_requeued > 0  # whichever rank was told
             if num_damaged:
                 leave_out(run, state, damaged)
                 feed.change_stream(make_stream(run, sampler, state))
@@ -151,9 +154,7 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest) ->
             state.step = step + 1
             evaluate_now = state.step % run.evaluate_every_steps == 0 or state.step == run.total_steps
             save_every = config.train.checkpoint_every_steps
-            save_now = (
-                evaluate_now or bool(save_every and state.step % save_every == 0) or bool(save_is_due or num_stopped)
-            )
+            save_now = evaluate_now or bool(save_every and state.step % save_every == 0) or bool(save_is_due) or stopped
             if state.step % config.train.log_every_steps == 0 or save_now:  # a resumed run has the same records
                 record = meter.record() | {"lr": lr, "grad_norm": float(grad_norm)}
                 logbook.write({"step": state.step, "epoch": epoch, "split": "train"} | record)
@@ -161,16 +162,13 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest) ->
                     progress.say(slow_ranks)
                 progress.update(state.step, meter.line(record))
             state.validation_is_due = evaluate_now
-            if state.validation_is_due and not num_stopped:  # a run that is to end saves first
-                note_validation(run, learner, state, logbook, progress)
+            if state.validation_is_due and not stopped:  # a run that is to end leaves it to its next life
+                stopped = not note_validation(run, learner, state, logbook, progress, stop)
             if save_now:
                 save(run, learner, state, writer)
                 clock.restart()
                 meter.restart_clock()
                 watch.restart_clock()
-            if num_stopped:
-                stopped, stop.usr1 = True, num_requeued > 0  # whichever rank was told
-                break
     progress.close()
     if state.skipped_blocks:
         runtime.say(describe_loss(run, state.skipped_blocks))
@@ -304,9 +302,9 @@ def load_best(folder: Path, runtime: Runtime) -> Checkpoint:
     return checkpoint
 
 
-def _evaluate_best(config: Config, runtime: Runtime, store: Store, folder: Path) -> None:
+def _evaluate_best(config: Config, runtime: Runtime, store: Store, folder: Path, stop: StopRequest) -> None:
     ranker = build_ranker(load_best(folder, runtime), config, store, runtime)
-    result = evaluate(ranker, store, runtime, "test", mask_seen=False)
+    result = evaluate(ranker, store, runtime, "test", False, stop)
     if runtime.is_main:
         report(result, folder)
 

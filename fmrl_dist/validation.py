@@ -8,27 +8,38 @@ from fmrl_dist.catalogue import Catalogue, EmbeddedCatalogue, StreamedCatalogue
 from fmrl_dist.checkpoint import TrainState
 from fmrl_dist.config import Config
 from fmrl_dist.data.histories import evaluation_blocks
-from fmrl_dist.evaluation import rank_histograms
+from fmrl_dist.evaluation import count_together
 from fmrl_dist.learner import Learner, Run
 from fmrl_dist.logbook import Logbook, Progress
 from fmrl_dist.metrics import metrics_from_histogram
+from fmrl_dist.signals import Stopped, StopRequest
 from fmrl_dist.split_catalogue import SplitCatalogue, ranks_share
 from fmrl_dist.training_module import TrainingModule
 
 
-def note_validation(run: Run, learner: Learner, state: TrainState, logbook: Logbook, progress: Progress) -> None:
-    """Validate, record it, and see whether this is the best so far."""
+def note_validation(
+    run: Run, learner: Learner, state: TrainState, logbook: Logbook, progress: Progress, stop: StopRequest
+) -> bool:
+    """Validate, record it, and see whether this is the best so far; False if a signal came, and it is due still."""
     epoch = (state.step - 1) // run.order.steps_per_epoch
-    with learner.engine.whole_weights():
-        record = validate(run, learner.module)
+    try:
+        with learner.engine.whole_weights():
+            record = validate(run, learner.module, stop)
+    except Stopped:
+        return False
     logbook.write({"step": state.step, "epoch": epoch, "split": "valid"} | record)
     update_early_stopping(run.config, state, record)
     state.validation_is_due = False
     progress.say(describe_validation(run.config, state, epoch, record))
+    return True
 
 
-def validate(run: Run, module: TrainingModule) -> dict[str, float]:
-    """Metrics of every size on the validation users: ``ndcg@10@512`` and so on."""
+def validate(run: Run, module: TrainingModule, stop: StopRequest) -> dict[str, float]:
+    """Metrics of every size on the validation users: ``ndcg@10@512`` and so on.
+
+    Raises:
+        Stopped: a signal came amid it.
+    """
     config, runtime = run.config, run.runtime
     module.eval()
     with torch.no_grad():
@@ -41,7 +52,7 @@ def validate(run: Run, module: TrainingModule) -> dict[str, float]:
             config.eval.users,
             catalogue.inline_dims,
         )
-        histograms = runtime.sum(rank_histograms(module.model, catalogue, blocks, False, config.loss.normalize))
+        histograms = count_together(runtime, module.model, catalogue, blocks, False, config.loss.normalize, stop)
     module.train()
     return {
         f"{metric}@{size}": value

@@ -7,14 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch.distributed as dist
 
+from fmrl_dist.data import histories
 from fmrl_dist.data.feed import BatchFeed
-from fmrl_dist.signals import REQUEUE_FILE, Stopped, StopRequest
+from fmrl_dist.signals import REQUEUE_FILE, StopRequest
 from tests.processes import REPOSITORY, clean_environment, run_processes
 from tests.training_fixture import STEPS_PER_EPOCH, evaluation, figures, make_shop, records, train_here
 
@@ -135,19 +138,67 @@ def test_a_signal_in_a_step_that_validates(epochs: int, shop: Path, tmp_path: Pa
     assert figures(run) == figures(expected) and evaluation(run) == evaluation(expected)
 
 
-def test_a_signal_in_the_final_evaluation(shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is left to save: the run ends where it is, and the next life only evaluates."""
+def tell_amid_evaluation(module: str, told: int, patch: pytest.MonkeyPatch) -> None:
+    """Have rank ``told`` send itself USR1 as it reads its first block of users for ``module``."""
+    blocks = histories.evaluation_blocks
 
-    def interrupted(*_: object, **__: object) -> None:
-        os.kill(os.getpid(), signal.SIGUSR1)
-        raise AssertionError("the signal did not end it")
+    def tell(*words: Any, **more: Any) -> Iterator[histories.RankingBlock]:
+        if not dist.is_initialized() or dist.get_rank() == told:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return blocks(*words, **more)
 
-    with monkeypatch.context() as patch:
-        patch.setattr("fmrl_dist.train.evaluate", interrupted)
-        run = train_here(shop, tmp_path / "run")
-    assert (run / REQUEUE_FILE).exists() and not (run / "evaluation.json").exists()
+    patch.setattr(f"fmrl_dist.{module}.evaluation_blocks", tell)
+
+
+@pytest.mark.parametrize("module", ["validation", "evaluate"])
+def test_a_signal_amid_an_evaluation(module: str, shop: Path, tmp_path: Path) -> None:
+    """It ends at once, and the next life begins with it; a run that is interrupted so in each life gains nothing."""
+    expected, run = train_here(shop, tmp_path / "whole"), tmp_path / "run"
+    for resume in ([], ["--resume", "auto"]):
+        with pytest.MonkeyPatch.context() as patch:
+            tell_amid_evaluation(module, 0, patch)
+            train_here(shop, run, *resume)
+        epochs, validated = (1, 0) if module == "validation" else (3, 3)
+        assert (run / REQUEUE_FILE).exists() and not (run / "evaluation.json").exists()
+        assert (len(records(run)), len(records(run, "valid"))) == (epochs * STEPS_PER_EPOCH, validated)
+        assert (run / "checkpoints" / "latest").resolve().name == f"step-{epochs * STEPS_PER_EPOCH:08d}"
     train_here(shop, run, "--resume", "auto")
+    assert not (run / REQUEUE_FILE).exists()
+    assert figures(run) == figures(expected) and evaluation(run) == evaluation(expected)
+
+
+def stop_amid_evaluation(config: str, run: str, catalogue: str, module: str, told: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        tell_amid_evaluation(module, told, patch)
+        train_here(Path(config), Path(run), "--resume", "auto", "--loss.catalogue", catalogue)
+
+
+@pytest.mark.multiproc
+@pytest.mark.parametrize(("told", "catalogue"), [(0, "whole"), (1, "split")])
+def test_all_ranks_end_amid_an_evaluation_when_one_is_told(
+    told: int, catalogue: str, shop: Path, tmp_path: Path
+) -> None:
+    """Also where they rank together: a rank that has stopped still ranks for the others' users."""
+    run = tmp_path / "run"
+    run_processes(2, stop_amid_evaluation, str(shop), str(run), catalogue, "validation", told)
+    assert (run / REQUEUE_FILE).exists() and not records(run, "valid")
+    run_processes(2, stop_amid_evaluation, str(shop), str(run), catalogue, "evaluate", told)
+    assert (run / REQUEUE_FILE).exists() and len(records(run, "valid")) == 3
+    assert not (run / "evaluation.json").exists()
+    run_processes(2, stop_amid_evaluation, str(shop), str(run), catalogue, "evaluate", -1)
     assert (run / "evaluation.json").exists() and not (run / REQUEUE_FILE).exists()
+
+
+def test_what_is_done_when_a_signal_comes_counts() -> None:
+    """One that comes after the last item cuts nothing short; one before it leaves out the rest."""
+    with StopRequest() as stop:
+        found = []
+        for item in stop.until_told(range(5)):
+            found.append(item)
+            if item == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+        assert (found, stop.told, stop.cut_short) == ([0, 1, 2, 3, 4], True, False)
+        assert list(stop.until_told(range(5))) == [] and stop.cut_short
 
 
 def test_handlers_are_put_back() -> None:
@@ -156,6 +207,4 @@ def test_handlers_are_put_back() -> None:
         assert not stop.term and not stop.usr1
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.term and not stop.usr1
-        with pytest.raises(Stopped):
-            stop.leave_at_once()
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
