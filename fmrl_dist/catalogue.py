@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,20 @@ from fmrl_dist.ranking import Ranking
 
 TILE_ITEMS = 4096
 Group = list[RankingBlock]  # users for whom one pass over the items is made
+T = TypeVar("T")
 STREAMED_USERS = 65536  # that one pass over the item shards ranks for: with D = 1024 their outputs take 256 MiB
+
+
+class Until(Protocol):
+    """How far to go through some items, in their order: to the end, or to where a signal comes."""
+
+    def __call__(self, items: Iterable[T], /) -> Iterable[T]:
+        """The items, up to there."""
+
+
+def to_the_end(items: Iterable[T]) -> Iterable[T]:
+    """All of them."""
+    return items
 
 
 class Catalogue(Protocol):
@@ -41,8 +54,8 @@ class Catalogue(Protocol):
     def inputs(self, group: Group) -> list[Tensor]:
         """Embeddings of each block's items, [N, D]."""
 
-    def rank(self, rankings: Sequence[Ranking]) -> None:
-        """Have every item ranked, once, always in the same tiles."""
+    def rank(self, rankings: Sequence[Ranking], until: Until = to_the_end) -> None:
+        """Have every item ranked, once, always in the same tiles, or those that ``until`` leaves."""
 
 
 def add_tiles(rankings: Sequence[Ranking], tiles: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -73,8 +86,8 @@ class EmbeddedCatalogue:
     def inputs(self, group: Group) -> list[Tensor]:
         return [self.items[block.items] for block in group]
 
-    def rank(self, rankings: Sequence[Ranking]) -> None:
-        add_tiles(rankings, tiles_of(self.items))
+    def rank(self, rankings: Sequence[Ranking], until: Until = to_the_end) -> None:
+        add_tiles(rankings, until(tiles_of(self.items)))
 
 
 @dataclass(frozen=True)
@@ -95,8 +108,8 @@ class StreamedCatalogue:
     def inputs(self, group: Group) -> list[Tensor]:
         return [self._inputs(block) for block in group]
 
-    def rank(self, rankings: Sequence[Ranking]) -> None:
-        add_tiles(rankings, self._tiles())
+    def rank(self, rankings: Sequence[Ranking], until: Until = to_the_end) -> None:
+        add_tiles(rankings, until(self._tiles()))
 
     def _inputs(self, block: RankingBlock) -> Tensor:
         assert block.feature_ids is not None and block.feature_values is not None and block.feature_present is not None

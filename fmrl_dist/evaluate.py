@@ -21,9 +21,9 @@ from fmrl_dist.config import CommandParser, StoreConfig, config_from_dict
 from fmrl_dist.data.histories import evaluation_blocks
 from fmrl_dist.data.store import Store
 from fmrl_dist.errors import UserError, require, run_command
-from fmrl_dist.evaluation import count_together
 from fmrl_dist.evaluation_parts import WHOLE, Evaluated, Means, Part, join_parts, parts_folder, write_part
 from fmrl_dist.export_folder import export_sha256, is_export, read_export
+from fmrl_dist.joint_evaluation import count_together
 from fmrl_dist.metrics import metrics_from_histogram
 from fmrl_dist.report import size_table, write_report
 from fmrl_dist.run_folder import run_of_best

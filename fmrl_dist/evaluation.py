@@ -11,18 +11,21 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from fmrl_dist.catalogue import Catalogue
+from fmrl_dist.catalogue import Catalogue, Until, to_the_end
 from fmrl_dist.data.histories import RankingBlock
 from fmrl_dist.metrics import CUTOFF
 from fmrl_dist.model import FMRLRec
 from fmrl_dist.ranking import Ranking, hidden_items
-from fmrl_dist.runtime import Runtime
-from fmrl_dist.signals import Stopped, StopRequest
 
 
 @torch.no_grad()
 def rank_histograms(
-    model: FMRLRec, catalogue: Catalogue, blocks: Iterable[RankingBlock], mask_seen: bool, normalize: bool = False
+    model: FMRLRec,
+    catalogue: Catalogue,
+    blocks: Iterable[RankingBlock],
+    mask_seen: bool,
+    normalize: bool = False,
+    until: Until = to_the_end,
 ) -> Tensor:
     """Histogram of 2·rank for each size, int64 [S, 2·CUTOFF + 1] (see :mod:`fmrl_dist.metrics`).
 
@@ -32,44 +35,22 @@ def rank_histograms(
         blocks: users, each with a history and one target.
         mask_seen: leave out the items of a user's whole history, never the target.
         normalize: rank by cosines of each size's prefixes.
+        until: how far to go through the users, and through the items; what comes of less than all means nothing.
     """
     device = model.encoder.bias.device
     histograms = torch.zeros(len(model.sizes), 2 * CUTOFF + 1, dtype=torch.int64, device=device)
-    for group in catalogue.in_step(_groups(blocks, catalogue.users_at_once)):
+    for group in catalogue.in_step(_groups(until(blocks), catalogue.users_at_once)):
         group = [block.to(device) for block in group]
         rankings = []
         for block, inputs in zip(group, catalogue.inputs(group), strict=True):
             z = model(inputs, block.starts, block.from_start)[block.starts[1:] - 1]
             rankings.append(Ranking(z, block.targets, hidden_items(block, mask_seen), model.sizes, normalize))
-        catalogue.rank(rankings)
+        catalogue.rank(rankings, until)
         for ranking in rankings:
             half_ranks = 2 * ranking.ranks()  # [S, U]
             half_ranks = torch.where(half_ranks <= 2 * CUTOFF, half_ranks, 0).long()
             histograms.scatter_add_(1, half_ranks, torch.ones_like(half_ranks))
     return histograms
-
-
-def count_together(
-    runtime: Runtime,
-    model: FMRLRec,
-    catalogue: Catalogue,
-    blocks: Iterable[RankingBlock],
-    mask_seen: bool,
-    normalize: bool,
-    stop: StopRequest | None = None,
-) -> Tensor:
-    """:func:`rank_histograms` of every rank's blocks, added up, on each of them.
-
-    Raises:
-        Stopped: some rank was told to ``stop`` before its last block.
-    """
-    stop = stop or StopRequest()
-    histograms = rank_histograms(model, catalogue, stop.until_told(blocks), mask_seen, normalize)
-    num_cut_short, num_requeued = runtime.agree(stop.cut_short, stop.usr1)
-    if num_cut_short:
-        stop.usr1 = num_requeued > 0  # whichever rank was told
-        raise Stopped
-    return runtime.sum(histograms)
 
 
 def _groups(blocks: Iterable[RankingBlock], num_users: int) -> Iterator[list[RankingBlock]]:

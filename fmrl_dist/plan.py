@@ -8,7 +8,8 @@ Bytes and floating-point operations are counted from the operators' shapes, in t
 measured, on a CPU: what a block keeps of each position and channel for its backward pass, the copies that the parts of
 a step hold at once, and the share of the machine's matmul rate that a step reaches. Tests hold the predicted memory
 against the measured peak of small steps. On a GPU nothing of this was measured. Not in the memory: the process itself
-(about half a GiB on a CPU; the context on a GPU), and a memory-mapped item table.
+(about half a GiB on a CPU; the context on a GPU), and a memory-mapped item table. Micro-batches are taken to be as
+large as the largest of them.
 """
 
 from __future__ import annotations
@@ -184,7 +185,7 @@ def recommend(
     require(
         bool(fits),
         f"no loss fits: a step needs at least {least / 2**30:.1f} GiB of a rank's {memory_bytes / 2**30:.1f}; take "
-        "fewer positions a step (train.batch_size), turn model.id_table off, or add ranks",
+        "fewer positions at once (train.micro_batches, train.batch_size), turn model.id_table off, or add ranks",
     )
     exact = sorted((loss for loss in fits if loss != "sampled"), key=lambda loss: costs[loss].operations)
     if not exact:

@@ -61,7 +61,7 @@ class Runtime:
 
     def agree(self, *counts: int) -> list[int]:
         """Sums of each rank's counts, the same on all of them."""
-        totals: list[int] = self.sum(torch.tensor(counts, device=self.device)).tolist()
+        totals: list[int] = self.sum(torch.tensor(counts, dtype=torch.int64, device=self.device)).tolist()
         return totals
 
     def gather(self, row: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """Signals that ask a run to save and end: USR1 (its time is nearly over: submit it again), TERM (cancelled, preempted).
 
 A handler only notes the signal. The ranks agree on it once a step, save together, and leave; amid an evaluation each
-stops at its next block of users, and they agree when all have got there. Rank 0 then puts ``requeue`` into the run's
-folder if any of them was sent USR1, for the batch script to see: through a launcher, exit codes tell no more than zero
-or not.
+that is told stops at its next tile of items, and they agree where they would add up. Rank 0 then puts ``requeue`` into
+the run's folder if any of them was sent USR1, for the batch script to see: through a launcher, exit codes tell no more
+than zero or not.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self, TypeVar
+
+from fmrl_dist.runtime import Runtime
 
 T = TypeVar("T")
 
@@ -40,6 +42,17 @@ class StopRequest:
                 self.cut_short = True
                 return
             yield item
+
+    def raise_together(self, runtime: Runtime, mine: bool) -> None:
+        """End all ranks if any of them has to; to be called by all.
+
+        Raises:
+            Stopped: on every rank; ``usr1`` says whether any of them was sent it.
+        """
+        num_stopped, num_requeued = runtime.agree(mine, self.usr1)
+        if num_stopped:
+            self.usr1 = num_requeued > 0
+            raise Stopped
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.term |= number == signal.SIGTERM

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fmrl_dist.catalogue import TILE_ITEMS, Group, add_tiles, tiles_of
+from fmrl_dist.catalogue import TILE_ITEMS, Group, Until, add_tiles, tiles_of, to_the_end
 from fmrl_dist.data.histories import RankingBlock
 from fmrl_dist.exchange import exchange_counts, exchange_rows, to_everyone
 from fmrl_dist.ranking import Ranking
@@ -57,9 +57,9 @@ class SplitCatalogue:
     def inputs(self, group: Group) -> list[Tensor]:
         return [self._fetch(block.items) for block in group]
 
-    def rank(self, rankings: Sequence[Ranking]) -> None:
+    def rank(self, rankings: Sequence[Ranking], until: Until = to_the_end) -> None:
         for ranking in rankings:
-            self._rank_together(ranking)
+            self._rank_together(ranking, until)
 
     def _fetch(self, ids: Tensor) -> Tensor:
         """Embeddings of any items, each from its rank."""
@@ -70,11 +70,11 @@ class SplitCatalogue:
         rows = self.items[exchange_rows(wanted[:, None], asked, answered)[:, 0] - self.bounds[dist.get_rank()]]
         return exchange_rows(rows, answered, asked)[places]
 
-    def _rank_together(self, own: Ranking) -> None:
+    def _rank_together(self, own: Ranking, until: Until) -> None:
         tensors = (own.z, own.targets[:, None], own.hidden)
         of_all = zip(*(to_everyone(rows) for rows in tensors), strict=True)
         rankings = [Ranking(z, targets[:, 0], hidden, own.sizes, own.normalize) for z, targets, hidden in of_all]
-        add_tiles(rankings, tiles_of(self.items, self.bounds[dist.get_rank()]))
+        add_tiles(rankings, until(tiles_of(self.items, self.bounds[dist.get_rank()])))
         found = [ranking.found() for ranking in rankings]
         sent, received = [len(part) for part in found], [len(own.z)] * len(found)
         parts = exchange_rows(torch.cat(found).flatten(1), sent, received)

@@ -303,6 +303,7 @@ def load_best(folder: Path, runtime: Runtime) -> Checkpoint:
 
 
 def _evaluate_best(config: Config, runtime: Runtime, store: Store, folder: Path, stop: StopRequest) -> None:
+    stop.raise_together(runtime, stop.told)  # what comes next can take a while before it listens
     ranker = build_ranker(load_best(folder, runtime), config, store, runtime)
     result = evaluate(ranker, store, runtime, "test", False, stop)
     if runtime.is_main:

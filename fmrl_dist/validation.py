@@ -8,7 +8,7 @@ from fmrl_dist.catalogue import Catalogue, EmbeddedCatalogue, StreamedCatalogue
 from fmrl_dist.checkpoint import TrainState
 from fmrl_dist.config import Config
 from fmrl_dist.data.histories import evaluation_blocks
-from fmrl_dist.evaluation import count_together
+from fmrl_dist.joint_evaluation import count_together
 from fmrl_dist.learner import Learner, Run
 from fmrl_dist.logbook import Logbook, Progress
 from fmrl_dist.metrics import metrics_from_histogram

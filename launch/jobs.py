@@ -215,10 +215,19 @@ def cancel(job_ids: Sequence[str]) -> None:
     _ask("scancel", *dict.fromkeys(job_id.split("_")[0] for job_id in job_ids))
 
 
+def has_slurm() -> bool:
+    """Whether jobs can be submitted, and asked for, from this machine."""
+    return not _absent_commands()
+
+
 def require_slurm() -> None:
     """Refuse where no jobs can be submitted."""
-    absent = [name for name in COMMANDS if shutil.which(name) is None]
+    absent = _absent_commands()
     require(not absent, f"no SLURM here: {', '.join(absent)} not found; submit from a login node, or run without SLURM")
+
+
+def _absent_commands() -> list[str]:
+    return [name for name in COMMANDS if shutil.which(name) is None]
 
 
 def import_submitit() -> Any:

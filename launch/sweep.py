@@ -12,7 +12,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -35,9 +34,9 @@ from launch.follow import (
     write_record,
 )
 from launch.jobs import (
-    COMMANDS,
     LIVE,
     Script,
+    has_slurm,
     import_submitit,
     patient_states,
     require_slurm,
@@ -97,7 +96,6 @@ def sweep(space: Space, folder: Path, workers: int, cluster: str, options: Mappi
     import_submitit()
     if cluster == "slurm":
         require_slurm()
-        require_ended(folder / JOBS, f"the sweep in {folder}")
     require_free(folder, workers)
     require_store(space)
     space = prepare_folder(folder, space)
@@ -105,6 +103,8 @@ def sweep(space: Space, folder: Path, workers: int, cluster: str, options: Mappi
     if is_over(study, space):
         finish(folder, space, study)
         return
+    if has_slurm():
+        require_ended(folder / JOBS, f"the sweep in {folder}")
     scripts, name = worker_scripts(folder, workers), job_name(space)
     if cluster == "local":
         sweep_here(scripts, folder, name)
@@ -177,7 +177,7 @@ def status_text(folder: Path, space: Space, trials: Sequence[Trial]) -> str:
 
 def print_jobs(folder: Path) -> None:
     """How many workers are in which state, where there is a SLURM to ask."""
-    if (folder / JOBS / RECORD).exists() and all(shutil.which(name) for name in COMMANDS):
+    if (folder / JOBS / RECORD).exists() and has_slurm():
         (workers,) = read_record(folder / JOBS)
         print(summary(workers, states(workers.jobs)))
 
@@ -294,14 +294,19 @@ def main(argv: list[str]) -> None:
         default=[],
         help="of sbatch, by long name, for each worker: time=120 gpus-per-node=1",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print what would run, and end")
     parser.add_argument("--wait", action="store_true", help="for the end, then show the best (local always does)")
-    parser.add_argument("--status", action="store_true", help="print the trials so far and SLURM's jobs, and end")
-    parser.add_argument("--cancel", action="store_true", help="end SLURM's jobs; what they train is saved")
+    actions = parser.add_mutually_exclusive_group()
+    actions.add_argument("--dry-run", action="store_true", help="print what would run, and end")
+    actions.add_argument("--status", action="store_true", help="print the trials so far and SLURM's jobs, and end")
+    actions.add_argument("--cancel", action="store_true", help="end SLURM's jobs; what they train is saved")
     arguments = parser.parse_args(argv)
     require(arguments.workers >= 1, f"--workers is {arguments.workers}; expected at least 1")
     options = parse_sbatch(arguments.sbatch)
     require(not (options and arguments.cluster == "local"), "--sbatch is for SLURM; leave it out, or --cluster local")
+    require(
+        not (arguments.cancel and arguments.cluster == "local"),
+        "--cancel is for SLURM; workers of this machine end with the command that started them",
+    )
     require(Path(SCRIPT).is_file(), f"{Path.cwd()} is not the repository's root; start a sweep from there")
     space = read_space(arguments.space)
     folder = arguments.folder or Path("runs") / f"{space.study}-sweep"

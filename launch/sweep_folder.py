@@ -4,7 +4,7 @@ space.yaml, base.yaml   what is searched, as it was when the sweep began: a file
 journal.log             the study (launch/study.py)
 trial-0003/             the run of a trial; its output is beside it, in trial-0003.log
 worker-0.lock           held by the worker and by what it trains
-jobs/                   logs of the workers, and what submitit needs
+jobs/                   logs of the workers, SLURM's jobs (submitted.json), and what submitit needs
 best.yaml               in the end: the config with the best values
 """
 

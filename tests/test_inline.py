@@ -5,6 +5,8 @@ What is trained and evaluated so has to be what a table of all items gives, for 
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ from fmrl_dist.data.train_stream import TrainStream
 from fmrl_dist.errors import UserError
 from fmrl_dist.evaluation import rank_histograms
 from fmrl_dist.runtime import start_runtime
+from fmrl_dist.signals import StopRequest
 from fmrl_dist.training_module import TrainingModule
 from shards.build import build
 from shards.inspect import describe
@@ -337,11 +340,29 @@ def test_ranking_a_stream_is_ranking_a_table(mask_seen: bool, users_at_once: int
     assert expected.sum() == len(model.sizes) * sum(block.count for block in store.manifest.splits["test"])
 
 
+def test_a_signal_ends_a_pass_over_the_items(shop: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be a long one: it serves up to 65,536 users."""
+    model = build_model(load_config(shop).model, load_item_table(store, None)).eval()
+    users = list(evaluation_blocks(store, "test", 4, [0, 1], inline_dims=DIMS))
+    read, reads = Store.read_block, []
+
+    def read_block(self: Store, block: Block) -> dict[str, np.ndarray]:
+        reads.append(block)
+        if len(reads) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return read(self, block)
+
+    monkeypatch.setattr(Store, "read_block", read_block)
+    with StopRequest() as stop:
+        rank_histograms(model, StreamedCatalogue(model.encoder, store, DIMS), users, False, until=stop.until_told)
+    assert stop.cut_short and len(reads) == 2 < len(store.manifest.items)
+
+
 def refuse_tables(patch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("a table of all items was asked for")
 
-    patch.setattr("fmrl_dist.train.load_item_table", refuse)
+    patch.setattr("fmrl_dist.learner.load_item_table", refuse)
     patch.setattr("fmrl_dist.assembly.load_item_table", refuse)
 
 

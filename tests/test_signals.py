@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,12 +138,12 @@ def test_a_signal_in_a_step_that_validates(epochs: int, shop: Path, tmp_path: Pa
     assert figures(run) == figures(expected) and evaluation(run) == evaluation(expected)
 
 
-def tell_amid_evaluation(module: str, told: int, patch: pytest.MonkeyPatch) -> None:
-    """Have rank ``told`` send itself USR1 as it reads its first block of users for ``module``."""
+def tell_amid_evaluation(module: str, told: Sequence[int], patch: pytest.MonkeyPatch) -> None:
+    """Have the ranks ``told`` send themselves USR1 as they begin to read users for ``module``."""
     blocks = histories.evaluation_blocks
 
     def tell(*words: Any, **more: Any) -> Iterator[histories.RankingBlock]:
-        if not dist.is_initialized() or dist.get_rank() == told:
+        if (dist.get_rank() if dist.is_initialized() else 0) in told:
             os.kill(os.getpid(), signal.SIGUSR1)
         return blocks(*words, **more)
 
@@ -156,7 +156,7 @@ def test_a_signal_amid_an_evaluation(module: str, shop: Path, tmp_path: Path) ->
     expected, run = train_here(shop, tmp_path / "whole"), tmp_path / "run"
     for resume in ([], ["--resume", "auto"]):
         with pytest.MonkeyPatch.context() as patch:
-            tell_amid_evaluation(module, 0, patch)
+            tell_amid_evaluation(module, [0], patch)
             train_here(shop, run, *resume)
         epochs, validated = (1, 0) if module == "validation" else (3, 3)
         assert (run / REQUEUE_FILE).exists() and not (run / "evaluation.json").exists()
@@ -167,17 +167,15 @@ def test_a_signal_amid_an_evaluation(module: str, shop: Path, tmp_path: Path) ->
     assert figures(run) == figures(expected) and evaluation(run) == evaluation(expected)
 
 
-def stop_amid_evaluation(config: str, run: str, catalogue: str, module: str, told: int) -> None:
+def stop_amid_evaluation(config: str, run: str, catalogue: str, module: str, told: Sequence[int]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         tell_amid_evaluation(module, told, patch)
         train_here(Path(config), Path(run), "--resume", "auto", "--loss.catalogue", catalogue)
 
 
 @pytest.mark.multiproc
-@pytest.mark.parametrize(("told", "catalogue"), [(0, "whole"), (1, "split")])
-def test_all_ranks_end_amid_an_evaluation_when_one_is_told(
-    told: int, catalogue: str, shop: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("told", "catalogue"), [([0, 1], "whole"), ([1], "split")], ids=["all", "one"])
+def test_all_ranks_end_amid_an_evaluation(told: list[int], catalogue: str, shop: Path, tmp_path: Path) -> None:
     """Also where they rank together: a rank that has stopped still ranks for the others' users."""
     run = tmp_path / "run"
     run_processes(2, stop_amid_evaluation, str(shop), str(run), catalogue, "validation", told)
@@ -185,7 +183,7 @@ def test_all_ranks_end_amid_an_evaluation_when_one_is_told(
     run_processes(2, stop_amid_evaluation, str(shop), str(run), catalogue, "evaluate", told)
     assert (run / REQUEUE_FILE).exists() and len(records(run, "valid")) == 3
     assert not (run / "evaluation.json").exists()
-    run_processes(2, stop_amid_evaluation, str(shop), str(run), catalogue, "evaluate", -1)
+    run_processes(2, stop_amid_evaluation, str(shop), str(run), catalogue, "evaluate", [])
     assert (run / "evaluation.json").exists() and not (run / REQUEUE_FILE).exists()
 
 

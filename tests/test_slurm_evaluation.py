@@ -102,21 +102,23 @@ def test_requeued_task_submits_no_second_join(slurm: SlurmCluster, run: Path, fo
     (run / "evaluation-masked.json").unlink()
     reserved = ("reservation=ours", "starttime=now", "duration=10", "users=root", "nodes=ALL", "flags=ignore_jobs")
     slurm.call("scontrol", "create", *reserved)
-    options = ["--array=4-5", "--partition=urgent", "--reservation=ours"]
-    words = [*options, "launch/eval.slurm", run, "--mask-seen"]
-    array = submit(slurm, folder, *words, SBATCH_EXCLUSIVE="exclusive")
-    join = wait_for_join_id(slurm, f"{array}_4")
-    slurm.call("scontrol", "requeue", f"{array}_4")
-    first = slurm.wait(f"{array}_4")
-    assert (first.state, slurm.facts(f"{array}_4")["Restarts"]) == ("COMPLETED", "1")
-    assert f"job {join} joins the parts" in first.log and "test, part 1/2: " in first.log
-    assert slurm.wait(join).state == "COMPLETED"
-    assert jobs_of(slurm, f"fmrl-eval-{array}-join") == [str(join)]
-    names = ("NumCPUs", "Partition", "Reservation")
-    facts = [[slurm.facts(job)[name] for name in names] for job in (f"{array}_4", join)]
-    assert facts == [["8", "urgent", "ours"], ["1", "urgent", "ours"]]
-    slurm.call("scontrol", "delete", "reservation=ours")
-    assert (run / "evaluation-masked.json").read_bytes() == expected
+    try:
+        options = ["--array=4-5", "--partition=urgent", "--reservation=ours"]
+        words = [*options, "launch/eval.slurm", run, "--mask-seen"]
+        array = submit(slurm, folder, *words, SBATCH_EXCLUSIVE="exclusive")
+        join = wait_for_join_id(slurm, f"{array}_4")
+        slurm.call("scontrol", "requeue", f"{array}_4")
+        first = slurm.wait(f"{array}_4")
+        assert (first.state, slurm.facts(f"{array}_4")["Restarts"]) == ("COMPLETED", "1")
+        assert f"job {join} joins the parts" in first.log and "test, part 1/2: " in first.log
+        assert slurm.wait(join).state == "COMPLETED"
+        assert jobs_of(slurm, f"fmrl-eval-{array}-join") == [str(join)]
+        names = ("NumCPUs", "Partition", "Reservation")
+        facts = [[slurm.facts(job)[name] for name in names] for job in (f"{array}_4", join)]
+        assert facts == [["8", "urgent", "ours"], ["1", "urgent", "ours"]]
+        assert (run / "evaluation-masked.json").read_bytes() == expected
+    finally:
+        slurm.call("scontrol", "delete", "reservation=ours")
 
 
 def test_failed_task_leaves_no_evaluation(slurm: SlurmCluster, run: Path, folder: Path) -> None:

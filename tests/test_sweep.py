@@ -22,7 +22,8 @@ from optuna.storages.journal import JournalFileBackend
 
 from fmrl_dist.config import load_config
 from launch import sweep
-from launch.jobs import script_options
+from launch.follow import Submitted, write_record
+from launch.jobs import COMMANDS, script_options
 from launch.study import best_of
 from launch.sweep_folder import run_of, worker_lock
 from launch.sweep_worker import cause
@@ -203,6 +204,51 @@ def test_refusals(tmp_path: Path) -> None:
     assert "trial 0 waits for worker 2, which has begun it; take at least --workers 3" in refusal(sweep.main, *words)
     with worker_lock(folder, 0, patience_s=0):
         assert f"worker 0 of {folder} is at work, or what it trains is; wait" in refusal(sweep.main, *words)
+
+
+def pretend_slurm(folder: Path, patch: pytest.MonkeyPatch, squeue: str) -> None:
+    """Put SLURM's commands first in the PATH: ``squeue`` is a line of shell, the others do nothing."""
+    folder.mkdir()
+    for name in COMMANDS:
+        (folder / name).write_text(f"#!/bin/sh\n{squeue if name == 'squeue' else 'true'}\n")
+        (folder / name).chmod(0o755)
+    patch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+def test_jobs_that_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are not submitted twice, nor in the way once no trial is left for them."""
+    path, folder = write_space(tmp_path, trials=1), tmp_path / "sweep"
+    words = [path, "--folder", folder]
+    pretend_slurm(tmp_path / "bin", monkeypatch, "echo 7 PENDING")
+    _, study = begin(path, folder)
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "manifest.json").touch()
+    (folder / "jobs").mkdir()
+    write_record(folder / "jobs", [Submitted("workers", ("7",), ("7.log",))])
+    for cluster in ("slurm", "local"):
+        complaint = refusal(sweep.main, *words, "--cluster", cluster)
+        assert f"the sweep in {folder} is under way: 7 PENDING; wait, or end it with --cancel" in complaint
+    sweep.main([*map(str, words), "--status"])
+    assert capsys.readouterr().out.splitlines()[-1] == "workers   job 7        PENDING"
+    complaint = refusal(sweep.main, *words, "--cluster", "local", "--cancel")
+    assert "--cancel is for SLURM; workers of this machine end with the command" in complaint
+    trial = study.take(0)
+    assert trial is not None
+    study.complete(trial.number, 0.5)
+    sweep.main([*map(str, words)])
+    assert capsys.readouterr().out.endswith(f"wrote {folder}/best.yaml\n")
+
+
+def test_a_controller_that_is_busy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    space, study = begin(write_space(tmp_path), tmp_path / "sweep")
+    busy = f"[ -e {tmp_path}/asked ] && echo 7 COMPLETED && exit; touch {tmp_path}/asked; echo busy now >&2; exit 1"
+    pretend_slurm(tmp_path / "bin", monkeypatch, busy)
+    monkeypatch.setattr("launch.jobs.ASK_AGAIN_S", 0.0)
+    sweep.wait_for_slurm(["7"], study, space)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("squeue does not answer: busy now; ") and line.endswith("; asked again for 10 minutes")
 
 
 def test_without_optuna(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
