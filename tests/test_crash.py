@@ -40,7 +40,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.multiproc
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_runs_end_as_undisturbed_ones(ranks: int, shop: Path, tmp_path: Path) -> None:
-    words = ["--train.epochs", "60", "--train.checkpoint_every_steps", "2", "--eval.every_steps", "50"]
+    words = ["--train.epochs", "40", "--train.checkpoint_every_steps", "2", "--eval.every_steps", "50"]
     report = crash(shop, tmp_path, ranks, kills=3, seed=ranks, words=words)
     assert report.same
     assert report.kills >= 2, report

@@ -140,6 +140,6 @@ def test_minilm_makes_the_array_at_hand(shared_data: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.real_data
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("folder", "count"), [("amazon2014_beauty", 1024), ("amazon2014_sports", 256), ("ml1m", 256)])
+@pytest.mark.parametrize(("folder", "count"), [("amazon2014_beauty", 512), ("amazon2014_sports", 256), ("ml1m", 256)])
 def test_minilm_makes_the_arrays_at_hand(shared_data: Path, folder: str, count: int) -> None:
     assert smallest_cosine(shared_data, folder, count) >= 0.999
