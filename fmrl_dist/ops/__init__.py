@@ -1,1 +1,0 @@
-"""Operators: nested linear and layer-norm, the packed scan. Plain tensors in, tensors out; each has a plain twin."""
