@@ -20,15 +20,15 @@ import torch
 from benchmarks import describe_setting
 from benchmarks.step import one_step
 from benchmarks.timing import in_child, interleave
-from fmrl_dist.catalogue_columns import TableColumns
+from fmrl_dist.base.errors import run_command
 from fmrl_dist.data.alias import alias_table, draw
-from fmrl_dist.data.histories import Packed, SampledBatch
-from fmrl_dist.data.items import ItemTable
+from fmrl_dist.data.batches import Packed, SampledBatch
+from fmrl_dist.data.item_table import ItemTable
 from fmrl_dist.data.negatives import NegativeSampler
-from fmrl_dist.errors import run_command
-from fmrl_dist.model import FMRLRec
-from fmrl_dist.optim import build_optimizer
-from fmrl_dist.training_module import TrainingModule
+from fmrl_dist.model.fmrlrec import FMRLRec
+from fmrl_dist.training.item_columns import TableColumns
+from fmrl_dist.training.module import TrainingModule
+from fmrl_dist.training.optimizer import build_optimizer
 
 SIZES = (8, 16, 32, 64, 128, 256, 512)
 FEATURE_DIM = 384

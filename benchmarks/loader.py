@@ -31,10 +31,10 @@ from torch.utils.data import DataLoader
 
 from benchmarks import describe_setting
 from benchmarks.timing import in_child, interleave
-from fmrl_dist.config import load_config
+from fmrl_dist.config.loading import load_config
 from fmrl_dist.data.feed import BatchFeed
 from fmrl_dist.data.order import Order
-from fmrl_dist.data.store import Store
+from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.train_stream import TrainStream
 from shards.build import build
 

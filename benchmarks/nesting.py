@@ -17,10 +17,10 @@ from torch import Tensor
 from benchmarks import describe_setting
 from benchmarks.step import FEATURE_DIM, FEATURE_NORM, SIZES, draw, one_step, pack, read_histories, training_module
 from benchmarks.timing import forget_peak, in_child, interleave, peak_resident_bytes
-from fmrl_dist.errors import run_command
-from fmrl_dist.model import FMRLRec
-from fmrl_dist.ops.nested import nested_linear, nested_mask
-from fmrl_dist.optim import build_optimizer
+from fmrl_dist.base.errors import run_command
+from fmrl_dist.model.fmrlrec import FMRLRec
+from fmrl_dist.model.nested import nested_linear, nested_mask
+from fmrl_dist.training.optimizer import build_optimizer
 
 SIDES = {"one size": SIZES[-1:], "eight sizes": SIZES}
 

@@ -29,11 +29,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import checkout_commit, describe_setting
+from fmrl_dist.base.errors import require, run_command
 from fmrl_dist.data.windows import target_windows
-from fmrl_dist.errors import require, run_command
 from fmrl_dist.losses.nested_cross_entropy import nested_cross_entropy
-from fmrl_dist.model import FMRLRec
-from fmrl_dist.ops.nested import chunks
+from fmrl_dist.model.fmrlrec import FMRLRec
+from fmrl_dist.model.nested import chunks
 
 LOSS_BOUND = 1e-6
 GRADIENT_BOUND = 1e-4

@@ -18,7 +18,7 @@ from benchmarks import describe_setting
 from benchmarks.nesting import make_step, over
 from benchmarks.step import SIZES, draw, pack, read_histories
 from benchmarks.timing import Timing, interleave
-from fmrl_dist.errors import run_command
+from fmrl_dist.base.errors import run_command
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_")
 SHOWN = 14

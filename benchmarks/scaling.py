@@ -33,16 +33,16 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks import describe_setting
 from benchmarks.step import one_step
 from benchmarks.timing import in_child, spread
-from fmrl_dist.catalogue_columns import TableColumns, catalogue_columns, catalogue_slice
-from fmrl_dist.data.histories import Packed
-from fmrl_dist.data.items import ItemTable
-from fmrl_dist.errors import require, run_command
-from fmrl_dist.losses.catalogue_parallel import CatalogueSlice, exchanged_bytes
+from fmrl_dist.base.errors import require, run_command
+from fmrl_dist.data.batches import Packed
+from fmrl_dist.data.item_table import ItemTable
 from fmrl_dist.losses.nested_cross_entropy import catalogue_cross_entropy
+from fmrl_dist.losses.split_catalogue import CatalogueSlice, exchanged_bytes
 from fmrl_dist.losses.tiled_log_sum_exp import Rows
-from fmrl_dist.model import FMRLRec
-from fmrl_dist.optim import build_optimizer
-from fmrl_dist.training_module import TrainingModule
+from fmrl_dist.model.fmrlrec import FMRLRec
+from fmrl_dist.training.item_columns import TableColumns, catalogue_columns, catalogue_slice
+from fmrl_dist.training.module import TrainingModule
+from fmrl_dist.training.optimizer import build_optimizer
 
 SIZES = (8, 16, 32, 64, 128, 256, 512)
 FEATURE_DIM = 384

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from benchmarks import describe_setting
 from benchmarks.timing import interleave
-from fmrl_dist.errors import run_command
-from fmrl_dist.ops.scan import complex_mul, packed_scan
+from fmrl_dist.base.errors import run_command
+from fmrl_dist.model.scan import complex_mul, packed_scan
 
 WIDTH = 1024
 LENGTHS = (5, 10, 50, 200, 2000)

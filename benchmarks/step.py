@@ -33,12 +33,12 @@ from benchmarks.parity import (
     relative_errors,
 )
 from benchmarks.timing import forget_peak, in_child, interleave, peak_resident_bytes, spread
-from fmrl_dist.data.histories import Packed
+from fmrl_dist.base.errors import require, run_command
+from fmrl_dist.data.batches import Packed
 from fmrl_dist.data.windows import ragged_rows, target_windows
-from fmrl_dist.errors import require, run_command
-from fmrl_dist.model import FMRLRec
-from fmrl_dist.optim import build_optimizer
-from fmrl_dist.training_module import TrainingModule
+from fmrl_dist.model.fmrlrec import FMRLRec
+from fmrl_dist.training.module import TrainingModule
+from fmrl_dist.training.optimizer import build_optimizer
 
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 FEATURE_DIM = 1024

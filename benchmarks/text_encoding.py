@@ -20,11 +20,11 @@ import torch
 import transformers
 from torch.nn import functional as F
 
-from fmrl_dist.config import DataConfig
-from fmrl_dist.errors import UserError, require, run_command
-from fmrl_dist.feature_config import TransformersFeature
-from shards.text import item_texts, template_columns
-from shards.text_encoder import TextEncoder, load_encoder, pool
+from fmrl_dist.base.errors import UserError, require, run_command
+from fmrl_dist.config.features import TransformersFeature
+from fmrl_dist.config.sections import DataConfig
+from shards.encoders.item_text import item_texts, template_columns
+from shards.encoders.text_encoder import TextEncoder, load_encoder, pool
 
 PLAIN_BATCH = 32
 MIN_COSINE = 0.9999  # float16 rows of the same model

@@ -15,20 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmrl_dist.assembly import Ranker, build_ranker, ranker
-from fmrl_dist.checkpoint import load_checkpoint
-from fmrl_dist.config import CommandParser, StoreConfig, config_from_dict
-from fmrl_dist.data.histories import evaluation_blocks
-from fmrl_dist.data.store import Store
-from fmrl_dist.errors import UserError, require, run_command
-from fmrl_dist.evaluation_parts import WHOLE, Evaluated, Means, Part, join_parts, parts_folder, write_part
-from fmrl_dist.export_folder import export_sha256, is_export, read_export
-from fmrl_dist.joint_evaluation import count_together
-from fmrl_dist.metrics import metrics_from_histogram
-from fmrl_dist.report import size_table, write_report
-from fmrl_dist.run_folder import run_of_best
-from fmrl_dist.runtime import Runtime, start_runtime
-from fmrl_dist.signals import StopRequest
+from fmrl_dist.base.errors import UserError, require, run_command
+from fmrl_dist.checkpoint.export_folder import export_sha256, is_export, read_export
+from fmrl_dist.checkpoint.folder import load_checkpoint
+from fmrl_dist.checkpoint.run_folder import run_of_best
+from fmrl_dist.config.command_line import CommandParser
+from fmrl_dist.config.loading import config_from_dict
+from fmrl_dist.config.sections import StoreConfig
+from fmrl_dist.data.batches import evaluation_blocks
+from fmrl_dist.data.store.reader import Store
+from fmrl_dist.distributed.processes import Runtime, start_runtime
+from fmrl_dist.distributed.signals import StopRequest
+from fmrl_dist.evaluation.histograms import count_together
+from fmrl_dist.evaluation.metrics import metrics_from_histogram
+from fmrl_dist.evaluation.parts import WHOLE, Evaluated, Means, Part, join_parts, parts_folder, write_part
+from fmrl_dist.evaluation.ranker import Ranker, build_ranker, ranker
+from fmrl_dist.evaluation.report import size_table, write_report
 
 
 @dataclass(frozen=True)

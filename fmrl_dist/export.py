@@ -6,13 +6,15 @@ from pathlib import Path
 
 import torch
 
-from fmrl_dist.assembly import build_recommender
-from fmrl_dist.checkpoint import Checkpoint, load_checkpoint
-from fmrl_dist.config import CommandParser, config_from_dict
-from fmrl_dist.data.store import VOCAB_FILE, Store
-from fmrl_dist.errors import UserError, run_command
-from fmrl_dist.export_folder import FILES, check_output, write_export
-from fmrl_dist.run_folder import run_of_best
+from fmrl_dist.base.errors import UserError, run_command
+from fmrl_dist.checkpoint.export_folder import FILES, check_output, write_export
+from fmrl_dist.checkpoint.folder import Checkpoint, load_checkpoint
+from fmrl_dist.checkpoint.restore import build_recommender
+from fmrl_dist.checkpoint.run_folder import run_of_best
+from fmrl_dist.config.command_line import CommandParser
+from fmrl_dist.config.loading import config_from_dict
+from fmrl_dist.data.store.manifest import VOCAB_FILE
+from fmrl_dist.data.store.reader import Store
 
 
 def main(argv: list[str]) -> None:

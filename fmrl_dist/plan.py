@@ -20,14 +20,15 @@ from itertools import compress
 
 import torch
 
-from fmrl_dist.catalogue_columns import RESIDENT_BYTES, RESIDENT_SHARE
-from fmrl_dist.config import Config, command_parser, parse_command
-from fmrl_dist.errors import require, run_command
-from fmrl_dist.losses.catalogue_parallel import exchanged_bytes
+from fmrl_dist.base.errors import require, run_command
+from fmrl_dist.config.command_line import command_parser, parse_command
+from fmrl_dist.config.sections import Config
+from fmrl_dist.evaluation.split_catalogue import ranks_share
+from fmrl_dist.losses.split_catalogue import exchanged_bytes
 from fmrl_dist.losses.tiled_log_sum_exp import GPU_FACTOR, KEPT_BYTES, TILE_ITEMS, TILE_POSITIONS, back_projected
-from fmrl_dist.model import FMRLRec
-from fmrl_dist.ops.nested import chunks
-from fmrl_dist.split_catalogue import ranks_share
+from fmrl_dist.model.fmrlrec import FMRLRec
+from fmrl_dist.model.nested import chunks
+from fmrl_dist.training.item_columns import RESIDENT_BYTES, RESIDENT_SHARE
 
 LOSSES = ("whole", "split", "sampled")
 SETTINGS = {"whole": "loss.catalogue: whole", "split": "loss.catalogue: split", "sampled": "loss.softmax: sampled"}

@@ -17,32 +17,42 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fmrl_dist.assembly import build_ranker, check_inline
-from fmrl_dist.checkpoint import Checkpoint, TrainState, load_checkpoint
-from fmrl_dist.checkpoint_writer import CheckpointWriter
-from fmrl_dist.config import Config, command_parser, parse_command
-from fmrl_dist.damage import describe_loss, leave_out
+from fmrl_dist.base.errors import UserError, run_command
+from fmrl_dist.base.files import json_sha256
+from fmrl_dist.checkpoint.folder import Checkpoint, TrainState, load_checkpoint
+from fmrl_dist.checkpoint.run_folder import (
+    final_evaluation,
+    open_run,
+    opened,
+    out_of_patience,
+    schedule_epochs,
+    training_is_over,
+)
+from fmrl_dist.checkpoint.writer import CheckpointWriter
+from fmrl_dist.config.command_line import command_parser, parse_command
+from fmrl_dist.config.sections import Config
+from fmrl_dist.data.batches import Packed
 from fmrl_dist.data.feed import BatchFeed
-from fmrl_dist.data.histories import Packed
-from fmrl_dist.data.item_walk import ItemWalk
-from fmrl_dist.data.items import feature_dims
+from fmrl_dist.data.item_table import feature_dims
 from fmrl_dist.data.negatives import NegativeSampler, make_sampler
 from fmrl_dist.data.order import Order
-from fmrl_dist.data.store import Store
+from fmrl_dist.data.store.reader import Store
+from fmrl_dist.data.streamed_negatives import ItemWalk
 from fmrl_dist.data.train_stream import TrainStream
-from fmrl_dist.demo_store import build_missing_demo_store
-from fmrl_dist.errors import UserError, run_command
+from fmrl_dist.distributed.processes import Runtime, start_runtime
+from fmrl_dist.distributed.signals import Stopped, StopRequest, ask_for_requeue, forget_requeue
 from fmrl_dist.evaluate import evaluate, report
-from fmrl_dist.files import json_sha256
-from fmrl_dist.learner import Learner, Run, prepare_learner, save
-from fmrl_dist.logbook import Logbook, Progress
-from fmrl_dist.meter import Meter
-from fmrl_dist.optim import learning_rate
-from fmrl_dist.run_folder import final_evaluation, open_run, opened, out_of_patience, schedule_epochs, training_is_over
-from fmrl_dist.runtime import Runtime, start_runtime
-from fmrl_dist.signals import Stopped, StopRequest, ask_for_requeue, forget_requeue
-from fmrl_dist.validation import note_validation
-from fmrl_dist.watch import Watch
+from fmrl_dist.evaluation.ranker import build_ranker
+from fmrl_dist.training.checks import check_inline
+from fmrl_dist.training.demo_store import build_missing_demo_store
+from fmrl_dist.training.learner import Learner, prepare_learner, save
+from fmrl_dist.training.logbook import Logbook, Progress
+from fmrl_dist.training.optimizer import learning_rate
+from fmrl_dist.training.rank_monitor import Watch
+from fmrl_dist.training.run import Run
+from fmrl_dist.training.skipped_blocks import describe_loss, leave_out
+from fmrl_dist.training.step_metrics import Meter
+from fmrl_dist.training.validation import note_validation
 
 SLACK_S = 300.0  # that ranks wait for each other beyond what ends a run in words: train.hang_timeout_s and its like
 NEW_LINK_S = 90  # a network file system may show a link for a minute as it was

@@ -16,10 +16,10 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fmrl_dist.config import command_parser, parse_command
-from fmrl_dist.errors import UserError, require, run_command
-from launch.chain import JOIN, STAGES, Chain, Stage, parse_sizes, parse_stages
-from launch.follow import (
+from fmrl_dist.base.errors import UserError, require, run_command
+from fmrl_dist.config.command_line import command_parser, parse_command
+from launch.slurm.chain import JOIN, STAGES, Chain, Stage, parse_sizes, parse_stages
+from launch.slurm.follow import (
     Submitted,
     all_jobs,
     cancel_recorded,
@@ -30,7 +30,7 @@ from launch.follow import (
     summary,
     write_record,
 )
-from launch.jobs import cancel, import_submitit, require_slurm, sbatch_text, states, submit
+from launch.slurm.jobs import cancel, import_submitit, require_slurm, sbatch_text, states, submit
 
 SBATCH_WORD = re.compile(r"(?:([a-z]+):)?([a-z][a-z0-9-]*)(?:=(.+))?")
 OURS = ("array", "chdir", "dependency", "error", "job-name", "kill-on-invalid-dep", "output", "parsable", "wrap")

@@ -1,6 +1,6 @@
-"""``python -m launch.sweep SPACE.yaml --workers N``: search a space (launch/space.py) for what validates best.
+"""``python -m launch.sweep SPACE.yaml --workers N``: search a space (launch/sweeps/space.py) for what validates best.
 
-N workers (launch/sweep_worker.py), an array of SLURM jobs or processes of this machine, share a study and train its
+N workers (launch/sweeps/worker.py), an array of SLURM jobs or processes of this machine, share a study and train its
 trials, each as a run of its own. The same command goes on with a sweep that was interrupted, or has got more trials.
 A run evaluates on test when it ends, as any run does; nothing here reads that: trials are compared by validation alone.
 """
@@ -22,9 +22,9 @@ from pathlib import Path
 
 import yaml
 
-from fmrl_dist.config import CommandParser
-from fmrl_dist.errors import UserError, require, run_command
-from launch.follow import (
+from fmrl_dist.base.errors import UserError, require, run_command
+from fmrl_dist.config.command_line import CommandParser
+from launch.slurm.follow import (
     RECORD,
     Submitted,
     cancel_recorded,
@@ -33,7 +33,7 @@ from launch.follow import (
     summary,
     write_record,
 )
-from launch.jobs import (
+from launch.slurm.jobs import (
     LIVE,
     Script,
     has_slurm,
@@ -44,9 +44,7 @@ from launch.jobs import (
     states,
     submit,
 )
-from launch.space import Space, metric_of, overrides, read_space
-from launch.study import Study, Trial, best_of, import_optuna
-from launch.sweep_folder import (
+from launch.sweeps.folder import (
     BEST,
     JOBS,
     SPACE,
@@ -58,6 +56,8 @@ from launch.sweep_folder import (
     worker_lock,
     write,
 )
+from launch.sweeps.space import Space, metric_of, overrides, read_space
+from launch.sweeps.study import Study, Trial, best_of, import_optuna
 
 SCRIPT = "launch/sweep.slurm"
 ACCELERATE = "accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
@@ -70,7 +70,7 @@ FORGOTTEN_S = 300.0
 
 def worker_scripts(folder: Path, workers: int) -> list[Script]:
     """What each worker runs."""
-    module = (sys.executable, "-m", "launch.sweep_worker", str(folder))
+    module = (sys.executable, "-m", "launch.sweeps.worker", str(folder))
     environment = {"FMRL_VENV": sys.prefix, **{k: v for k, v in os.environ.items() if k.startswith("FMRL_")}}
     return [Script(SCRIPT, (str(folder), str(i)), (*module, str(i)), environment) for i in range(workers)]
 
@@ -236,7 +236,7 @@ def end_workers(pids: Sequence[int]) -> None:
     for pid in pids:
         with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
             for process in psutil.Process(pid).children(recursive=True):
-                if "launch.sweep_worker" in process.cmdline():
+                if "launch.sweeps.worker" in process.cmdline():
                     process.terminate()
 
 
@@ -281,7 +281,7 @@ def _shortened(word: str) -> str:
 def main(argv: list[str]) -> None:
     parser = CommandParser("python -m launch.sweep", description="Search a space for the config that validates best.")
     parser.add_argument(
-        "space", type=Path, help="YAML file, such as configs/sweeps/demo.yaml; launch/space.py says how"
+        "space", type=Path, help="YAML file, such as configs/sweeps/demo.yaml; launch/sweeps/space.py says how"
     )
     parser.add_argument("--workers", type=int, default=1, help="that train trials at the same time (default: 1)")
     parser.add_argument("--cluster", choices=("slurm", "local"), default="slurm", help="default: slurm")

@@ -1,8 +1,8 @@
 """``python -m shards.build``: raw tables in, shard store out.
 
 Items, then features, then histories are written into a folder beside the store, which is renamed in the end: a build
-that fails leaves nothing but the blocks that its encoders had finished (``shards.encoding``), which the next one takes
-over. The same input gives the same shards and the same manifest hash.
+that fails leaves nothing but the blocks that its encoders had finished (``shards.encoders.encoding``), which the next
+one takes over. The same input gives the same shards and the same manifest hash.
 """
 
 from __future__ import annotations
@@ -18,26 +18,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from fmrl_dist.config import Config, DataConfig, command_parser, parse_command
-from fmrl_dist.data.store import (
-    MANIFEST_FILE,
-    SCHEMA_VERSION,
-    SPLITS,
-    USERS_FILE,
-    VOCAB_FILE,
-    Manifest,
-    Store,
-)
-from fmrl_dist.errors import UserError, require, run_command
-from fmrl_dist.feature_config import TextFeature
-from fmrl_dist.files import replaced_folder
-from fmrl_dist.urls import hide_credentials, is_url
-from shards.encoding import encoding_folder
-from shards.features import FeatureRows, make_feature
-from shards.histories import Histories, ItemFields, SplitWriter, UserBlocks, read_histories, train_counts
-from shards.tables import ItemIds, as_ids, check_unique, content_sha256, read_table
-from shards.text import template_columns
-from shards.writer import BlockWriter
+from fmrl_dist.base.errors import UserError, require, run_command
+from fmrl_dist.base.files import replaced_folder
+from fmrl_dist.base.urls import hide_credentials, is_url
+from fmrl_dist.config.command_line import command_parser, parse_command
+from fmrl_dist.config.features import TextFeature
+from fmrl_dist.config.sections import Config, DataConfig
+from fmrl_dist.data.store.manifest import MANIFEST_FILE, SCHEMA_VERSION, SPLITS, USERS_FILE, VOCAB_FILE, Manifest
+from fmrl_dist.data.store.reader import Store
+from shards.encoders.encoding import encoding_folder
+from shards.encoders.features import FeatureRows, make_feature
+from shards.encoders.item_text import template_columns
+from shards.tables.histories import Histories, ItemFields, SplitWriter, UserBlocks, read_histories, train_counts
+from shards.tables.tables import ItemIds, as_ids, check_unique, content_sha256, read_table
+from shards.tables.writer import BlockWriter
 
 ITEM_ORDER_SEED = 0
 
@@ -113,7 +107,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
 def _make_demo_data(data: DataConfig) -> None:
     """Generate the demo's raw tables; those of the same size and seed are kept."""
     if data.demo is not None:
-        from shards.demo import write_demo  # drawing needs what no other build does
+        from shards.demo.shop import write_demo  # drawing needs what no other build does
 
         write_demo(Path(data.root), data.demo.users, data.demo.items, data.demo.seed)
 

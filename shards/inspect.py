@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from fmrl_dist.config import CommandParser
-from fmrl_dist.data.store import SPLITS, Store
-from fmrl_dist.errors import run_command
+from fmrl_dist.base.errors import run_command
+from fmrl_dist.config.command_line import CommandParser
+from fmrl_dist.data.store.manifest import SPLITS
+from fmrl_dist.data.store.reader import Store
 
 
 def main(argv: list[str]) -> None:

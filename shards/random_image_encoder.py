@@ -14,9 +14,9 @@ from pathlib import Path
 from safetensors.torch import save
 
 from fmrl_dist import __version__
-from fmrl_dist.config import CommandParser
-from fmrl_dist.errors import UserError, require, run_command
-from fmrl_dist.files import write_atomically
+from fmrl_dist.base.errors import UserError, require, run_command
+from fmrl_dist.base.files import write_atomically
+from fmrl_dist.config.command_line import CommandParser
 
 
 def main(argv: list[str]) -> None:
@@ -43,7 +43,7 @@ def write_random_encoder(model: str, seed: int, output: Path) -> int:
     require(output.suffix == ".safetensors", f"output {output} ends in {output.suffix!r}; expected .safetensors")
     require(not output.exists(), f"output {output} exists; remove it, or choose another")
     try:
-        from shards.open_clip_model import draw_weights, read_architecture  # an extra
+        from shards.encoders.open_clip_model import draw_weights, read_architecture  # an extra
     except ModuleNotFoundError as error:
         raise UserError(f"open_clip models need {error.name}; install it with pip install -e '.[images]'") from None
     weights = draw_weights(read_architecture(model), seed)

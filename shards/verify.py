@@ -15,10 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from fmrl_dist.config import CommandParser
-from fmrl_dist.data.store import MANIFEST_FILE, SPLITS, USERS_FILE, VOCAB_FILE, Block, Manifest, Shard, Store
-from fmrl_dist.errors import UserError, run_command
-from shards.tables import content_sha256
+from fmrl_dist.base.errors import UserError, run_command
+from fmrl_dist.config.command_line import CommandParser
+from fmrl_dist.data.store.manifest import MANIFEST_FILE, SPLITS, USERS_FILE, VOCAB_FILE, Block, Manifest, Shard
+from fmrl_dist.data.store.reader import Store
+from shards.tables.tables import content_sha256
 
 END_OF_ARCHIVE_BYTES = 1024  # two zero blocks; tar pads further
 

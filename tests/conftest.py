@@ -12,8 +12,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.processes import REPOSITORY, is_launch_variable
-from tests.slurm_cluster import SlurmCluster, what_is_missing
+from tests.fixtures.processes import REPOSITORY, is_launch_variable
+from tests.fixtures.slurm_cluster import SlurmCluster, what_is_missing
 
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import REPOSITORY
+from tests.fixtures.processes import REPOSITORY
 
 PACKAGES = ("fmrl_dist", "shards", "launch")
 # Parts of fmrl_dist from the bottom up; a part imports from its own layer and from those below. A part not named here
@@ -25,10 +25,10 @@ LAYERS = (
     ("export_folder",),
 )
 SHARDS_MAY_IMPORT = (
-    *("fmrl_dist.__version__", "fmrl_dist.config", "fmrl_dist.feature_config", "fmrl_dist.errors"),
-    *("fmrl_dist.files", "fmrl_dist.urls", "fmrl_dist.data.store"),
+    *("fmrl_dist.__version__", "fmrl_dist.config", "fmrl_dist.config.features", "fmrl_dist.base.errors"),
+    *("fmrl_dist.base.files", "fmrl_dist.base.urls", "fmrl_dist.data.store"),
 )
-LAUNCH_MAY_IMPORT = ("fmrl_dist.__version__", "fmrl_dist.config", "fmrl_dist.errors")
+LAUNCH_MAY_IMPORT = ("fmrl_dist.__version__", "fmrl_dist.config", "fmrl_dist.base.errors")
 RANKS_AND_LAUNCHERS = ("torch.distributed", "accelerate", "deepspeed")
 SOURCES = sorted(path for folder in (*PACKAGES, "benchmarks") for path in (REPOSITORY / folder).rglob("*.py"))
 UNPICKLERS = ("pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
@@ -68,13 +68,13 @@ def is_under(name: str, roots: tuple[str, ...]) -> bool:
 
 
 def layer(name: str) -> int:
-    """The layer of a name in fmrl_dist, such as ``fmrl_dist.data.store.Store``; ``len(LAYERS)`` for an entry."""
+    """The layer of a name in fmrl_dist, such as ``fmrl_dist.data.store.reader.Store``; ``len(LAYERS)`` for an entry."""
     part = name.split(".")[1]
     return next((i for i, parts in enumerate(LAYERS) if part in parts), len(LAYERS))
 
 
 def test_the_packages_are_there() -> None:
-    assert {"fmrl_dist.config", "fmrl_dist.ops.scan", "fmrl_dist.model", "shards.build"} <= set(modules())
+    assert {"fmrl_dist.config", "fmrl_dist.model.scan", "fmrl_dist.model.fmrlrec", "shards.build"} <= set(modules())
 
 
 def test_fmrl_dist_imports_downwards() -> None:
@@ -89,7 +89,7 @@ def test_fmrl_dist_imports_downwards() -> None:
 
 
 def test_ops_and_model_know_no_rank_and_no_config() -> None:
-    below_config = [m for m in modules() if is_under(m, ("fmrl_dist.ops", "fmrl_dist.model"))]
+    below_config = [m for m in modules() if is_under(m, ("fmrl_dist.model", "fmrl_dist.model.fmrlrec"))]
     found = [f"{m} imports {name}" for m in below_config for name in imported_names(m)]
     assert [line for line in found if is_under(line.split()[-1], (*RANKS_AND_LAUNCHERS, "fmrl_dist.config"))] == []
 

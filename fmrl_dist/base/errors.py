@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from fmrl_dist.urls import hide_credentials
+from fmrl_dist.base.urls import hide_credentials
 
 EXIT_USER_ERROR = 2
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)

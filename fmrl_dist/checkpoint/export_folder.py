@@ -21,10 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fmrl_dist.data.store import VOCAB_FILE
-from fmrl_dist.errors import UserError, require
-from fmrl_dist.files import file_sha256, json_sha256, replaced_folder
-from fmrl_dist.model import CONFIG_FILE, FORMAT_VERSION, MODEL_FILE, FMRLRec
+from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.base.files import file_sha256, json_sha256, replaced_folder
+from fmrl_dist.data.store.manifest import VOCAB_FILE
+from fmrl_dist.model.fmrlrec import CONFIG_FILE, FORMAT_VERSION, MODEL_FILE, FMRLRec
 
 ITEMS_FILE = "item_embeddings.safetensors"
 ITEMS_TENSOR = "item_embeddings"

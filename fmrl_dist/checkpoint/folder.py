@@ -28,8 +28,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
-from fmrl_dist.errors import UserError, require
-from fmrl_dist.files import file_sha256, flush, json_sha256
+from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.base.files import file_sha256, flush, json_sha256
 
 CHECKPOINT_VERSION = 3
 TENSOR_FILES = ("model", "optimizer")

@@ -1,60 +1,25 @@
-"""From configuration and store to a model, and to a recommender: the one place where both meet."""
+"""From a checkpoint and a store back to a model, and to a recommender."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from fmrl_dist import __version__
-from fmrl_dist.catalogue import Catalogue, EmbeddedCatalogue, StreamedCatalogue
-from fmrl_dist.checkpoint import Checkpoint
-from fmrl_dist.config import Config, ModelConfig
-from fmrl_dist.data.feature_scale import block_parts, feature_affine, feature_sums, table_parts
-from fmrl_dist.data.items import ItemTable, feature_dims, load_item_table
-from fmrl_dist.data.store import Store
-from fmrl_dist.errors import UserError, require
-from fmrl_dist.export_folder import Origin, Recommender
-from fmrl_dist.model import FMRLRec
-from fmrl_dist.runtime import Runtime
-from fmrl_dist.split_catalogue import SplitCatalogue, ranks_share
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.checkpoint.export_folder import Origin, Recommender
+from fmrl_dist.checkpoint.folder import Checkpoint
+from fmrl_dist.config.sections import Config, ModelConfig
+from fmrl_dist.data.item_table import ItemTable, feature_dims, load_item_table
+from fmrl_dist.data.store.reader import Store
+from fmrl_dist.model.fmrlrec import FMRLRec
 
 EMBEDDED_AT_ONCE = 4096  # items
 
 
-def build_model(config: ModelConfig, table: ItemTable, matmul_dtype: torch.dtype | None = None) -> FMRLRec:
-    """A freshly initialised model for the items of ``table``."""
-    sums = feature_sums(table.dims, table_parts(table)) if config.feature_scale == "standardize" else None
-    return _with_scale(_construct(config, dict(table.dims), len(table.values), matmul_dtype), config, sums)
-
-
-def build_inline_model(
-    config: ModelConfig, store: Store, runtime: Runtime, matmul_dtype: torch.dtype | None = None
-) -> FMRLRec:
-    """A freshly initialised model for an inline store; ranks share the reading of its items' statistics.
-
-    Raises:
-        UserError: a feature is not in the store, or an item shard is damaged.
-    """
-    dims, blocks, sums = feature_dims(store, config.features), store.manifest.items, None
-    if config.feature_scale == "standardize":
-        mine = [blocks[number] for number in runtime.my_share(len(blocks))]
-        sums = runtime.sum(feature_sums(dims, block_parts(store, mine, dims)).to(runtime.device)).cpu()
-    return _with_scale(_construct(config, dims, store.manifest.num_items, matmul_dtype), config, sums)
-
-
-def _with_scale(model: FMRLRec, config: ModelConfig, sums: Tensor | None) -> FMRLRec:
-    shift, scale = feature_affine(model.encoder.feature_dims, sums, config.feature_scale)
-    model.encoder.feature_shift.copy_(shift)
-    model.encoder.feature_scale.copy_(scale)
-    return model
-
-
 def restore_model(config: ModelConfig, checkpoint: Checkpoint) -> FMRLRec:
     """The model of a checkpoint, in float32."""
-    model = _construct(config, checkpoint.features, checkpoint.num_items, None)
+    model = construct_model(config, checkpoint.features, checkpoint.num_items, None)
     load_weights(model, checkpoint)
     return model
 
@@ -153,68 +118,7 @@ def build_recommender(
     )
 
 
-@dataclass(frozen=True)
-class Ranker:
-    """What an evaluation ranks with."""
-
-    model: FMRLRec  # in evaluation mode
-    catalogue: Catalogue
-    max_length: int  # last events of a history that the model is to read
-    normalize: bool  # whether scores are cosines of each size's prefixes
-
-
-def ranker(recommender: Recommender) -> Ranker:
-    """A recommender, to be evaluated."""
-    catalogue = EmbeddedCatalogue(recommender.items)
-    return Ranker(recommender.model, catalogue, recommender.max_length, recommender.normalize)
-
-
-def build_ranker(checkpoint: Checkpoint, config: Config, store: Store, runtime: Runtime) -> Ranker:
-    """A checkpoint's model and the items of ``store``: streamed where run and store are inline, else embedded.
-
-    The ranks share the items where :func:`fmrl_dist.split_catalogue.ranks_share` says so; the figures are the same.
-
-    Raises:
-        UserError: the store does not fit the model.
-    """
-    device = runtime.device
-    in_table = config.store.feature_mode == "table" or not store.manifest.inline
-    num_items, in_loss = store.manifest.num_items, config.loss.catalogue == "split"
-    if in_table and not ranks_share(num_items, config.model.width, runtime.world_size, in_loss):
-        return ranker(build_recommender(checkpoint, config, store, device))
-    model = restore_model(config.model, checkpoint).to(device).eval()
-    catalogue: Catalogue
-    if in_table:
-        table = load_catalogue_table(store, checkpoint)
-        embed = partial(embed_catalogue, model, table, device)
-        catalogue = SplitCatalogue.embed(runtime.rank, runtime.world_size, num_items, embed)
-    else:
-        check_features(store, checkpoint)
-        catalogue = StreamedCatalogue(model.encoder, store, checkpoint.features)
-    return Ranker(model, catalogue, config.data.max_length, config.loss.normalize)
-
-
-def check_inline(config: Config, store: Store) -> None:
-    """Refuse to train inline on what only a table can serve."""
-    if config.store.feature_mode == "table":
-        return
-    mend = "or read features from a table, by --store.feature_mode table"
-    require(
-        store.manifest.inline,
-        f"store {store.location} does not carry features with its histories; build it with "
-        f"python -m shards.build --overwrite --store.feature_mode inline, {mend}",
-    )
-    loss = config.loss
-    found = "full" if loss.softmax == "full" else loss.negatives
-    require(
-        found in ("uniform", "in_batch", "mixed"),
-        f"store.feature_mode is inline, and the softmax is {found}; expected loss.softmax sampled with negatives "
-        f"uniform, in_batch or mixed, {mend}",
-    )
-    require(not config.model.id_table, f"store.feature_mode is inline and model.id_table is on; turn it off, {mend}")
-
-
-def _construct(
+def construct_model(
     config: ModelConfig, feature_dims: dict[str, int], num_items: int, matmul_dtype: torch.dtype | None
 ) -> FMRLRec:
     return FMRLRec(

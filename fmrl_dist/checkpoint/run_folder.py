@@ -12,12 +12,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from fmrl_dist.checkpoint import Checkpoint, TrainState, load_checkpoint, load_newest_whole
-from fmrl_dist.config import Config, config_from_dict
-from fmrl_dist.errors import UserError
-from fmrl_dist.files import write_atomically
-from fmrl_dist.report import evaluation_file
-from fmrl_dist.runtime import Runtime
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.base.files import write_atomically
+from fmrl_dist.checkpoint.folder import Checkpoint, TrainState, load_checkpoint, load_newest_whole
+from fmrl_dist.config.loading import config_from_dict
+from fmrl_dist.config.sections import Config
+from fmrl_dist.distributed.processes import Runtime
+from fmrl_dist.evaluation.report import evaluation_file
 
 LOCK_FILE = ".lock"
 RESTART_PATIENCE_S = 150.0

@@ -10,8 +10,8 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from fmrl_dist.checkpoint import TrainState, save_checkpoint
-from fmrl_dist.errors import UserError
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.checkpoint.folder import TrainState, save_checkpoint
 
 
 class CheckpointWriter:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fmrl_dist.errors import require
-from fmrl_dist.plain_values import require_at_least
+from fmrl_dist.base.errors import require
+from fmrl_dist.config.parsing import require_at_least
 
 Precision = Literal["auto", "fp32", "bf16"]  # auto: bf16 where the device multiplies it faster than float32
 
@@ -43,7 +43,7 @@ class TfidfFeature:
 
 @dataclass(frozen=True)
 class PixelsFeature:
-    """The pixel descriptor (``shards.pixels``)."""
+    """The pixel descriptor (``shards.encoders.pixels``)."""
 
     source: Literal["pixels"] = "pixels"
     path: str = ""  # a Parquet table of item ids and images

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from fmrl_dist.errors import UserError, require
+from fmrl_dist.base.errors import UserError, require
 
 
 def require_choice(key: str, value: str, choices: tuple[str, ...]) -> None:

@@ -1,32 +1,27 @@
 """One YAML file drives build, train and evaluate; this file says what may stand in it.
 
 Every section is a frozen dataclass. An unknown key, a wrong type or an impossible combination is a
-:class:`~fmrl_dist.errors.UserError` at construction, with the mend in its message. Any key can be overridden on the
-command line as ``--section.key value`` (the value is read as YAML).
+:class:`~fmrl_dist.base.errors.UserError` at construction, with the mend in its message. Any key can be overridden on
+the command line as ``--section.key value`` (the value is read as YAML).
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import json
 import re
 import typing
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from fmrl_dist import __version__
-from fmrl_dist.errors import UserError, require
-from fmrl_dist.feature_config import FeatureConfig
-from fmrl_dist.plain_values import apply_overrides, build, open_section, require_at_least, require_choice
-from fmrl_dist.urls import hide_credentials, is_url
+from fmrl_dist.base.errors import require
+from fmrl_dist.base.urls import hide_credentials, is_url
+from fmrl_dist.config.features import FeatureConfig
+from fmrl_dist.config.parsing import require_at_least, require_choice
 
-DEMO_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
 FEATURE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 RESERVED_NAMES = {"ids", "users", "starts", "items", "times", "targets", "mask", "count", "block_items", "block_counts"}
 MIN_CHUNK_WIDTH = 4
@@ -343,66 +338,3 @@ class Config:
     def hash(self) -> str:
         """Twelve hex digits that name this configuration."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
-
-
-def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file (``None``: the demo) and apply ``--section.key value`` overrides.
-
-    Raises:
-        UserError: the file is missing or not YAML, a key is unknown, a value has the wrong type or is impossible.
-    """
-    path = path or DEMO_CONFIG
-    require(path.is_file(), f"config {path} does not exist; expected a YAML file such as configs/demo.yaml")
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that is none
-        raise UserError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
-    raw = {} if raw is None else raw
-    require(isinstance(raw, dict), f"config {path} holds {type(raw).__name__}; expected a mapping of sections")
-    apply_overrides(raw, overrides)
-    name = path.stem if path.name != "config.yaml" else path.resolve().parent.name
-    _set_default(raw, "store", "path", f"stores/{name}")
-    _set_default(raw, "run", "dir", f"runs/{name}")
-    return typing.cast(Config, build(Config, raw, ""))
-
-
-def config_from_dict(raw: dict[str, Any]) -> Config:
-    """The inverse of :meth:`Config.to_dict`."""
-    return typing.cast(Config, build(Config, raw, ""))
-
-
-def _set_default(raw: dict[str, Any], section: str, key: str, value: str) -> None:
-    values = open_section(raw, section)
-    if isinstance(values, dict) and not values.get(key):
-        values[key] = value
-
-
-class CommandParser(argparse.ArgumentParser):
-    """An argument parser whose complaint is a :class:`UserError`: one line, without the usage text."""
-
-    def error(self, message: str) -> typing.NoReturn:
-        raise UserError(f"{message}; see --help")
-
-
-def command_parser(program: str, description: str) -> CommandParser:
-    """The parser that every config-driven command starts from: ``--config``, ``--print-config``, ``--version``."""
-    parser = CommandParser(
-        prog=f"python -m {program}",
-        description=description,
-        epilog="Any key of the config is overridden with --section.key value, e.g. --train.epochs 3.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", type=Path, help="YAML file (default: the demo)")
-    parser.add_argument("--print-config", action="store_true", help="print the config in force and end")
-    parser.add_argument("--version", action="version", version=f"fmrl-dist {__version__}")
-    return parser
-
-
-def parse_command(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, Config]:
-    """Parse a command line whose unknown words are overrides; ``--print-config`` prints and ends the process."""
-    arguments, overrides = parser.parse_known_args(argv)
-    config = load_config(arguments.config, overrides)
-    if arguments.print_config:
-        print(config.to_yaml(), end="")
-        raise SystemExit(0)
-    return arguments, config

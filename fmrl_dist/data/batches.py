@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fmrl_dist.data.item_rows import block_rows, pick
-from fmrl_dist.data.store import Store
+from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.windows import ragged_rows
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fmrl_dist.data.item_rows import block_rows
-from fmrl_dist.data.items import ItemTable
-from fmrl_dist.data.store import Block, Store
+from fmrl_dist.data.item_table import ItemTable
+from fmrl_dist.data.store.manifest import Block
+from fmrl_dist.data.store.reader import Store
 
 SUMMED_AT_ONCE = 65536  # rows
 MIN_VARIANCE = 1e-12

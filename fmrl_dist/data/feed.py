@@ -18,9 +18,9 @@ from typing import Any, Self
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from fmrl_dist.data.histories import Packed
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.data.batches import Packed
 from fmrl_dist.data.train_stream import LaneWindows, TrainStream
-from fmrl_dist.errors import UserError
 
 READ_AHEAD = 8  # steps, of each worker
 KILLED_S = 5.0  # longest wait for a killed worker

@@ -17,11 +17,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.base.files import write_atomically
 from fmrl_dist.data.alias import ROW, alias_table
-from fmrl_dist.data.store import VOCAB_FILE, Store
+from fmrl_dist.data.store.manifest import VOCAB_FILE
+from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.windows import ragged_rows, target_windows
-from fmrl_dist.errors import UserError, require
-from fmrl_dist.files import write_atomically
 
 DIGEST_BYTES = 32  # of a sha256
 

@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fmrl_dist.data.store import Store
-from fmrl_dist.errors import UserError, require
-from fmrl_dist.files import flush
+from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.base.files import flush
+from fmrl_dist.data.store.reader import Store
 
 LOCK_POLL_S = 0.05
 LEFT_BEHIND_S = 600.0  # without a write: then whoever wrote a file aside is dead

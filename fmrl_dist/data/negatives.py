@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from fmrl_dist.config import Config
+from fmrl_dist.config.sections import Config
 from fmrl_dist.data.alias import draw
-from fmrl_dist.data.derived import popularity_table, target_log_shares
-from fmrl_dist.data.store import Store
+from fmrl_dist.data.item_statistics import popularity_table, target_log_shares
+from fmrl_dist.data.store.reader import Store
 
 STREAM = 0x6E656761  # "nega": a random stream of its own
 

@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 
 from fmrl_dist.data.item_rows import ItemRows, block_rows
-from fmrl_dist.data.store import Store
+from fmrl_dist.data.store.reader import Store
 
 STREAM = 0x77616C6B  # "walk": a random stream of its own
 PASSES_KEPT = 64

@@ -14,12 +14,12 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from fmrl_dist.data.histories import Packed, SampledBatch
+from fmrl_dist.data.batches import Packed, SampledBatch
 from fmrl_dist.data.item_rows import ItemRows, block_rows, merge, pick
-from fmrl_dist.data.item_walk import ItemWalk
 from fmrl_dist.data.negatives import NegativeSampler
 from fmrl_dist.data.order import Order
-from fmrl_dist.data.store import Store
+from fmrl_dist.data.store.reader import Store
+from fmrl_dist.data.streamed_negatives import ItemWalk
 from fmrl_dist.data.windows import ragged_rows, target_windows
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from accelerate.utils import DeepSpeedPlugin
 
-from fmrl_dist.errors import UserError, require
+from fmrl_dist.base.errors import UserError, require
 
 STAGES = (1, 2, 3)
 CASTS = ("fp16", "bf16", "amp", "torch_autocast")  # sections with a key ``enabled``

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
-from fmrl_dist.errors import UserError, require
-from fmrl_dist.zero_config import asks_for_deepspeed, checked_plugin, leave_out_unused_build
+from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.distributed.deepspeed import asks_for_deepspeed, checked_plugin, leave_out_unused_build
 
 PATIENCE_S = 4 * 3600.0  # of ranks that evaluate different users
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self, TypeVar
 
-from fmrl_dist.runtime import Runtime
+from fmrl_dist.distributed.processes import Runtime
 
 T = TypeVar("T")
 

@@ -1,7 +1,7 @@
 """The catalogue as ranking reads it: embeddings of all items, tile by tile, resident or made from the item shards.
 
-V items, D width. Split over the ranks: :mod:`fmrl_dist.split_catalogue`. The loss reads columns instead
-(:mod:`fmrl_dist.catalogue_columns`).
+V items, D width. Split over the ranks: :mod:`fmrl_dist.evaluation.split_catalogue`. The loss reads columns instead
+(:mod:`fmrl_dist.training.item_columns`).
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from fmrl_dist.data.histories import RankingBlock
+from fmrl_dist.data.batches import RankingBlock
 from fmrl_dist.data.item_rows import block_rows
-from fmrl_dist.data.store import Store
-from fmrl_dist.model import ItemEncoder
-from fmrl_dist.ranking import Ranking
+from fmrl_dist.data.store.reader import Store
+from fmrl_dist.evaluation.target_ranks import Ranking
+from fmrl_dist.model.fmrlrec import ItemEncoder
 
 TILE_ITEMS = 4096
 Group = list[RankingBlock]  # users for whom one pass over the items is made

@@ -1,7 +1,7 @@
 """Full-catalogue ranking of users block by block, counted as histograms.
 
-User blocks and item tiles are fixed, ranks (:mod:`fmrl_dist.ranking`) are counted in integers: figures are the same for
-any number of processes at the same threads per process.
+User blocks and item tiles are fixed, ranks (:mod:`fmrl_dist.evaluation.target_ranks`) are counted in integers: figures
+are the same for any number of processes at the same threads per process.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from fmrl_dist.catalogue import Catalogue, Until, to_the_end
-from fmrl_dist.data.histories import RankingBlock
-from fmrl_dist.metrics import CUTOFF
-from fmrl_dist.model import FMRLRec
-from fmrl_dist.ranking import Ranking, hidden_items
+from fmrl_dist.data.batches import RankingBlock
+from fmrl_dist.distributed.processes import Runtime
+from fmrl_dist.distributed.signals import StopRequest
+from fmrl_dist.evaluation.catalogue import Catalogue, Until, to_the_end
+from fmrl_dist.evaluation.metrics import CUTOFF
+from fmrl_dist.evaluation.target_ranks import Ranking, hidden_items
+from fmrl_dist.model.fmrlrec import FMRLRec
 
 
 @torch.no_grad()
@@ -27,7 +29,7 @@ def rank_histograms(
     normalize: bool = False,
     until: Until = to_the_end,
 ) -> Tensor:
-    """Histogram of 2·rank for each size, int64 [S, 2·CUTOFF + 1] (see :mod:`fmrl_dist.metrics`).
+    """Histogram of 2·rank for each size, int64 [S, 2·CUTOFF + 1] (see :mod:`fmrl_dist.evaluation.metrics`).
 
     Args:
         model: in evaluation mode.
@@ -63,3 +65,23 @@ def _groups(blocks: Iterable[RankingBlock], num_users: int) -> Iterator[list[Ran
             group = []
     if group:
         yield group
+
+
+def count_together(
+    runtime: Runtime,
+    model: FMRLRec,
+    catalogue: Catalogue,
+    blocks: Iterable[RankingBlock],
+    mask_seen: bool,
+    normalize: bool,
+    stop: StopRequest | None = None,
+) -> Tensor:
+    """:func:`rank_histograms` of every rank's blocks, added up, on each of them.
+
+    Raises:
+        Stopped: on all ranks; some of them was told to ``stop`` before it was done.
+    """
+    stop = stop or StopRequest()
+    histograms = rank_histograms(model, catalogue, blocks, mask_seen, normalize, stop.until_told)
+    stop.raise_together(runtime, stop.cut_short)
+    return runtime.sum(histograms)

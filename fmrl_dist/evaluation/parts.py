@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmrl_dist.errors import UserError, require
-from fmrl_dist.files import json_sha256, write_atomically
-from fmrl_dist.metrics import CUTOFF
-from fmrl_dist.report import evaluation_file
+from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.base.files import json_sha256, write_atomically
+from fmrl_dist.evaluation.metrics import CUTOFF
+from fmrl_dist.evaluation.report import evaluation_file
 
 PART = re.compile(r"([1-9][0-9]{0,5})/([1-9][0-9]{0,5})")
 PART_FILE = re.compile(r"([1-9][0-9]{0,5})-of-([1-9][0-9]{0,5})\.json")

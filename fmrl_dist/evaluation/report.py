@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fmrl_dist.files import write_atomically
-from fmrl_dist.metrics import METRICS
+from fmrl_dist.base.files import write_atomically
+from fmrl_dist.evaluation.metrics import METRICS
 
 
 def evaluation_file(split: str, mask_seen: bool) -> str:

@@ -7,8 +7,8 @@ W ranks, V items, v of them this rank's, D width, U users of a block, S sizes. T
     3. ranking    each ranks its own tiles for everybody's users, as one process would
     4. joining    best scores and the target's go back to the rank whose users they are   [W, U, S, TOP + 1]
 
-Tiles and blocks are those of :class:`fmrl_dist.catalogue.EmbeddedCatalogue`, so every product has the same shape and
-the figures are the same, digit for digit. A rank holds a W-th of [V, D].
+Tiles and blocks are those of :class:`fmrl_dist.evaluation.catalogue.EmbeddedCatalogue`, so every product has the same
+shape and the figures are the same, digit for digit. A rank holds a W-th of [V, D].
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fmrl_dist.catalogue import TILE_ITEMS, Group, Until, add_tiles, tiles_of, to_the_end
-from fmrl_dist.data.histories import RankingBlock
-from fmrl_dist.exchange import exchange_counts, exchange_rows, to_everyone
-from fmrl_dist.ranking import Ranking
+from fmrl_dist.data.batches import RankingBlock
+from fmrl_dist.distributed.collectives import exchange_counts, exchange_rows, to_everyone
+from fmrl_dist.evaluation.catalogue import TILE_ITEMS, Group, Until, add_tiles, tiles_of, to_the_end
+from fmrl_dist.evaluation.target_ranks import Ranking
 
 SHARED_BYTES = 2**30  # of embeddings: ranks share more than that even where each of them scores all items for its loss
 

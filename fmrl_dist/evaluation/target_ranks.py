@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmrl_dist.data.histories import RankingBlock
-from fmrl_dist.metrics import CUTOFF
-from fmrl_dist.ops.nested import chunks
+from fmrl_dist.data.batches import RankingBlock
+from fmrl_dist.evaluation.metrics import CUTOFF
+from fmrl_dist.model.nested import chunks
 
 GROUPED = 16  # columns whose maximum stands for them in the search for the top list
 TOP = 2 * CUTOFF  # a target at rank ≤ CUTOFF has at most 2·CUTOFF - 2 other items scored higher or equal

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fmrl_dist.losses.tiled_log_sum_exp import Correction, Rows, Settings, TiledLogSumExp, back_projected
-from fmrl_dist.ops.nested import chunks, matmul_linear
+from fmrl_dist.model.nested import chunks, matmul_linear
 
 
 def nested_scores(z: Tensor, items: Tensor, sizes: Sequence[int]) -> Tensor:

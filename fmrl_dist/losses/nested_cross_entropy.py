@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmrl_dist.losses.catalogue_parallel import CatalogueSlice, split_log_sum_exp
 from fmrl_dist.losses.log_sum_exp import catalogue_log_sum_exp, nested_log_sum_exp, nested_scores
+from fmrl_dist.losses.split_catalogue import CatalogueSlice, split_log_sum_exp
 from fmrl_dist.losses.tiled_log_sum_exp import Correction, Rows
-from fmrl_dist.ops.nested import matmul_linear
+from fmrl_dist.model.nested import matmul_linear
 
 
 def nested_cross_entropy(

@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fmrl_dist.exchange import exchange_counts, exchange_rows
+from fmrl_dist.distributed.collectives import exchange_counts, exchange_rows
 from fmrl_dist.losses.log_sum_exp import catalogue_log_sum_exp
 from fmrl_dist.losses.tiled_log_sum_exp import Rows
 

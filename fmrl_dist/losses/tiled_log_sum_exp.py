@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fmrl_dist.ops.nested import add_product, chunks
+from fmrl_dist.model.nested import add_product, chunks
 
 TILE_POSITIONS = 512  # on the CPU, where a tile of every size should stay in the cache
 TILE_ITEMS = 1024

@@ -26,9 +26,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fmrl_dist.errors import UserError
-from fmrl_dist.ops.nested import NestedLayerNorm, NestedLinear, init_nested, matmul_linear, nested_linear
-from fmrl_dist.ops.scan import packed_scan, scan_step
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.model.nested import NestedLayerNorm, NestedLinear, init_nested, matmul_linear, nested_linear
+from fmrl_dist.model.scan import packed_scan, scan_step
 
 FORMAT_VERSION = 1  # of the folder that from_pretrained reads
 CONFIG_FILE = "config.json"

@@ -82,7 +82,7 @@ def _rows_before(starts: Tensor, num_rows: int) -> Tensor:
 
 
 def _walk_rows(decay: Tensor, x: Tensor, starts: Tensor, newest_first: bool) -> Tensor:
-    from fmrl_dist.ops.triton_scan import walk
+    from fmrl_dist.model.triton_scan import walk
 
     return walk(decay, x, starts, newest_first)
 

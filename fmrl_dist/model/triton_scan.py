@@ -1,7 +1,7 @@
 """The packed scan as a Triton kernel: a program walks one sequence, oldest or newest event first, over some channels.
 
 Sequences are short and many, so they are what runs side by side; the state stays in registers, in float32. The
-backward pass is the same walk with the conjugate of Λ, from the newest event on (see :mod:`fmrl_dist.ops.scan`).
+backward pass is the same walk with the conjugate of Λ, from the newest event on (see :mod:`fmrl_dist.model.scan`).
 Not measured on a GPU.
 """
 

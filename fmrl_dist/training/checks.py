@@ -6,9 +6,10 @@ import importlib.util
 import os
 import shutil
 
-from fmrl_dist.config import Config
-from fmrl_dist.errors import require
-from fmrl_dist.runtime import Runtime
+from fmrl_dist.base.errors import require
+from fmrl_dist.config.sections import Config
+from fmrl_dist.data.store.reader import Store
+from fmrl_dist.distributed.processes import Runtime
 
 SPLIT_ZERO_STAGES = (1, 2)
 REPLICATED_TABLE_BYTES = 4 * 2**30  # float32; with its gradient and moments four times as much, on every rank
@@ -58,3 +59,23 @@ def splits_catalogue(config: Config, runtime: Runtime, num_items: int) -> bool:
         "off",
     )
     return True
+
+
+def check_inline(config: Config, store: Store) -> None:
+    """Refuse to train inline on what only a table can serve."""
+    if config.store.feature_mode == "table":
+        return
+    mend = "or read features from a table, by --store.feature_mode table"
+    require(
+        store.manifest.inline,
+        f"store {store.location} does not carry features with its histories; build it with "
+        f"python -m shards.build --overwrite --store.feature_mode inline, {mend}",
+    )
+    loss = config.loss
+    found = "full" if loss.softmax == "full" else loss.negatives
+    require(
+        found in ("uniform", "in_batch", "mixed"),
+        f"store.feature_mode is inline, and the softmax is {found}; expected loss.softmax sampled with negatives "
+        f"uniform, in_batch or mixed, {mend}",
+    )
+    require(not config.model.id_table, f"store.feature_mode is inline and model.id_table is on; turn it off, {mend}")

@@ -8,10 +8,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from fmrl_dist.config import Config
-from fmrl_dist.data.store import MANIFEST_FILE
-from fmrl_dist.errors import UserError
-from fmrl_dist.urls import is_url
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.base.urls import is_url
+from fmrl_dist.config.sections import Config
+from fmrl_dist.data.store.manifest import MANIFEST_FILE
 
 
 def build_missing_demo_store(config: Config) -> None:

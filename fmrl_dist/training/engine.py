@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmrl_dist.checkpoint import optimizer_tensors, restore_optimizer
-from fmrl_dist.data.histories import Packed
-from fmrl_dist.runtime import Runtime
-from fmrl_dist.training_module import TrainingModule
+from fmrl_dist.checkpoint.folder import optimizer_tensors, restore_optimizer
+from fmrl_dist.data.batches import Packed
+from fmrl_dist.distributed.processes import Runtime
+from fmrl_dist.training.module import TrainingModule
 
 LossOf = Callable[[Tensor], Tensor]
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, as torch names them

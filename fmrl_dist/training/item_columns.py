@@ -4,7 +4,7 @@ V items, C columns. A table that fits the device is normalised once and stays th
 larger one stays where it is, float16 and perhaps memory-mapped, and only the rows asked for are normalised: the loss
 asks for a tile, the batch for its own items, so nothing that is held grows with V.
 
-Where the ranks share the catalogue (:mod:`fmrl_dist.losses.catalogue_parallel`), the same holds for each rank's slice.
+Where the ranks share the catalogue (:mod:`fmrl_dist.losses.split_catalogue`), the same holds for each rank's slice.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fmrl_dist.data.items import ItemTable
-from fmrl_dist.losses.catalogue_parallel import CatalogueSlice
+from fmrl_dist.data.item_table import ItemTable
+from fmrl_dist.losses.split_catalogue import CatalogueSlice
 from fmrl_dist.losses.tiled_log_sum_exp import Rows
-from fmrl_dist.model import ItemEncoder
+from fmrl_dist.model.fmrlrec import ItemEncoder
 
 RESIDENT_BYTES = 2 * 2**30  # on the CPU, for each process
 RESIDENT_SHARE = 0.25  # of a GPU's memory

@@ -3,46 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from fmrl_dist.assembly import build_inline_model, build_model, load_weights
-from fmrl_dist.catalogue_columns import TableColumns, catalogue_columns, catalogue_slice
-from fmrl_dist.checkpoint import Checkpoint, TrainState
-from fmrl_dist.checkpoint_writer import CheckpointWriter
-from fmrl_dist.config import Config
-from fmrl_dist.data.items import load_item_table
-from fmrl_dist.data.order import Order
-from fmrl_dist.data.store import Store
-from fmrl_dist.engine import Engine, prepare_engine
-from fmrl_dist.loss_impl import check_loss_impl, splits_catalogue
+from fmrl_dist.checkpoint.folder import Checkpoint, TrainState
+from fmrl_dist.checkpoint.restore import load_weights
+from fmrl_dist.checkpoint.writer import CheckpointWriter
+from fmrl_dist.data.item_table import load_item_table
 from fmrl_dist.losses.tiled_log_sum_exp import Rows
-from fmrl_dist.optim import build_optimizer
-from fmrl_dist.runtime import Runtime
-from fmrl_dist.training_module import TrainingModule
-
-
-@dataclass(frozen=True)
-class Run:
-    """What stays the same while a run trains."""
-
-    config: Config
-    runtime: Runtime
-    folder: Path
-    store: Store
-    order: Order
-    total_steps: int
-
-    @property
-    def inline(self) -> bool:
-        """Whether items' features ride with the stream; else they are in a table."""
-        return self.config.store.feature_mode == "inline"
-
-    @property
-    def evaluate_every_steps(self) -> int:
-        return self.config.eval.every_steps or self.order.steps_per_epoch
+from fmrl_dist.training.build_model import build_inline_model, build_model
+from fmrl_dist.training.checks import check_loss_impl, splits_catalogue
+from fmrl_dist.training.engine import Engine, prepare_engine
+from fmrl_dist.training.item_columns import TableColumns, catalogue_columns, catalogue_slice
+from fmrl_dist.training.module import TrainingModule
+from fmrl_dist.training.optimizer import build_optimizer
+from fmrl_dist.training.run import Run
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from fmrl_dist.files import write_atomically
+from fmrl_dist.base.files import write_atomically
 
 PLAIN_LINE_EVERY_S = 10.0
 

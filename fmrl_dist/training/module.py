@@ -11,8 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from fmrl_dist.data.histories import Packed, SampledBatch
-from fmrl_dist.losses.catalogue_parallel import CatalogueSlice
+from fmrl_dist.data.batches import Packed, SampledBatch
 from fmrl_dist.losses.nested_cross_entropy import (
     Negatives,
     catalogue_cross_entropy,
@@ -20,9 +19,10 @@ from fmrl_dist.losses.nested_cross_entropy import (
     nested_cross_entropy,
     sampled_cross_entropy,
 )
+from fmrl_dist.losses.split_catalogue import CatalogueSlice
 from fmrl_dist.losses.tiled_log_sum_exp import Rows
-from fmrl_dist.model import FMRLRec
-from fmrl_dist.ops.nested import matmul_linear
+from fmrl_dist.model.fmrlrec import FMRLRec
+from fmrl_dist.model.nested import matmul_linear
 
 EMBEDDED_AT_ONCE = 4096  # items
 

@@ -22,9 +22,9 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from fmrl_dist.files import write_atomically
-from fmrl_dist.logbook import kept_lines
-from fmrl_dist.runtime import Runtime
+from fmrl_dist.base.files import write_atomically
+from fmrl_dist.distributed.processes import Runtime
+from fmrl_dist.training.logbook import kept_lines
 
 FILE = "ranks.jsonl"
 COLUMNS = ("step_s", "data_wait_s", "forward_s", "meeting_s", "memory_mb")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fmrl_dist.checkpoint import TrainState
-from fmrl_dist.learner import Run
+from fmrl_dist.checkpoint.folder import TrainState
+from fmrl_dist.training.run import Run
 
 
 def leave_out(run: Run, state: TrainState, damaged: list[int]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fmrl_dist.runtime import Runtime
+from fmrl_dist.distributed.processes import Runtime
 
 
 @dataclass

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from fmrl_dist.catalogue import Catalogue, EmbeddedCatalogue, StreamedCatalogue
-from fmrl_dist.checkpoint import TrainState
-from fmrl_dist.config import Config
-from fmrl_dist.data.histories import evaluation_blocks
-from fmrl_dist.joint_evaluation import count_together
-from fmrl_dist.learner import Learner, Run
-from fmrl_dist.logbook import Logbook, Progress
-from fmrl_dist.metrics import metrics_from_histogram
-from fmrl_dist.signals import Stopped, StopRequest
-from fmrl_dist.split_catalogue import SplitCatalogue, ranks_share
-from fmrl_dist.training_module import TrainingModule
+from fmrl_dist.checkpoint.folder import TrainState
+from fmrl_dist.config.sections import Config
+from fmrl_dist.data.batches import evaluation_blocks
+from fmrl_dist.distributed.signals import Stopped, StopRequest
+from fmrl_dist.evaluation.catalogue import Catalogue, EmbeddedCatalogue, StreamedCatalogue
+from fmrl_dist.evaluation.histograms import count_together
+from fmrl_dist.evaluation.metrics import metrics_from_histogram
+from fmrl_dist.evaluation.split_catalogue import SplitCatalogue, ranks_share
+from fmrl_dist.training.learner import Learner
+from fmrl_dist.training.logbook import Logbook, Progress
+from fmrl_dist.training.module import TrainingModule
+from fmrl_dist.training.run import Run
 
 
 def note_validation(

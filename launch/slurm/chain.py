@@ -10,9 +10,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from fmrl_dist.config import Config
-from fmrl_dist.errors import require
-from launch.jobs import Script
+from fmrl_dist.base.errors import require
+from fmrl_dist.config.sections import Config
+from launch.slurm.jobs import Script
 
 STAGES = ("shards", "train", "evaluate", "export")
 JOIN = "join"  # what follows an evaluation in parts

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
 
-from fmrl_dist.errors import UserError, require
-from launch.jobs import LIVE, cancel, import_submitit, patient_states, queue_states, require_slurm
+from fmrl_dist.base.errors import UserError, require
+from launch.slurm.jobs import LIVE, cancel, import_submitit, patient_states, queue_states, require_slurm
 
 RECORD = "submitted.json"
 TAIL_LINES = 20

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fmrl_dist.errors import UserError, require
+from fmrl_dist.base.errors import UserError, require
 
 if TYPE_CHECKING:  # the extra `slurm`: imported where it is needed
     import submitit

@@ -1,7 +1,7 @@
 """The folder of a sweep.
 
 space.yaml, base.yaml   what is searched, as it was when the sweep began: a file that is edited later changes nothing
-journal.log             the study (launch/study.py)
+journal.log             the study (launch/sweeps/study.py)
 trial-0003/             the run of a trial; its output is beside it, in trial-0003.log
 worker-0.lock           held by the worker and by what it trains
 jobs/                   logs of the workers, SLURM's jobs (submitted.json), and what submitit needs
@@ -20,9 +20,9 @@ from typing import Any
 
 import yaml
 
-from fmrl_dist.errors import UserError, require
-from launch.space import Space, overrides, read_space
-from launch.study import JOURNAL, Study, Trial
+from fmrl_dist.base.errors import UserError, require
+from launch.sweeps.space import Space, overrides, read_space
+from launch.sweeps.study import JOURNAL, Study, Trial
 
 SPACE, BASE, BEST, JOBS = "space.yaml", "base.yaml", "best.yaml", "jobs"
 LOCK_POLL_S = 0.5

@@ -29,8 +29,9 @@ from typing import Any
 
 import yaml
 
-from fmrl_dist.config import Config, load_config
-from fmrl_dist.errors import UserError, require
+from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.config.loading import load_config
+from fmrl_dist.config.sections import Config
 
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 OWN_SECTIONS = ("run", "eval", "store")  # the sweep sets the first two; all trials read one store

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from fmrl_dist.errors import UserError
-from launch.space import Choices, Range, Space, as_word
+from fmrl_dist.base.errors import UserError
+from launch.sweeps.space import Choices, Range, Space, as_word
 
 JOURNAL = "journal.log"
 WORKER, WHY = "worker", "why"  # what a trial notes besides: the index of its worker; how it failed

@@ -1,4 +1,4 @@
-"""``python -m launch.sweep_worker FOLDER INDEX``: train trials of a sweep, one after another, until none is left.
+"""``python -m launch.sweeps.worker FOLDER INDEX``: train trials of a sweep, one after another, until none is left.
 
 ``launch/sweep.slurm`` runs this; ``python -m launch.sweep`` starts it. A trial is a run that ``--resume auto`` goes
 on with: where a worker was killed, the next one of its index goes on with its trial. A trial that fails is noted, and
@@ -22,11 +22,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from fmrl_dist.config import CommandParser
-from fmrl_dist.errors import run_command
-from launch.space import metric_of
-from launch.study import Study, Trial
-from launch.sweep_folder import open_folder, run_of, stopped_file, training_words, worker_lock, write
+from fmrl_dist.base.errors import run_command
+from fmrl_dist.config.command_line import CommandParser
+from launch.sweeps.folder import open_folder, run_of, stopped_file, training_words, worker_lock, write
+from launch.sweeps.space import metric_of
+from launch.sweeps.study import Study, Trial
 
 POLL_S = 0.2
 REMIND_S = 10.0  # what is still starting does not listen yet
@@ -150,7 +150,7 @@ def cause(log: str, status: int) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = CommandParser("python -m launch.sweep_worker", description="Train trials of a sweep until none is left.")
+    parser = CommandParser("python -m launch.sweeps.worker", description="Train trials of a sweep until none is left.")
     parser.add_argument("folder", type=Path, help="of the sweep")
     parser.add_argument("worker", type=int, help="index of this worker, from 0")
     parser.add_argument(

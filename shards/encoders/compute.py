@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fmrl_dist.feature_config import Precision
+from fmrl_dist.config.features import Precision
 
 CPU_BF16_FEATURES = ("amx_bf16", "avx512_bf16")  # without one of them a CPU multiplies bfloat16 ten times slower
 

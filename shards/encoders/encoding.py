@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from fmrl_dist.errors import UserError
-from fmrl_dist.files import write_atomically
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.base.files import write_atomically
 
 
 @dataclass(frozen=True)

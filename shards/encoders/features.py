@@ -16,10 +16,8 @@ from types import ModuleType
 import numpy as np
 import pyarrow as pa
 
-from fmrl_dist.config import DataConfig
-from fmrl_dist.data.store import Feature
-from fmrl_dist.errors import UserError
-from fmrl_dist.feature_config import (
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.config.features import (
     NpyFeature,
     OpenClipFeature,
     PixelsFeature,
@@ -27,9 +25,11 @@ from fmrl_dist.feature_config import (
     TfidfFeature,
     TransformersFeature,
 )
-from shards.encoding import Encoded
-from shards.tables import ItemIds
-from shards.text import item_texts
+from fmrl_dist.config.sections import DataConfig
+from fmrl_dist.data.store.manifest import Feature
+from shards.encoders.encoding import Encoded
+from shards.encoders.item_text import item_texts
+from shards.tables.tables import ItemIds
 
 FLOAT16_MAX = 65_504.0
 CHECK_VALUES = 1 << 22  # values looked at together when an array is checked
@@ -70,16 +70,16 @@ def make_feature(name: str, data: DataConfig, items: pa.Table, ids: ItemIds, enc
         case NpyFeature():
             return _from_npy(name, root / config.path, config.dim, len(ids.external))
         case TfidfFeature():
-            encoder = _import_encoder("shards.tfidf", name, "shards")
+            encoder = _import_encoder("shards.encoders.tfidf", name, "shards")
             encoded: Encoded = encoder.encode_texts(name, config.dim, *_texts(config, data, items))
         case PixelsFeature():
-            encoder = _import_encoder("shards.pixels", name, "shards")
+            encoder = _import_encoder("shards.encoders.pixels", name, "shards")
             encoded = encoder.encode_images(config, root, ids)
         case TransformersFeature():
-            encoder = _import_encoder("shards.text_encoder", name, "text")
+            encoder = _import_encoder("shards.encoders.text_encoder", name, "text")
             encoded = encoder.encode_texts(name, config, *_texts(config, data, items), encoding)
         case OpenClipFeature():
-            encoder = _import_encoder("shards.image_encoder", name, "images")
+            encoder = _import_encoder("shards.encoders.image_encoder", name, "images")
             encoded = encoder.encode_images(name, config, root, ids, encoding)
     present = encoded.present
     if not present.any():

@@ -1,8 +1,8 @@
 """Image features of a pretrained encoder (paper section 5.3: SigLIP through open_clip), L2-normalised.
 
 The main process reads the image table and runs the model; worker processes decode and prepare the images. The table's
-rows are encoded in blocks, each kept when it is done (``shards.encoding``). A batch ends where its block does: a build
-that goes on after an interruption forms the same batches, and so the same bits, as one that was never stopped.
+rows are encoded in blocks, each kept when it is done (``shards.encoders.encoding``). A batch ends where its block does:
+a build that goes on after an interruption forms the same batches, and so the same bits, as one that was never stopped.
 
 ``n`` good images of a batch, ``dim`` the model's embedding width.
 """
@@ -23,14 +23,14 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from fmrl_dist.errors import UserError, require
-from fmrl_dist.feature_config import OpenClipFeature
-from shards.compute import Compute, choose_compute
-from shards.encoding import Encoded, EncodedBlocks
-from shards.images import ImageTable, decode_image, describe_unused, read_image
-from shards.open_clip_model import ImageModel, find_model, load_tower, make_transform
-from shards.progress import Progress
-from shards.tables import ItemIds
+from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.config.features import OpenClipFeature
+from shards.encoders.compute import Compute, choose_compute
+from shards.encoders.encoding import Encoded, EncodedBlocks
+from shards.encoders.images import ImageTable, decode_image, describe_unused, read_image
+from shards.encoders.open_clip_model import ImageModel, find_model, load_tower, make_transform
+from shards.encoders.progress import Progress
+from shards.tables.tables import ItemIds
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 BLOCK_ROWS = 512  # a few minutes of SigLIP ViT-L on a CPU are lost at most; a GPU writes a file a second

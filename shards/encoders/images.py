@@ -17,9 +17,9 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from fmrl_dist.errors import UserError
-from fmrl_dist.feature_config import ImageFeature
-from shards.tables import BATCH_ROWS, ItemIds, as_ids, iter_table, open_parquet, read_table
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.config.features import ImageFeature
+from shards.tables.tables import BATCH_ROWS, ItemIds, as_ids, iter_table, open_parquet, read_table
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 64_000_000

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fmrl_dist.errors import UserError
+from fmrl_dist.base.errors import UserError
 
 UNTITLED = "Untitled Item"
 

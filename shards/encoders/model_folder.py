@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 from pathlib import Path
 
-from fmrl_dist.errors import UserError, require
+from fmrl_dist.base.errors import UserError, require
 
 PACKAGE_PREFIX = "package:"
 # Weights (safetensors only), config and tokenizer: what is fetched from a hub, and what a local revision hashes.

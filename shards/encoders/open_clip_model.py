@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from fmrl_dist.errors import UserError, require
-from shards.torchvision_import import make_torchvision_importable
+from fmrl_dist.base.errors import UserError, require
+from shards.encoders.torchvision_import import make_torchvision_importable
 
 make_torchvision_importable()
 

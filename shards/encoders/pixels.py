@@ -13,10 +13,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from fmrl_dist.feature_config import PixelsFeature
-from shards.encoding import Encoded
-from shards.images import ImageTable, decode_image, describe_unused, read_image
-from shards.tables import ItemIds
+from fmrl_dist.config.features import PixelsFeature
+from shards.encoders.encoding import Encoded
+from shards.encoders.images import ImageTable, decode_image, describe_unused, read_image
+from shards.tables.tables import ItemIds
 
 SIDE = 64  # pixels per side at which gradients are taken
 THUMBNAIL = 8

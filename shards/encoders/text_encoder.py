@@ -1,9 +1,9 @@
 """Text features from a pretrained transformer (paper section 5.3: BGE-large, the [CLS] token).
 
 Texts are sorted by length, longest first, and cut into blocks of a fixed number; a block is tokenized, encoded in
-batches under a token budget, and kept (``shards.encoding``) before the next begins, so a build that is killed loses at
-most one block. Nothing but the texts, their order and one block's tensors is held in memory. A row depends on its text
-alone, up to rounding: padding is masked.
+batches under a token budget, and kept (``shards.encoders.encoding``) before the next begins, so a build that is killed
+loses at most one block. Nothing but the texts, their order and one block's tensors is held in memory. A row depends on
+its text alone, up to rounding: padding is masked.
 
 ``V`` items, ``n`` texts of a block, ``T`` tokens of a batch's longest text, ``dim`` the model's width.
 """
@@ -22,13 +22,13 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fmrl_dist.errors import UserError, require
-from fmrl_dist.feature_config import TransformersFeature
-from shards.compute import Compute, choose_compute
-from shards.encoding import Encoded, EncodedBlocks
-from shards.model_folder import find_model
-from shards.progress import Progress
-from shards.torchvision_import import make_torchvision_importable
+from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.config.features import TransformersFeature
+from shards.encoders.compute import Compute, choose_compute
+from shards.encoders.encoding import Encoded, EncodedBlocks
+from shards.encoders.model_folder import find_model
+from shards.encoders.progress import Progress
+from shards.encoders.torchvision_import import make_torchvision_importable
 
 BLOCK_ITEMS = 1024  # a minute or so of BGE-large on a CPU core is lost at most; a GPU writes a file a second
 

@@ -10,8 +10,8 @@ import sklearn
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from fmrl_dist.errors import UserError
-from shards.encoding import Encoded
+from fmrl_dist.base.errors import UserError
+from shards.encoders.encoding import Encoded
 
 SVD_SEED = 0
 MAX_TERMS = 100_000

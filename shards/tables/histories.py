@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fmrl_dist.config import SequenceTable
-from fmrl_dist.errors import UserError
-from shards.tables import ItemIds, as_ids, iter_table, read_table
-from shards.writer import BlockWriter
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.config.sections import SequenceTable
+from shards.tables.tables import ItemIds, as_ids, iter_table, read_table
+from shards.tables.writer import BlockWriter
 
 MIN_EVENTS = 2  # shorter histories have nothing to predict and are dropped
 MIN_EVAL_EVENTS = 3  # shorter ones are for training only

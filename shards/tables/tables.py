@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from fmrl_dist.errors import UserError
+from fmrl_dist.base.errors import UserError
 
 BATCH_ROWS = 65_536
 

@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 from webdataset import TarWriter
 
-from fmrl_dist.data.store import Block, Shard, block_sha256
+from fmrl_dist.data.store.manifest import Block, Shard, block_sha256
 
 
 class BlockWriter:

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from fmrl_dist.errors import EXIT_NO_READER, EXIT_USER_ERROR
-from tests.processes import REPOSITORY, clean_environment
-from tests.training_fixture import make_shop, train_here
+from fmrl_dist.base.errors import EXIT_NO_READER, EXIT_USER_ERROR
+from tests.fixtures.processes import REPOSITORY, clean_environment
+from tests.fixtures.training import make_shop, train_here
 
 # Prints a line, waits until it is told to go on, and does {then}.
 PROGRAM = """
 import os, sys
-from fmrl_dist.errors import UserError, run_command
+from fmrl_dist.base.errors import UserError, run_command
 
 def main(argv):
     print("first", flush=True)

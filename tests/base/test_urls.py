@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fmrl_dist.config import StoreConfig, load_config
-from fmrl_dist.data.remote import PROTOCOLS, checked_url
-from fmrl_dist.data.store import Store
-from fmrl_dist.errors import UserError
-from fmrl_dist.urls import hide_credentials, is_url
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.base.urls import hide_credentials, is_url
+from fmrl_dist.config.loading import load_config
+from fmrl_dist.config.sections import StoreConfig
+from fmrl_dist.data.store.reader import Store
+from fmrl_dist.data.store.remote import PROTOCOLS, checked_url
 from shards.build import main as build_main
 
 secrets = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1).map(

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.processes import REPOSITORY
+from tests.fixtures.processes import REPOSITORY
 
 
 def test_a_path_without_the_reference_is_refused_with_one_line(tmp_path: Path) -> None:

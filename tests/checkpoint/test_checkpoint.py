@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from fmrl_dist.checkpoint import (
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.checkpoint.folder import (
     TrainState,
     find_checkpoint,
     load_checkpoint,
     point,
     restore_optimizer,
 )
-from fmrl_dist.errors import UserError
-from tests.checkpoint_fixture import (
+from tests.fixtures.checkpoints import (
     FACTS,
     assert_same_bits,
     make_training,

@@ -19,13 +19,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fmrl_dist.checkpoint import (
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.checkpoint.folder import (
     Checkpoint,
     TrainState,
     load_checkpoint,
 )
-from fmrl_dist.errors import UserError
-from tests.checkpoint_fixture import (
+from tests.fixtures.checkpoints import (
     assert_same_bits,
     make_training,
     names_in,

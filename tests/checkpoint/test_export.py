@@ -20,18 +20,18 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 from fmrl_dist import evaluate, export
-from fmrl_dist.assembly import build_recommender
-from fmrl_dist.checkpoint import load_checkpoint
-from fmrl_dist.config import config_from_dict, load_config
-from fmrl_dist.data.histories import RankingBlock, evaluation_blocks
-from fmrl_dist.data.items import load_item_table
-from fmrl_dist.data.store import Store
-from fmrl_dist.export_folder import FILES, ITEMS_FILE, Origin, Recommender, read_export, write_export
-from fmrl_dist.metrics import CUTOFF
-from fmrl_dist.model import CONFIG_FILE, MODEL_FILE, FMRLRec
+from fmrl_dist.checkpoint.export_folder import FILES, ITEMS_FILE, Origin, Recommender, read_export, write_export
+from fmrl_dist.checkpoint.folder import load_checkpoint
+from fmrl_dist.checkpoint.restore import build_recommender
+from fmrl_dist.config.loading import config_from_dict, load_config
+from fmrl_dist.data.batches import RankingBlock, evaluation_blocks
+from fmrl_dist.data.item_table import load_item_table
+from fmrl_dist.data.store.reader import Store
+from fmrl_dist.evaluation.metrics import CUTOFF
+from fmrl_dist.model.fmrlrec import CONFIG_FILE, MODEL_FILE, FMRLRec
 from shards.build import build
-from tests.ranking_fixture import target_ranks
-from tests.training_fixture import (
+from tests.fixtures.ranking import target_ranks
+from tests.fixtures.training import (
     contents,
     evaluation,
     make_shop,

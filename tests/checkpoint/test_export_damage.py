@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import save_file
 
 from fmrl_dist import evaluate, export
-from fmrl_dist.errors import UserError
-from fmrl_dist.export_folder import ITEMS_FILE, read_export
-from fmrl_dist.model import CONFIG_FILE, MODEL_FILE, FMRLRec
-from tests.training_fixture import contents, make_shop, refusal, run_here, train_here
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.checkpoint.export_folder import ITEMS_FILE, read_export
+from fmrl_dist.model.fmrlrec import CONFIG_FILE, MODEL_FILE, FMRLRec
+from tests.fixtures.training import contents, make_shop, refusal, run_here, train_here
 
 Spoiler = Callable[[Path], object]
 

@@ -13,16 +13,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.timing import forget_peak, peak_resident_bytes
 from fmrl_dist import plan
-from fmrl_dist.catalogue_columns import TableColumns, catalogue_columns, catalogue_slice
-from fmrl_dist.config import load_config
-from fmrl_dist.data.histories import Packed, SampledBatch
-from fmrl_dist.data.items import ItemTable
-from fmrl_dist.model import FMRLRec
-from fmrl_dist.optim import build_optimizer
+from fmrl_dist.config.loading import load_config
+from fmrl_dist.data.batches import Packed, SampledBatch
+from fmrl_dist.data.item_table import ItemTable
+from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.plan import Cost, Step, predict, recommend
-from fmrl_dist.training_module import TrainingModule
-from tests.processes import run_processes
-from tests.training_fixture import refusal
+from fmrl_dist.training.item_columns import TableColumns, catalogue_columns, catalogue_slice
+from fmrl_dist.training.module import TrainingModule
+from fmrl_dist.training.optimizer import build_optimizer
+from tests.fixtures.processes import run_processes
+from tests.fixtures.training import refusal
 
 LENGTH = 9  # inputs of a history; ten positions
 MEMORY_ERROR = 0.25

@@ -14,10 +14,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fmrl_dist.config import DEMO_CONFIG, Config, ModelConfig, TrainConfig, config_from_dict, load_config
-from fmrl_dist.errors import UserError
-from fmrl_dist.feature_config import NpyFeature
-from tests.processes import REPOSITORY
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.config.features import NpyFeature
+from fmrl_dist.config.loading import DEMO_CONFIG, config_from_dict, load_config
+from fmrl_dist.config.sections import Config, ModelConfig, TrainConfig
+from tests.fixtures.processes import REPOSITORY
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 

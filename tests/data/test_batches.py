@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fmrl_dist.data.histories import Packed, RankingBlock, evaluation_blocks
+from fmrl_dist.data.batches import Packed, RankingBlock, evaluation_blocks
 from fmrl_dist.data.order import Order
-from fmrl_dist.data.store import Block, Store
+from fmrl_dist.data.store.manifest import Block
+from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.train_stream import TrainStream
 from fmrl_dist.data.windows import target_windows
 from shards.build import build
-from tests.store_fixture import tiny_config, write_histories, write_items
+from tests.fixtures.stores import tiny_config, write_histories, write_items
 
 NUM_ITEMS = 40
 # Events of the raw histories; the last two of 3 or more are held out, so training sees 1, 50, 51, 52, …

@@ -15,17 +15,19 @@ import pytest
 import torch.distributed as dist
 
 from fmrl_dist import train
-from fmrl_dist.checkpoint import load_checkpoint
-from fmrl_dist.config import Config, StoreConfig, load_config
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.checkpoint.folder import load_checkpoint
+from fmrl_dist.config.loading import load_config
+from fmrl_dist.config.sections import Config, StoreConfig
+from fmrl_dist.data.batches import Packed
 from fmrl_dist.data.feed import BatchFeed
-from fmrl_dist.data.histories import Packed
 from fmrl_dist.data.negatives import make_sampler
 from fmrl_dist.data.order import Order
-from fmrl_dist.data.store import Block, Store
+from fmrl_dist.data.store.manifest import Block
+from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.train_stream import TrainStream
-from fmrl_dist.errors import UserError
-from tests.processes import run_processes
-from tests.training_fixture import (
+from tests.fixtures.processes import run_processes
+from tests.fixtures.training import (
     STEPS_PER_EPOCH,
     evaluation,
     figures,

@@ -21,31 +21,35 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmrl_dist import evaluate, export, train
-from fmrl_dist.assembly import build_inline_model, build_model, build_ranker, check_inline
-from fmrl_dist.catalogue import EmbeddedCatalogue, StreamedCatalogue
-from fmrl_dist.catalogue_columns import catalogue_columns
-from fmrl_dist.checkpoint import load_checkpoint
-from fmrl_dist.config import Config, load_config
-from fmrl_dist.data.block_arrays import user_problems
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.checkpoint.folder import load_checkpoint
+from fmrl_dist.config.loading import load_config
+from fmrl_dist.config.sections import Config
+from fmrl_dist.data.batches import Packed, evaluation_blocks
 from fmrl_dist.data.feed import BatchFeed
-from fmrl_dist.data.histories import Packed, evaluation_blocks
 from fmrl_dist.data.item_rows import ItemRows, merge, pick
-from fmrl_dist.data.item_walk import ItemWalk
-from fmrl_dist.data.items import load_item_table
+from fmrl_dist.data.item_table import load_item_table
 from fmrl_dist.data.negatives import NegativeSampler, make_sampler
 from fmrl_dist.data.order import Order
-from fmrl_dist.data.store import VOCAB_FILE, Block, Store
+from fmrl_dist.data.store.block_arrays import user_problems
+from fmrl_dist.data.store.manifest import VOCAB_FILE, Block
+from fmrl_dist.data.store.reader import Store
+from fmrl_dist.data.streamed_negatives import ItemWalk
 from fmrl_dist.data.train_stream import TrainStream
-from fmrl_dist.errors import UserError
-from fmrl_dist.evaluation import rank_histograms
-from fmrl_dist.runtime import start_runtime
-from fmrl_dist.signals import StopRequest
-from fmrl_dist.training_module import TrainingModule
+from fmrl_dist.distributed.processes import start_runtime
+from fmrl_dist.distributed.signals import StopRequest
+from fmrl_dist.evaluation.catalogue import EmbeddedCatalogue, StreamedCatalogue
+from fmrl_dist.evaluation.histograms import rank_histograms
+from fmrl_dist.evaluation.ranker import build_ranker
+from fmrl_dist.training.build_model import build_inline_model, build_model
+from fmrl_dist.training.checks import check_inline
+from fmrl_dist.training.item_columns import catalogue_columns
+from fmrl_dist.training.module import TrainingModule
 from shards.build import build
 from shards.inspect import describe
 from shards.verify import verify
-from tests.processes import run_processes
-from tests.training_fixture import (
+from tests.fixtures.processes import run_processes
+from tests.fixtures.training import (
     FEATURE_DIMS,
     NUM_ITEMS,
     STEPS_PER_EPOCH,
@@ -362,8 +366,8 @@ def refuse_tables(patch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("a table of all items was asked for")
 
-    patch.setattr("fmrl_dist.learner.load_item_table", refuse)
-    patch.setattr("fmrl_dist.assembly.load_item_table", refuse)
+    patch.setattr("fmrl_dist.training.learner.load_item_table", refuse)
+    patch.setattr("fmrl_dist.checkpoint.restore.load_item_table", refuse)
 
 
 @pytest.fixture(scope="module")

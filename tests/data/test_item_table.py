@@ -15,22 +15,23 @@ import psutil
 import pytest
 import torch
 
-from fmrl_dist.config import StoreConfig, load_config
-from fmrl_dist.data.items import load_item_table
-from fmrl_dist.data.store import Store
-from fmrl_dist.errors import UserError
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.config.loading import load_config
+from fmrl_dist.config.sections import StoreConfig
+from fmrl_dist.data.item_table import load_item_table
+from fmrl_dist.data.store.reader import Store
 from shards.build import build
-from tests.processes import REPOSITORY
-from tests.store_fixture import write_histories, write_items
-from tests.training_fixture import make_shop
+from tests.fixtures.processes import REPOSITORY
+from tests.fixtures.stores import write_histories, write_items
+from tests.fixtures.training import make_shop
 
 NUM_ITEMS, DIM = 40_000, 768  # 61 MB in float16
 
 # Prints how often a block was read, the growth of its anonymous memory in MB, and the table's sum; may stop halfway.
 UNPACK = """
 import os, signal, sys
-from fmrl_dist.data.items import load_item_table
-from fmrl_dist.data.store import Store
+from fmrl_dist.data.item_table import load_item_table
+from fmrl_dist.data.store.reader import Store
 def anonymous_mb():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1000
 store = Store.open(sys.argv[1])

@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from fmrl_dist.base.errors import UserError
 from fmrl_dist.data.feature_scale import feature_affine, feature_sums, table_parts
-from fmrl_dist.data.items import ItemTable, load_item_table
-from fmrl_dist.data.store import Store
-from fmrl_dist.errors import UserError
+from fmrl_dist.data.item_table import ItemTable, load_item_table
+from fmrl_dist.data.store.reader import Store
 from shards.build import build
-from tests.store_fixture import ITEMS, png, tiny_config, write_raw
+from tests.fixtures.stores import ITEMS, png, tiny_config, write_raw
 
 PICTURED = {"a": (200, 10, 10), "d": (10, 200, 10), "e": (10, 10, 200)}
 PIXELS_DIM = 464

@@ -15,24 +15,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmrl_dist import evaluate, export, train
-from fmrl_dist.assembly import build_model
-from fmrl_dist.catalogue_columns import catalogue_columns
-from fmrl_dist.config import Config, load_config
-from fmrl_dist.data import derived
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.config.loading import load_config
+from fmrl_dist.config.sections import Config
+from fmrl_dist.data import item_statistics
 from fmrl_dist.data.alias import alias_table, draw
-from fmrl_dist.data.derived import popularity_table, target_log_shares
-from fmrl_dist.data.histories import SampledBatch
-from fmrl_dist.data.items import load_item_table
+from fmrl_dist.data.batches import SampledBatch
+from fmrl_dist.data.item_statistics import popularity_table, target_log_shares
+from fmrl_dist.data.item_table import load_item_table
 from fmrl_dist.data.negatives import NegativeSampler, make_sampler
 from fmrl_dist.data.order import Order
-from fmrl_dist.data.store import Store
+from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.train_stream import TrainStream
-from fmrl_dist.errors import UserError
 from fmrl_dist.losses import nested_cross_entropy as losses
-from fmrl_dist.model import FMRLRec
-from fmrl_dist.training_module import TrainingModule
-from tests.processes import run_processes
-from tests.training_fixture import NUM_ITEMS, evaluation, make_shop, records, refusal, run_here, train_here
+from fmrl_dist.model.fmrlrec import FMRLRec
+from fmrl_dist.training.build_model import build_model
+from fmrl_dist.training.item_columns import catalogue_columns
+from fmrl_dist.training.module import TrainingModule
+from tests.fixtures.processes import run_processes
+from tests.fixtures.training import NUM_ITEMS, evaluation, make_shop, records, refusal, run_here, train_here
 
 KINDS = ("uniform", "popularity", "in_batch", "mixed")
 NO_DROPOUT = ["--model.dropout", "0", "--model.lru_dropout", "0"]
@@ -134,7 +135,7 @@ def test_a_damaged_derived_file_is_refused(store: Store) -> None:
         path.write_bytes(content)
         with pytest.raises(UserError, match=f"^{path} cannot be read .*; delete it, it will be made again$"):
             popularity_table(store, 0.3)
-    derived._write(path, np.zeros(3))
+    item_statistics._write(path, np.zeros(3))
     with pytest.raises(UserError, match="holds float64 .* expected"):
         popularity_table(store, 0.3)
     path.unlink()

@@ -15,11 +15,11 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from fmrl_dist.data import histories
+from fmrl_dist.data import batches
 from fmrl_dist.data.feed import BatchFeed
-from fmrl_dist.signals import REQUEUE_FILE, StopRequest
-from tests.processes import REPOSITORY, clean_environment, run_processes
-from tests.training_fixture import STEPS_PER_EPOCH, evaluation, figures, make_shop, records, train_here
+from fmrl_dist.distributed.signals import REQUEUE_FILE, StopRequest
+from tests.fixtures.processes import REPOSITORY, clean_environment, run_processes
+from tests.fixtures.training import STEPS_PER_EPOCH, evaluation, figures, make_shop, records, train_here
 
 SLOWLY = """
 import sys, time
@@ -140,9 +140,9 @@ def test_a_signal_in_a_step_that_validates(epochs: int, shop: Path, tmp_path: Pa
 
 def tell_amid_evaluation(module: str, told: Sequence[int], patch: pytest.MonkeyPatch) -> None:
     """Have the ranks ``told`` send themselves USR1 as they begin to read users for ``module``."""
-    blocks = histories.evaluation_blocks
+    blocks = batches.evaluation_blocks
 
-    def tell(*words: Any, **more: Any) -> Iterator[histories.RankingBlock]:
+    def tell(*words: Any, **more: Any) -> Iterator[batches.RankingBlock]:
         if (dist.get_rank() if dist.is_initialized() else 0) in told:
             os.kill(os.getpid(), signal.SIGUSR1)
         return blocks(*words, **more)

@@ -13,10 +13,10 @@ import torch
 from safetensors.numpy import load_file
 
 from fmrl_dist import export
-from fmrl_dist.export_folder import ITEMS_FILE, read_export
-from fmrl_dist.model import MODEL_FILE
-from tests.processes import REPOSITORY
-from tests.training_fixture import FEATURE_DIMS, NUM_ITEMS, make_shop, run_here, train_here
+from fmrl_dist.checkpoint.export_folder import ITEMS_FILE, read_export
+from fmrl_dist.model.fmrlrec import MODEL_FILE
+from tests.fixtures.processes import REPOSITORY
+from tests.fixtures.training import FEATURE_DIMS, NUM_ITEMS, make_shop, run_here, train_here
 
 DEPTH, SIZE = 2, 8
 DIMENSIONS = {"M": SIZE, "F": sum(FEATURE_DIMS.values()), "V": NUM_ITEMS, "features": len(FEATURE_DIMS), "2": 2}

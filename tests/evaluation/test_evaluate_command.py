@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 from fmrl_dist import evaluate
-from fmrl_dist.config import load_config
-from fmrl_dist.report import size_table
+from fmrl_dist.config.loading import load_config
+from fmrl_dist.evaluation.report import size_table
 from shards.build import build
-from tests.training_fixture import (
+from tests.fixtures.training import (
     contents,
     evaluation,
     make_shop,

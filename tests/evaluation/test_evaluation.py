@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fmrl_dist.catalogue import TILE_ITEMS, EmbeddedCatalogue
-from fmrl_dist.data.histories import RankingBlock
-from fmrl_dist.evaluation import rank_histograms
-from fmrl_dist.metrics import CUTOFF, metrics_from_histogram
-from fmrl_dist.model import FMRLRec
-from fmrl_dist.ranking import GROUPED, TOP
-from tests.ranking_fixture import target_ranks
+from fmrl_dist.data.batches import RankingBlock
+from fmrl_dist.evaluation.catalogue import TILE_ITEMS, EmbeddedCatalogue
+from fmrl_dist.evaluation.histograms import rank_histograms
+from fmrl_dist.evaluation.metrics import CUTOFF, metrics_from_histogram
+from fmrl_dist.evaluation.target_ranks import GROUPED, TOP
+from fmrl_dist.model.fmrlrec import FMRLRec
+from tests.fixtures.ranking import target_ranks
 
 SIZES = (4, 8, 16)
 # Fewer items than the top list, than the groups' search, than a tile; whole tiles; a last tile of one item.

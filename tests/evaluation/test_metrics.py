@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import fmrl_dist.metrics
-from fmrl_dist.metrics import CUTOFF, METRICS, metrics_from_histogram
+import fmrl_dist.evaluation.metrics
+from fmrl_dist.evaluation.metrics import CUTOFF, METRICS, metrics_from_histogram
 
 
 def histogram(*ranks: float, beyond: int = 0) -> Tensor:
@@ -22,7 +22,7 @@ def histogram(*ranks: float, beyond: int = 0) -> Tensor:
 
 
 def test_the_example_in_the_docstring_runs() -> None:
-    result = doctest.testmod(fmrl_dist.metrics)
+    result = doctest.testmod(fmrl_dist.evaluation.metrics)
     assert result.attempted >= 4 and result.failed == 0
 
 

@@ -15,15 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fmrl_dist import evaluate, export
-from fmrl_dist.checkpoint import load_checkpoint
-from fmrl_dist.config import load_config
-from fmrl_dist.data.store import Store
-from fmrl_dist.errors import UserError
-from fmrl_dist.evaluation_parts import Evaluated, Means, Part, join_parts, write_part
-from fmrl_dist.files import json_sha256
-from fmrl_dist.metrics import CUTOFF
-from tests.processes import run_processes
-from tests.training_fixture import contents, evaluation, make_shop, refusal, run_here, train_here
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.base.files import json_sha256
+from fmrl_dist.checkpoint.folder import load_checkpoint
+from fmrl_dist.config.loading import load_config
+from fmrl_dist.data.store.reader import Store
+from fmrl_dist.evaluation.metrics import CUTOFF
+from fmrl_dist.evaluation.parts import Evaluated, Means, Part, join_parts, write_part
+from tests.fixtures.processes import run_processes
+from tests.fixtures.training import contents, evaluation, make_shop, refusal, run_here, train_here
 
 NUM_BLOCKS = 7  # of the test split: 113 users less those with 2 events, in blocks of 16
 

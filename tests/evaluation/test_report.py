@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from fmrl_dist.files import write_atomically
-from fmrl_dist.metrics import METRICS
-from fmrl_dist.report import evaluation_file, size_table, write_report
+from fmrl_dist.base.files import write_atomically
+from fmrl_dist.evaluation.metrics import METRICS
+from fmrl_dist.evaluation.report import evaluation_file, size_table, write_report
 
 
 def make_result(**changes: Any) -> dict[str, Any]:

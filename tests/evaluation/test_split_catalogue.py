@@ -9,14 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fmrl_dist.catalogue import TILE_ITEMS, EmbeddedCatalogue
-from fmrl_dist.data.histories import RankingBlock
-from fmrl_dist.evaluation import rank_histograms
-from fmrl_dist.metrics import metrics_from_histogram
-from fmrl_dist.model import FMRLRec
-from fmrl_dist.split_catalogue import SplitCatalogue, tile_bounds
-from tests.processes import run_processes
-from tests.test_evaluation import make_block, random_users
+from fmrl_dist.data.batches import RankingBlock
+from fmrl_dist.evaluation.catalogue import TILE_ITEMS, EmbeddedCatalogue
+from fmrl_dist.evaluation.histograms import rank_histograms
+from fmrl_dist.evaluation.metrics import metrics_from_histogram
+from fmrl_dist.evaluation.split_catalogue import SplitCatalogue, tile_bounds
+from fmrl_dist.model.fmrlrec import FMRLRec
+from tests.evaluation.test_evaluation import make_block, random_users
+from tests.fixtures.processes import run_processes
 
 SIZES = (4, 8, 16)
 USERS_OF_BLOCKS = (9, 0, 30, 1, 0, 17, 5)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import REPOSITORY
+from tests.fixtures.processes import REPOSITORY
 
 BASE = {
     **{"SLURM_SUBMIT_DIR": "/shared/fmrl-dist", "SLURM_JOB_ID": "7"},

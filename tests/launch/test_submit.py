@@ -11,12 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fmrl_dist.errors import UserError
-from launch.jobs import Script, script_options, submit
+from fmrl_dist.base.errors import UserError
+from launch.slurm.jobs import Script, script_options, submit
 from launch.submit import main, parse_sbatch
-from tests.processes import REPOSITORY
-from tests.test_slurm_launch import demo_words
-from tests.training_fixture import contents, evaluation, refusal, run_module
+from tests.fixtures.processes import REPOSITORY
+from tests.fixtures.training import contents, evaluation, refusal, run_module
+from tests.launch.slurm.test_launch import demo_words
 
 GOLDEN = Path(__file__).parent / "golden"  # written by hand from what a review has found right; no test writes them
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fmrl_dist.catalogue_columns import TableColumns, catalogue_columns
-from fmrl_dist.data.items import ItemTable
+from fmrl_dist.data.item_table import ItemTable
 from fmrl_dist.losses import log_sum_exp, tiled_log_sum_exp
 from fmrl_dist.losses.log_sum_exp import catalogue_log_sum_exp
 from fmrl_dist.losses.nested_cross_entropy import catalogue_cross_entropy, nested_cross_entropy
 from fmrl_dist.losses.tiled_log_sum_exp import TILE_ITEMS, TILE_POSITIONS, back_projected
-from fmrl_dist.model import ItemEncoder
-from tests.numerics import TOLERANCE, assert_relatively_close
+from fmrl_dist.model.fmrlrec import ItemEncoder
+from fmrl_dist.training.item_columns import TableColumns, catalogue_columns
+from tests.fixtures.numerics import TOLERANCE, assert_relatively_close
 
 SIZES = (4, 9, 16, 35)
 TEMPERATURES = (0.5, 1.0, 2.0, 1.3)
@@ -124,7 +124,7 @@ def test_columns_times_projection_are_the_encoders_embeddings() -> None:
 def test_columns_made_on_demand_equal_resident_ones(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder, table = make_table(311)
     resident = catalogue_columns(encoder, table, dtype)
-    monkeypatch.setattr("fmrl_dist.catalogue_columns.RESIDENT_BYTES", resident[:].nbytes - 1)
+    monkeypatch.setattr("fmrl_dist.training.item_columns.RESIDENT_BYTES", resident[:].nbytes - 1)
     made = catalogue_columns(encoder, table, dtype)
     assert isinstance(made, TableColumns)
     assert made.shape == resident.shape

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from fmrl_dist.losses import tiled_log_sum_exp
 from fmrl_dist.losses.nested_cross_entropy import nested_cross_entropy
 from fmrl_dist.losses.tiled_log_sum_exp import TILE_ITEMS, TILE_POSITIONS
-from tests.numerics import TOLERANCE, assert_relatively_close
+from tests.fixtures.numerics import TOLERANCE, assert_relatively_close
 
 SIZES = (4, 9, 16, 35)
 SHAPES = [  # positions N, items V

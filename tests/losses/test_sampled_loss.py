@@ -13,7 +13,7 @@ from torch import Tensor
 from fmrl_dist.losses.log_sum_exp import nested_log_sum_exp
 from fmrl_dist.losses.nested_cross_entropy import Negatives, nested_cross_entropy, sampled_cross_entropy
 from fmrl_dist.losses.tiled_log_sum_exp import TILE_ITEMS, TILE_POSITIONS, Correction
-from tests.numerics import TOLERANCE, assert_relatively_close
+from tests.fixtures.numerics import TOLERANCE, assert_relatively_close
 
 SIZES = (4, 9, 16, 35)
 TEMPERATURES = (0.5, 1.0, 2.0, 1.3)

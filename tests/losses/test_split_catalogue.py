@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fmrl_dist.losses.catalogue_parallel import CatalogueSlice, exchanged_bytes
 from fmrl_dist.losses.nested_cross_entropy import catalogue_cross_entropy
+from fmrl_dist.losses.split_catalogue import CatalogueSlice, exchanged_bytes
 from fmrl_dist.losses.tiled_log_sum_exp import TILE_ITEMS
-from tests.numerics import assert_relatively_close
-from tests.processes import run_processes
+from tests.fixtures.numerics import assert_relatively_close
+from tests.fixtures.processes import run_processes
 
 pytestmark = pytest.mark.multiproc
 

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fmrl_dist.model import LRU, Block, FeedForward, FMRLRec, ItemEncoder
-from tests.numerics import assert_relatively_close
+from fmrl_dist.model.fmrlrec import LRU, Block, FeedForward, FMRLRec, ItemEncoder
+from tests.fixtures.numerics import assert_relatively_close
 
 NUM_ITEMS = 11
 SIZES = (4, 9, 16)

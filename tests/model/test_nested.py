@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmrl_dist.model import LRU
-from fmrl_dist.ops.nested import (
+from fmrl_dist.model.fmrlrec import LRU
+from fmrl_dist.model.nested import (
     NestedLayerNorm,
     NestedLinear,
     chunk_groups,
@@ -21,7 +21,7 @@ from fmrl_dist.ops.nested import (
     nested_linear_plain,
     nested_mask,
 )
-from tests.numerics import TOLERANCE, assert_relatively_close
+from tests.fixtures.numerics import TOLERANCE, assert_relatively_close
 
 SIZES = [(4,), (8, 16, 32), (4, 11, 16, 63), (63, 507), (5, 17, 300, 307, 560)]
 

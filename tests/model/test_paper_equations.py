@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from fmrl_dist.losses.nested_cross_entropy import nested_cross_entropy
-from fmrl_dist.model import FMRLRec
+from fmrl_dist.model.fmrlrec import FMRLRec
 
 Array = NDArray[np.float64]
 Weights = dict[str, Array]

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fmrl_dist.ops.scan import complex_mul, packed_scan, scan_step
-from tests.numerics import TOLERANCE, assert_relatively_close
+from fmrl_dist.model.scan import complex_mul, packed_scan, scan_step
+from tests.fixtures.numerics import TOLERANCE, assert_relatively_close
 
 MODULI = [0.001, 0.1, 0.999]
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from fmrl_dist import train
-from tests.processes import REPOSITORY, clean_environment
-from tests.training_fixture import make_shop, refusal
+from tests.fixtures.processes import REPOSITORY, clean_environment
+from tests.fixtures.training import make_shop, refusal
 
 if not os.environ.get("CI"):  # where it is missing by mistake, so tests fail there
     pytest.importorskip("triton", reason="the triton extra is not installed")
@@ -26,7 +26,7 @@ def run(code: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def test_kernels_equal_their_plain_twins() -> None:
-    result = run(["-m", "tests.triton_cases"])
+    result = run(["-m", "tests.fixtures.triton_cases"])
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("ok ") == 17, result.stdout
 
@@ -34,7 +34,7 @@ def test_kernels_equal_their_plain_twins() -> None:
 def test_second_gradients_of_the_scan_are_refused_rather_than_wrong() -> None:
     code = """if True:
         import torch
-        from fmrl_dist.ops.scan import packed_scan
+        from fmrl_dist.model.scan import packed_scan
         decay, x = torch.full((2, 4), 0.1, requires_grad=True), torch.randn(3, 2, 4, requires_grad=True)
         states = packed_scan(decay, x, torch.tensor([0, 3]), "triton")
         torch.autograd.grad(states.square().sum(), x, create_graph=True)

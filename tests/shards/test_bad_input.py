@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from fmrl_dist.errors import UserError
+from fmrl_dist.base.errors import UserError
 from shards.build import main as build_main
 from shards.verify import main as verify_main
-from tests.store_fixture import HISTORIES, ITEMS, tiny_values, write_histories, write_items, write_raw
+from tests.fixtures.stores import HISTORIES, ITEMS, tiny_values, write_histories, write_items, write_raw
 
 Values = dict[str, Any]
 Spoil = Callable[[Path, Values], object]

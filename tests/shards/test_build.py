@@ -20,17 +20,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fmrl_dist.config import StoreConfig
-from fmrl_dist.data.store import Store
-from fmrl_dist.errors import UserError
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.config.sections import StoreConfig
+from fmrl_dist.data.store.reader import Store
 from shards.build import build, main
-from shards.images import MAX_PIXELS
+from shards.encoders.images import MAX_PIXELS
+from shards.encoders.item_text import UNTITLED, item_texts, template_columns
+from shards.encoders.pixels import DIM, encode_image
 from shards.inspect import main as inspect_main
-from shards.pixels import DIM, encode_image
-from shards.text import UNTITLED, item_texts, template_columns
 from shards.verify import verify
-from tests.store_fixture import HISTORIES, ITEMS, png, tiny_config, write_histories, write_items, write_raw
-from tests.training_fixture import contents, refusal
+from tests.fixtures.stores import HISTORIES, ITEMS, png, tiny_config, write_histories, write_items, write_raw
+from tests.fixtures.training import contents, refusal
 
 
 def read_split(store: Store, split: str, field: str = "items") -> dict[int, list[int]]:

@@ -19,10 +19,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from fmrl_dist.config import DEMO_CONFIG, load_config
-from fmrl_dist.errors import UserError
-from fmrl_dist.feature_config import PixelsFeature
-from shards.demo import (
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.config.features import PixelsFeature
+from fmrl_dist.config.loading import DEMO_CONFIG, load_config
+from shards.demo.shop import (
     FILES,
     IMAGE_SIZE_PX,
     LEAF_PATHS,
@@ -35,9 +35,9 @@ from shards.demo import (
     make_histories,
     write_demo,
 )
-from shards.demo_words import BRANDS, MODEL_ENDS, MODEL_STARTS, MODEL_WORDS_PER_LEAF, TIER_WORDS
+from shards.demo.words import BRANDS, MODEL_ENDS, MODEL_STARTS, MODEL_WORDS_PER_LEAF, TIER_WORDS
+from tests.fixtures.processes import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 USERS, ITEMS, SEED = 3000, 2000, 0
 
 

@@ -14,18 +14,18 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from fmrl_dist.config import load_config
-from fmrl_dist.data.store import Store
-from fmrl_dist.errors import EXIT_USER_ERROR
-from fmrl_dist.feature_config import TransformersFeature
+from fmrl_dist.base.errors import EXIT_USER_ERROR
+from fmrl_dist.config.features import TransformersFeature
+from fmrl_dist.config.loading import load_config
+from fmrl_dist.data.store.reader import Store
 from shards.build import build
-from shards.encoding import encoding_folder
-from shards.text import item_texts, template_columns
-from shards.text_encoder import BLOCK_ITEMS, load_encoder
-from tests.processes import REPOSITORY, clean_environment
-from tests.store_fixture import write_histories
-from tests.text_model_fixture import random_texts, write_text_model
-from tests.training_fixture import contents, run_module
+from shards.encoders.encoding import encoding_folder
+from shards.encoders.item_text import item_texts, template_columns
+from shards.encoders.text_encoder import BLOCK_ITEMS, load_encoder
+from tests.fixtures.processes import REPOSITORY, clean_environment
+from tests.fixtures.stores import write_histories
+from tests.fixtures.text_model import random_texts, write_text_model
+from tests.fixtures.training import contents, run_module
 
 NUM_BLOCKS = 6
 MINILM = TransformersFeature(

@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 
 from benchmarks.crash import crash
 from fmrl_dist import train
-from fmrl_dist.checkpoint import TrainState, load_checkpoint
-from fmrl_dist.checkpoint_writer import CheckpointWriter
-from fmrl_dist.learner import Learner, Run
-from tests.test_checkpoint_damage import flip
-from tests.training_fixture import (
+from fmrl_dist.checkpoint.folder import TrainState, load_checkpoint
+from fmrl_dist.checkpoint.writer import CheckpointWriter
+from fmrl_dist.training.learner import Learner
+from fmrl_dist.training.run import Run
+from tests.checkpoint.test_checkpoint_damage import flip
+from tests.fixtures.training import (
     STEPS_PER_EPOCH,
     contents,
     evaluation,

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from fmrl_dist import evaluate, train
-from fmrl_dist.zero_config import checked_plugin
-from tests.processes import REPOSITORY, launch
-from tests.training_fixture import (
+from fmrl_dist.distributed.deepspeed import checked_plugin
+from tests.fixtures.processes import REPOSITORY, launch
+from tests.fixtures.training import (
     STEPS_PER_EPOCH,
     contents,
     evaluation,
@@ -332,7 +332,7 @@ def test_deepspeed_that_is_not_installed(shop: Path, one: Path, tmp_path: Path, 
 
 LEAVE = """
 import torch.distributed as dist
-from fmrl_dist.runtime import start_runtime
+from fmrl_dist.distributed.processes import start_runtime
 runtime = start_runtime(1, lanes=None)
 said, before = runtime.describe(), dist.is_initialized()
 runtime.leave()

@@ -16,16 +16,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from fmrl_dist.assembly import embed_catalogue, load_catalogue_table, restore_model
-from fmrl_dist.catalogue import EmbeddedCatalogue
-from fmrl_dist.checkpoint import load_checkpoint
-from fmrl_dist.config import DEMO_CONFIG, config_from_dict, load_config
-from fmrl_dist.data.histories import RankingBlock, evaluation_blocks
-from fmrl_dist.data.store import VOCAB_FILE, Store
-from fmrl_dist.evaluation import rank_histograms
-from fmrl_dist.metrics import CUTOFF, metrics_from_histogram
+from fmrl_dist.checkpoint.folder import load_checkpoint
+from fmrl_dist.checkpoint.restore import embed_catalogue, load_catalogue_table, restore_model
+from fmrl_dist.config.loading import DEMO_CONFIG, config_from_dict, load_config
+from fmrl_dist.data.batches import RankingBlock, evaluation_blocks
+from fmrl_dist.data.store.manifest import VOCAB_FILE
+from fmrl_dist.data.store.reader import Store
+from fmrl_dist.evaluation.catalogue import EmbeddedCatalogue
+from fmrl_dist.evaluation.histograms import rank_histograms
+from fmrl_dist.evaluation.metrics import CUTOFF, metrics_from_histogram
 from shards.build import build
-from tests.training_fixture import evaluation, train_here
+from tests.fixtures.training import evaluation, train_here
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

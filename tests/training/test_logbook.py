@@ -8,7 +8,7 @@ import pty
 import termios
 from pathlib import Path
 
-from fmrl_dist.logbook import Logbook, Progress
+from fmrl_dist.training.logbook import Logbook, Progress
 
 
 def test_bar_on_a_terminal_shows_facts_and_time_left() -> None:

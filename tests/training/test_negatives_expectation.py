@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from fmrl_dist.data.histories import SampledBatch
+from fmrl_dist.data.batches import SampledBatch
 from fmrl_dist.data.negatives import NegativeSampler, make_sampler
 from fmrl_dist.data.order import Order
-from fmrl_dist.data.store import Store
+from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.train_stream import TrainStream
-from fmrl_dist.training_module import TrainingModule
-from tests.test_negatives import loaded, make_module, sampled
-from tests.training_fixture import STEPS_PER_EPOCH, evaluation, figures, make_shop, train_here
+from fmrl_dist.training.module import TrainingModule
+from tests.data.test_negatives import loaded, make_module, sampled
+from tests.fixtures.training import STEPS_PER_EPOCH, evaluation, figures, make_shop, train_here
 
 FEW, MANY = 4, 256  # of 40 items
 

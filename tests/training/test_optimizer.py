@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from fmrl_dist.model import FMRLRec
-from fmrl_dist.optim import build_optimizer, learning_rate
+from fmrl_dist.model.fmrlrec import FMRLRec
+from fmrl_dist.training.optimizer import build_optimizer, learning_rate
 
 DECAYED_IN_BLOCK = ("lru.B", "lru.C", "ffn.gate.weight", "ffn.w_1.weight", "ffn.w_2.weight")
 KEPT_IN_BLOCK = (

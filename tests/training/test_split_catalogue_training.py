@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from fmrl_dist import train
-from fmrl_dist.catalogue_columns import catalogue_columns, catalogue_slice
-from fmrl_dist.config import Config, LossConfig, ModelConfig
-from fmrl_dist.data.items import ItemTable
-from fmrl_dist.errors import UserError
-from fmrl_dist.loss_impl import splits_catalogue
-from fmrl_dist.model import ItemEncoder
-from fmrl_dist.runtime import start_runtime
-from tests.processes import REPOSITORY, launch, run_processes
-from tests.training_fixture import STEPS_PER_EPOCH, evaluation, figures, make_shop, records, refusal, train_here
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.config.sections import Config, LossConfig, ModelConfig
+from fmrl_dist.data.item_table import ItemTable
+from fmrl_dist.distributed.processes import start_runtime
+from fmrl_dist.model.fmrlrec import ItemEncoder
+from fmrl_dist.training.checks import splits_catalogue
+from fmrl_dist.training.item_columns import catalogue_columns, catalogue_slice
+from tests.fixtures.processes import REPOSITORY, launch, run_processes
+from tests.fixtures.training import STEPS_PER_EPOCH, evaluation, figures, make_shop, records, refusal, train_here
 
 ZERO2 = REPOSITORY / "launch" / "accelerate" / "zero2-cpu-2.yaml"
 SPLIT = ["--loss.catalogue", "split"]

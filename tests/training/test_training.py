@@ -17,16 +17,16 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from fmrl_dist.assembly import build_model
-from fmrl_dist.config import DEMO_CONFIG, load_config
-from fmrl_dist.data.items import load_item_table
+from fmrl_dist.config.loading import DEMO_CONFIG, load_config
+from fmrl_dist.data.item_table import load_item_table
 from fmrl_dist.data.order import Order
-from fmrl_dist.data.store import Store
+from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.train_stream import TrainStream
-from fmrl_dist.metrics import METRICS
-from tests.checkpoint_fixture import reseal
-from tests.processes import REPOSITORY, clean_environment
-from tests.training_fixture import (
+from fmrl_dist.evaluation.metrics import METRICS
+from fmrl_dist.training.build_model import build_model
+from tests.fixtures.checkpoints import reseal
+from tests.fixtures.processes import REPOSITORY, clean_environment
+from tests.fixtures.training import (
     NUM_ITEMS,
     STEPS_PER_EPOCH,
     evaluation,

@@ -19,15 +19,15 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from fmrl_dist import evaluate, train
-from fmrl_dist.data.histories import Packed
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.checkpoint.run_folder import locked
+from fmrl_dist.data.batches import Packed
 from fmrl_dist.data.order import Order
-from fmrl_dist.data.store import Store
-from fmrl_dist.errors import UserError
-from fmrl_dist.run_folder import locked
-from fmrl_dist.runtime import start_runtime
-from tests.checkpoint_fixture import reseal
-from tests.processes import REPOSITORY, clean_environment, launch, run_processes
-from tests.training_fixture import (
+from fmrl_dist.data.store.reader import Store
+from fmrl_dist.distributed.processes import start_runtime
+from tests.fixtures.checkpoints import reseal
+from tests.fixtures.processes import REPOSITORY, clean_environment, launch, run_processes
+from tests.fixtures.training import (
     STEPS_PER_EPOCH,
     contents,
     evaluation,

@@ -12,11 +12,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from fmrl_dist import train
-from fmrl_dist.config import load_config
-from fmrl_dist.data.store import Block, Store
+from fmrl_dist.config.loading import load_config
+from fmrl_dist.data.store.manifest import Block
+from fmrl_dist.data.store.reader import Store
 from shards.build import build
-from tests.checkpoint_fixture import reseal
-from tests.training_fixture import (
+from tests.fixtures.checkpoints import reseal
+from tests.fixtures.training import (
     contents,
     evaluation,
     make_shop,

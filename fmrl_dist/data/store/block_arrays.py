@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
-from fmrl_dist.errors import UserError, require
+from fmrl_dist.base.errors import UserError, require
 
 MEMBER_NAME = re.compile(r"(\d{6,})\.([a-z][a-z0-9_]*(?:\.mask)?)\.npy", re.ASCII)
 NPY_HEADER = re.compile(  # what np.save writes of the dtypes that a store may hold; no general parser is needed

@@ -21,8 +21,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from fmrl_dist.data.store_files import checked_range
-from fmrl_dist.errors import UserError
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.data.store.files import checked_range
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 LOW_WATER = 0.9  # share of the limit that is left when ranges are evicted: so the folder is seldom listed

@@ -1,7 +1,7 @@
 """Where the bytes of a store come from: the seam between the store's reader and a folder, or a URL.
 
-:class:`LocalFiles` reads a folder; :class:`fmrl_dist.data.remote.RemoteFiles` fetches from a URL. Both open only names
-of a store's own kinds of file, so that no manifest can make a reader open anything else.
+:class:`LocalFiles` reads a folder; :class:`fmrl_dist.data.store.remote.RemoteFiles` fetches from a URL. Both open
+only names of a store's own kinds of file, so that no manifest can make a reader open anything else.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from fmrl_dist.errors import UserError, require
+from fmrl_dist.base.errors import UserError, require
 
 FILE_NAME = re.compile(r"manifest\.json|(vocab|users)\.parquet|[a-z]+-\d{6}\.tar", re.ASCII)
 CHUNK_BYTES = 8 << 20

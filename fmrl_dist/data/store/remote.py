@@ -27,10 +27,10 @@ from typing import Any, TypeVar
 import fsspec
 from fsspec.asyn import AsyncFileSystem
 
-from fmrl_dist.data.cache import RangeCache
-from fmrl_dist.data.store_files import CHUNK_BYTES, SourceError, checked_name, checked_range
-from fmrl_dist.errors import UserError, require
-from fmrl_dist.urls import HIDDEN, hide_credentials
+from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.base.urls import HIDDEN, hide_credentials
+from fmrl_dist.data.store.cache import RangeCache
+from fmrl_dist.data.store.files import CHUNK_BYTES, SourceError, checked_name, checked_range
 
 PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "memory": "fsspec"}
 PROTOCOLS = ("file", *PACKAGES)

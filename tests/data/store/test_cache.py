@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmrl_dist.data import cache
-from fmrl_dist.data.cache import LOW_WATER, RangeCache
-from fmrl_dist.errors import UserError
-from tests.processes import run_processes
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.data.store import cache
+from fmrl_dist.data.store.cache import LOW_WATER, RangeCache
+from tests.fixtures.processes import run_processes
 
 LIMIT = 10_000
 

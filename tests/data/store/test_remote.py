@@ -14,19 +14,20 @@ import fsspec
 import numpy as np
 import pytest
 
-from fmrl_dist.config import StoreConfig
-from fmrl_dist.data.items import load_item_table
-from fmrl_dist.data.store import Block, Store
-from fmrl_dist.data.store_files import SourceError
-from fmrl_dist.errors import UserError
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.config.sections import StoreConfig
+from fmrl_dist.data.item_table import load_item_table
+from fmrl_dist.data.store.files import SourceError
+from fmrl_dist.data.store.manifest import Block
+from fmrl_dist.data.store.reader import Store
 from shards import inspect as inspect_command
 from shards.build import build
 from shards.verify import main as verify_main
 from shards.verify import verify
-from tests.http_store import FAULTS, StoreServer, serve
-from tests.processes import free_port, run_processes
-from tests.store_fixture import tiny_config, write_raw
-from tests.training_fixture import contents, evaluation, make_shop, refusal, run_module
+from tests.fixtures.http_store import FAULTS, StoreServer, serve
+from tests.fixtures.processes import free_port, run_processes
+from tests.fixtures.stores import tiny_config, write_raw
+from tests.fixtures.training import contents, evaluation, make_shop, refusal, run_module
 
 pytest.importorskip("aiohttp", reason="stores at http:// need aiohttp (extra: remote)")
 

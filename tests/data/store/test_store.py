@@ -18,13 +18,15 @@ import pytest
 import webdataset
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from fmrl_dist.data.store import Block, Manifest, Store, block_sha256, parse_block
-from fmrl_dist.errors import UserError
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.data.store.block_arrays import parse_block
+from fmrl_dist.data.store.manifest import Block, Manifest, block_sha256
+from fmrl_dist.data.store.reader import Store
 from shards.build import build
 from shards.verify import main as verify_main
 from shards.verify import verify
-from tests.processes import REPOSITORY
-from tests.store_fixture import tiny_config, write_raw
+from tests.fixtures.processes import REPOSITORY
+from tests.fixtures.stores import tiny_config, write_raw
 
 
 @pytest.fixture
@@ -72,8 +74,8 @@ THREADS_AROUND = """
 import sys
 import threading
 from pathlib import Path
-from fmrl_dist.data.derived import popularity_table
-from fmrl_dist.data.store import Store
+from fmrl_dist.data.item_statistics import popularity_table
+from fmrl_dist.data.store.reader import Store
 from shards.verify import verify
 
 def threads():  # that are not Python's, but for the one that jemalloc, pyarrow's allocator, starts when first used

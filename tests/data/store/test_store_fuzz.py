@@ -24,16 +24,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmrl_dist import train
-from fmrl_dist.config import Config, load_config
-from fmrl_dist.data.histories import evaluation_blocks
-from fmrl_dist.data.items import load_item_table
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.base.files import json_sha256
+from fmrl_dist.config.loading import load_config
+from fmrl_dist.config.sections import Config
+from fmrl_dist.data.batches import evaluation_blocks
+from fmrl_dist.data.item_table import load_item_table
 from fmrl_dist.data.order import Order
-from fmrl_dist.data.store import SPLITS, Manifest, Store
+from fmrl_dist.data.store.manifest import SPLITS, Manifest
+from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.train_stream import TrainStream
-from fmrl_dist.errors import UserError
-from fmrl_dist.files import json_sha256
 from shards.verify import verify
-from tests.training_fixture import make_shop, refusal, run_module
+from tests.fixtures.training import make_shop, refusal, run_module
 
 DAMAGED, FORGED_ROUNDS = 250, 3
 

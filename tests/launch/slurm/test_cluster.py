@@ -14,14 +14,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.processes import REPOSITORY
-from tests.slurm_cluster import PACKAGES, SYSTEM_PATH, SlurmCluster
+from tests.fixtures.processes import REPOSITORY
+from tests.fixtures.slurm_cluster import PACKAGES, SYSTEM_PATH, SlurmCluster
 
 pytestmark = pytest.mark.slurm
 
 START_AND_SLEEP = """
 import time
-from tests.slurm_cluster import SYSTEM_PATH, SlurmCluster
+from tests.fixtures.slurm_cluster import SYSTEM_PATH, SlurmCluster
 with SlurmCluster(1) as cluster:
     print(cluster.folder, flush=True)
     time.sleep(100)

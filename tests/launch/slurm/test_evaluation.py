@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from fmrl_dist import evaluate
-from fmrl_dist.data.store import Store
-from tests.slurm_cluster import SlurmCluster, read_log
-from tests.test_slurm_launch import VENV, demo_words
-from tests.training_fixture import run_here, train_here
+from fmrl_dist.data.store.reader import Store
+from tests.fixtures.slurm_cluster import SlurmCluster, read_log
+from tests.fixtures.training import run_here, train_here
+from tests.launch.slurm.test_launch import VENV, demo_words
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from fmrl_dist import evaluate
-from tests.processes import REPOSITORY, launch
-from tests.slurm_cluster import Job, SlurmCluster
-from tests.training_fixture import figures, records, run_here
+from tests.fixtures.processes import REPOSITORY, launch
+from tests.fixtures.slurm_cluster import Job, SlurmCluster
+from tests.fixtures.training import figures, records, run_here
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.multiproc, pytest.mark.timeout(600)]
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import launch
-from tests.slurm_cluster import Job, SlurmCluster
-from tests.test_slurm_launch import VENV, demo_words, log_in
-from tests.training_fixture import figures, records
+from tests.fixtures.processes import launch
+from tests.fixtures.slurm_cluster import Job, SlurmCluster
+from tests.fixtures.training import figures, records
+from tests.launch.slurm.test_launch import VENV, demo_words, log_in
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.multiproc, pytest.mark.timeout(900)]
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from launch.follow import Submitted, read_record, write_record
-from tests.processes import REPOSITORY, launch
-from tests.slurm_cluster import SYSTEM_PATH, SlurmCluster
-from tests.test_slurm_launch import demo_words
-from tests.test_slurm_requeue import long_words, wait_for_restart
-from tests.training_fixture import evaluation
+from launch.slurm.follow import Submitted, read_record, write_record
+from tests.fixtures.processes import REPOSITORY, launch
+from tests.fixtures.slurm_cluster import SYSTEM_PATH, SlurmCluster
+from tests.fixtures.training import evaluation
+from tests.launch.slurm.test_launch import demo_words
+from tests.launch.slurm.test_requeue import long_words, wait_for_restart
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.multiproc, pytest.mark.timeout(600)]
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from launch import sweep
-from launch.study import Trial
-from launch.sweep_folder import run_of
-from tests.slurm_cluster import SlurmCluster
-from tests.sweep_fixture import begin, best_in_run, trials_of, write_space
-from tests.test_slurm_launch import log_in
-from tests.test_slurm_requeue import wait_for_steps
-from tests.training_fixture import records
+from launch.sweeps.folder import run_of
+from launch.sweeps.study import Trial
+from tests.fixtures.slurm_cluster import SlurmCluster
+from tests.fixtures.sweeps import begin, best_in_run, trials_of, write_space
+from tests.fixtures.training import records
+from tests.launch.slurm.test_launch import log_in
+from tests.launch.slurm.test_requeue import wait_for_steps
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.multiproc, pytest.mark.timeout(600)]
 

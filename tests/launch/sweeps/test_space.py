@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from fmrl_dist.errors import UserError
+from fmrl_dist.base.errors import UserError
 from launch import sweep
-from launch.space import Choices, Range, as_word, metric_of, overrides, read_space
-from tests.training_fixture import refusal
+from launch.sweeps.space import Choices, Range, as_word, metric_of, overrides, read_space
+from tests.fixtures.training import refusal
 
 RAW: dict[str, Any] = {
     "base": "configs/demo.yaml",

@@ -20,16 +20,16 @@ import pytest
 import yaml
 from optuna.storages.journal import JournalFileBackend
 
-from fmrl_dist.config import load_config
+from fmrl_dist.config.loading import load_config
 from launch import sweep
-from launch.follow import Submitted, write_record
-from launch.jobs import COMMANDS, script_options
-from launch.study import best_of
-from launch.sweep_folder import run_of, worker_lock
-from launch.sweep_worker import cause
-from tests.processes import REPOSITORY, clean_environment
-from tests.sweep_fixture import METRIC, begin, best_in_run, trials_of, write_space
-from tests.training_fixture import records, refusal, run_module
+from launch.slurm.follow import Submitted, write_record
+from launch.slurm.jobs import COMMANDS, script_options
+from launch.sweeps.folder import run_of, worker_lock
+from launch.sweeps.study import best_of
+from launch.sweeps.worker import cause
+from tests.fixtures.processes import REPOSITORY, clean_environment
+from tests.fixtures.sweeps import METRIC, begin, best_in_run, trials_of, write_space
+from tests.fixtures.training import records, refusal, run_module
 
 LONG = {"train.epochs": 40, "train.patience": 0, "train.checkpoint_every_steps": 20, "eval.every_steps": 200}
 
@@ -52,8 +52,8 @@ runs/demo-sweep: 6 trials over configs/demo.yaml, by validation ndcg@10@128
   --train.lr {{low: 0.0005, high: 0.02, log: true}}
   --model.depth {{low: 1, high: 2, step: 1}}
   --model.dropout {{choices: [0.0, 0.2, 0.4]}}
-{sys.executable} -m launch.sweep_worker runs/demo-sweep 0
-{sys.executable} -m launch.sweep_worker runs/demo-sweep 1
+{sys.executable} -m launch.sweeps.worker runs/demo-sweep 0
+{sys.executable} -m launch.sweeps.worker runs/demo-sweep 1
 """
     )
 
@@ -79,7 +79,7 @@ def test_jobs_are_like_those_of_training() -> None:
 TAKE_ALL = """
 import sys
 from pathlib import Path
-from launch.sweep_folder import open_folder
+from launch.sweeps.folder import open_folder
 _, study = open_folder(Path(sys.argv[1]))
 numbers = []
 while (trial := study.take(int(sys.argv[2]))) is not None:
@@ -245,7 +245,7 @@ def test_a_controller_that_is_busy(
     space, study = begin(write_space(tmp_path), tmp_path / "sweep")
     busy = f"[ -e {tmp_path}/asked ] && echo 7 COMPLETED && exit; touch {tmp_path}/asked; echo busy now >&2; exit 1"
     pretend_slurm(tmp_path / "bin", monkeypatch, busy)
-    monkeypatch.setattr("launch.jobs.ASK_AGAIN_S", 0.0)
+    monkeypatch.setattr("launch.slurm.jobs.ASK_AGAIN_S", 0.0)
     sweep.wait_for_slurm(["7"], study, space)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("squeue does not answer: busy now; ") and line.endswith("; asked again for 10 minutes")
@@ -330,7 +330,7 @@ def test_all_trials_fail(shop: Path) -> None:
 def worker_of(folder: Path) -> Iterator[subprocess.Popen[str]]:
     """Worker 0; in the end everything that it has started is gone."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "launch.sweep_worker", str(folder), "0"],
+        [sys.executable, "-m", "launch.sweeps.worker", str(folder), "0"],
         cwd=REPOSITORY,
         env=clean_environment() | {"CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,

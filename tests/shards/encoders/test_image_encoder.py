@@ -29,20 +29,20 @@ from safetensors.torch import load_file, save_file
 if importlib.util.find_spec("open_clip") is None and not os.environ.get("CI"):
     pytest.skip("open_clip is not installed (make images)", allow_module_level=True)
 
-from fmrl_dist.config import load_config
-from fmrl_dist.data.store import Store
-from fmrl_dist.errors import UserError
-from fmrl_dist.feature_config import OpenClipFeature
-from shards import image_encoder
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.config.features import OpenClipFeature
+from fmrl_dist.config.loading import load_config
+from fmrl_dist.data.store.reader import Store
 from shards.build import build
-from shards.encoding import Encoded
-from shards.images import MAX_PIXELS
-from shards.open_clip_model import find_model, open_clip
+from shards.encoders import image_encoder
+from shards.encoders.encoding import Encoded
+from shards.encoders.images import MAX_PIXELS
+from shards.encoders.open_clip_model import find_model, open_clip
 from shards.random_image_encoder import main as random_encoder_main
 from shards.random_image_encoder import write_random_encoder
-from shards.tables import ItemIds
-from tests.processes import REPOSITORY, clean_environment
-from tests.store_fixture import tiny_config, tiny_values, write_histories, write_items
+from shards.tables.tables import ItemIds
+from tests.fixtures.processes import REPOSITORY, clean_environment
+from tests.fixtures.stores import tiny_config, tiny_values, write_histories, write_items
 
 MODEL = REPOSITORY / "configs" / "clip-random-small.json"
 DIM = 256
@@ -508,7 +508,7 @@ def test_open_clip_can_be_imported(tmp_path: Path) -> None:
     """In a fresh process: torchvision's operators are declared where they cannot be loaded, and only there."""
     code = """
 import torch
-from shards.torchvision_import import make_torchvision_importable
+from shards.encoders.torchvision_import import make_torchvision_importable
 if {exists}:
     library = torch.library.Library("torchvision", "DEF")
     library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fmrl_dist.errors import UserError
-from shards.model_folder import find_model
+from fmrl_dist.base.errors import UserError
+from shards.encoders.model_folder import find_model
 
 
 @pytest.fixture

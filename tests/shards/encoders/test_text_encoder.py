@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModel, AutoTokenizer
 
-from fmrl_dist.errors import UserError
-from fmrl_dist.feature_config import TransformersFeature
-from shards import text_encoder
-from shards.encoding import Encoded
-from shards.text_encoder import encode_texts, load_encoder, pool, token_batches
-from tests.text_model_fixture import DIM, MAX_POSITIONS, random_texts, write_text_model
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.config.features import TransformersFeature
+from shards.encoders import text_encoder
+from shards.encoders.encoding import Encoded
+from shards.encoders.text_encoder import encode_texts, load_encoder, pool, token_batches
+from tests.fixtures.text_model import DIM, MAX_POSITIONS, random_texts, write_text_model
 
 Pooling = Literal["cls", "mean"]
 # Two float32 results that differ by rounding can fall to neighbouring float16 values: at most 1, so 2^-11 apart.

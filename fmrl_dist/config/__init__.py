@@ -1,0 +1,1 @@
+"""The configuration: sections of frozen dataclasses, read from YAML and the command line."""

@@ -1,0 +1,48 @@
+"""From a YAML file, or from recorded plain values, to a :class:`~fmrl_dist.config.sections.Config`."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.config.parsing import apply_overrides, build, open_section
+from fmrl_dist.config.sections import Config
+
+DEMO_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file (``None``: the demo) and apply ``--section.key value`` overrides.
+
+    Raises:
+        UserError: the file is missing or not YAML, a key is unknown, a value has the wrong type or is impossible.
+    """
+    path = path or DEMO_CONFIG
+    require(path.is_file(), f"config {path} does not exist; expected a YAML file such as configs/demo.yaml")
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that is none
+        raise UserError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
+    raw = {} if raw is None else raw
+    require(isinstance(raw, dict), f"config {path} holds {type(raw).__name__}; expected a mapping of sections")
+    apply_overrides(raw, overrides)
+    name = path.stem if path.name != "config.yaml" else path.resolve().parent.name
+    _set_default(raw, "store", "path", f"stores/{name}")
+    _set_default(raw, "run", "dir", f"runs/{name}")
+    return typing.cast(Config, build(Config, raw, ""))
+
+
+def config_from_dict(raw: dict[str, Any]) -> Config:
+    """The inverse of :meth:`Config.to_dict`."""
+    return typing.cast(Config, build(Config, raw, ""))
+
+
+def _set_default(raw: dict[str, Any], section: str, key: str, value: str) -> None:
+    values = open_section(raw, section)
+    if isinstance(values, dict) and not values.get(key):
+        values[key] = value

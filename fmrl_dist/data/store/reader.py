@@ -1,0 +1,200 @@
+"""Reading a shard store, block by block.
+
+The manifest (:mod:`fmrl_dist.data.store.manifest`) indexes every block by shard, byte range and sha256. A reader
+therefore fetches exactly the blocks it wants, checks them before it parses them, and never scans a shard.
+
+Shards are opened by checked plain file names, in a folder or at a URL (:mod:`fmrl_dist.data.store.files`), and parsed
+from memory: handing a manifest's name to webdataset's ``gopen`` would let a manifest that says ``pipe:...`` run a
+shell. Arrays are read without pickle.
+
+Cost: one open (or request), one read and one sha256 (about 1 GB/s) per block.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.base.urls import is_url
+from fmrl_dist.config.sections import StoreConfig
+from fmrl_dist.data.store.block_arrays import item_problems, parse_block, user_problems
+from fmrl_dist.data.store.cache import RangeCache
+from fmrl_dist.data.store.files import LocalFiles, SourceError, StoreFiles
+from fmrl_dist.data.store.manifest import MANIFEST_FILE, SHARD_NAME, Block, Manifest
+from fmrl_dist.data.store.remote import RemoteFiles, checked_url, default_cache_folder
+
+FETCHED_AT_ONCE = 8  # blocks, from a URL
+
+
+class Store:
+    """A built store, open for reading."""
+
+    def __init__(self, files: StoreFiles, manifest: Manifest, access: StoreConfig | None = None) -> None:
+        self.files = files
+        self.manifest = manifest
+        self._access = access or StoreConfig()
+
+    @property
+    def location(self) -> str:
+        """The store's folder or URL, as it may be shown and recorded: without credentials."""
+        return self.files.location
+
+    @property
+    def path(self) -> Path:
+        """The folder of a local store."""
+        if not isinstance(self.files, LocalFiles):
+            raise UserError(f"store {self.location} is no local folder; copy it to one")
+        return self.files.folder
+
+    @property
+    def skips_damaged(self) -> bool:
+        """Whether users of damaged blocks are left out; else damage ends the run."""
+        return self._access.on_bad_shard == "skip"
+
+    @property
+    def derived_folder(self) -> Path:
+        """Where what is made of this store once is kept, under names that carry the manifest's hash."""
+        if not self._access.cache_dir and isinstance(self.files, LocalFiles):
+            beside = Path(f"{self.files.folder}.derived")
+            if os.access(beside if beside.exists() else beside.parent, os.W_OK):
+                return beside
+        return _cache_folder(self._access)
+
+    @classmethod
+    def open(cls, path: str | Path, access: StoreConfig | None = None) -> Store:
+        """Read the manifest of the store at ``path``.
+
+        Args:
+            path: a folder or a URL (http, https, s3, gs, file, memory).
+            access: how to read from a URL (time, tries, cache), and what to do about damage. Its own ``path`` is not
+                looked at.
+
+        Raises:
+            UserError: nothing is there, it is not a store, or its manifest is refused.
+        """
+        access = access or StoreConfig()
+        files = _open_files(path, access)
+        if isinstance(files, LocalFiles) and not files.folder.is_dir():
+            raise UserError(
+                f"store {files.location} does not exist; build it with python -m shards.build --config CONFIG"
+            )
+        try:
+            return cls(files, files.read(MANIFEST_FILE, Manifest.from_bytes), access)
+        except FileNotFoundError:
+            raise UserError(
+                f"{files.location} is not a store: it has no {MANIFEST_FILE}; build one with python -m shards.build"
+            ) from None
+        except UserError as error:
+            raise UserError(f"store {files.location}: {error}") from None
+
+    def read_block(self, block: Block) -> dict[str, np.ndarray]:
+        """Read one block, checked against its hash and the manifest; the arrays are read-only.
+
+        Returns:
+            Arrays by field. Items: ``ids`` int64 [n], ``<feature>`` float16 [n, dim] and, where some item lacks it,
+            ``<feature>.mask`` bool [n] (true: present). Users: ``users`` int64 [n], ``starts`` int64 [n + 1],
+            ``items`` int64 [events] and, where the raw data has them, ``times`` int64 [events]. Users of an inline
+            store: also ``block_items`` int64 [k], the distinct items sorted, ``block_counts`` int64 [k], how often each
+            stands in all training histories, and their features as of items.
+
+        Raises:
+            UserError: the shard is missing, its bytes are not those that were written, or not what the manifest says.
+        """
+        where = f"{self.location}/{block.shard} at byte {block.offset}"
+        arrays = parse_block(self.read_bytes(block), where)
+        kind, manifest = block.shard.partition("-")[0], self.manifest
+        features = {feature.name: (feature.dim, feature.masked) for feature in manifest.features}
+        if kind == "items":
+            problems = item_problems(arrays, block.count, features, manifest.num_items)
+        else:
+            sizes = (manifest.num_users, manifest.num_items)
+            inline = features if manifest.inline else None
+            problems = user_problems(arrays, block.count, block.events, kind, *sizes, inline)
+        for problem in problems:
+            raise UserError(f"block {where}: {problem}; build the store again")
+        return arrays
+
+    def read_or_skip(self, block: Block) -> dict[str, np.ndarray] | None:
+        """:meth:`read_block`; None of a damaged block where the store was opened with ``on_bad_shard: skip``.
+
+        Raises:
+            SourceError: the store cannot be reached, whatever is asked for damaged blocks.
+            UserError: the block is damaged, and not to be skipped.
+        """
+        try:
+            return self.read_block(block)
+        except SourceError:
+            raise
+        except UserError:
+            if not self.skips_damaged:
+                raise
+            return None
+
+    def read_each(self, blocks: Sequence[Block]) -> Iterator[dict[str, np.ndarray] | None]:
+        """:meth:`read_or_skip` of each block, in order; from a URL several are fetched at once, to hide its latency.
+
+        Raises:
+            UserError: a block cannot be read, and is not to be skipped; no further ones are fetched.
+        """
+        if isinstance(self.files, LocalFiles):
+            yield from map(self.read_or_skip, blocks)
+        else:
+            with ThreadPoolExecutor(FETCHED_AT_ONCE, thread_name_prefix="fetch") as pool:
+                yield from pool.map(self.read_or_skip, blocks)
+
+    def read_bytes(self, block: Block) -> bytes:
+        """The checked byte range of ``block``."""
+        where = f"block at byte {block.offset} of shard {self.location}/{block.shard}"
+        mend = f"see python -m shards.verify {self.location}, then python -m shards.build --overwrite"
+        if block.events:
+            mend += ", or leave its users out by --store.on_bad_shard skip"
+        if SHARD_NAME.fullmatch(block.shard) is None:
+            raise UserError(f"{where}: no such shard; {mend}")
+        try:
+            return self.files.read_range(block.shard, block.offset, block.num_bytes, block.sha256)
+        except FileNotFoundError:
+            if isinstance(self.files, LocalFiles) and not (self.files.folder / MANIFEST_FILE).exists():
+                raise SourceError(f"store {self.location} is gone; mount it again, then go on") from None
+            raise UserError(f"{where}: no such shard; {mend}") from None
+        except SourceError as error:
+            raise SourceError(f"{where} {error}") from None
+        except UserError as error:
+            raise UserError(f"{where} {error}; {mend}") from None
+
+    def read_table(self, name: str) -> bytes:
+        """The Parquet file of the vocabulary or of the users, as it is.
+
+        Let pyarrow decode it with ``use_threads=False``: a thread of its pool that still holds these bytes, which are
+        Python's, while Python ends takes the process down (apache/arrow#34314).
+
+        Raises:
+            UserError: it is missing or cannot be fetched.
+        """
+        try:
+            return self.files.read(name, bytes)
+        except FileNotFoundError:
+            raise UserError(f"store {self.location} has no {name}; build the store again") from None
+        except UserError as error:
+            raise UserError(f"store {self.location}: {error}") from None
+
+
+def _open_files(path: str | Path, access: StoreConfig) -> StoreFiles:
+    """The folder or URL behind ``path``."""
+    if not is_url(str(path)):
+        return LocalFiles(Path(path))
+    url = checked_url(str(path))
+    if url.lower().startswith("file://"):
+        return LocalFiles(Path(url[len("file://") :]))
+    cache = None
+    if access.cache_gb > 0:
+        cache = RangeCache(_cache_folder(access), round(access.cache_gb * 1e9))
+    return RemoteFiles(url, access.timeout_s, access.retries, cache)
+
+
+def _cache_folder(access: StoreConfig) -> Path:
+    return Path(access.cache_dir or default_cache_folder(dict(os.environ))).expanduser()

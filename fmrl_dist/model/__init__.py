@@ -1,0 +1,1 @@
+"""fMRLRec and its nested operators (paper section 3). Knows no process, file or configuration object."""

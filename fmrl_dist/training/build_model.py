@@ -1,0 +1,42 @@
+"""A freshly initialised model for the items of a store, with the statistics of their features."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fmrl_dist.checkpoint.restore import construct_model
+from fmrl_dist.config.sections import ModelConfig
+from fmrl_dist.data.feature_scale import block_parts, feature_affine, feature_sums, table_parts
+from fmrl_dist.data.item_table import ItemTable, feature_dims
+from fmrl_dist.data.store.reader import Store
+from fmrl_dist.distributed.processes import Runtime
+from fmrl_dist.model.fmrlrec import FMRLRec
+
+
+def build_model(config: ModelConfig, table: ItemTable, matmul_dtype: torch.dtype | None = None) -> FMRLRec:
+    """A freshly initialised model for the items of ``table``."""
+    sums = feature_sums(table.dims, table_parts(table)) if config.feature_scale == "standardize" else None
+    return _with_scale(construct_model(config, dict(table.dims), len(table.values), matmul_dtype), config, sums)
+
+
+def build_inline_model(
+    config: ModelConfig, store: Store, runtime: Runtime, matmul_dtype: torch.dtype | None = None
+) -> FMRLRec:
+    """A freshly initialised model for an inline store; ranks share the reading of its items' statistics.
+
+    Raises:
+        UserError: a feature is not in the store, or an item shard is damaged.
+    """
+    dims, blocks, sums = feature_dims(store, config.features), store.manifest.items, None
+    if config.feature_scale == "standardize":
+        mine = [blocks[number] for number in runtime.my_share(len(blocks))]
+        sums = runtime.sum(feature_sums(dims, block_parts(store, mine, dims)).to(runtime.device)).cpu()
+    return _with_scale(construct_model(config, dims, store.manifest.num_items, matmul_dtype), config, sums)
+
+
+def _with_scale(model: FMRLRec, config: ModelConfig, sums: Tensor | None) -> FMRLRec:
+    shift, scale = feature_affine(model.encoder.feature_dims, sums, config.feature_scale)
+    model.encoder.feature_shift.copy_(shift)
+    model.encoder.feature_scale.copy_(scale)
+    return model

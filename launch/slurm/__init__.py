@@ -1,0 +1,1 @@
+"""SLURM jobs: submit, follow, and chain them."""

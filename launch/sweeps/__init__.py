@@ -1,0 +1,1 @@
+"""Hyperparameter sweeps: search space, study, and the workers."""

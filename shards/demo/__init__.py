@@ -1,0 +1,1 @@
+"""The demo data: a small invented shop."""

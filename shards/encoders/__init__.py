@@ -1,0 +1,1 @@
+"""From item texts and images to feature rows."""

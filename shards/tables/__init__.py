@@ -1,0 +1,1 @@
+"""Raw tables in, histories and shards out."""
