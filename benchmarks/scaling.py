@@ -38,7 +38,7 @@ from fmrl_dist.data.batches import Packed
 from fmrl_dist.data.item_table import ItemTable
 from fmrl_dist.losses.nested_cross_entropy import catalogue_cross_entropy
 from fmrl_dist.losses.split_catalogue import CatalogueSlice, exchanged_bytes
-from fmrl_dist.losses.tiled_log_sum_exp import Rows
+from fmrl_dist.losses.tiled_log_sum_exp import RowMatrix
 from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.training.item_columns import TableColumns, catalogue_columns, catalogue_slice
 from fmrl_dist.training.module import TrainingModule
@@ -141,14 +141,14 @@ class Side:
     def __init__(self, table: ItemTable, split: bool) -> None:
         torch.manual_seed(0)
         model = FMRLRec(SIZES, 2, table.dims)
-        columns: Rows = TableColumns(model.encoder, table, torch.float32)
+        columns: RowMatrix = TableColumns(model.encoder, table, torch.float32)
         part = None
         if split:
             part = catalogue_slice(model.encoder, table, torch.float32, dist.get_rank(), dist.get_world_size())
         else:
             columns = catalogue_columns(model.encoder, table, torch.float32)
         self.module = TrainingModule(model, columns, None, False, "tiled", None, part)
-        self._scored: Rows | CatalogueSlice = columns if part is None else part
+        self._scored: RowMatrix | CatalogueSlice = columns if part is None else part
         self._wrapped = DistributedDataParallel(self.module) if split else self.module
         self._optimizer = build_optimizer(model, 0.0, (0.9, 0.999), 1e-8, 0.01)  # all rounds meet the same weights
         self._projection = model.encoder.projection().detach().requires_grad_()

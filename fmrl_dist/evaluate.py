@@ -6,11 +6,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,79 +21,32 @@ from fmrl_dist.checkpoint.run_folder import run_of_best
 from fmrl_dist.config.command_line import CommandParser
 from fmrl_dist.config.loading import config_from_dict
 from fmrl_dist.config.sections import StoreConfig
-from fmrl_dist.data.batches import evaluation_blocks
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.distributed.processes import Runtime, start_runtime
 from fmrl_dist.distributed.signals import StopRequest
-from fmrl_dist.evaluation.histograms import count_together
-from fmrl_dist.evaluation.metrics import metrics_from_histogram
-from fmrl_dist.evaluation.parts import WHOLE, Evaluated, Means, Part, join_parts, parts_folder, write_part
-from fmrl_dist.evaluation.ranker import Ranker, build_ranker, ranker
-from fmrl_dist.evaluation.report import size_table, write_report
+from fmrl_dist.evaluation.histograms import EvaluationProtocol, count_target_ranks
+from fmrl_dist.evaluation.parts import (
+    WHOLE,
+    ComputeSetting,
+    EvaluationIdentity,
+    Part,
+    join_parts,
+    parts_folder,
+    write_part,
+)
+from fmrl_dist.evaluation.ranker import Ranker, ranker_of_checkpoint, ranker_of_export
+from fmrl_dist.evaluation.report import figures, num_users_in, print_and_write
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What is evaluated, before its catalogue is read."""
+class ModelSource:
+    """A checkpoint or an export to evaluate, before its catalogue is read."""
 
     build: Callable[[Runtime], Ranker]
     sha256: Callable[[], str]  # tells it from another checkpoint or export
     sizes: list[int]
     store: Store  # of its users
     folder: Path  # of its report
-
-
-def evaluate(
-    ranker: Ranker, store: Store, runtime: Runtime, split: str, mask_seen: bool, stop: StopRequest
-) -> dict[str, Any]:
-    """Metrics of every size, as ``evaluation.json`` holds them; each rank takes its share of the user blocks.
-
-    Raises:
-        Stopped: a signal came amid it.
-    """
-    histograms = count_ranks(ranker, store, runtime, split, mask_seen, WHOLE, stop)
-    return figures(histograms, ranker.model.sizes, store, split, mask_seen)
-
-
-def count_ranks(
-    ranker: Ranker,
-    store: Store,
-    runtime: Runtime,
-    split: str,
-    mask_seen: bool,
-    part: Part,
-    stop: StopRequest | None = None,
-) -> Tensor:
-    """Histograms of 2·rank over the users of one part, int64 [S, 2·CUTOFF + 1]; the ranks share its blocks."""
-    model, catalogue, numbers = ranker.model, ranker.catalogue, part.share(len(store.manifest.splits[split]))
-    mine = [numbers[place] for place in runtime.my_share(len(numbers))]
-    blocks = evaluation_blocks(store, split, ranker.max_length, mine, inline_dims=catalogue.inline_dims)
-    return count_together(runtime, model, catalogue, blocks, mask_seen, ranker.normalize, stop)
-
-
-def figures(histograms: Tensor, sizes: Sequence[int], store: Store, split: str, mask_seen: bool) -> dict[str, Any]:
-    """What ``evaluation.json`` holds; ``users_lost`` is there only where damaged blocks were left out."""
-    num_users = int(histograms[0].sum())
-    num_lost = num_users_in(store, split) - num_users
-    return {
-        "split": split,
-        "users": num_users,
-        **({"users_lost": num_lost} if num_lost else {}),
-        "mask_seen": mask_seen,
-        "sizes": {str(size): metrics_from_histogram(row) for size, row in zip(sizes, histograms, strict=True)},
-    }
-
-
-def num_users_in(store: Store, split: str) -> int:
-    return sum(block.count for block in store.manifest.splits[split])
-
-
-def report(result: dict[str, Any], folder: Path) -> None:
-    """Print the table, write JSON and picture, and say where they are."""
-    json_path, picture_path = write_report(folder, result)
-    lost = f" ({result['users_lost']:,} more in damaged blocks)" if "users_lost" in result else ""
-    print(f"{result['split']}, {result['users']:,} users{lost}, whole catalogue ranked:\n{size_table(result['sizes'])}")
-    print(f"written: {json_path}\npicture: {picture_path}", flush=True)
 
 
 def main(argv: list[str]) -> None:
@@ -110,51 +62,64 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     require(arguments.threads >= 0, f"--threads is {arguments.threads}; expected at least 1, or 0 to share the cores")
 
-    open_subject = open_export if is_export(arguments.checkpoint) else open_checkpoint
+    open_source = open_export if is_export(arguments.checkpoint) else open_checkpoint
     runtime = start_runtime(arguments.threads or "auto", lanes=None)
-    split, mask_seen, part = arguments.split, arguments.mask_seen, arguments.part
-    subject = open_subject(arguments.checkpoint, arguments.store, split)
+    source = open_source(arguments.checkpoint, arguments.store, arguments.split)
+    protocol = EvaluationProtocol(source.store, arguments.split, arguments.mask_seen)
     if arguments.join:
         if runtime.is_main:
-            join(subject, split, mask_seen)
+            join(source, protocol)
     else:
-        histograms = count_ranks(subject.build(runtime), subject.store, runtime, split, mask_seen, part or WHOLE)
-        if runtime.is_main and part:
-            means = Means(torch.get_num_threads(), runtime.device.type)
-            leave_part(subject, split, mask_seen, part, means, histograms)
-        elif runtime.is_main:
-            report(figures(histograms, subject.sizes, subject.store, split, mask_seen), subject.folder)
+        evaluate(source, protocol, runtime, arguments.part)
     runtime.leave()
 
 
-def leave_part(subject: Subject, split: str, mask_seen: bool, part: Part, means: Means, histograms: Tensor) -> None:
+def evaluate(source: ModelSource, protocol: EvaluationProtocol, runtime: Runtime, part: Part | None) -> None:
+    """Rank for all users and report, or for those of one part and write it."""
+    histograms = count_target_ranks(source.build(runtime), protocol, runtime, StopRequest(), part or WHOLE)
+    if not runtime.is_main:
+        return
+    if part is None:
+        print_and_write(figures(histograms, source.sizes, protocol), source.folder)
+    else:
+        leave_part(source, protocol, part, ComputeSetting(torch.get_num_threads(), runtime.device.type), histograms)
+
+
+def leave_part(
+    source: ModelSource, protocol: EvaluationProtocol, part: Part, setting: ComputeSetting, histograms: Tensor
+) -> None:
     """Write one part, and say where it is."""
-    evaluated = evaluated_of(subject, split, mask_seen)
-    path = write_part(parts_folder(subject.folder, evaluated), part, evaluated, means, histograms)
-    print(f"{split}, part {part}: {int(histograms[0].sum()):,} users\nwritten: {path}", flush=True)
+    identity = identity_of(source, protocol)
+    path = write_part(parts_folder(source.folder, identity), part, identity, setting, histograms)
+    print(f"{protocol.split}, part {part}: {int(histograms[0].sum()):,} users\nwritten: {path}", flush=True)
 
 
-def join(subject: Subject, split: str, mask_seen: bool) -> None:
+def join(source: ModelSource, protocol: EvaluationProtocol) -> None:
     """Report what all parts together amount to, and remove them."""
-    evaluated = evaluated_of(subject, split, mask_seen)
-    folder = parts_folder(subject.folder, evaluated)
-    report(figures(join_parts(folder, evaluated), subject.sizes, subject.store, split, mask_seen), subject.folder)
+    identity = identity_of(source, protocol)
+    folder = parts_folder(source.folder, identity)
+    print_and_write(figures(join_parts(folder, identity), source.sizes, protocol), source.folder)
     shutil.rmtree(folder)
 
 
-def evaluated_of(subject: Subject, split: str, mask_seen: bool) -> Evaluated:
-    store = subject.store
-    num_users = num_users_in(store, split)
-    return Evaluated(subject.sha256(), store.manifest.sha256, split, mask_seen, subject.sizes, num_users)
+def identity_of(source: ModelSource, protocol: EvaluationProtocol) -> EvaluationIdentity:
+    return EvaluationIdentity(
+        checkpoint_sha256=source.sha256(),
+        manifest_sha256=source.store.manifest.sha256,
+        split=protocol.split,
+        mask_seen=protocol.mask_seen,
+        sizes=source.sizes,
+        users=num_users_in(protocol),
+    )
 
 
-def open_checkpoint(path: Path, store_path: str | None, split: str) -> Subject:
+def open_checkpoint(path: Path, store_path: str | None, split: str) -> ModelSource:
     """A run or one of its checkpoints, with the catalogue of the store."""
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, with_optimizer=False)
     config = config_from_dict(checkpoint.config)
     store = open_store(store_path or config.store.path, split, config.store)
-    return Subject(
-        build=partial(build_ranker, checkpoint, config, store),
+    return ModelSource(
+        build=partial(ranker_of_checkpoint, checkpoint, config, store),
         sha256=lambda: checkpoint.sha256,
         sizes=list(config.model.sizes),
         store=store,
@@ -162,7 +127,7 @@ def open_checkpoint(path: Path, store_path: str | None, split: str) -> Subject:
     )
 
 
-def open_export(path: Path, store_path: str | None, split: str) -> Subject:
+def open_export(path: Path, store_path: str | None, split: str) -> ModelSource:
     """An export, with its own item embeddings."""
     recommender = read_export(path)
     store = open_store(store_path or recommender.origin.store, split)
@@ -171,8 +136,8 @@ def open_export(path: Path, store_path: str | None, split: str) -> Subject:
         len(recommender.items) == num_items,
         f"export {path} ranks {len(recommender.items)} items; store {store.location} has {num_items}",
     )
-    return Subject(
-        build=lambda runtime: ranker(recommender.to(runtime.device)),
+    return ModelSource(
+        build=lambda runtime: ranker_of_export(recommender.to(runtime.device)),
         sha256=partial(export_sha256, path),
         sizes=list(recommender.model.sizes),
         store=store,

@@ -23,7 +23,7 @@ import torch
 from fmrl_dist.base.errors import require, run_command
 from fmrl_dist.config.command_line import command_parser, parse_command
 from fmrl_dist.config.sections import Config
-from fmrl_dist.evaluation.split_catalogue import ranks_share
+from fmrl_dist.evaluation.split_catalogue import is_shared
 from fmrl_dist.losses.split_catalogue import exchanged_bytes
 from fmrl_dist.losses.tiled_log_sum_exp import GPU_FACTOR, KEPT_BYTES, TILE_ITEMS, TILE_POSITIONS, back_projected
 from fmrl_dist.model.fmrlrec import FMRLRec
@@ -109,7 +109,7 @@ def predict(step: Step, loss: str) -> Cost:
     }
     model_operations = 6 * step.positions * step.depth * BLOCK_PRODUCTS * step.width**2
     batch_operations = 4 * batch_rows * step.width * num_columns  # features are frozen: no gradient of theirs
-    shared = ranks_share(step.num_items, step.width, step.num_ranks, loss == "split")
+    shared = is_shared(step.num_items, step.width, step.num_ranks, loss == "split")
     ranked = -(-step.num_items // step.num_ranks) if shared else step.num_items
     validation = weights + memory["item columns"] + FLOAT * ranked * step.width
     operations = model_operations + batch_operations + loss_cost.operations

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from fmrl_dist.base.errors import UserError, run_command
 from fmrl_dist.base.files import json_sha256
+from fmrl_dist.base.progress import Progress
 from fmrl_dist.checkpoint.folder import Checkpoint, TrainState, load_checkpoint
 from fmrl_dist.checkpoint.run_folder import (
+    claimed_run_folder,
     final_evaluation,
     open_run,
-    opened,
     out_of_patience,
     schedule_epochs,
     training_is_over,
@@ -41,17 +42,18 @@ from fmrl_dist.data.streamed_negatives import ItemWalk
 from fmrl_dist.data.train_stream import TrainStream
 from fmrl_dist.distributed.processes import Runtime, start_runtime
 from fmrl_dist.distributed.signals import Stopped, StopRequest, ask_for_requeue, forget_requeue
-from fmrl_dist.evaluate import evaluate, report
-from fmrl_dist.evaluation.ranker import build_ranker
+from fmrl_dist.evaluation.histograms import EvaluationProtocol, count_target_ranks
+from fmrl_dist.evaluation.ranker import ranker_of_checkpoint
+from fmrl_dist.evaluation.report import figures, print_and_write
 from fmrl_dist.training.checks import check_inline
 from fmrl_dist.training.demo_store import build_missing_demo_store
 from fmrl_dist.training.learner import Learner, prepare_learner, save
-from fmrl_dist.training.logbook import Logbook, Progress
+from fmrl_dist.training.logbook import Logbook
 from fmrl_dist.training.optimizer import learning_rate
-from fmrl_dist.training.rank_monitor import Watch
+from fmrl_dist.training.rank_monitor import RankMonitor
 from fmrl_dist.training.run import Run
-from fmrl_dist.training.skipped_blocks import describe_loss, leave_out
-from fmrl_dist.training.step_metrics import Meter
+from fmrl_dist.training.skipped_blocks import describe_lost_users, leave_out
+from fmrl_dist.training.step_metrics import StepMetrics
 from fmrl_dist.training.validation import note_validation
 
 SLACK_S = 300.0  # that ranks wait for each other beyond what ends a run in words: train.hang_timeout_s and its like
@@ -121,17 +123,17 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest) ->
         for copied in (resume_from.model, resume_from.optimizer):
             copied.clear()
     sampler = make_negative_sampler(run)
-    progress = Progress(run.total_steps, state.step, runtime.is_main)
-    meter = Meter(model.sizes, size_weights(config), runtime)
+    progress = Progress("step", run.total_steps, state.step, enabled=runtime.is_main)
+    step_metrics = StepMetrics(model.sizes, size_weights(config), runtime)
     clock = SaveClock(config.train.checkpoint_every_minutes)
     stopped = False  # by a signal, and the ranks know it
 
     with (
-        opened(run.folder, config, runtime),
+        claimed_run_folder(run.folder, config, runtime),
         Logbook(run.folder, state.step, config.run.tensorboard, runtime.is_main) as logbook,
         CheckpointWriter(run.folder / "checkpoints", learner.facts, config.train.keep_checkpoints) as writer,
         make_feed(run, make_stream(run, sampler, state)) as feed,
-        Watch(runtime, run.folder, state.step, learner.module, config.train.hang_timeout_s) as watch,
+        RankMonitor(runtime, run.folder, state.step, learner.module, config.train.hang_timeout_s) as monitor,
     ):
         runtime.say(describe_start(run, model, state.step))
         if state.validation_is_due:  # the last life saved, and had no time left for it
@@ -142,12 +144,12 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest) ->
             if stopped or out_of_patience(config, state.evaluations_without_gain):
                 break
             epoch = step // order.steps_per_epoch
-            with meter.waiting(), watch.timing("data_wait_s"):
+            with step_metrics.waiting(), monitor.timing("data_wait_s"):
                 batches, damaged = feed.batches(step)
-            with watch.timing("meeting_s"):
+            with monitor.timing("meeting_s"):
                 num_targets, num_damaged, save_is_due, num_stopped, num_requeued = runtime.agree(
                     *(count_targets(batches), len(damaged), runtime.is_main and clock.is_due()),
-                    *(stop.told, stop.usr1),
+                    *(stop.requested, stop.usr1),
                 )
             if stopped := num_stopped > 0:
                 stop.usr1 = num_requeued > 0  # whichever rank was told
@@ -158,30 +160,30 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest) ->
                 num_targets, *_ = runtime.agree(count_targets(batches))
 
             loss_sums, grad_norm, lr = learn(run, learner, step, batches, num_targets)
-            meter.add(loss_sums, num_targets)
-            watch.step_is_done()
+            step_metrics.add(loss_sums, num_targets)
+            monitor.step_is_done()
 
             state.step = step + 1
             evaluate_now = state.step % run.evaluate_every_steps == 0 or state.step == run.total_steps
             save_every = config.train.checkpoint_every_steps
             save_now = evaluate_now or bool(save_every and state.step % save_every == 0) or bool(save_is_due) or stopped
             if state.step % config.train.log_every_steps == 0 or save_now:  # a resumed run has the same records
-                record = meter.record() | {"lr": lr, "grad_norm": float(grad_norm)}
+                record = step_metrics.record() | {"lr": lr, "grad_norm": float(grad_norm)}
                 logbook.write({"step": state.step, "epoch": epoch, "split": "train"} | record)
-                if slow_ranks := watch.record(state.step):
+                if slow_ranks := monitor.record(state.step):
                     progress.say(slow_ranks)
-                progress.update(state.step, meter.line(record))
+                progress.update(state.step, step_metrics.line(record))
             state.validation_is_due = evaluate_now
             if state.validation_is_due and not stopped:  # a run that is to end leaves it to its next life
                 stopped = not note_validation(run, learner, state, logbook, progress, stop)
             if save_now:
                 save(run, learner, state, writer)
                 clock.restart()
-                meter.restart_clock()
-                watch.restart_clock()
+                step_metrics.restart_clock()
+                monitor.restart_clock()
     progress.close()
     if state.skipped_blocks:
-        runtime.say(describe_loss(run, state.skipped_blocks))
+        runtime.say(describe_lost_users(run, state.skipped_blocks))
     if stopped:
         raise Stopped
 
@@ -313,11 +315,12 @@ def load_best(folder: Path, runtime: Runtime) -> Checkpoint:
 
 
 def _evaluate_best(config: Config, runtime: Runtime, store: Store, folder: Path, stop: StopRequest) -> None:
-    stop.raise_together(runtime, stop.told)  # what comes next can take a while before it listens
-    ranker = build_ranker(load_best(folder, runtime), config, store, runtime)
-    result = evaluate(ranker, store, runtime, "test", False, stop)
+    stop.raise_together(runtime, stop.requested)  # what comes next can take a while before it listens
+    ranker = ranker_of_checkpoint(load_best(folder, runtime), config, store, runtime)
+    protocol = EvaluationProtocol(store, "test", mask_seen=False)
+    histograms = count_target_ranks(ranker, protocol, runtime, stop)
     if runtime.is_main:
-        report(result, folder)
+        print_and_write(figures(histograms, ranker.model.sizes, protocol), folder)
 
 
 def main(argv: list[str]) -> None:

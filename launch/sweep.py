@@ -23,6 +23,7 @@ from pathlib import Path
 import yaml
 
 from fmrl_dist.base.errors import UserError, require, run_command
+from fmrl_dist.base.files import write_atomically
 from fmrl_dist.config.command_line import CommandParser
 from launch.slurm.follow import (
     RECORD,
@@ -54,7 +55,6 @@ from launch.sweeps.folder import (
     run_of,
     training_words,
     worker_lock,
-    write,
 )
 from launch.sweeps.space import Space, metric_of, overrides, read_space
 from launch.sweeps.study import Study, Trial, best_of, import_optuna
@@ -194,7 +194,7 @@ def finish(folder: Path, space: Space, study: Study) -> None:
     left = max(space.trials - len(trials), 0) + sum(trial.state == "running" for trial in trials)
     if best is not None and not left:
         config = space.config({**best.words, "run.dir": str(folder / "best")})
-        write(folder / BEST, config.to_yaml())
+        write_atomically(folder / BEST, config.to_yaml().encode())
         print(f"wrote {folder / BEST}")
         return
     why = f"{left} trials are left; see the workers' logs in {folder / JOBS}, and call the command again"

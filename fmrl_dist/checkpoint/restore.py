@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from fmrl_dist import __version__
 from fmrl_dist.base.errors import UserError
@@ -12,9 +11,8 @@ from fmrl_dist.checkpoint.folder import Checkpoint
 from fmrl_dist.config.sections import Config, ModelConfig
 from fmrl_dist.data.item_table import ItemTable, feature_dims, load_item_table
 from fmrl_dist.data.store.reader import Store
+from fmrl_dist.model.embed_catalogue import embed_catalogue
 from fmrl_dist.model.fmrlrec import FMRLRec
-
-EMBEDDED_AT_ONCE = 4096  # items
 
 
 def restore_model(config: ModelConfig, checkpoint: Checkpoint) -> FMRLRec:
@@ -62,25 +60,6 @@ def check_features(store: Store, checkpoint: Checkpoint) -> None:
         )
 
 
-@torch.no_grad()
-def embed_catalogue(
-    model: FMRLRec, table: ItemTable, device: torch.device, first: int = 0, last: int | None = None
-) -> Tensor:
-    """Embeddings of all items, or of those from ``first`` to before ``last``, float32 [·, D] on ``device``.
-
-    Of the features only some rows are read at a time.
-    """
-    encoder = model.encoder
-    last = len(table.values) if last is None else last
-    items = torch.empty(last - first, model.width, device=device)
-    for begin in range(first, last, EMBEDDED_AT_ONCE):
-        end = min(begin + EMBEDDED_AT_ONCE, last)
-        present = table.present[begin:end].to(device)
-        features = encoder.normalize(table.values[begin:end].to(device), present)
-        items[begin - first : end - first] = encoder(features, present, torch.arange(begin, end, device=device))
-    return items
-
-
 def build_recommender(
     checkpoint: Checkpoint, config: Config, store: Store, device: torch.device, size: int | None = None
 ) -> Recommender:
@@ -100,7 +79,8 @@ def build_recommender(
     if size is not None:
         model = model.truncate(size)
     model = model.to(device).eval()
-    items = embed_catalogue(model, load_catalogue_table(store, checkpoint), device)
+    table = load_catalogue_table(store, checkpoint)
+    items = embed_catalogue(model.encoder, table.values, table.present)
     origin = Origin(
         fmrl_dist_version=__version__,
         step=checkpoint.state.step,

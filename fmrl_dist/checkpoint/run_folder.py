@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
 import socket
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -14,11 +12,11 @@ from pathlib import Path
 
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.files import write_atomically
+from fmrl_dist.base.locks import lock_file
 from fmrl_dist.checkpoint.folder import Checkpoint, TrainState, load_checkpoint, load_newest_whole
 from fmrl_dist.config.loading import config_from_dict
 from fmrl_dist.config.sections import Config
 from fmrl_dist.distributed.processes import Runtime
-from fmrl_dist.evaluation.report import evaluation_file
 
 LOCK_FILE = ".lock"
 RESTART_PATIENCE_S = 150.0
@@ -103,8 +101,9 @@ def locked(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK_FILE).open("a+") as file:
         try:
-            _lock(file.fileno(), RESTART_PATIENCE_S if "SLURM_RESTART_COUNT" in os.environ else 0)
-        except (BlockingIOError, PermissionError):
+            patience_s = RESTART_PATIENCE_S if "SLURM_RESTART_COUNT" in os.environ else 0
+            lock_file(file.fileno(), patience_s, poll_s=1, across_machines=True)
+        except TimeoutError:
             file.seek(0)
             raise UserError(
                 f"{file.read().strip() or 'another process'} is training into {folder}; wait until it has ended, or "
@@ -119,7 +118,7 @@ def locked(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
 
 
 @contextmanager
-def opened(folder: Path, config: Config, runtime: Runtime) -> Iterator[None]:
+def claimed_run_folder(folder: Path, config: Config, runtime: Runtime) -> Iterator[None]:
     """Make the run's folder this run's own, once nothing can be refused any more, and take back that it is finished.
 
     Raises:
@@ -141,20 +140,14 @@ def opened(folder: Path, config: Config, runtime: Runtime) -> Iterator[None]:
         yield
 
 
+def evaluation_file(split: str, mask_seen: bool) -> str:
+    """File name without its ending: evaluation[-valid][-masked]."""
+    return "evaluation" + ("-valid" if split == "valid" else "") + ("-masked" if mask_seen else "")
+
+
 def final_evaluation(folder: Path) -> Path:
     """What a finished run leaves last."""
     return folder / f"{evaluation_file('test', mask_seen=False)}.json"
-
-
-def _lock(descriptor: int, patience_s: float) -> None:
-    deadline = time.monotonic() + patience_s
-    while True:
-        try:
-            return fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):  # both say that another has it
-            if time.monotonic() >= deadline:
-                raise
-        time.sleep(1)
 
 
 def schedule_epochs(config: Config) -> int:

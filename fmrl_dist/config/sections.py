@@ -41,7 +41,7 @@ class DemoConfig:
 
 
 @dataclass(frozen=True)
-class SequenceTable:
+class SequenceTableConfig:
     """The histories: a table of whole sequences, or of single interactions (Parquet or CSV)."""
 
     path: str = "sequences.parquet"
@@ -55,7 +55,7 @@ class SequenceTable:
 
 
 @dataclass(frozen=True)
-class ItemTable:
+class ItemTableConfig:
     """The catalogue: one row an item; row = internal id."""
 
     path: str = "items.parquet"
@@ -69,8 +69,8 @@ class DataConfig:
 
     root: str = "data"
     demo: DemoConfig | None = None  # set: the raw tables are generated into data.root when they are missing
-    sequences: SequenceTable = field(default_factory=SequenceTable)
-    items: ItemTable = field(default_factory=ItemTable)
+    sequences: SequenceTableConfig = field(default_factory=SequenceTableConfig)
+    items: ItemTableConfig = field(default_factory=ItemTableConfig)
     features: dict[str, FeatureConfig] = field(default_factory=dict)
     text: tuple[str, ...] = ("Title: {title}", "Price: {price}", "Brand: {brand}", "Categories: {categories}")
     text_separator: str = "\n"

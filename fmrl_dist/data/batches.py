@@ -52,7 +52,7 @@ class SampledBatch(Packed):
 
 
 @dataclass(frozen=True)
-class RankingBlock(Packed):
+class EvaluationBlock(Packed):
     """Users to rank the catalogue for: the model reads their last events, and masking needs all of them."""
 
     seen: Tensor  # int64, items of the whole histories, those before the cut too
@@ -66,7 +66,7 @@ def evaluation_blocks(
     block_numbers: Sequence[int],
     num_users: int = 0,
     inline_dims: Mapping[str, int] | None = None,
-) -> Iterator[RankingBlock]:
+) -> Iterator[EvaluationBlock]:
     """The users of some blocks of ``split``: whole histories' last ``max_length`` events, the next item as target.
 
     A damaged block is left out where the store is read with ``on_bad_shard: skip``.
@@ -97,7 +97,7 @@ def evaluation_blocks(
         if inline_dims is not None:
             taken = pick(np.unique(items), [block_rows(arrays, "block_items", inline_dims)], inline_dims)
             features = {f"feature_{name}": torch.from_numpy(value) for name, value in vars(taken).items()}
-        yield RankingBlock(
+        yield EvaluationBlock(
             users=torch.from_numpy(arrays["users"][rows]),
             items=torch.from_numpy(items),
             starts=torch.from_numpy(np.concatenate(([0], np.cumsum(lengths)))),

@@ -18,10 +18,10 @@ from fmrl_dist.data.store.reader import Store
 SUMMED_AT_ONCE = 65536  # rows
 MIN_VARIANCE = 1e-12
 
-Rows = tuple[Tensor, Tensor]  # values float16 [n, F], present bool [n, M]
+FeatureParts = tuple[Tensor, Tensor]  # values float16 [n, F], present bool [n, M]
 
 
-def feature_sums(dims: Mapping[str, int], parts: Iterable[Rows]) -> Tensor:
+def feature_sums(dims: Mapping[str, int], parts: Iterable[FeatureParts]) -> Tensor:
     """Number, sum and sum of squares of the present rows in each dimension, float64 [3, F]."""
     widths = torch.tensor(list(dims.values()), dtype=torch.int64)
     sums = torch.zeros(3, sum(dims.values()), dtype=torch.float64)
@@ -58,12 +58,12 @@ def feature_affine(dims: Mapping[str, int], sums: Tensor | None, scale: str | fl
     return shift, factor
 
 
-def table_parts(table: ItemTable) -> Iterator[Rows]:
+def table_parts(table: ItemTable) -> Iterator[FeatureParts]:
     """All rows of a table, some at a time."""
     yield from zip(table.values.split(SUMMED_AT_ONCE), table.present.split(SUMMED_AT_ONCE), strict=True)
 
 
-def block_parts(store: Store, blocks: Iterable[Block], dims: Mapping[str, int]) -> Iterator[Rows]:
+def block_parts(store: Store, blocks: Iterable[Block], dims: Mapping[str, int]) -> Iterator[FeatureParts]:
     """The rows of some item blocks, block by block."""
     for block in blocks:
         rows = block_rows(store.read_block(block), "ids", dims)

@@ -11,8 +11,9 @@ table is held in memory but a flag for each item, and the pages that the system 
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import hashlib
+import math
 import os
 import secrets
 import time
@@ -27,9 +28,9 @@ from torch import Tensor
 
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import flush
+from fmrl_dist.base.locks import lock_file
 from fmrl_dist.data.store.reader import Store
 
-LOCK_POLL_S = 0.05
 LEFT_BEHIND_S = 600.0  # without a write: then whoever wrote a file aside is dead
 SAY_AFTER_S = 5.0  # of waiting for another process
 
@@ -149,17 +150,15 @@ def _map(path: Path, dtype: np.dtype, shape: tuple[int, int]) -> Tensor:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold a lock of this node; a process that dies frees it."""
+    said = False
+
+    def say(waited_s: float) -> None:
+        nonlocal said
+        if not said and waited_s > SAY_AFTER_S:
+            print(f"waiting for another process of this node to unpack the item table (lock {path})", flush=True)
+            said = True
+
     with path.open("a") as file:
-        began, said = time.monotonic(), False
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(LOCK_POLL_S)
-            except OSError:
-                break  # a file system without locks
-            if not said and time.monotonic() - began > SAY_AFTER_S:
-                print(f"waiting for another process of this node to unpack the item table (lock {path})", flush=True)
-                said = True
+        with contextlib.suppress(OSError):  # a file system without locks
+            lock_file(file.fileno(), patience_s=math.inf, on_wait=say)
         yield

@@ -1,6 +1,6 @@
 """The order of training users is arithmetic: batch(epoch, step, lane) is a pure function of the seed and block sizes.
 
-An epoch's permutation shuffles the blocks, cuts them into windows, and shuffles the users within each window, so a
+An epoch's permutation shuffles the blocks, cuts them into pools, and shuffles the users within each pool, so a
 reader needs few blocks at a time. The permutation is cut into L lanes of equal length (±1); a step takes the next
 batch_size / L users of every lane, and a rank takes the lanes rank, rank + world, …. Hence every user comes once per
 epoch, every rank has the same number of steps, the global batch does not depend on the number of ranks, and resuming at
@@ -25,18 +25,18 @@ class Order:
         batch_size: users in a global batch.
         lanes: L, a divisor of ``batch_size``.
         seed: of all shuffles.
-        window_blocks: blocks whose users are shuffled together, which is how many a reader holds for a lane.
+        pool_blocks: blocks whose users are shuffled together, which is how many a reader holds for a lane.
     """
 
     def __init__(
-        self, block_counts: Sequence[int], batch_size: int, lanes: int, seed: int, window_blocks: int = 64
+        self, block_counts: Sequence[int], batch_size: int, lanes: int, seed: int, pool_blocks: int = 64
     ) -> None:
         assert batch_size % lanes == 0, "the configuration checks that lanes divide the batch"
         self.block_counts = np.asarray(block_counts, dtype=np.int64)
         self.num_users = int(self.block_counts.sum())
         self.lanes, self.users_per_lane, self.seed = lanes, batch_size // lanes, seed
-        self.window_blocks = window_blocks
-        self._window = lru_cache(maxsize=lanes + 1)(self._shuffle_window)
+        self.pool_blocks = pool_blocks
+        self._pool = lru_cache(maxsize=lanes + 1)(self._shuffle_pool)
         self._blocks = lru_cache(maxsize=2)(self._shuffle_blocks)
 
     @property
@@ -47,42 +47,42 @@ class Order:
 
     def batch(self, epoch: int, step: int, lane: int) -> np.ndarray:
         """Users of one lane at ``step`` of ``epoch``: int64 [n, 2] pairs (block, row), n ≤ batch_size / L."""
-        parts = [self.window(epoch, window)[first:last] for window, first, last in self.spans(epoch, step, lane)]
+        parts = [self.pool(epoch, pool)[first:last] for pool, first, last in self.spans(epoch, step, lane)]
         return np.concatenate([np.empty((0, 2), np.int64), *parts])
 
     def spans(self, epoch: int, step: int, lane: int) -> list[tuple[int, int, int]]:
-        """:meth:`batch` as runs of positions in :meth:`window`: (window, first, last), most often a single one."""
+        """:meth:`batch` as runs of positions in :meth:`pool`: (pool, first, last), most often a single one."""
         lane_begin = lane * self.num_users // self.lanes
         lane_end = (lane + 1) * self.num_users // self.lanes
         begin = min(lane_begin + step * self.users_per_lane, lane_end)
         end = min(begin + self.users_per_lane, lane_end)
-        _, window_starts = self._blocks(epoch)
+        _, pool_starts = self._blocks(epoch)
         result = []
-        window = int(np.searchsorted(window_starts, begin, side="right")) - 1
+        pool = int(np.searchsorted(pool_starts, begin, side="right")) - 1
         while begin < end:
-            first, last = int(window_starts[window]), int(window_starts[window + 1])
+            first, last = int(pool_starts[pool]), int(pool_starts[pool + 1])
             if begin < last:
-                result.append((window, begin - first, min(end, last) - first))
+                result.append((pool, begin - first, min(end, last) - first))
                 begin = min(end, last)
-            window += 1
+            pool += 1
         return result
 
-    def window(self, epoch: int, window: int) -> np.ndarray:
-        """Users of one window in their shuffled order: int64 [n, 2] pairs (block, row)."""
-        return self._window(epoch, window)
+    def pool(self, epoch: int, pool: int) -> np.ndarray:
+        """Users of one pool in their shuffled order: int64 [n, 2] pairs (block, row)."""
+        return self._pool(epoch, pool)
 
     def _shuffle_blocks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's block order, and each window's first position in the permutation (and, last, U)."""
+        """The epoch's block order, and each pool's first position in the permutation (and, last, U)."""
         blocks = self._random(BLOCKS, epoch).permutation(len(self.block_counts))
         ends = np.cumsum(self.block_counts[blocks])
-        return blocks, np.concatenate(([0], ends[self.window_blocks - 1 : -1 : self.window_blocks], ends[-1:]))
+        return blocks, np.concatenate(([0], ends[self.pool_blocks - 1 : -1 : self.pool_blocks], ends[-1:]))
 
-    def _shuffle_window(self, epoch: int, window: int) -> np.ndarray:
-        blocks = self._blocks(epoch)[0][window * self.window_blocks :][: self.window_blocks]
+    def _shuffle_pool(self, epoch: int, pool: int) -> np.ndarray:
+        blocks = self._blocks(epoch)[0][pool * self.pool_blocks :][: self.pool_blocks]
         pairs = np.concatenate(
             [np.stack((np.full(n, b), np.arange(n)), 1) for b, n in zip(blocks, self.block_counts[blocks], strict=True)]
         )
-        return self._random(USERS, epoch, window).permutation(pairs)
+        return self._random(USERS, epoch, pool).permutation(pairs)
 
     def _random(self, *place: int) -> np.random.Generator:
         """A stream of its own for every place.

@@ -60,7 +60,7 @@ class LaneWindows:
 
 @dataclass(frozen=True)
 class ShuffledUsers:
-    """Whole histories of a window of blocks, in the order in which an epoch takes them."""
+    """Whole histories of a pool of blocks, in the order in which an epoch takes them."""
 
     users: np.ndarray  # int64 [n]
     lengths: np.ndarray  # int64 [n], events of each
@@ -81,7 +81,7 @@ class ShuffledUsers:
 class TrainStream:
     """Training batches of a store.
 
-    It holds the windows of blocks that the last step read from, one or two for each lane.
+    It holds the pools of blocks that the last step read from, one or two for each lane.
 
     Args:
         store: an open store.
@@ -132,9 +132,9 @@ class TrainStream:
 
         spans = [(lane, *span) for lane in read_lanes for span in self.order.spans(epoch, step, lane)]
         self._held = {  # those of the last step are read already, others are no longer needed
-            key: self._held.get(key) or self._read_window(*key) for key in {(epoch, span[1]) for span in spans}
+            key: self._held.get(key) or self._read_pool(*key) for key in {(epoch, span[1]) for span in spans}
         }
-        parts = [self._held[epoch, window].take(first, last) for _, window, first, last in spans]
+        parts = [self._held[epoch, pool].take(first, last) for _, pool, first, last in spans]
         lanes_of_users = np.repeat(np.array([span[0] for span in spans], np.int64), [len(part.users) for part in parts])
         users, lengths, events = (
             np.concatenate([np.empty(0, np.int64), *(getattr(part, name) for part in parts)])
@@ -150,7 +150,7 @@ class TrainStream:
         items, targets = events[ragged_rows(input_first, num_inputs)], events[ragged_rows(first, last - first)]
         features = ItemRows(np.empty(0, np.int64), np.empty((0, 0), np.float16), np.empty((0, 0), np.bool_))
         if self._inline is not None:
-            sources += [window.features for window in self._held.values() if window.features is not None]
+            sources += [pool.features for pool in self._held.values() if pool.features is not None]
             needed = np.unique(np.concatenate((items, targets, drawn.ravel())))
             features = pick(needed, sources, self._inline.dims)
         return LaneWindows(
@@ -162,7 +162,7 @@ class TrainStream:
             targets=targets,
             drawn_lanes=np.asarray(drawn_lanes, np.int64),
             drawn=drawn,
-            damaged=np.unique(np.concatenate([np.empty(0, np.int64), *(w.damaged for w in self._held.values())])),
+            damaged=np.unique(np.concatenate([np.empty(0, np.int64), *(pool.damaged for pool in self._held.values())])),
             **{f"feature_{name}": value for name, value in vars(features).items()},
         )
 
@@ -225,9 +225,9 @@ class TrainStream:
             "feature_present": torch.from_numpy(joint.feature_present[rows]),
         }
 
-    def _read_window(self, epoch: int, window: int) -> ShuffledUsers:
-        """The blocks of a window, their users in the epoch's order."""
-        pairs = self.order.window(epoch, window)
+    def _read_pool(self, epoch: int, pool: int) -> ShuffledUsers:
+        """The blocks of a pool, their users in the epoch's order."""
+        pairs = self.order.pool(epoch, pool)
         numbers, which = np.unique(pairs[:, 0], return_inverse=True)
         users, begins, lengths = (np.zeros(len(pairs), np.int64) for _ in range(3))
         there = np.zeros(len(pairs), np.bool_)

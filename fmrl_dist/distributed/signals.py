@@ -28,17 +28,18 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.term = self.usr1 = False
-        self.cut_short = False  # something was left out of until_told()
+        self.cut_short = False  # until_requested() has left something out
         self._before: dict[signal.Signals, object] = {}
 
     @property
-    def told(self) -> bool:
+    def requested(self) -> bool:
+        """Whether a signal has come."""
         return self.term or self.usr1
 
-    def until_told(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, up to the next one once a signal has come."""
+    def until_requested(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, up to the next one once a signal has come; a partial result must then be discarded."""
         for item in items:
-            if self.told:
+            if self.requested:
                 self.cut_short = True
                 return
             yield item

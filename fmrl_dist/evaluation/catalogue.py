@@ -1,4 +1,4 @@
-"""The catalogue as ranking reads it: embeddings of all items, tile by tile, resident or made from the item shards.
+"""The catalogue as an evaluation reads it: embeddings of all items, tile by tile, resident or made from the item shards.
 
 V items, D width. Split over the ranks: :mod:`fmrl_dist.evaluation.split_catalogue`. The loss reads columns instead
 (:mod:`fmrl_dist.training.item_columns`).
@@ -8,33 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fmrl_dist.data.batches import RankingBlock
+from fmrl_dist.data.batches import EvaluationBlock
 from fmrl_dist.data.item_rows import block_rows
 from fmrl_dist.data.store.reader import Store
-from fmrl_dist.evaluation.target_ranks import Ranking
+from fmrl_dist.distributed.signals import StopRequest
+from fmrl_dist.evaluation.target_ranks import TargetRanks
 from fmrl_dist.model.fmrlrec import ItemEncoder
 
-TILE_ITEMS = 4096
-Group = list[RankingBlock]  # users for whom one pass over the items is made
-T = TypeVar("T")
+COMPARED_ITEMS = 4096  # of a tile
+Group = list[EvaluationBlock]  # users for whom one pass over the items is made
 STREAMED_USERS = 65536  # that one pass over the item shards ranks for: with D = 1024 their outputs take 256 MiB
-
-
-class Until(Protocol):
-    """How far to go through some items, in their order: to the end, or to where a signal comes."""
-
-    def __call__(self, items: Iterable[T], /) -> Iterable[T]:
-        """The items, up to there."""
-
-
-def to_the_end(items: Iterable[T]) -> Iterable[T]:
-    """All of them."""
-    return items
 
 
 class Catalogue(Protocol):
@@ -49,27 +37,27 @@ class Catalogue(Protocol):
         """Features that users' blocks have to bring along for :meth:`inputs`; None for none."""
 
     def in_step(self, groups: Iterable[Group]) -> Iterator[Group]:
-        """The groups of users to rank for, one at a time. Where the ranks rank together, all have as many."""
+        """The groups of users to evaluate, one at a time; where the processes share the items, all have as many."""
 
     def inputs(self, group: Group) -> list[Tensor]:
         """Embeddings of each block's items, [N, D]."""
 
-    def rank(self, rankings: Sequence[Ranking], until: Until = to_the_end) -> None:
-        """Have every item ranked, once, always in the same tiles, or those that ``until`` leaves."""
+    def compare(self, users: Sequence[TargetRanks], stop: StopRequest) -> None:
+        """Compare the targets with every item, once, always in the same tiles; a stop request ends it at a tile."""
 
 
-def add_tiles(rankings: Sequence[Ranking], tiles: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """One pass over the tiles for all rankings."""
+def add_tiles(users: Sequence[TargetRanks], tiles: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """One pass over the tiles for all users."""
     for ids, tile in tiles:
-        for ranking in rankings:
-            ranking.add(ids, tile)
+        for target_ranks in users:
+            target_ranks.add(ids, tile)
 
 
 def tiles_of(items: Tensor, begin: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """Ids and embeddings of resident items [v, D], the first of which is ``begin``, in tiles."""
     ids = torch.arange(begin, begin + len(items), device=items.device)
     if len(items):  # else torch would make one tile of nothing
-        yield from zip(ids.split(TILE_ITEMS), items.split(TILE_ITEMS), strict=True)
+        yield from zip(ids.split(COMPARED_ITEMS), items.split(COMPARED_ITEMS), strict=True)
 
 
 @dataclass(frozen=True)
@@ -86,8 +74,8 @@ class EmbeddedCatalogue:
     def inputs(self, group: Group) -> list[Tensor]:
         return [self.items[block.items] for block in group]
 
-    def rank(self, rankings: Sequence[Ranking], until: Until = to_the_end) -> None:
-        add_tiles(rankings, until(tiles_of(self.items)))
+    def compare(self, users: Sequence[TargetRanks], stop: StopRequest) -> None:
+        add_tiles(users, stop.until_requested(tiles_of(self.items)))
 
 
 @dataclass(frozen=True)
@@ -108,10 +96,10 @@ class StreamedCatalogue:
     def inputs(self, group: Group) -> list[Tensor]:
         return [self._inputs(block) for block in group]
 
-    def rank(self, rankings: Sequence[Ranking], until: Until = to_the_end) -> None:
-        add_tiles(rankings, until(self._tiles()))
+    def compare(self, users: Sequence[TargetRanks], stop: StopRequest) -> None:
+        add_tiles(users, stop.until_requested(self._tiles()))
 
-    def _inputs(self, block: RankingBlock) -> Tensor:
+    def _inputs(self, block: EvaluationBlock) -> Tensor:
         assert block.feature_ids is not None and block.feature_values is not None and block.feature_present is not None
         embeddings = self._embed(block.feature_values, block.feature_present)
         return embeddings[torch.searchsorted(block.feature_ids, block.items)]

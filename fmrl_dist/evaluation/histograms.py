@@ -1,63 +1,95 @@
-"""Full-catalogue ranking of users block by block, counted as histograms.
+"""Histograms of target ranks: the whole catalogue compared with every user's target, block by block.
 
-User blocks and item tiles are fixed, ranks (:mod:`fmrl_dist.evaluation.target_ranks`) are counted in integers: figures
-are the same for any number of processes at the same threads per process.
+User blocks and item tiles are fixed, and target ranks (:mod:`fmrl_dist.evaluation.target_ranks`) are counted in
+integers: figures are the same for any number of processes at the same threads per process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fmrl_dist.data.batches import RankingBlock
+from fmrl_dist.data.batches import EvaluationBlock, evaluation_blocks
+from fmrl_dist.data.store.reader import Store
 from fmrl_dist.distributed.processes import Runtime
 from fmrl_dist.distributed.signals import StopRequest
-from fmrl_dist.evaluation.catalogue import Catalogue, Until, to_the_end
 from fmrl_dist.evaluation.metrics import CUTOFF
-from fmrl_dist.evaluation.target_ranks import Ranking, hidden_items
-from fmrl_dist.model.fmrlrec import FMRLRec
+from fmrl_dist.evaluation.parts import WHOLE, Part
+from fmrl_dist.evaluation.ranker import Ranker
+from fmrl_dist.evaluation.target_ranks import TargetRanks, hidden_items
+
+
+@dataclass(frozen=True)
+class EvaluationProtocol:
+    """Whose targets are ranked, and among which items."""
+
+    store: Store
+    split: str  # valid | test
+    mask_seen: bool  # leave out the items of a user's whole history, never the target
+    num_users: int = 0  # size of a fixed, evenly spread subset of the split's users; 0 for all
+
+
+def count_target_ranks(
+    ranker: Ranker, protocol: EvaluationProtocol, runtime: Runtime, stop: StopRequest, part: Part = WHOLE
+) -> Tensor:
+    """Histograms of all processes' users, added up, on each of them; every process takes its share of the blocks.
+
+    Args:
+        ranker: on the runtime's device.
+        protocol: whose targets, among which items.
+        runtime: this process among the others.
+        stop: a request ends the evaluation at the next tile of items, on all processes together.
+        part: of the split's user blocks.
+
+    Returns:
+        Histogram of 2·target rank for each size, int64 [S, 2·CUTOFF + 1] (see :mod:`fmrl_dist.evaluation.metrics`).
+
+    Raises:
+        Stopped: on all processes; one of them got a signal before it was done.
+    """
+    store, split = protocol.store, protocol.split
+    numbers = part.share(len(store.manifest.splits[split]))
+    mine = [numbers[place] for place in runtime.my_share(len(numbers))]
+    blocks = evaluation_blocks(
+        store, split, ranker.max_length, mine, protocol.num_users, inline_dims=ranker.catalogue.inline_dims
+    )
+    histograms = target_rank_histograms(ranker, blocks, protocol.mask_seen, stop)
+    stop.raise_together(runtime, stop.cut_short)
+    return runtime.sum(histograms)
 
 
 @torch.no_grad()
-def rank_histograms(
-    model: FMRLRec,
-    catalogue: Catalogue,
-    blocks: Iterable[RankingBlock],
-    mask_seen: bool,
-    normalize: bool = False,
-    until: Until = to_the_end,
+def target_rank_histograms(
+    ranker: Ranker, blocks: Iterable[EvaluationBlock], mask_seen: bool, stop: StopRequest
 ) -> Tensor:
-    """Histogram of 2·rank for each size, int64 [S, 2·CUTOFF + 1] (see :mod:`fmrl_dist.evaluation.metrics`).
+    """Histogram of 2·target rank for each size over the users of ``blocks``, int64 [S, 2·CUTOFF + 1].
 
-    Args:
-        model: in evaluation mode.
-        catalogue: all items, on the model's device.
-        blocks: users, each with a history and one target.
-        mask_seen: leave out the items of a user's whole history, never the target.
-        normalize: rank by cosines of each size's prefixes.
-        until: how far to go through the users, and through the items; what comes of less than all means nothing.
+    Where ``stop.cut_short`` is set afterwards, the result is partial and must be discarded.
     """
+    model, catalogue = ranker.model, ranker.catalogue
     device = model.encoder.bias.device
     histograms = torch.zeros(len(model.sizes), 2 * CUTOFF + 1, dtype=torch.int64, device=device)
-    for group in catalogue.in_step(_groups(until(blocks), catalogue.users_at_once)):
+    for group in catalogue.in_step(_groups(stop.until_requested(blocks), catalogue.users_at_once)):
         group = [block.to(device) for block in group]
-        rankings = []
+        users = []
         for block, inputs in zip(group, catalogue.inputs(group), strict=True):
             z = model(inputs, block.starts, block.from_start)[block.starts[1:] - 1]
-            rankings.append(Ranking(z, block.targets, hidden_items(block, mask_seen), model.sizes, normalize))
-        catalogue.rank(rankings, until)
-        for ranking in rankings:
-            half_ranks = 2 * ranking.ranks()  # [S, U]
+            hidden = hidden_items(block, mask_seen)
+            users.append(TargetRanks(z, block.targets, hidden, model.sizes, ranker.normalize))
+        catalogue.compare(users, stop)
+        for target_ranks in users:
+            half_ranks = 2 * target_ranks.result()  # [S, U]
             half_ranks = torch.where(half_ranks <= 2 * CUTOFF, half_ranks, 0).long()
             histograms.scatter_add_(1, half_ranks, torch.ones_like(half_ranks))
     return histograms
 
 
-def _groups(blocks: Iterable[RankingBlock], num_users: int) -> Iterator[list[RankingBlock]]:
+def _groups(blocks: Iterable[EvaluationBlock], num_users: int) -> Iterator[list[EvaluationBlock]]:
     """Runs of blocks of ``num_users`` users or a few more."""
-    group: list[RankingBlock] = []
+    group: list[EvaluationBlock] = []
     for block in blocks:
         group.append(block)
         if sum(len(block.users) for block in group) >= num_users:
@@ -65,23 +97,3 @@ def _groups(blocks: Iterable[RankingBlock], num_users: int) -> Iterator[list[Ran
             group = []
     if group:
         yield group
-
-
-def count_together(
-    runtime: Runtime,
-    model: FMRLRec,
-    catalogue: Catalogue,
-    blocks: Iterable[RankingBlock],
-    mask_seen: bool,
-    normalize: bool,
-    stop: StopRequest | None = None,
-) -> Tensor:
-    """:func:`rank_histograms` of every rank's blocks, added up, on each of them.
-
-    Raises:
-        Stopped: on all ranks; some of them was told to ``stop`` before it was done.
-    """
-    stop = stop or StopRequest()
-    histograms = rank_histograms(model, catalogue, blocks, mask_seen, normalize, stop.until_told)
-    stop.raise_together(runtime, stop.cut_short)
-    return runtime.sum(histograms)

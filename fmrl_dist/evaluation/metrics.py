@@ -1,12 +1,12 @@
-"""Ranking metrics from integer histograms of ranks, so that sums over ranks of a job are exact in any order.
+"""Ranking metrics from integer histograms of target ranks, so that sums over processes are exact in any order.
 
-The rank of a target is 1 + #(items scored higher) + ½·#(other items scored equal). It is a multiple of ½, so a
-histogram of 2·rank counts it exactly. At rank r, recall@k is [r ≤ k], ndcg@k is [r ≤ k] / log2(1 + r) and mrr@k is
+The target rank is 1 + #(items scored higher) + ½·#(other items scored equal). It is a multiple of ½, so a
+histogram of 2·target rank counts it exactly. At target rank r, recall@k is [r ≤ k], ndcg@k is [r ≤ k] / log2(1 + r) and mrr@k is
 [r ≤ k] / r; a metric is the mean over users.
 
     >>> import torch
     >>> histogram = torch.zeros(21, dtype=torch.int64)
-    >>> histogram[2], histogram[20], histogram[0] = 1, 1, 2  # one target at rank 1, one at rank 10, two beyond
+    >>> histogram[2], histogram[20], histogram[0] = 1, 1, 2  # one target in place 1, one in place 10, two beyond
     >>> metrics_from_histogram(histogram)["recall@10"]
     0.5
 """
@@ -25,21 +25,21 @@ def metrics_from_histogram(histogram: Tensor) -> dict[str, float]:
     """Metrics of one size.
 
     Args:
-        histogram: int64 [2·CUTOFF + 1]; entry 2·rank counts targets at that rank, entry 0 those beyond the cut-off.
+        histogram: int64 [2·CUTOFF + 1]; entry 2·r counts targets of target rank r, entry 0 those beyond the cut-off.
 
     Returns:
         The metrics of ``METRICS``; all zero where no user was counted.
     """
     counts = histogram.tolist()
     num_users = max(sum(counts), 1)
-    ranked = [(half_ranks / 2, count) for half_ranks, count in enumerate(counts) if half_ranks > 0 and count > 0]
+    placed = [(half_ranks / 2, count) for half_ranks, count in enumerate(counts) if half_ranks > 0 and count > 0]
     gains = {
-        "recall": lambda rank: 1.0,
-        "ndcg": lambda rank: 1 / math.log2(1 + rank),
-        "mrr": lambda rank: 1 / rank,
+        "recall": lambda r: 1.0,
+        "ndcg": lambda r: 1 / math.log2(1 + r),
+        "mrr": lambda r: 1 / r,
     }
     result = {}
     for metric in METRICS:
         name, cutoff = metric.split("@")
-        result[metric] = sum(count * gains[name](rank) for rank, count in ranked if rank <= int(cutoff)) / num_users
+        result[metric] = sum(count * gains[name](r) for r, count in placed if r <= int(cutoff)) / num_users
     return result

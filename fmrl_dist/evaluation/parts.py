@@ -1,6 +1,6 @@
-"""An evaluation in parts: jobs of their own rank for a share of the user blocks each, and the last one adds them up.
+"""An evaluation in parts: each job evaluates its share of the user blocks, and the last one adds the parts up.
 
-    RUN/evaluation.parts/2-of-4.json   of part 2: what was evaluated and how, its histograms of 2·rank, their sha256
+    RUN/evaluation.parts/2-of-4.json   of part 2: what was evaluated and how, its histograms of 2·target rank, their sha256
 
 Blocks are fixed and the histograms are integers, so the sum is that of a single evaluation, and so are the figures, to
 the last digit: with the same threads on the same kind of device, which round alike; others are not mixed. A part that
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import json_sha256, write_atomically
+from fmrl_dist.checkpoint.run_folder import evaluation_file
 from fmrl_dist.evaluation.metrics import CUTOFF
-from fmrl_dist.evaluation.report import evaluation_file
 
 PART = re.compile(r"([1-9][0-9]{0,5})/([1-9][0-9]{0,5})")
 PART_FILE = re.compile(r"([1-9][0-9]{0,5})-of-([1-9][0-9]{0,5})\.json")
@@ -59,7 +59,7 @@ WHOLE = Part(1, 1)
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class EvaluationIdentity:
     """What all parts of one evaluation have in common."""
 
     checkpoint_sha256: str  # of a checkpoint's record, or of an export's files
@@ -71,22 +71,24 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
-class Means:
+class ComputeSetting:
     """What a part's scores were computed with: they are rounded otherwise by others."""
 
     threads: int  # of each process
     device: str  # cpu | cuda
 
 
-def parts_folder(folder: Path, evaluated: Evaluated) -> Path:
+def parts_folder(folder: Path, evaluated: EvaluationIdentity) -> Path:
     """Where the parts lie: beside the report that they are joined into."""
     return folder / f"{evaluation_file(evaluated.split, evaluated.mask_seen)}.parts"
 
 
-def write_part(folder: Path, part: Part, evaluated: Evaluated, means: Means, histograms: Tensor) -> Path:
+def write_part(
+    folder: Path, part: Part, evaluated: EvaluationIdentity, setting: ComputeSetting, histograms: Tensor
+) -> Path:
     """Write one part into ``folder``, which is made; returns its path. Histograms are int64 [S, 2·CUTOFF + 1]."""
     record = {
-        **{"part": str(part), "evaluated": asdict(evaluated), "means": asdict(means)},
+        **{"part": str(part), "evaluated": asdict(evaluated), "means": asdict(setting)},
         "histograms": histograms.tolist(),
     }
     folder.mkdir(exist_ok=True)
@@ -94,7 +96,7 @@ def write_part(folder: Path, part: Part, evaluated: Evaluated, means: Means, his
     return folder / part.file
 
 
-def join_parts(folder: Path, evaluated: Evaluated) -> Tensor:
+def join_parts(folder: Path, evaluated: EvaluationIdentity) -> Tensor:
     """The sum of all parts' histograms, int64 [S, 2·CUTOFF + 1].
 
     Raises:
@@ -115,18 +117,18 @@ def join_parts(folder: Path, evaluated: Evaluated) -> Tensor:
             f"{folder} lacks {len(missing)} of {counts[0]} parts; evaluate "
             f"{', '.join(f'--part {part}' for part in missing[:3])}{' …' if missing[3:] else ''} and join again"
         )
-    means, histograms = zip(*(_read_part(folder, part, evaluated) for part in wanted), strict=True)
-    for part, own in zip(wanted, means, strict=True):
+    settings, histograms = zip(*(_read_part(folder, part, evaluated) for part in wanted), strict=True)
+    for part, own in zip(wanted, settings, strict=True):
         require(
-            own == means[0],
-            f"{folder / part.file} was evaluated with {_said(own)}, part {wanted[0]} with {_said(means[0])}: they "
+            own == settings[0],
+            f"{folder / part.file} was evaluated with {_said(own)}, part {wanted[0]} with {_said(settings[0])}: they "
             "round differently; evaluate all parts with the same --threads on the same kind of device",
         )
     return torch.stack(histograms).sum(0)
 
 
-def _said(means: Means) -> str:
-    return f"{means.threads} thread(s) on {means.device}"
+def _said(setting: ComputeSetting) -> str:
+    return f"{setting.threads} thread(s) on {setting.device}"
 
 
 def _parts_in(folder: Path) -> set[Part]:
@@ -134,14 +136,14 @@ def _parts_in(folder: Path) -> set[Part]:
     return {Part(int(found[1]), int(found[2])) for name in names if (found := PART_FILE.fullmatch(name))}
 
 
-def _read_part(folder: Path, part: Part, evaluated: Evaluated) -> tuple[Means, Tensor]:
+def _read_part(folder: Path, part: Part, evaluated: EvaluationIdentity) -> tuple[ComputeSetting, Tensor]:
     path, again = folder / part.file, f"evaluate it again with --part {part}"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if record.pop("sha256") != json_sha256(record):
             raise ValueError("its sha256 is not the recorded one")
         _require_same(path, {"part": str(part)} | asdict(evaluated), {"part": record["part"]} | record["evaluated"])
-        return Means(**record["means"]), _checked(record["histograms"], evaluated)
+        return ComputeSetting(**record["means"]), _checked(record["histograms"], evaluated)
     except UserError as error:
         raise UserError(f"{error}; {again}") from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -155,7 +157,7 @@ def _require_same(path: Path, expected: dict[str, Any], found: dict[str, Any]) -
         require(found[key] == value, f"{path} is of another evaluation: {key} is {was!r}, expected {wanted!r}")
 
 
-def _checked(rows: list[list[int]], evaluated: Evaluated) -> Tensor:
+def _checked(rows: list[list[int]], evaluated: EvaluationIdentity) -> Tensor:
     """Histograms that can be those of some of the users."""
     histograms = torch.tensor(rows, dtype=torch.int64)
     expected = (len(evaluated.sizes), 2 * CUTOFF + 1)

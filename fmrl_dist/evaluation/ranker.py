@@ -1,4 +1,4 @@
-"""What an evaluation ranks with: a model and a catalogue, from a checkpoint or an export."""
+"""What an evaluation ranks with: a model and a catalogue, of a run that trains, a checkpoint or an export."""
 
 from __future__ import annotations
 
@@ -7,58 +7,66 @@ from functools import partial
 
 from fmrl_dist.checkpoint.export_folder import Recommender
 from fmrl_dist.checkpoint.folder import Checkpoint
-from fmrl_dist.checkpoint.restore import (
-    build_recommender,
-    check_features,
-    embed_catalogue,
-    load_catalogue_table,
-    restore_model,
-)
+from fmrl_dist.checkpoint.restore import check_features, load_catalogue_table, restore_model
 from fmrl_dist.config.sections import Config
+from fmrl_dist.data.item_table import ItemTable
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.distributed.processes import Runtime
 from fmrl_dist.evaluation.catalogue import Catalogue, EmbeddedCatalogue, StreamedCatalogue
-from fmrl_dist.evaluation.split_catalogue import SplitCatalogue, ranks_share
+from fmrl_dist.evaluation.split_catalogue import SplitCatalogue, is_shared
+from fmrl_dist.model.embed_catalogue import embed_catalogue
 from fmrl_dist.model.fmrlrec import FMRLRec
 
 
 @dataclass(frozen=True)
 class Ranker:
-    """What an evaluation ranks with."""
+    """A model in evaluation mode, and all items."""
 
-    model: FMRLRec  # in evaluation mode
+    model: FMRLRec
     catalogue: Catalogue
     max_length: int  # last events of a history that the model is to read
     normalize: bool  # whether scores are cosines of each size's prefixes
 
 
-def ranker(recommender: Recommender) -> Ranker:
-    """A recommender, to be evaluated."""
-    catalogue = EmbeddedCatalogue(recommender.items)
-    return Ranker(recommender.model, catalogue, recommender.max_length, recommender.normalize)
+def build_ranker(model: FMRLRec, config: Config, store: Store, table: ItemTable | None, runtime: Runtime) -> Ranker:
+    """The items as they are to be ranked; figures are the same in all three cases.
+
+        no table     streamed   embedded block by block, in every pass
+        many items   split      each process embeds its share (:func:`fmrl_dist.evaluation.split_catalogue.is_shared`)
+        else         whole      each process embeds all
+
+    Args:
+        model: on the runtime's device, in evaluation mode, so float32 throughout.
+        config: of the run.
+        store: whose catalogue is to be ranked.
+        table: its items' features; None for an inline store, whose item shards are streamed.
+        runtime: this process among the others.
+    """
+    catalogue: Catalogue
+    if table is None:
+        catalogue = StreamedCatalogue(model.encoder, store, model.encoder.feature_dims)
+    elif is_shared(len(table.values), model.width, runtime.world_size, in_loss=config.loss.catalogue == "split"):
+        embed = partial(embed_catalogue, model.encoder, table.values, table.present)
+        catalogue = SplitCatalogue.embed(runtime.rank, runtime.world_size, len(table.values), embed)
+    else:
+        catalogue = EmbeddedCatalogue(embed_catalogue(model.encoder, table.values, table.present))
+    return Ranker(model, catalogue, config.data.max_length, config.loss.normalize)
 
 
-def build_ranker(checkpoint: Checkpoint, config: Config, store: Store, runtime: Runtime) -> Ranker:
-    """A checkpoint's model and the items of ``store``: streamed where run and store are inline, else embedded.
-
-    The processes share the items where :func:`fmrl_dist.evaluation.split_catalogue.ranks_share` says so; the figures
-    are the same.
+def ranker_of_checkpoint(checkpoint: Checkpoint, config: Config, store: Store, runtime: Runtime) -> Ranker:
+    """A checkpoint's model and the items of ``store``: streamed where run and store are inline.
 
     Raises:
         UserError: the store does not fit the model.
     """
-    device = runtime.device
-    in_table = config.store.feature_mode == "table" or not store.manifest.inline
-    num_items, in_loss = store.manifest.num_items, config.loss.catalogue == "split"
-    if in_table and not ranks_share(num_items, config.model.width, runtime.world_size, in_loss):
-        return ranker(build_recommender(checkpoint, config, store, device))
-    model = restore_model(config.model, checkpoint).to(device).eval()
-    catalogue: Catalogue
-    if in_table:
-        table = load_catalogue_table(store, checkpoint)
-        embed = partial(embed_catalogue, model, table, device)
-        catalogue = SplitCatalogue.embed(runtime.rank, runtime.world_size, num_items, embed)
-    else:
+    model = restore_model(config.model, checkpoint).to(runtime.device).eval()
+    if config.store.feature_mode == "inline" and store.manifest.inline:
         check_features(store, checkpoint)
-        catalogue = StreamedCatalogue(model.encoder, store, checkpoint.features)
-    return Ranker(model, catalogue, config.data.max_length, config.loss.normalize)
+        return build_ranker(model, config, store, None, runtime)
+    return build_ranker(model, config, store, load_catalogue_table(store, checkpoint), runtime)
+
+
+def ranker_of_export(recommender: Recommender) -> Ranker:
+    """An exported model and its own item embeddings."""
+    catalogue = EmbeddedCatalogue(recommender.items)
+    return Ranker(recommender.model, catalogue, recommender.max_length, recommender.normalize)

@@ -4,16 +4,42 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from fmrl_dist.base.files import write_atomically
-from fmrl_dist.evaluation.metrics import METRICS
+from fmrl_dist.checkpoint.run_folder import evaluation_file
+from fmrl_dist.evaluation.histograms import EvaluationProtocol
+from fmrl_dist.evaluation.metrics import METRICS, metrics_from_histogram
 
 
-def evaluation_file(split: str, mask_seen: bool) -> str:
-    """File name without its ending: evaluation[-valid][-masked]."""
-    return "evaluation" + ("-valid" if split == "valid" else "") + ("-masked" if mask_seen else "")
+def figures(histograms: Tensor, sizes: Sequence[int], protocol: EvaluationProtocol) -> dict[str, Any]:
+    """What ``evaluation.json`` holds; ``users_lost`` is there only where damaged blocks were left out."""
+    num_users = int(histograms[0].sum())
+    num_lost = num_users_in(protocol) - num_users
+    return {
+        "split": protocol.split,
+        "users": num_users,
+        **({"users_lost": num_lost} if num_lost else {}),
+        "mask_seen": protocol.mask_seen,
+        "sizes": {str(size): metrics_from_histogram(row) for size, row in zip(sizes, histograms, strict=True)},
+    }
+
+
+def num_users_in(protocol: EvaluationProtocol) -> int:
+    """Users of the whole split, those in damaged blocks too."""
+    return sum(block.count for block in protocol.store.manifest.splits[protocol.split])
+
+
+def print_and_write(result: dict[str, Any], folder: Path) -> None:
+    """Print the table, then write JSON and picture, and say where they are."""
+    lost = f" ({result['users_lost']:,} more in damaged blocks)" if "users_lost" in result else ""
+    print(f"{result['split']}, {result['users']:,} users{lost}, whole catalogue ranked:\n{size_table(result['sizes'])}")
+    json_path, picture_path = write_report(folder, result)
+    print(f"written: {json_path}\npicture: {picture_path}", flush=True)
 
 
 def size_table(sizes: dict[str, dict[str, float]]) -> str:

@@ -20,10 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fmrl_dist.data.batches import RankingBlock
+from fmrl_dist.data.batches import EvaluationBlock
 from fmrl_dist.distributed.collectives import exchange_counts, exchange_rows, to_everyone
-from fmrl_dist.evaluation.catalogue import TILE_ITEMS, Group, Until, add_tiles, tiles_of, to_the_end
-from fmrl_dist.evaluation.target_ranks import Ranking
+from fmrl_dist.distributed.signals import StopRequest
+from fmrl_dist.evaluation.catalogue import COMPARED_ITEMS, Group, add_tiles, tiles_of
+from fmrl_dist.evaluation.target_ranks import TargetRanks
 
 SHARED_BYTES = 2**30  # of embeddings: ranks share more than that even where each of them scores all items for its loss
 
@@ -57,9 +58,9 @@ class SplitCatalogue:
     def inputs(self, group: Group) -> list[Tensor]:
         return [self._fetch(block.items) for block in group]
 
-    def rank(self, rankings: Sequence[Ranking], until: Until = to_the_end) -> None:
-        for ranking in rankings:
-            self._rank_together(ranking, until)
+    def compare(self, users: Sequence[TargetRanks], stop: StopRequest) -> None:
+        for target_ranks in users:
+            self._compare_together(target_ranks, stop)
 
     def _fetch(self, ids: Tensor) -> Tensor:
         """Embeddings of any items, each from its rank."""
@@ -70,30 +71,30 @@ class SplitCatalogue:
         rows = self.items[exchange_rows(wanted[:, None], asked, answered)[:, 0] - self.bounds[dist.get_rank()]]
         return exchange_rows(rows, answered, asked)[places]
 
-    def _rank_together(self, own: Ranking, until: Until) -> None:
+    def _compare_together(self, own: TargetRanks, stop: StopRequest) -> None:
         tensors = (own.z, own.targets[:, None], own.hidden)
         of_all = zip(*(to_everyone(rows) for rows in tensors), strict=True)
-        rankings = [Ranking(z, targets[:, 0], hidden, own.sizes, own.normalize) for z, targets, hidden in of_all]
-        add_tiles(rankings, until(tiles_of(self.items, self.bounds[dist.get_rank()])))
-        found = [ranking.found() for ranking in rankings]
+        everyone = [TargetRanks(z, targets[:, 0], hidden, own.sizes, own.normalize) for z, targets, hidden in of_all]
+        add_tiles(everyone, stop.until_requested(tiles_of(self.items, self.bounds[dist.get_rank()])))
+        found = [target_ranks.found() for target_ranks in everyone]
         sent, received = [len(part) for part in found], [len(own.z)] * len(found)
         parts = exchange_rows(torch.cat(found).flatten(1), sent, received)
         own.join(parts.view(len(found), len(own.z), *found[0].shape[1:]))
 
 
-def ranks_share(num_items: int, width: int, num_ranks: int, in_loss: bool) -> bool:
-    """Whether the ranks share the items to rank: they do in the loss (``loss.catalogue: split``), or there are many."""
+def is_shared(num_items: int, width: int, num_ranks: int, in_loss: bool) -> bool:
+    """Whether the processes share the items: they do in the loss (``loss.catalogue: split``), or there are many."""
     return num_ranks > 1 and (in_loss or 4 * num_items * width > SHARED_BYTES)
 
 
 def tile_bounds(num_items: int, num_ranks: int) -> list[int]:
     """First item of each rank and, last, V: whole tiles, as even as they come; none for some if there are few."""
-    num_tiles = -(-num_items // TILE_ITEMS)
-    return [min(num_tiles * rank // num_ranks * TILE_ITEMS, num_items) for rank in range(num_ranks + 1)]
+    num_tiles = -(-num_items // COMPARED_ITEMS)
+    return [min(num_tiles * rank // num_ranks * COMPARED_ITEMS, num_items) for rank in range(num_ranks + 1)]
 
 
-def nobody() -> RankingBlock:
+def nobody() -> EvaluationBlock:
     """A block of no users."""
     none = torch.empty(0, dtype=torch.int64)
     nothing = torch.zeros(1, dtype=torch.int64)
-    return RankingBlock(none, none, nothing, torch.empty(0, dtype=torch.bool), none, seen=none, seen_starts=nothing)
+    return EvaluationBlock(none, none, nothing, torch.empty(0, dtype=torch.bool), none, seen=none, seen_starts=nothing)

@@ -1,4 +1,4 @@
-"""Ranks of some users' targets, at every size, in one pass over tiles of items.
+"""Target ranks: the place of each user's target among all items, at every size, in one pass over tiles of items.
 
 U users of a block, S sizes, D width. The score of size m_j is the score of m_{j-1} plus the product of chunk j, so one
 pass gives all sizes. A running top list per user and size makes ranks up to the cut-off exact; the target's own score
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmrl_dist.data.batches import RankingBlock
+from fmrl_dist.data.batches import EvaluationBlock
 from fmrl_dist.evaluation.metrics import CUTOFF
 from fmrl_dist.model.nested import chunks
 
@@ -21,15 +21,15 @@ GROUPED = 16  # columns whose maximum stands for them in the search for the top 
 TOP = 2 * CUTOFF  # a target at rank ≤ CUTOFF has at most 2·CUTOFF - 2 other items scored higher or equal
 
 
-def hidden_items(block: RankingBlock, mask_seen: bool) -> Tensor:
+def hidden_items(block: EvaluationBlock, mask_seen: bool) -> Tensor:
     """What is left out of each user's ranking, pairs of user's row and item, int64 [h, 2]: never the target."""
     rows = torch.arange(len(block.targets), device=block.seen.device).repeat_interleave(block.seen_starts.diff())
     hidden = (block.seen != block.targets[rows]) & mask_seen
     return torch.stack((rows[hidden], block.seen[hidden]), 1)
 
 
-class Ranking:
-    """Ranks of some users' targets among the items of all tiles, exact up to CUTOFF.
+class TargetRanks:
+    """Target ranks of some users among the items of all tiles, exact up to CUTOFF.
 
     Args:
         z: outputs [U, D].
@@ -49,7 +49,7 @@ class Ranking:
         self._user_rows = torch.arange(len(z), device=z.device)
 
     def add(self, ids: Tensor, tile: Tensor) -> None:
-        """Rank among the items of one more tile: ids int64 [v], sorted, and embeddings [v, D]."""
+        """Compare the targets with the items of one more tile: ids int64 [v], sorted, and embeddings [v, D]."""
         z, user_rows = self.z, self._user_rows
         target_columns, here = _places(self.targets, ids)
         hidden_columns, hidden = _places(self.hidden[:, 1].contiguous(), ids)
@@ -58,27 +58,27 @@ class Ranking:
         scores[self.hidden[hidden, 0], hidden_columns[hidden]] = -torch.inf  # and stays so, whatever is added
         for j, (first, last) in enumerate(chunks(self.sizes)):
             scores[:, : len(tile)].addmm_(z[:, first:last], tile[:, first:last].T)
-            ranked = scores
+            compared = scores
             if self.normalize:
                 lengths = tile[:, :last].norm(dim=1).clamp_min(torch.finfo(tile.dtype).tiny)
-                ranked = scores / F.pad(lengths, (0, scores.shape[1] - len(tile)), value=1.0)
-            self._target_scores[j, here] = ranked[user_rows[here], target_columns[here]]
-            self._top[j] = torch.cat((self._top[j], _candidates(ranked)), 1).topk(TOP, sorted=False).values
+                compared = scores / F.pad(lengths, (0, scores.shape[1] - len(tile)), value=1.0)
+            self._target_scores[j, here] = compared[user_rows[here], target_columns[here]]
+            self._top[j] = torch.cat((self._top[j], _candidates(compared)), 1).topk(TOP, sorted=False).values
 
     def found(self) -> Tensor:
         """What the tiles so far amount to, [U, S, TOP + 1]: the best scores, and the target's (NaN: not among them)."""
         return torch.cat((self._top, self._target_scores[..., None]), 2).transpose(0, 1)
 
     def join(self, parts: Tensor) -> None:
-        """Take what rankings of all tiles :meth:`found` for the same users, [W, U, S, TOP + 1], for one's own."""
+        """Take what W processes :meth:`found` in their tiles for these users, [W, U, S, TOP + 1]."""
         everything = parts.permute(2, 1, 0, 3)  # [S, U, W, TOP + 1]
         self._top = everything[..., :TOP].flatten(2).topk(TOP, sorted=False).values
         scores = everything[..., TOP]
         elsewhere = scores.isnan()
         self._target_scores = torch.where(elsewhere, 0, scores).sum(2).where(~elsewhere.all(2), torch.nan)
 
-    def ranks(self) -> Tensor:
-        """Rank at each size, float [S, U]; above CUTOFF it is only known to be above."""
+    def result(self) -> Tensor:
+        """Target rank at each size, float [S, U]; above CUTOFF it is only known to be above."""
         scores = self._target_scores[..., None]
         higher = (~(self._top <= scores)).sum(2)  # a NaN, of the target or another, is never to its advantage
         equal = (self._top == scores).sum(2) - 1  # less the target, which is in the list unless far below

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fmrl_dist.losses.tiled_log_sum_exp import Correction, Rows, Settings, TiledLogSumExp, back_projected
+from fmrl_dist.losses.tiled_log_sum_exp import Correction, RowMatrix, Settings, TiledLogSumExp, back_projected
 from fmrl_dist.model.nested import chunks, matmul_linear
 
 
@@ -61,7 +61,7 @@ def nested_log_sum_exp(
 
 def catalogue_log_sum_exp(
     z: Tensor,
-    features: Rows,
+    features: RowMatrix,
     weight: Tensor,
     table: Tensor | None,
     sizes: Sequence[int],

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fmrl_dist.losses.log_sum_exp import catalogue_log_sum_exp, nested_log_sum_exp, nested_scores
 from fmrl_dist.losses.split_catalogue import CatalogueSlice, split_log_sum_exp
-from fmrl_dist.losses.tiled_log_sum_exp import Correction, Rows
+from fmrl_dist.losses.tiled_log_sum_exp import Correction, RowMatrix
 from fmrl_dist.model.nested import matmul_linear
 
 
@@ -52,7 +52,7 @@ def nested_cross_entropy(
 def catalogue_cross_entropy(
     z: Tensor,
     target_items: Tensor,
-    columns: Rows | CatalogueSlice,
+    columns: RowMatrix | CatalogueSlice,
     projection: Tensor,
     table: Tensor | None,
     sizes: Sequence[int],

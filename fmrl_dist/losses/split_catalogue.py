@@ -33,14 +33,14 @@ from torch.autograd.function import once_differentiable
 
 from fmrl_dist.distributed.collectives import exchange_counts, exchange_rows
 from fmrl_dist.losses.log_sum_exp import catalogue_log_sum_exp
-from fmrl_dist.losses.tiled_log_sum_exp import Rows
+from fmrl_dist.losses.tiled_log_sum_exp import RowMatrix
 
 
 @dataclass(frozen=True)
 class CatalogueSlice:
     """The items that this rank scores: consecutive ones, none at all if need be. Every item is some one rank's."""
 
-    columns: Rows  # [v, C], what the projection maps
+    columns: RowMatrix  # [v, C], what the projection maps
     begin: int  # the first of them in the catalogue
 
     def rows_of(self, table: Tensor) -> Tensor:

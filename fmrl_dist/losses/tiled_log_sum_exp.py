@@ -37,7 +37,7 @@ GPU_FACTOR = 4  # by which each of them is larger on a GPU: few kernels of much 
 LEFT_OUT = torch.finfo(torch.float32).min  # score of an item that a position may not see; its exponential is 0
 
 
-class Rows(Protocol):
+class RowMatrix(Protocol):
     """A matrix read by slices of rows: a tensor, or a table that stays on disk."""
 
     @property
@@ -91,7 +91,7 @@ class TiledLogSumExp(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, z: Tensor, weight: Tensor | None, table: Tensor | None, features: Rows | None, settings: Settings
+        ctx: Any, z: Tensor, weight: Tensor | None, table: Tensor | None, features: RowMatrix | None, settings: Settings
     ) -> Tensor:
         scorer = _Scorer(z, weight, table, features, settings)
         softmax = _compiled(_softmax) if settings.compiled else _softmax
@@ -187,7 +187,7 @@ class _Scorer:
     """
 
     def __init__(
-        self, z: Tensor, weight: Tensor | None, table: Tensor | None, features: Rows | None, settings: Settings
+        self, z: Tensor, weight: Tensor | None, table: Tensor | None, features: RowMatrix | None, settings: Settings
     ) -> None:
         self.settings, self.num_positions = settings, len(z)
         self.num_items = int(features.shape[0]) if features is not None else len(_given(table))

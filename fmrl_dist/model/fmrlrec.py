@@ -167,7 +167,7 @@ class FeedForward(nn.Module):
         return self.dropout(self.w_2(hidden))
 
 
-class Block(nn.Module):
+class ResidualBlock(nn.Module):
     """Sequence mixer, then FFN, each behind its own nested layer-norm and a residual."""
 
     def __init__(
@@ -231,7 +231,7 @@ class FMRLRec(nn.Module):
         self.encoder = ItemEncoder(self.width, feature_dims, num_items, matmul_dtype)
         self.input_dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
-            Block(self.sizes, dropout, lru_dropout, r_min, r_max, matmul_dtype) for _ in range(depth)
+            ResidualBlock(self.sizes, dropout, lru_dropout, r_min, r_max, matmul_dtype) for _ in range(depth)
         )
 
     @property
@@ -277,7 +277,7 @@ class FMRLRec(nn.Module):
         """One event of each of B histories: state [B, depth, 2, D], item embeddings [B, D] → new state, z [B, D]."""
         x, new_states = self.input_dropout(embeddings), []
         for layer, block in enumerate(self.blocks):
-            assert isinstance(block, Block)
+            assert isinstance(block, ResidualBlock)
             new_state, x = block.step(state[:, layer], x)
             new_states.append(new_state)
         return torch.stack(new_states, 1), x

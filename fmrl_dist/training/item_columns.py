@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fmrl_dist.data.item_table import ItemTable
 from fmrl_dist.losses.split_catalogue import CatalogueSlice
-from fmrl_dist.losses.tiled_log_sum_exp import Rows
+from fmrl_dist.losses.tiled_log_sum_exp import RowMatrix
 from fmrl_dist.model.fmrlrec import ItemEncoder
 
 RESIDENT_BYTES = 2 * 2**30  # on the CPU, for each process
@@ -47,7 +47,7 @@ class TableColumns:
         return self._encoder.columns(self._encoder.normalize(values, present), present).to(self._dtype)
 
 
-def catalogue_columns(encoder: ItemEncoder, table: ItemTable, dtype: torch.dtype) -> Rows:
+def catalogue_columns(encoder: ItemEncoder, table: ItemTable, dtype: torch.dtype) -> RowMatrix:
     """All items' columns [V, C] on the encoder's device, resident if the device has room for them."""
     made = TableColumns(encoder, table, dtype)
     device = encoder.feature_shift.device

@@ -10,8 +10,8 @@ import torch
 from fmrl_dist.checkpoint.folder import Checkpoint, TrainState
 from fmrl_dist.checkpoint.restore import load_weights
 from fmrl_dist.checkpoint.writer import CheckpointWriter
-from fmrl_dist.data.item_table import load_item_table
-from fmrl_dist.losses.tiled_log_sum_exp import Rows
+from fmrl_dist.data.item_table import ItemTable, load_item_table
+from fmrl_dist.losses.tiled_log_sum_exp import RowMatrix
 from fmrl_dist.training.build_model import build_inline_model, build_model
 from fmrl_dist.training.checks import check_loss_impl, splits_catalogue
 from fmrl_dist.training.engine import Engine, prepare_engine
@@ -26,6 +26,7 @@ class Learner:
     """What training changes, and the facts that every checkpoint of it records."""
 
     module: TrainingModule
+    table: ItemTable | None  # features of all items; None where they ride with the stream
     engine: Engine  # runs the module and the optimiser on all ranks together
     optimizer: torch.optim.Optimizer
     facts: dict[str, Any]
@@ -45,7 +46,7 @@ def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
         load_weights(model, resume_from)
     model.to(runtime.device)
     dtype = runtime.matmul_dtype or torch.float32
-    columns: Rows | None = None
+    columns: RowMatrix | None = None
     part = None
     if table is not None and splits_catalogue(config, runtime, len(table.values)):
         columns = TableColumns(model.encoder, table, dtype)
@@ -68,7 +69,7 @@ def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
         "manifest_sha256": run.store.manifest.sha256,
         "lanes": run.order.lanes,
     }
-    return Learner(module, engine, optimizer, facts)
+    return Learner(module, table, engine, optimizer, facts)
 
 
 def save(run: Run, learner: Learner, state: TrainState, writer: CheckpointWriter) -> None:

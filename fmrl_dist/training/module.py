@@ -20,11 +20,9 @@ from fmrl_dist.losses.nested_cross_entropy import (
     sampled_cross_entropy,
 )
 from fmrl_dist.losses.split_catalogue import CatalogueSlice
-from fmrl_dist.losses.tiled_log_sum_exp import Rows
+from fmrl_dist.losses.tiled_log_sum_exp import RowMatrix
 from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.model.nested import matmul_linear
-
-EMBEDDED_AT_ONCE = 4096  # items
 
 
 class TrainingModule(nn.Module):
@@ -45,7 +43,7 @@ class TrainingModule(nn.Module):
     def __init__(
         self,
         model: FMRLRec,
-        columns: Rows | None,
+        columns: RowMatrix | None,
         temperatures: Sequence[float] | None,
         normalize: bool,
         loss_impl: str,
@@ -123,19 +121,6 @@ class TrainingModule(nn.Module):
             return loss(*embeddings, self.model.sizes, self.temperatures)
         assert self.temperatures is not None, "the configuration asks for them"
         return cosine_per_size(loss, embeddings, self.model.sizes, self.temperatures)
-
-    @torch.no_grad()
-    def item_embeddings(self, first: int = 0, last: int | None = None) -> Tensor:
-        """Embeddings [last - first, D] of the items from ``first`` on, to the end of the catalogue if None."""
-        assert self.columns is not None, "a streamed catalogue is never held whole"
-        projection, table = self.model.encoder.projection(), self.model.encoder.id_table
-        last = int(self.columns.shape[0]) if last is None else last
-        items = projection.new_empty(last - first, len(projection))
-        for begin in range(first, last, EMBEDDED_AT_ONCE):
-            rows = slice(begin, min(begin + EMBEDDED_AT_ONCE, last))
-            embedded = self._embed(self.columns[rows], projection, None if table is None else table[rows])
-            items[begin - first : begin - first + len(embedded)] = embedded
-        return items
 
     def _embed(self, columns: Tensor, projection: Tensor, table_rows: Tensor | None) -> Tensor:
         embeddings = matmul_linear(columns.to(projection.dtype), projection, self.matmul_dtype)

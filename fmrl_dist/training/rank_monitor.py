@@ -34,7 +34,7 @@ JUDGED_EVERY_S = 10.0
 OTHERS_S = 5.0  # for the other ranks to write where they stand, before the launcher ends them
 
 
-class Watch:
+class RankMonitor:
     """Timings and memory of this rank, gathered from all of them. Use it as a context around the steps.
 
     Args:

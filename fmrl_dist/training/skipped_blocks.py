@@ -13,10 +13,10 @@ def leave_out(run: Run, state: TrainState, damaged: list[int]) -> None:
     flags = torch.zeros(len(run.store.manifest.splits["train"]), dtype=torch.int64, device=run.runtime.device)
     flags[[*state.skipped_blocks, *damaged]] = 1
     state.skipped_blocks = run.runtime.sum(flags).nonzero().flatten().tolist()
-    run.runtime.say(describe_loss(run, state.skipped_blocks))
+    run.runtime.say(describe_lost_users(run, state.skipped_blocks))
 
 
-def describe_loss(run: Run, skipped_blocks: list[int]) -> str:
+def describe_lost_users(run: Run, skipped_blocks: list[int]) -> str:
     """How many users are lost, and which shards to mend."""
     blocks = [run.store.manifest.splits["train"][number] for number in skipped_blocks]
     shards = sorted({block.shard for block in blocks})

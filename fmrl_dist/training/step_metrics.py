@@ -11,7 +11,7 @@ from fmrl_dist.distributed.processes import Runtime
 
 
 @dataclass
-class Meter:
+class StepMetrics:
     """What has passed since the last record."""
 
     sizes: tuple[int, ...]
@@ -22,7 +22,7 @@ class Meter:
     _wait_s: float = 0.0
     _began: float = field(default_factory=time.monotonic)
 
-    def waiting(self) -> Meter:
+    def waiting(self) -> StepMetrics:
         """A context whose duration counts as waiting for data."""
         return self
 

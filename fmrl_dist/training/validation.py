@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-
+from fmrl_dist.base.progress import Progress
 from fmrl_dist.checkpoint.folder import TrainState
 from fmrl_dist.config.sections import Config
-from fmrl_dist.data.batches import evaluation_blocks
 from fmrl_dist.distributed.signals import Stopped, StopRequest
-from fmrl_dist.evaluation.catalogue import Catalogue, EmbeddedCatalogue, StreamedCatalogue
-from fmrl_dist.evaluation.histograms import count_together
+from fmrl_dist.evaluation.histograms import EvaluationProtocol, count_target_ranks
 from fmrl_dist.evaluation.metrics import metrics_from_histogram
-from fmrl_dist.evaluation.split_catalogue import SplitCatalogue, ranks_share
+from fmrl_dist.evaluation.ranker import build_ranker
 from fmrl_dist.training.learner import Learner
-from fmrl_dist.training.logbook import Logbook, Progress
-from fmrl_dist.training.module import TrainingModule
+from fmrl_dist.training.logbook import Logbook
 from fmrl_dist.training.run import Run
 
 
@@ -25,7 +21,7 @@ def note_validation(
     epoch = (state.step - 1) // run.order.steps_per_epoch
     try:
         with learner.engine.whole_weights():
-            record = validate(run, learner.module, stop)
+            record = validate(run, learner, stop)
     except Stopped:
         return False
     logbook.write({"step": state.step, "epoch": epoch, "split": "valid"} | record)
@@ -35,42 +31,25 @@ def note_validation(
     return True
 
 
-def validate(run: Run, module: TrainingModule, stop: StopRequest) -> dict[str, float]:
+def validate(run: Run, learner: Learner, stop: StopRequest) -> dict[str, float]:
     """Metrics of every size on the validation users: ``ndcg@10@512`` and so on.
 
+    In evaluation mode everything is float32: the figures are those of ``fmrl_dist.evaluate --split valid``.
+
     Raises:
-        Stopped: a signal came amid it.
+        Stopped: a signal came before it was done.
     """
-    config, runtime = run.config, run.runtime
+    module = learner.module
     module.eval()
-    with torch.no_grad():
-        catalogue = ranked_catalogue(run, module)
-        blocks = evaluation_blocks(
-            run.store,
-            "valid",
-            config.data.max_length,
-            runtime.my_share(len(run.store.manifest.splits["valid"])),
-            config.eval.users,
-            catalogue.inline_dims,
-        )
-        histograms = count_together(runtime, module.model, catalogue, blocks, False, config.loss.normalize, stop)
+    ranker = build_ranker(module.model, run.config, run.store, learner.table, run.runtime)
+    protocol = EvaluationProtocol(run.store, "valid", mask_seen=False, num_users=run.config.eval.users)
+    histograms = count_target_ranks(ranker, protocol, run.runtime, stop)
     module.train()
     return {
         f"{metric}@{size}": value
         for size, histogram in zip(module.model.sizes, histograms, strict=True)
         for metric, value in metrics_from_histogram(histogram).items()
     }
-
-
-def ranked_catalogue(run: Run, module: TrainingModule) -> Catalogue:
-    """All items as they are now, to validate on."""
-    encoder = module.model.encoder
-    if run.inline:
-        return StreamedCatalogue(encoder, run.store, encoder.feature_dims)
-    num_items = run.store.manifest.num_items
-    if not ranks_share(num_items, module.model.width, run.runtime.world_size, module.part is not None):
-        return EmbeddedCatalogue(module.item_embeddings())
-    return SplitCatalogue.embed(run.runtime.rank, run.runtime.world_size, num_items, module.item_embeddings)
 
 
 def update_early_stopping(config: Config, state: TrainState, record: dict[str, float]) -> None:

@@ -10,9 +10,7 @@ best.yaml               in the end: the config with the best values
 
 from __future__ import annotations
 
-import fcntl
 import os
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +19,8 @@ from typing import Any
 import yaml
 
 from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.base.files import write_atomically
+from fmrl_dist.base.locks import lock_file
 from launch.sweeps.space import Space, overrides, read_space
 from launch.sweeps.study import JOURNAL, Study, Trial
 
@@ -50,8 +50,8 @@ def prepare_folder(folder: Path, space: Space) -> Space:
         if changed := _first_difference("", {"space": known, "base": known_base}, now):
             raise UserError(f"{folder} holds a sweep with another {changed}; restore it, or choose another --folder")
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder / BASE, yaml.safe_dump(base, sort_keys=False))
-    write(folder / SPACE, yaml.safe_dump(frozen, sort_keys=False))
+    write_atomically(folder / BASE, yaml.safe_dump(base, sort_keys=False).encode())
+    write_atomically(folder / SPACE, yaml.safe_dump(frozen, sort_keys=False).encode())
     return read_space(folder / SPACE)
 
 
@@ -97,31 +97,15 @@ def worker_lock(folder: Path, worker: int, patience_s: float) -> Iterator[int]:
     """
     descriptor = os.open(folder / f"worker-{worker}.lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        deadline = time.monotonic() + patience_s
-        while not _try_lock(descriptor):
-            require(
-                time.monotonic() < deadline,
-                f"worker {worker} of {folder} is at work, or what it trains is; wait for it (--status), or end it",
-            )
-            time.sleep(LOCK_POLL_S)
+        try:
+            lock_file(descriptor, patience_s, poll_s=LOCK_POLL_S)
+        except TimeoutError:
+            raise UserError(
+                f"worker {worker} of {folder} is running, or what it trains is; wait for it (--status), or end it"
+            ) from None
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text)
-    aside.replace(path)
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _first_difference(where: str, before: Any, now: Any) -> str:

@@ -23,8 +23,9 @@ from pathlib import Path
 from types import FrameType
 
 from fmrl_dist.base.errors import run_command
+from fmrl_dist.base.files import write_atomically
 from fmrl_dist.config.command_line import CommandParser
-from launch.sweeps.folder import open_folder, run_of, stopped_file, training_words, worker_lock, write
+from launch.sweeps.folder import open_folder, run_of, stopped_file, training_words, worker_lock
 from launch.sweeps.space import metric_of
 from launch.sweeps.study import Study, Trial
 
@@ -162,7 +163,7 @@ def main(argv: list[str]) -> None:
     try:
         work(arguments.folder, arguments.worker, arguments.launcher, Signals())
     except Stopped as stopped:
-        write(stopped_file(arguments.folder, arguments.worker), f"{stopped}\n".removeprefix("SIG"))
+        write_atomically(stopped_file(arguments.folder, arguments.worker), f"{stopped}\n".removeprefix("SIG").encode())
         print("stopped by a signal; the trial goes on when its worker is started again", flush=True)
 
 

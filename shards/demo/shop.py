@@ -100,7 +100,7 @@ class Attributes:
 
 
 @dataclass(frozen=True)
-class Histories:
+class DemoHistories:
     """Whole histories, oldest event first; one array a user."""
 
     items: list[NDArray[np.int64]]  # rows of the item table
@@ -141,7 +141,7 @@ def hue_transitions() -> NDArray[np.float64]:
     return 1.0 + (SAME_HUE_WEIGHT - 1) * identity + (NEXT_HUE_WEIGHT - 1) * np.roll(identity, 1, axis=1)
 
 
-def make_histories(attributes: Attributes, users: int, seed: int) -> Histories:
+def make_histories(attributes: Attributes, users: int, seed: int) -> DemoHistories:
     """Draw ``users`` histories of 5 to 40 items (mean about 11), never more than half of the catalogue."""
     rng = np.random.default_rng([seed, 2])
     longest = min(MAX_EVENTS, len(attributes.leaf) // 2)
@@ -152,7 +152,7 @@ def make_histories(attributes: Attributes, users: int, seed: int) -> Histories:
         items += _draw_items(attributes, transitions, lengths[first : first + USERS_AT_ONCE], rng)
     gaps = [rng.exponential(MEAN_GAP_S, size=n).astype(np.int64) + 1 for n in lengths]
     starts = FIRST_TIME_S + rng.integers(START_SPAN_S, size=users)
-    return Histories(items, [start + np.cumsum(gap) for start, gap in zip(starts, gaps, strict=True)])
+    return DemoHistories(items, [start + np.cumsum(gap) for start, gap in zip(starts, gaps, strict=True)])
 
 
 def _draw_items(
@@ -238,7 +238,7 @@ def draw_image(hue: int, motif: str, rng: np.random.Generator) -> bytes:
     return encoded.getvalue()
 
 
-def sequence_table(histories: Histories, ids: list[str]) -> pa.Table:
+def sequence_table(histories: DemoHistories, ids: list[str]) -> pa.Table:
     """``user_id, item_ids, timestamps``, one row a user, oldest event first."""
     users = [f"user-{row:06d}" for row in range(len(histories.items))]
     item_ids = [[ids[row] for row in rows.tolist()] for rows in histories.items]

@@ -24,12 +24,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.base.progress import Progress
 from fmrl_dist.config.features import OpenClipFeature
 from shards.encoders.compute import Compute, choose_compute
 from shards.encoders.encoding import Encoded, EncodedBlocks
 from shards.encoders.images import ImageTable, decode_image, describe_unused, read_image
 from shards.encoders.open_clip_model import ImageModel, find_model, load_tower, make_transform
-from shards.encoders.progress import Progress
 from shards.tables.tables import ItemIds
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -151,14 +151,14 @@ def _encode_blocks(
         multiprocessing_context="spawn" if config.workers else None,
         worker_init_fn=partial(_end_with_parent, os.getpid()),
     )
-    progress = Progress(name, "image", num_rows, num_rows - num_left)
+    progress = Progress("image", num_rows, num_rows - num_left, name=name)
     for block, batches in itertools.groupby(loader, key=lambda batch: batch.block):
         items, rows, num_failed = [], [], 0
         for batch in batches:
             items.append(batch.items.numpy())
             rows.append(_encode(name, tower, compute, batch.pixels, model.dim))
             num_failed += batch.num_failed
-            progress.update(batch.num_rows)
+            progress.advance(batch.num_rows)
         block_items, first = np.unique(np.concatenate(items), return_index=True)
         blocks.save(block, block_items, np.concatenate(rows)[first], num_failed)
     progress.close()

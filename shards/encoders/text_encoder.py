@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.base.progress import Progress
 from fmrl_dist.config.features import TransformersFeature
 from shards.encoders.compute import Compute, choose_compute
 from shards.encoders.encoding import Encoded, EncodedBlocks
 from shards.encoders.model_folder import find_model
-from shards.encoders.progress import Progress
 from shards.encoders.torchvision_import import make_torchvision_importable
 
 BLOCK_ITEMS = 1024  # a minute or so of BGE-large on a CPU core is lost at most; a GPU writes a file a second
@@ -98,11 +98,11 @@ def encode_texts(
     if done:
         num_done = blocks.num_blocks - len(missing)
         print(f"feature {name!r}: {num_done} of {blocks.num_blocks} blocks were done before", flush=True)
-    progress = Progress(name, "item", len(order), done)
+    progress = Progress("item", len(order), done, name=name)
     for block in missing:
         ids = _block(order, block)
         blocks.save(block, ids, encoder.encode([texts[i] for i in ids]))
-        progress.update(len(ids))
+        progress.advance(len(ids))
     progress.close()
     rows, present = blocks.gather(len(texts), encoder.dim)
     return Encoded(rows, present, described, encoder.revision)

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fmrl_dist.base.errors import UserError
-from fmrl_dist.config.sections import SequenceTable
+from fmrl_dist.config.sections import SequenceTableConfig
 from shards.tables.tables import ItemIds, as_ids, iter_table, read_table
 from shards.tables.writer import BlockWriter
 
@@ -36,7 +36,7 @@ class Histories:
     times: np.ndarray | None  # int64 [events], Unix seconds where the table has timestamps
 
 
-def read_histories(path: Path, table: SequenceTable, ids: ItemIds) -> Iterator[Histories]:
+def read_histories(path: Path, table: SequenceTableConfig, ids: ItemIds) -> Iterator[Histories]:
     """All histories of the table, users in order of their (first) row.
 
     Raises:
@@ -59,7 +59,7 @@ def read_histories(path: Path, table: SequenceTable, ids: ItemIds) -> Iterator[H
         yield Histories(as_ids(batch[table.user], f"column {table.user!r} of {path}"), starts, items, times)
 
 
-def _read_interactions(path: Path, table: SequenceTable, ids: ItemIds) -> Histories:
+def _read_interactions(path: Path, table: SequenceTableConfig, ids: ItemIds) -> Histories:
     columns = [table.user, table.items, *([table.times] if table.times else [])]
     events = read_table(path, columns, text=[table.items])
     users = as_ids(events[table.user], f"column {table.user!r} of {path}").dictionary_encode()

@@ -24,7 +24,7 @@ from fmrl_dist.checkpoint.export_folder import FILES, ITEMS_FILE, Origin, Recomm
 from fmrl_dist.checkpoint.folder import load_checkpoint
 from fmrl_dist.checkpoint.restore import build_recommender
 from fmrl_dist.config.loading import config_from_dict, load_config
-from fmrl_dist.data.batches import RankingBlock, evaluation_blocks
+from fmrl_dist.data.batches import EvaluationBlock, evaluation_blocks
 from fmrl_dist.data.item_table import load_item_table
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.evaluation.metrics import CUTOFF
@@ -124,7 +124,7 @@ def test_ranks_are_those_of_the_large_model(shop: Path, tmp_path: Path, words: t
 
 
 @torch.no_grad()
-def assert_same_ranks(large: Recommender, small: Recommender, block: RankingBlock) -> None:
+def assert_same_ranks(large: Recommender, small: Recommender, block: EvaluationBlock) -> None:
     """Scores equal to 1e-6 of what they add up, and ranks but for others' scores as near as that to the target's."""
     z, z_small = (
         r.model(r.items[block.items], block.starts, block.from_start)[block.starts[1:] - 1] for r in (large, small)
@@ -176,7 +176,7 @@ def test_an_export_of_any_model_ranks_as_it(case: tuple[FMRLRec, int, int], leng
     assert_same_recommender(found, small)
     events = torch.randint(num_items, (sum(lengths),))
     starts = torch.tensor([0, *itertools.accumulate(lengths)])
-    block = RankingBlock(
+    block = EvaluationBlock(
         users=torch.arange(len(lengths)),
         items=events,
         starts=starts,

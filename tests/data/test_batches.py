@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fmrl_dist.data.batches import Packed, RankingBlock, evaluation_blocks
+from fmrl_dist.data.batches import EvaluationBlock, Packed, evaluation_blocks
 from fmrl_dist.data.order import Order
 from fmrl_dist.data.store.manifest import Block
 from fmrl_dist.data.store.reader import Store
@@ -150,8 +150,8 @@ def test_a_resumed_rank_reads_the_windows_of_its_users_only(
         stream = TrainStream(store, order, 50, "last", True)
         for step in steps:
             stream.batch(epoch, step, mine)
-    windows = {window for step in steps for lane in mine for window, _, _ in order.spans(epoch, step, lane)}
-    needed = {int(block) for window in windows for block, _ in order.window(epoch, window)}
+    pools = {pool for step in steps for lane in mine for pool, _, _ in order.spans(epoch, step, lane)}
+    needed = {int(block) for pool in pools for block, _ in order.pool(epoch, pool)}
     assert {blocks.index(block) for block in read} == needed
     assert len(read) <= len(mine) * len(blocks)
 
@@ -255,7 +255,7 @@ class Ranked:
     seen: list[int]
 
 
-def ranked_users(blocks: list[RankingBlock]) -> dict[int, Ranked]:
+def ranked_users(blocks: list[EvaluationBlock]) -> dict[int, Ranked]:
     found: dict[int, Ranked] = {}
     for block in blocks:
         assert_types(block)
@@ -324,5 +324,5 @@ def test_a_block_without_chosen_users_is_empty(store: Store) -> None:
 def test_moving_a_batch_keeps_its_kind(store: Store) -> None:
     block = next(evaluation_blocks(store, "test", 50, [0]))
     moved = block.to(torch.device("meta"))
-    assert type(moved) is RankingBlock
+    assert type(moved) is EvaluationBlock
     assert {t.device.type for t in (moved.users, moved.items, moved.seen, moved.seen_starts)} == {"meta"}

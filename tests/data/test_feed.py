@@ -51,7 +51,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_stream(config: Config, access: StoreConfig | None = None, skipped: Sequence[int] = ()) -> TrainStream:
     store = Store.open(config.store.path, access)
     counts = [block.count for block in store.manifest.splits["train"]]
-    order = Order(counts, config.train.batch_size, config.train.num_lanes, config.train.seed, window_blocks=3)
+    order = Order(counts, config.train.batch_size, config.train.num_lanes, config.train.seed, pool_blocks=3)
     sampler, shared = make_sampler(config, store), config.loss.scope == "batch"
     return TrainStream(store, order, 4, "all", True, sampler, shared, skipped)
 
@@ -123,7 +123,7 @@ def test_beginning_in_the_middle_reads_no_more_blocks(shop: Path, monkeypatch: p
     windows = {window for step in (2, 3) for window, _, _ in stream.order.spans(1, step, 5)}
     assert sorted(block.offset for block in was_read) == sorted(
         Store.open(load_config(shop).store.path).manifest.splits["train"][number].offset
-        for number in {int(number) for window in windows for number in stream.order.window(1, window)[:, 0]}
+        for number in {int(number) for window in windows for number in stream.order.pool(1, window)[:, 0]}
     )
 
 

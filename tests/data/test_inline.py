@@ -39,7 +39,7 @@ from fmrl_dist.data.train_stream import TrainStream
 from fmrl_dist.distributed.processes import start_runtime
 from fmrl_dist.distributed.signals import StopRequest
 from fmrl_dist.evaluation.catalogue import EmbeddedCatalogue, StreamedCatalogue
-from fmrl_dist.evaluation.histograms import rank_histograms
+from fmrl_dist.evaluation.histograms import target_rank_histograms
 from fmrl_dist.evaluation.ranker import build_ranker
 from fmrl_dist.training.build_model import build_inline_model, build_model
 from fmrl_dist.training.checks import check_inline
@@ -251,7 +251,7 @@ def loaded(shop: Path, kind: str, scope: str, *words: str) -> Config:
 
 def streams(config: Config, store: Store, predict_first: bool = True) -> tuple[TrainStream, TrainStream]:
     """The inline stream, and one over a table, with the same negatives."""
-    order = Order([block.count for block in store.manifest.splits["train"]], 16, 16, 0, window_blocks=3)
+    order = Order([block.count for block in store.manifest.splits["train"]], 16, 16, 0, pool_blocks=3)
     sampler = make_sampler(config, store)
     assert sampler is not None
     walk = ItemWalk(store, DIMS, sampler.num_drawn, 0)
@@ -338,9 +338,9 @@ def test_ranking_a_stream_is_ranking_a_table(mask_seen: bool, users_at_once: int
         embedded = EmbeddedCatalogue(model.encoder(features, table.present))
     streamed = StreamedCatalogue(model.encoder, store, DIMS, users_at_once)
     numbers = range(len(store.manifest.splits["test"]))
-    expected = rank_histograms(model, embedded, evaluation_blocks(store, "test", 4, numbers), mask_seen)
+    expected = target_rank_histograms(model, embedded, evaluation_blocks(store, "test", 4, numbers), mask_seen)
     blocks = evaluation_blocks(store, "test", 4, numbers, inline_dims=DIMS)
-    assert torch.equal(rank_histograms(model, streamed, blocks, mask_seen), expected)
+    assert torch.equal(target_rank_histograms(model, streamed, blocks, mask_seen), expected)
     assert expected.sum() == len(model.sizes) * sum(block.count for block in store.manifest.splits["test"])
 
 
@@ -358,7 +358,9 @@ def test_a_signal_ends_a_pass_over_the_items(shop: Path, store: Store, monkeypat
 
     monkeypatch.setattr(Store, "read_block", read_block)
     with StopRequest() as stop:
-        rank_histograms(model, StreamedCatalogue(model.encoder, store, DIMS), users, False, until=stop.until_told)
+        target_rank_histograms(
+            model, StreamedCatalogue(model.encoder, store, DIMS), users, False, until=stop.until_told
+        )
     assert stop.cut_short and len(reads) == 2 < len(store.manifest.items)
 
 

@@ -13,8 +13,8 @@ Pairs = list[tuple[int, int]]
 
 lanes_and_batches = st.tuples(st.integers(1, 8), st.integers(1, 4)).map(lambda pair: (pair[0], pair[0] * pair[1]))
 small_counts = st.lists(st.integers(0, 9), min_size=1, max_size=12)
-WINDOW_BLOCKS = 64  # the default
-many_blocks = st.lists(st.integers(0, 3), min_size=2 * WINDOW_BLOCKS, max_size=3 * WINDOW_BLOCKS)
+POOL_BLOCKS = 64  # the default
+many_blocks = st.lists(st.integers(0, 3), min_size=2 * POOL_BLOCKS, max_size=3 * POOL_BLOCKS)
 counts = (small_counts | many_blocks).filter(lambda values: sum(values) > 0)
 seeds = st.integers(0, 2**40)
 epochs = st.integers(0, 500)
@@ -110,7 +110,7 @@ def test_a_batch_depends_on_epoch_and_step_alone(
         np.testing.assert_array_equal(order.batch(epoch, step, lane), fresh.batch(epoch, step, lane), strict=True)
 
 
-@pytest.mark.parametrize("block_counts", [[40], [5] * 8, [1] * (WINDOW_BLOCKS + 1)], ids=["one", "some", "windows"])
+@pytest.mark.parametrize("block_counts", [[40], [5] * 8, [1] * (POOL_BLOCKS + 1)], ids=["one", "some", "pools"])
 def test_epochs_and_seeds_have_orders_of_their_own(block_counts: list[int]) -> None:
     orders = {tuple(permutation(block_counts, seed, epoch)) for seed in range(5) for epoch in range(5)}
     assert len(orders) == 25
@@ -129,7 +129,7 @@ def test_the_length_is_known_beforehand(block_counts: list[int], shape: tuple[in
 
 
 @settings(max_examples=50)
-@given(st.integers(8, WINDOW_BLOCKS), seeds, epochs)
+@given(st.integers(8, POOL_BLOCKS), seeds, epochs)
 def test_users_and_blocks_are_shuffled_by_streams_of_their_own(num_blocks: int, seed: int, epoch: int) -> None:
     """With one user a block, users shuffled as the blocks were would stand in the square of the blocks' permutation."""
     order = Order([1] * num_blocks, num_blocks, 1, seed)
@@ -137,18 +137,16 @@ def test_users_and_blocks_are_shuffled_by_streams_of_their_own(num_blocks: int, 
     assert order.batch(epoch, 0, 0)[:, 0].tolist() != blocks[blocks].tolist()
 
 
-def test_a_window_holds_whole_blocks_and_mixes_their_users() -> None:
-    """So a reader needs at most WINDOW_BLOCKS blocks for a lane at a time, and yet block mates are spread."""
-    num_blocks, per_block = 2 * WINDOW_BLOCKS + 5, 7
+def test_a_pool_holds_whole_blocks_and_mixes_their_users() -> None:
+    """So a reader needs at most POOL_BLOCKS blocks for a lane at a time, and yet block mates are spread."""
+    num_blocks, per_block = 2 * POOL_BLOCKS + 5, 7
     blocks = np.array(permutation([per_block] * num_blocks, seed=3, epoch=1))[:, 0]
-    windows = [
-        blocks[low : low + WINDOW_BLOCKS * per_block] for low in range(0, len(blocks), WINDOW_BLOCKS * per_block)
-    ]
-    assert [len(np.unique(window)) for window in windows] == [WINDOW_BLOCKS, WINDOW_BLOCKS, 5]
-    first = set(windows[0].tolist())
-    assert first != set(range(WINDOW_BLOCKS))  # the blocks themselves are shuffled
+    pools = [blocks[low : low + POOL_BLOCKS * per_block] for low in range(0, len(blocks), POOL_BLOCKS * per_block)]
+    assert [len(np.unique(pool)) for pool in pools] == [POOL_BLOCKS, POOL_BLOCKS, 5]
+    first = set(pools[0].tolist())
+    assert first != set(range(POOL_BLOCKS))  # the blocks themselves are shuffled
     # Among n blocks two neighbours share theirs with probability 1/n: 7 of 448 here, 384 if blocks were read in turn.
-    assert (windows[0][1:] == windows[0][:-1]).sum() < 25
+    assert (pools[0][1:] == pools[0][:-1]).sum() < 25
 
 
 def test_every_user_comes_first_equally_often() -> None:

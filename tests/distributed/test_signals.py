@@ -142,7 +142,7 @@ def tell_amid_evaluation(module: str, told: Sequence[int], patch: pytest.MonkeyP
     """Have the ranks ``told`` send themselves USR1 as they begin to read users for ``module``."""
     blocks = batches.evaluation_blocks
 
-    def tell(*words: Any, **more: Any) -> Iterator[batches.RankingBlock]:
+    def tell(*words: Any, **more: Any) -> Iterator[batches.EvaluationBlock]:
         if (dist.get_rank() if dist.is_initialized() else 0) in told:
             os.kill(os.getpid(), signal.SIGUSR1)
         return blocks(*words, **more)

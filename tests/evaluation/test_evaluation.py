@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fmrl_dist.data.batches import RankingBlock
+from fmrl_dist.data.batches import EvaluationBlock
 from fmrl_dist.evaluation.catalogue import TILE_ITEMS, EmbeddedCatalogue
-from fmrl_dist.evaluation.histograms import rank_histograms
+from fmrl_dist.evaluation.histograms import target_rank_histograms
 from fmrl_dist.evaluation.metrics import CUTOFF, metrics_from_histogram
 from fmrl_dist.evaluation.target_ranks import GROUPED, TOP
 from fmrl_dist.model.fmrlrec import FMRLRec
@@ -36,7 +36,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def make_block(histories: Sequence[Sequence[int]], targets: Sequence[int], max_length: int = 50) -> RankingBlock:
+def make_block(histories: Sequence[Sequence[int]], targets: Sequence[int], max_length: int = 50) -> EvaluationBlock:
     cut = [history[-max_length:] for history in histories]
 
     def pack(lists: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -45,7 +45,7 @@ def make_block(histories: Sequence[Sequence[int]], targets: Sequence[int], max_l
 
     items, starts = pack(cut)
     seen, seen_starts = pack(histories)
-    return RankingBlock(
+    return EvaluationBlock(
         users=torch.arange(len(histories)),
         items=items,
         starts=starts,
@@ -273,7 +273,7 @@ def test_histograms_equal_a_loop_over_users(model: FMRLRec, embeddings: Tensor, 
         for rank in ranks:
             expected[j, int(2 * rank) if rank <= CUTOFF else 0] += 1
     blocks = [make_block(histories[low : low + 9], targets[low : low + 9], max_length=5) for low in range(0, 40, 9)]
-    found = rank_histograms(model, EmbeddedCatalogue(embeddings), blocks, mask_seen)
+    found = target_rank_histograms(model, EmbeddedCatalogue(embeddings), blocks, mask_seen)
     assert found.dtype == torch.int64
     np.testing.assert_array_equal(found.numpy(), expected)
     assert found.sum(1).tolist() == [40] * len(SIZES)
@@ -298,23 +298,25 @@ def test_any_split_of_the_users_sums_to_the_whole(
     """Blocks of any sizes, some empty, dealt to any number of ranks."""
     histories, targets = users
     catalogue = EmbeddedCatalogue(embeddings)
-    whole = rank_histograms(model, catalogue, [make_block(histories, targets)], mask_seen=True)
+    whole = target_rank_histograms(model, catalogue, [make_block(histories, targets)], mask_seen=True)
     edges = [0, *sorted(cuts), 30]
     blocks = [
         make_block(histories[low:high], targets[low:high]) for low, high in zip(edges[:-1], edges[1:], strict=True)
     ]
-    parts = [rank_histograms(model, catalogue, blocks[rank::world_size], mask_seen=True) for rank in range(world_size)]
+    parts = [
+        target_rank_histograms(model, catalogue, blocks[rank::world_size], mask_seen=True) for rank in range(world_size)
+    ]
     assert torch.equal(torch.stack(parts).sum(0), whole)
 
 
 def test_no_blocks_count_nobody(model: FMRLRec, embeddings: Tensor) -> None:
-    found = rank_histograms(model, EmbeddedCatalogue(embeddings), [], mask_seen=False)
+    found = target_rank_histograms(model, EmbeddedCatalogue(embeddings), [], mask_seen=False)
     assert torch.equal(found, torch.zeros(len(SIZES), 2 * CUTOFF + 1, dtype=torch.int64))
 
 
 def test_a_model_that_returns_nan_has_no_hits(model: FMRLRec, embeddings: Tensor) -> None:
     histories, targets = random_users(6, NUM_ITEMS, seed=7)
-    found = rank_histograms(
+    found = target_rank_histograms(
         model, EmbeddedCatalogue(embeddings * torch.nan), [make_block(histories, targets)], mask_seen=False
     )
     assert found[:, 0].tolist() == [6] * len(SIZES)

@@ -21,7 +21,7 @@ from fmrl_dist.checkpoint.folder import load_checkpoint
 from fmrl_dist.config.loading import load_config
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.evaluation.metrics import CUTOFF
-from fmrl_dist.evaluation.parts import Evaluated, Means, Part, join_parts, write_part
+from fmrl_dist.evaluation.parts import ComputeSetting, EvaluationIdentity, Part, join_parts, write_part
 from tests.fixtures.processes import run_processes
 from tests.fixtures.training import contents, evaluation, make_shop, refusal, run_here, train_here
 
@@ -217,15 +217,15 @@ def test_part_with_other_threads(run: Path, parts: Path) -> None:
 
 
 def test_part_on_another_device(tmp_path: Path) -> None:
-    for number, means in enumerate((MEANS, Means(1, "cuda")), 1):
-        write_part(tmp_path, Part(number, 2), EVALUATED, means, torch.zeros(2, 2 * CUTOFF + 1, dtype=torch.int64))
+    for number, setting in enumerate((MEANS, ComputeSetting(1, "cuda")), 1):
+        write_part(tmp_path, Part(number, 2), EVALUATED, setting, torch.zeros(2, 2 * CUTOFF + 1, dtype=torch.int64))
     problem = r"2-of-2\.json was evaluated with 1 thread\(s\) on cuda, part 1/2 with 1 thread\(s\) on cpu"
     with pytest.raises(UserError, match=problem):
         join_parts(tmp_path, EVALUATED)
 
 
-MEANS = Means(1, "cpu")
-EVALUATED = Evaluated("c" * 64, "m" * 64, "test", False, [4, 8], users=60)
+MEANS = ComputeSetting(1, "cpu")
+EVALUATED = EvaluationIdentity("c" * 64, "m" * 64, "test", False, [4, 8], users=60)
 
 
 @pytest.mark.parametrize(

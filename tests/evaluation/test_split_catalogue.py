@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fmrl_dist.data.batches import RankingBlock
+from fmrl_dist.data.batches import EvaluationBlock
 from fmrl_dist.evaluation.catalogue import TILE_ITEMS, EmbeddedCatalogue
-from fmrl_dist.evaluation.histograms import rank_histograms
+from fmrl_dist.evaluation.histograms import target_rank_histograms
 from fmrl_dist.evaluation.metrics import metrics_from_histogram
 from fmrl_dist.evaluation.split_catalogue import SplitCatalogue, tile_bounds
 from fmrl_dist.model.fmrlrec import FMRLRec
@@ -42,7 +42,7 @@ def embed(num_items: int) -> Tensor:
     return items
 
 
-def make_blocks(num_items: int) -> list[RankingBlock]:
+def make_blocks(num_items: int) -> list[EvaluationBlock]:
     """Users whose targets are among their best items, others' are not; some blocks have no users."""
     histories, targets = random_users(sum(USERS_OF_BLOCKS), num_items, seed=3)
     items, model = embed(num_items).nan_to_num(), make_model()
@@ -63,7 +63,7 @@ def histograms(case: str) -> list[list[int]]:
     catalogue = SplitCatalogue.embed(rank, num_ranks, num_items, lambda first, last: items[first:last])
     mine = make_blocks(num_items)[rank::num_ranks]
     mine = mine if rank else mine[:1]  # one rank has far fewer than the others
-    found = rank_histograms(make_model(), catalogue, mine, mask_seen, normalize)
+    found = target_rank_histograms(make_model(), catalogue, mine, mask_seen, normalize)
     dist.all_reduce(found)
     assert len(catalogue.items) <= -(-num_items // TILE_ITEMS // num_ranks) * TILE_ITEMS + TILE_ITEMS
     return found.tolist()
@@ -79,7 +79,7 @@ def test_histograms_are_those_of_one_process(num_ranks: int, case: str) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        expected = rank_histograms(make_model(), EmbeddedCatalogue(embed(num_items)), kept, mask_seen, normalize)
+        expected = target_rank_histograms(make_model(), EmbeddedCatalogue(embed(num_items)), kept, mask_seen, normalize)
     finally:
         torch.set_num_threads(threads)
     assert 0.1 < metrics_from_histogram(expected[-1])["recall@10"] < 0.9

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fmrl_dist.model.fmrlrec import LRU, Block, FeedForward, FMRLRec, ItemEncoder
+from fmrl_dist.model.fmrlrec import LRU, FeedForward, FMRLRec, ItemEncoder, ResidualBlock
 from tests.fixtures.numerics import assert_relatively_close
 
 NUM_ITEMS = 11
@@ -296,7 +296,7 @@ def silence_blocks(model: FMRLRec) -> None:
     """Make every block the identity."""
     with torch.no_grad():
         for block in model.blocks:
-            assert isinstance(block, Block)
+            assert isinstance(block, ResidualBlock)
             for parameter in (block.lru.C, block.lru.c, block.ffn.w_2.weight, block.ffn.w_2.bias):
                 parameter.zero_()
 
@@ -327,7 +327,7 @@ def test_input_embeddings_and_start_rows_are_dropped() -> None:
 
 
 def test_the_lrus_output_is_dropped_at_its_own_rate() -> None:
-    block = Block(SIZES, dropout=0.0, lru_dropout=0.3, r_min=0.0, r_max=0.1, matmul_dtype=None).double()
+    block = ResidualBlock(SIZES, dropout=0.0, lru_dropout=0.3, r_min=0.0, r_max=0.1, matmul_dtype=None).double()
     with torch.no_grad():
         block.ffn.w_2.weight.zero_()
         block.ffn.w_2.bias.zero_()
@@ -411,7 +411,7 @@ def test_a_bfloat16_model_stays_close_to_its_float32_self() -> None:
         assert (found - right).norm() <= 2e-2 * right.norm(), name
         assert not torch.equal(found, right) or name == "encoder.stand_ins", name  # it did round
     for block, rounded_block in zip(exact.blocks, rounded.blocks, strict=True):
-        assert isinstance(block, Block) and isinstance(rounded_block, Block)
+        assert isinstance(block, ResidualBlock) and isinstance(rounded_block, ResidualBlock)
         assert torch.equal(rounded_block.lru.decay(), block.lru.decay())  # float32 whatever the products' dtype
     dtypes = [module.matmul_dtype for module in rounded.truncate(8).modules() if hasattr(module, "matmul_dtype")]
     assert set(dtypes) == {torch.bfloat16}

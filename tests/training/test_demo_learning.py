@@ -19,11 +19,11 @@ import torch
 from fmrl_dist.checkpoint.folder import load_checkpoint
 from fmrl_dist.checkpoint.restore import embed_catalogue, load_catalogue_table, restore_model
 from fmrl_dist.config.loading import DEMO_CONFIG, config_from_dict, load_config
-from fmrl_dist.data.batches import RankingBlock, evaluation_blocks
+from fmrl_dist.data.batches import EvaluationBlock, evaluation_blocks
 from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.evaluation.catalogue import EmbeddedCatalogue
-from fmrl_dist.evaluation.histograms import rank_histograms
+from fmrl_dist.evaluation.histograms import target_rank_histograms
 from fmrl_dist.evaluation.metrics import CUTOFF, metrics_from_histogram
 from shards.build import build
 from tests.fixtures.training import evaluation, train_here
@@ -57,7 +57,7 @@ def store(demo: list[str]) -> Store:
     return Store.open(demo[-1])
 
 
-def ranking_blocks(store: Store) -> Iterator[RankingBlock]:
+def ranking_blocks(store: Store) -> Iterator[EvaluationBlock]:
     return evaluation_blocks(store, "test", 50, range(len(store.manifest.splits["test"])))
 
 
@@ -97,14 +97,16 @@ def test_order_matters(store: Store, from_features: Path) -> None:
     model = restore_model(config_from_dict(checkpoint.config).model, checkpoint).eval()
     items = embed_catalogue(model, table, torch.device("cpu"))
     in_order, shuffled = (
-        metrics_from_histogram(rank_histograms(model, EmbeddedCatalogue(items), blocks, mask_seen=False)[-1])["ndcg@10"]
+        metrics_from_histogram(target_rank_histograms(model, EmbeddedCatalogue(items), blocks, mask_seen=False)[-1])[
+            "ndcg@10"
+        ]
         for blocks in (ranking_blocks(store), map(shuffle_histories, ranking_blocks(store)))
     )
     assert in_order == evaluation(from_features)["sizes"]["32"]["ndcg@10"]
     assert shuffled < 0.7 * in_order
 
 
-def shuffle_histories(block: RankingBlock) -> RankingBlock:
+def shuffle_histories(block: EvaluationBlock) -> EvaluationBlock:
     """The block with each history's events in random order."""
     generator = np.random.default_rng(0)
     histories = [generator.permutation(history) for history in np.split(block.items.numpy(), block.starts[1:-1])]

@@ -12,7 +12,6 @@ them. Cost: one hash per read; one lock and two small writes per new range; a li
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import time
@@ -22,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fmrl_dist.base.errors import UserError
+from fmrl_dist.base.locks import lock_file
 from fmrl_dist.data.store.files import checked_range
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -93,15 +93,7 @@ class RangeCache:
         """Descriptor of the file that holds the total, locked for all other processes and threads."""
         descriptor = os.open(self._total_file, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            deadline = time.monotonic() + LOCK_S
-            while True:
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        raise TimeoutError(f"locked by another process for {LOCK_S:.0f} s") from None
-                    time.sleep(0.01)
+            lock_file(descriptor, patience_s=LOCK_S, poll_s=0.01)
             yield descriptor
         finally:
             os.close(descriptor)  # and so unlocks it

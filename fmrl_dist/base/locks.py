@@ -1,0 +1,43 @@
+"""Locks on files, which the kernel (or a file server) takes back however their process ends."""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Callable
+
+
+def lock_file(
+    descriptor: int,
+    patience_s: float,
+    poll_s: float = 0.05,
+    across_machines: bool = False,
+    on_wait: Callable[[float], None] | None = None,
+) -> None:
+    """Lock an open file for this process alone; closing it unlocks it.
+
+    Args:
+        descriptor: of a file open for writing.
+        patience_s: longest wait for another process; ``math.inf`` waits for ever.
+        poll_s: between two tries.
+        across_machines: a POSIX lock, which network file systems share between machines; forked processes do not hold
+            it. Otherwise a lock of this machine, which every process that inherits the descriptor holds.
+        on_wait: called after each failed try with the seconds waited so far.
+
+    Raises:
+        TimeoutError: another process still holds the lock.
+        OSError: the file system has no locks.
+    """
+    lock = fcntl.lockf if across_machines else fcntl.flock
+    began = time.monotonic()
+    while True:
+        try:
+            lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except (BlockingIOError, PermissionError):  # both say that another process holds it
+            waited_s = time.monotonic() - began
+        if waited_s >= patience_s:
+            raise TimeoutError(f"locked by another process for {waited_s:.0f} s")
+        if on_wait is not None:
+            on_wait(waited_s)
+        time.sleep(poll_s)

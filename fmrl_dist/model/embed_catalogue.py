@@ -1,0 +1,34 @@
+"""Item embeddings of a whole catalogue, or of a run of its items, some rows at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fmrl_dist.model.fmrlrec import ItemEncoder
+
+EMBEDDED_AT_ONCE = 4096  # items
+
+
+@torch.no_grad()
+def embed_catalogue(
+    encoder: ItemEncoder, values: Tensor, present: Tensor, first: int = 0, last: int | None = None
+) -> Tensor:
+    """Embeddings of the items ``first`` … ``last - 1``, float32 [last - first, D] on the encoder's device.
+
+    Args:
+        encoder: of the model; in evaluation mode, so that products are float32.
+        values: raw features [V, F] of the whole catalogue, perhaps a mapped file.
+        present: bool [V, M], which features each item has.
+        first, last: run of items; to the end if ``last`` is None.
+    """
+    assert not encoder.training, "scoring embeddings are float32, as evaluation mode has them"
+    device = encoder.bias.device
+    last = len(values) if last is None else last
+    items = torch.empty(last - first, len(encoder.bias), device=device)
+    for begin in range(first, last, EMBEDDED_AT_ONCE):
+        end = min(begin + EMBEDDED_AT_ONCE, last)
+        there = present[begin:end].to(device)
+        features = encoder.normalize(values[begin:end].to(device), there)
+        items[begin - first : end - first] = encoder(features, there, torch.arange(begin, end, device=device))
+    return items
