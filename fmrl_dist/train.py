@@ -306,7 +306,7 @@ def describe_start(run: Run, model: torch.nn.Module, step: int) -> str:
 def load_best(folder: Path, runtime: Runtime) -> Checkpoint:
     """A run's best checkpoint, the same on all ranks."""
     for _ in range(NEW_LINK_S):
-        checkpoint = load_checkpoint(folder)
+        checkpoint = load_checkpoint(folder, with_optimizer=False)
         if runtime.have_same(checkpoint.sha256):
             break
         time.sleep(1)

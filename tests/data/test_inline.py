@@ -39,8 +39,7 @@ from fmrl_dist.data.train_stream import TrainStream
 from fmrl_dist.distributed.processes import start_runtime
 from fmrl_dist.distributed.signals import StopRequest
 from fmrl_dist.evaluation.catalogue import EmbeddedCatalogue, StreamedCatalogue
-from fmrl_dist.evaluation.histograms import target_rank_histograms
-from fmrl_dist.evaluation.ranker import build_ranker
+from fmrl_dist.evaluation.ranker import ranker_of_checkpoint
 from fmrl_dist.training.build_model import build_inline_model, build_model
 from fmrl_dist.training.checks import check_inline
 from fmrl_dist.training.item_columns import catalogue_columns
@@ -49,6 +48,7 @@ from shards.build import build
 from shards.inspect import describe
 from shards.verify import verify
 from tests.fixtures.processes import run_processes
+from tests.fixtures.ranking import histograms
 from tests.fixtures.training import (
     FEATURE_DIMS,
     NUM_ITEMS,
@@ -338,9 +338,9 @@ def test_ranking_a_stream_is_ranking_a_table(mask_seen: bool, users_at_once: int
         embedded = EmbeddedCatalogue(model.encoder(features, table.present))
     streamed = StreamedCatalogue(model.encoder, store, DIMS, users_at_once)
     numbers = range(len(store.manifest.splits["test"]))
-    expected = target_rank_histograms(model, embedded, evaluation_blocks(store, "test", 4, numbers), mask_seen)
+    expected = histograms(model, embedded, evaluation_blocks(store, "test", 4, numbers), mask_seen)
     blocks = evaluation_blocks(store, "test", 4, numbers, inline_dims=DIMS)
-    assert torch.equal(target_rank_histograms(model, streamed, blocks, mask_seen), expected)
+    assert torch.equal(histograms(model, streamed, blocks, mask_seen), expected)
     assert expected.sum() == len(model.sizes) * sum(block.count for block in store.manifest.splits["test"])
 
 
@@ -358,9 +358,7 @@ def test_a_signal_ends_a_pass_over_the_items(shop: Path, store: Store, monkeypat
 
     monkeypatch.setattr(Store, "read_block", read_block)
     with StopRequest() as stop:
-        target_rank_histograms(
-            model, StreamedCatalogue(model.encoder, store, DIMS), users, False, until=stop.until_told
-        )
+        histograms(model, StreamedCatalogue(model.encoder, store, DIMS), users, False, stop=stop)
     assert stop.cut_short and len(reads) == 2 < len(store.manifest.items)
 
 
@@ -419,7 +417,7 @@ def test_a_store_without_features_in_it_is_evaluated_by_a_table(run: Path, shop:
     other, _ = build(load_config(shop, ["--store.feature_mode", "table", "--store.path", str(tmp_path / "table")]))
     checkpoint, config = load_checkpoint(run), load_config(shop)
     assert isinstance(
-        build_ranker(checkpoint, config, other, start_runtime(1, lanes=None)).catalogue, EmbeddedCatalogue
+        ranker_of_checkpoint(checkpoint, config, other, start_runtime(1, lanes=None)).catalogue, EmbeddedCatalogue
     )
     with pytest.raises(UserError, match=r"does not carry features .* --store.feature_mode inline"):
         check_inline(config, other)

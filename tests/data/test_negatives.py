@@ -28,6 +28,7 @@ from fmrl_dist.data.order import Order
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.train_stream import TrainStream
 from fmrl_dist.losses import nested_cross_entropy as losses
+from fmrl_dist.model.embed_catalogue import embed_catalogue
 from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.training.build_model import build_model
 from fmrl_dist.training.item_columns import catalogue_columns
@@ -231,6 +232,12 @@ def test_losses_do_not_depend_on_the_number_of_ranks(kind: str, scope: str, shop
             torch.testing.assert_close(found, sums[0], rtol=1e-5, atol=1e-5)
 
 
+def item_embeddings(module: TrainingModule, store: Store) -> torch.Tensor:
+    """Scoring embeddings of the whole catalogue."""
+    table = load_item_table(store, None)
+    return embed_catalogue(module.model.encoder.eval(), table.values, table.present)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_groups_are_lanes_each_against_its_own_negatives(kind: str, shop: Path, store: Store) -> None:
     """The module's loss against the formula, group by group, in a batch of three lanes."""
@@ -240,7 +247,7 @@ def test_groups_are_lanes_each_against_its_own_negatives(kind: str, shop: Path, 
     batch = stream.batch(0, 1, [4, 5, 9])
     assert isinstance(batch, SampledBatch)
     module = make_module(shop, store)
-    items = module.item_embeddings()
+    items = item_embeddings(module, store)
     model: FMRLRec = module.model
     with torch.no_grad():
         z = model(items[batch.items], batch.starts, batch.from_start)
@@ -372,7 +379,7 @@ def test_cosine_losses_are_those_of_the_formula(shop: Path, store: Store) -> Non
     module.normalize, module.temperatures = True, (0.1, 0.2)
     order = Order([block.count for block in store.manifest.splits["train"]], 16, 16, 0)
     batch = TrainStream(store, order, 50, "last", True).batch(0, 0, range(16))
-    items = module.item_embeddings()
+    items = item_embeddings(module, store)
     z = module.model(items[batch.items], batch.starts, batch.from_start)
     expected = []
     for size, temperature in zip(module.model.sizes, (0.1, 0.2), strict=True):
