@@ -27,6 +27,7 @@ from fmrl_dist.data.negatives import NegativeSampler, make_sampler
 from fmrl_dist.data.order import Order
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.train_stream import TrainStream
+from fmrl_dist.data.windows import WindowRule
 from fmrl_dist.losses import nested_cross_entropy as losses
 from fmrl_dist.model.embed_catalogue import embed_catalogue
 from fmrl_dist.model.fmrlrec import FMRLRec
@@ -104,11 +105,11 @@ def test_popularity_is_the_train_counts_plus_one_to_the_power(store: Store) -> N
 @pytest.mark.parametrize("windows", ["last", "all"])
 def test_target_shares_are_those_of_an_epoch(store: Store, windows: str) -> None:
     order = Order([block.count for block in store.manifest.splits["train"]], 16, 16, 0)
-    stream = TrainStream(store, order, 3, windows, True)
+    stream = TrainStream(store, order, WindowRule(3, windows, True))
     counts = np.zeros(NUM_ITEMS)
     for step in range(order.steps_per_epoch):
         np.add.at(counts, stream.batch(0, step, range(16)).targets.numpy(), 1)
-    found = np.exp(target_log_shares(store, 3, windows, True))
+    found = np.exp(target_log_shares(store, WindowRule(3, windows, True)))
     np.testing.assert_allclose(found, counts / counts.sum(), rtol=1e-6)
 
 
@@ -180,7 +181,7 @@ def expected_counts(kind: str, store: Store, num_drawn: int, targets: np.ndarray
     if kind == "popularity":
         counts += num_drawn * implied_shares(popularity_table(store, 0.75))
     if kind in ("in_batch", "mixed"):
-        counts += (len(targets) - 1) * np.exp(target_log_shares(store, 50, "last", True).astype(np.float64))
+        counts += (len(targets) - 1) * np.exp(target_log_shares(store, WindowRule(50, "last", True)).astype(np.float64))
     return counts
 
 
@@ -221,7 +222,7 @@ def make_module(shop: Path, store: Store) -> TrainingModule:
 def test_losses_do_not_depend_on_the_number_of_ranks(kind: str, scope: str, shop: Path, store: Store) -> None:
     config = loaded(shop, *sampled(kind, scope))
     order = Order([block.count for block in store.manifest.splits["train"]], 16, 16, 0)
-    stream = TrainStream(store, order, 50, "last", True, make_sampler(config, store), scope == "batch")
+    stream = TrainStream(store, order, WindowRule(50, "last", True), make_sampler(config, store), scope == "batch")
     module = make_module(shop, store)
     for step in (0, order.steps_per_epoch - 1):  # in the last step most lanes are empty
         sums = []
@@ -243,7 +244,7 @@ def test_groups_are_lanes_each_against_its_own_negatives(kind: str, shop: Path, 
     """The module's loss against the formula, group by group, in a batch of three lanes."""
     order = Order([block.count for block in store.manifest.splits["train"]], 16, 16, 0)
     sampler = make_sampler(loaded(shop, *sampled(kind)), store)
-    stream = TrainStream(store, order, 50, "last", True, sampler)
+    stream = TrainStream(store, order, WindowRule(50, "last", True), sampler)
     batch = stream.batch(0, 1, [4, 5, 9])
     assert isinstance(batch, SampledBatch)
     module = make_module(shop, store)
@@ -272,7 +273,7 @@ def test_groups_are_lanes_each_against_its_own_negatives(kind: str, shop: Path, 
 
 def test_only_the_rows_of_batch_and_negatives_are_read(shop: Path, store: Store) -> None:
     order = Order([block.count for block in store.manifest.splits["train"]], 16, 16, 0)
-    stream = TrainStream(store, order, 50, "last", True, NegativeSampler(NUM_ITEMS, 2, 0))
+    stream = TrainStream(store, order, WindowRule(50, "last", True), NegativeSampler(NUM_ITEMS, 2, 0))
     batch = stream.batch(0, 0, [0])
     assert isinstance(batch, SampledBatch)
     module = make_module(shop, store)
@@ -378,7 +379,7 @@ def test_cosine_losses_are_those_of_the_formula(shop: Path, store: Store) -> Non
     module = make_module(shop, store)
     module.normalize, module.temperatures = True, (0.1, 0.2)
     order = Order([block.count for block in store.manifest.splits["train"]], 16, 16, 0)
-    batch = TrainStream(store, order, 50, "last", True).batch(0, 0, range(16))
+    batch = TrainStream(store, order, WindowRule(50, "last", True)).batch(0, 0, range(16))
     items = item_embeddings(module, store)
     z = module.model(items[batch.items], batch.starts, batch.from_start)
     expected = []
