@@ -16,8 +16,6 @@ from hypothesis import strategies as st
 
 from fmrl_dist import evaluate, export, train
 from fmrl_dist.base.errors import UserError
-from fmrl_dist.config.loading import load_config
-from fmrl_dist.config.sections import Config
 from fmrl_dist.data import item_statistics
 from fmrl_dist.data.alias import alias_table, draw
 from fmrl_dist.data.batches import SampledBatch
@@ -31,19 +29,12 @@ from fmrl_dist.data.windows import WindowRule
 from fmrl_dist.losses import nested_cross_entropy as losses
 from fmrl_dist.model.embed_catalogue import embed_catalogue
 from fmrl_dist.model.fmrlrec import FMRLRec
-from fmrl_dist.training.build_model import build_model
-from fmrl_dist.training.item_columns import catalogue_columns
 from fmrl_dist.training.module import TrainingModule
+from tests.fixtures.negatives import NO_DROPOUT, loaded, make_module, sampled
 from tests.fixtures.processes import run_processes
 from tests.fixtures.training import NUM_ITEMS, evaluation, make_shop, records, refusal, run_here, train_here
 
 KINDS = ("uniform", "popularity", "in_batch", "mixed")
-NO_DROPOUT = ["--model.dropout", "0", "--model.lru_dropout", "0"]
-
-
-def sampled(kind: str, scope: str = "lane", num_negatives: int = 7) -> list[str]:
-    words = {"softmax": "sampled", "negatives": kind, "scope": scope, "num_negatives": str(num_negatives)}
-    return [word for key, value in words.items() for word in (f"--loss.{key}", value)]
 
 
 @pytest.fixture(scope="module")
@@ -185,10 +176,6 @@ def expected_counts(kind: str, store: Store, num_drawn: int, targets: np.ndarray
     return counts
 
 
-def loaded(shop: Path, *words: str) -> Config:
-    return load_config(shop, words)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_lanes_negatives_and_how_often_each_is_expected(kind: str, shop: Path, store: Store) -> None:
     sampler = make_sampler(loaded(shop, *sampled(kind)), store)
@@ -207,14 +194,6 @@ def test_steps_lanes_and_seeds_draw_differently() -> None:
         tuple(NegativeSampler(10**6, 5, seed).lane(step, lane)) for seed in (0, 1) for step in (0, 1) for lane in (0, 1)
     }
     assert len(draws) == 8
-
-
-def make_module(shop: Path, store: Store) -> TrainingModule:
-    config = loaded(shop, *NO_DROPOUT)
-    table = load_item_table(store, None)
-    torch.manual_seed(0)
-    model = build_model(config.model, table)
-    return TrainingModule(model, catalogue_columns(model.encoder, table, torch.float32), None, False, "tiled", None)
 
 
 @pytest.mark.parametrize("scope", ["lane", "batch"])

@@ -19,7 +19,7 @@ from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.train_stream import TrainStream
 from fmrl_dist.data.windows import WindowRule
 from fmrl_dist.training.module import TrainingModule
-from tests.data.test_negatives import loaded, make_module, sampled
+from tests.fixtures.negatives import loaded, make_module, sampled
 from tests.fixtures.training import STEPS_PER_EPOCH, evaluation, figures, make_shop, train_here
 
 FEW, MANY = 4, 256  # of 40 items

@@ -396,7 +396,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(shop: Path, tmp_path: P
     engine = prepare_learner(a_run(shop, tmp_path), None).engine
     assert isinstance(engine, DataParallelEngine)
     parameters = dict(engine._module.named_parameters())
-    before = {}
+    before: dict[str, torch.Tensor] = {}
     for value in (1.0, math.nan, math.inf, 1.0):
         for parameter in parameters.values():
             parameter.grad = torch.full_like(parameter, 0.01)
