@@ -290,7 +290,7 @@ def test_an_export_is_replaced_only_when_asked(run: Path, exported: Path) -> Non
     (exported / "evaluation.json").write_text("of what was there before")
     before = contents(exported)
     line = refusal(export.main, "--checkpoint", run, "--size", 8)
-    assert line == f"error: export {exported} exists; keep it, or write it again with --overwrite"
+    assert line == f"error: export {exported} exists; keep it, or replace it with --overwrite"
     assert contents(exported) == before
     export_here(run, 4, "--output", exported, "--overwrite")
     assert sorted(path.name for path in exported.iterdir()) == sorted(FILES)

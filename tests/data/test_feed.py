@@ -143,7 +143,7 @@ def test_a_worker_that_dies_or_stalls_ends_the_run_in_time(fate: int, problem: s
     before = set(psutil.Process().children())
     began = time.monotonic()
     with (
-        pytest.raises(UserError, match=rf"died or gave nothing for 2 s \(.*({problem}).*; look for") as error,
+        pytest.raises(UserError, match=rf"died or sent nothing for 2 s \(.*({problem}).*; check for") as error,
         BatchFeed(make_stream(load_config(shop)), range(16), 10**6, 1, timeout_s=2) as feed,
     ):
         feed.batches(0)

@@ -144,7 +144,7 @@ def test_a_damaged_table_is_refused(damage: object, tmp_path: Path) -> None:
     load_item_table(store, None)
     (path,) = store.derived_folder.glob("items-*.values.npy")
     path.write_bytes(damage(path.read_bytes()))  # type: ignore[operator]
-    with pytest.raises(UserError, match=r"delete it, it will be made again$"):
+    with pytest.raises(UserError, match=r"delete it, it will be rebuilt$"):
         load_item_table(store, None)
     path.unlink()
     assert load_item_table(store, None).values.any()
@@ -153,7 +153,7 @@ def test_a_damaged_table_is_refused(damage: object, tmp_path: Path) -> None:
 def test_a_place_without_room_or_right_is_told(tmp_path: Path) -> None:
     make_shop(tmp_path / "shop")
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot be written or read .*; make room, or name another place by"):
+    with pytest.raises(UserError, match=r"cannot be written or read .*; free space, or choose another folder"):
         load_item_table(Store.open(tmp_path / "shop" / "store", StoreConfig(cache_dir=str(tmp_path / "file"))), None)
 
 

@@ -126,7 +126,7 @@ def test_a_damaged_derived_file_is_refused(store: Store) -> None:
     path = Path(str(popularity_table(store, 0.3).filename))  # type: ignore[attr-defined]
     for content in damaged(path.read_bytes()).values():
         path.write_bytes(content)
-        with pytest.raises(UserError, match=f"^{path} cannot be read .*; delete it, it will be made again$"):
+        with pytest.raises(UserError, match=f"^{path} cannot be read .*; delete it, it will be rebuilt$"):
             popularity_table(store, 0.3)
     item_statistics._write(path, np.zeros(3))
     with pytest.raises(UserError, match="holds float64 .* expected"):

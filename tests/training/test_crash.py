@@ -85,7 +85,7 @@ def test_resume_falls_back_past_damaged_checkpoints(
     capsys.readouterr()
     train_here(shop, run, *words, "--resume", "auto")
     said = capsys.readouterr().out
-    assert said.count("falling back to the one before") == 2 and "from step 11 to at most 24" in said
+    assert said.count("falling back to the previous one") == 2 and "from step 11 to at most 24" in said
     assert figures(run) == figures(whole) and evaluation(run) == evaluation(whole)
 
 
@@ -96,7 +96,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused(shop: Path, tmp_path
         (path / "state.json").touch()
     before = contents(run)
     line = refusal(train.main, "--config", shop, "--run.dir", run, "--resume", "auto")
-    assert "is damaged" in line and "start again in another --run.dir" in line
+    assert "is damaged" in line and "start over in another --run.dir" in line
     assert contents(run) == before
 
 
@@ -105,7 +105,7 @@ def test_a_damaged_best_is_searched_for_anew(shop: Path, tmp_path: Path, capsys:
     assert load_checkpoint(run).state.step == STEPS_PER_EPOCH
     flip(run / "checkpoints" / "best" / "model.safetensors", -5)
     train_here(shop, run, "--resume", "auto")
-    assert "the search for the best starts anew" in capsys.readouterr().out
+    assert "the search for the best restarts" in capsys.readouterr().out
     assert load_checkpoint(run).state.step == 3 * STEPS_PER_EPOCH
 
 

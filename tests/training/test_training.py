@@ -104,7 +104,7 @@ def test_start_message(finished: tuple[Path, str]) -> None:
 
 
 def test_progress_says_rate_data_wait_and_time_left(finished: tuple[Path, str]) -> None:
-    line = r"24 of 24 steps, [^,]+, [\d:]+ passed, 00:00 left, loss \d\.\d{4}, [\d,]+ tokens/s, data wait \d+\.\d%"
+    line = r"24 of 24 steps, [^,]+, [\d:]+ elapsed, 00:00 left, loss \d\.\d{4}, [\d,]+ tokens/s, data wait \d+\.\d%"
     assert re.search(line, finished[1])
 
 

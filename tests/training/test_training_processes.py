@@ -284,7 +284,7 @@ def test_a_file_system_without_locks_is_announced(
 
     monkeypatch.setattr(fcntl, "lockf", lockf)
     with locked(tmp_path):
-        assert "cannot be locked (Function not implemented): nothing keeps a second run" in capsys.readouterr().out
+        assert "cannot be locked (Function not implemented): nothing prevents a second run" in capsys.readouterr().out
     answers += [BlockingIOError(errno.EAGAIN, "taken"), PermissionError(errno.EACCES, "taken")]
     with pytest.raises(UserError, match="another process is training into"), locked(tmp_path):
         pass

@@ -85,7 +85,7 @@ def test_refusal_by_the_command_itself(shop: Path, stopped: Path) -> None:
     result = run_module("fmrl_dist.train", "--config", shop, "--run.dir", stopped)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == (
-        f"error: run folder {stopped} exists; go on with it by --resume auto, or choose another --run.dir\n"
+        f"error: run folder {stopped} exists; resume it with --resume auto, or choose another --run.dir\n"
     )
     assert contents(stopped) == before
 
