@@ -216,7 +216,7 @@ def test_the_command_says_what_it_wrote(run: Path) -> None:
     assert first == f"size 8: {num_parameters:,} parameters, 40 items"
     assert [row.split() for row in rows] == [
         *([f"{count:,}", "bytes", name] for name, count in num_bytes.items()),
-        [f"{sum(num_bytes.values()):,}", "bytes", "in", "all"],
+        [f"{sum(num_bytes.values()):,}", "bytes", "total"],
     ]
     assert last == f"written: {folder}"
 
@@ -319,7 +319,7 @@ def test_refusals_write_nothing(run: Path, tmp_path: Path) -> None:
         (run, "--size", 48): "error: size 48 was not trained; the trained sizes are [4, 8, 16]",
         (run, "--size", 8, "--store", store): f"store {store} has no vocab.parquet",
         (run, "--size", 8, "--store", tmp_path / "gone"): "gone does not exist; build it",
-        (latest, "--size", 8): f"checkpoint {latest} is not the best of its run; say by --output",
+        (latest, "--size", 8): f"checkpoint {latest} is not the best of its run; choose a folder with --output",
         (tmp_path / "nowhere", "--size", 8): "nowhere holds no checkpoint; expected a run folder",
         (run, "--size", "small"): "invalid int value: 'small'",
     }.items():

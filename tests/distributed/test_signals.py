@@ -72,7 +72,7 @@ def stop_and_go_on(shop: Path, run: Path, number: signal.Signals, everybody: boo
     finally:
         process.kill()
     assert process.returncode == 0, output
-    assert "stopped by a signal; what is left goes on by --resume auto" in output
+    assert "stopped by a signal; resume with --resume auto" in output
     done = len(records(run))
     assert STEPS_PER_EPOCH + 3 <= done < EPOCHS * STEPS_PER_EPOCH
     assert (run / "checkpoints" / "latest").resolve().name == f"step-{done:08d}"

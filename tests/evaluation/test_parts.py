@@ -318,7 +318,7 @@ def test_histograms_that_cannot_be(tmp_path: Path, rows: object) -> None:
 @pytest.mark.parametrize("text", ["0/3", "4/3", "1", "1/0", "a/b", "1/2/3", "-1/2", "1 / 2", "٣/٤", ""])
 def test_part_that_is_none(text: str) -> None:
     line = refusal(evaluate.main, "--checkpoint", "nowhere", f"--part={text}")
-    assert line == f"error: argument --part: {text!r} is no part; expected I/N with I from 1 to N; see --help"
+    assert line == f"error: argument --part: {text!r} is not a part; expected I/N with I from 1 to N; see --help"
 
 
 def test_part_or_join() -> None:

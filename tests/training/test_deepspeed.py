@@ -287,7 +287,7 @@ def test_deepspeed_config_that_is_not_there(shop: Path, tmp_path: Path, launched
     launched.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "launch/deepspeed/zero2.json")
     launched.chdir(tmp_path)
     line = refused(shop, tmp_path)
-    assert f"launch/deepspeed/zero2.json does not exist in {tmp_path}; start from the repository's root" in line
+    assert f"launch/deepspeed/zero2.json does not exist in {tmp_path}; start in the repository's root" in line
     assert "--deepspeed_config_file PATH" in line
 
 
@@ -300,10 +300,10 @@ def test_options_of_the_launcher_are_checked_too(shop: Path, tmp_path: Path, lau
 @pytest.mark.parametrize(
     ("name", "value", "complaint"),
     [
-        ("ACCELERATE_USE_CPU", "true", "ACCELERATE_USE_CPU or --cpu, which silently turns it off; leave that out"),
+        ("ACCELERATE_USE_CPU", "true", "ACCELERATE_USE_CPU or --cpu, which silently turns it off; remove that"),
         ("LOCAL_RANK", None, "this process has no LOCAL_RANK; start it with accelerate launch --use_deepspeed"),
-        ("ACCELERATE_MIXED_PRECISION", "fp16", "the launcher asks for mixed precision 'fp16'; expected no or bf16"),
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "asks for 4 gradient accumulation steps"),
+        ("ACCELERATE_MIXED_PRECISION", "fp16", "the launcher requests mixed precision 'fp16'; expected no or bf16"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "requests 4 gradient accumulation steps"),
     ],
 )
 def test_environment_that_is_refused(
@@ -320,13 +320,13 @@ def test_accumulation_is_refused_without_deepspeed_too(
     shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
-    assert "asks for 2 gradient accumulation steps" in refused(shop, tmp_path)
+    assert "requests 2 gradient accumulation steps" in refused(shop, tmp_path)
 
 
 def test_deepspeed_that_is_not_installed(shop: Path, one: Path, tmp_path: Path, launched: pytest.MonkeyPatch) -> None:
     launched.setitem(sys.modules, "deepspeed", None)  # how Python itself marks what cannot be imported
     line = refused(shop, tmp_path)
-    assert line == "error: DeepSpeed was asked for but is not installed; pip install -e '.[deepspeed]'"
+    assert line == "error: DeepSpeed was requested but is not installed; pip install -e '.[deepspeed]'"
     assert line == refusal(evaluate.main, "--checkpoint", one)
 
 

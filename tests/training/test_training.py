@@ -98,7 +98,7 @@ def test_start_message(finished: tuple[Path, str]) -> None:
     start = output[: output.index("epoch 1")]
     for fact in (
         *("1 process(es)", "engine no", "device cpu", "1 thread(s) each", "precision fp32", f"config {config.hash}"),
-        *(f"{parameters:,} parameters", "sizes [4, 8]", "8 steps an epoch", "from step 0 to at most 24"),
+        *(f"{parameters:,} parameters", "sizes [4, 8]", "8 steps per epoch", "from step 0 to at most 24"),
     ):
         assert fact in start
 

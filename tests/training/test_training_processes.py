@@ -333,5 +333,5 @@ def test_launcher_that_starts_one_process_instead_of_two(shop: Path, tmp_path: P
     result = launch(1, ["--cpu", "--num_processes", "2", *words])
     assert result.returncode != 0
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert "several processes were asked for but one was started (accelerate launch --cpu does that silently)" in line
+    assert "several processes were requested but one was started (accelerate launch --cpu does that silently)" in line
     assert not (tmp_path / "run").exists()

@@ -215,7 +215,7 @@ def test_nothing_left_to_train_elsewhere(shop: Path, stopped: Path, tmp_path: Pa
 def test_one_process_where_several_were_asked_for(shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     line = refusal(train.main, "--config", shop, "--run.dir", tmp_path / "run")
-    assert "several processes were asked for but one was started" in line
+    assert "several processes were requested but one was started" in line
     assert not (tmp_path / "run").exists()
 
 
@@ -225,7 +225,7 @@ def test_launcher_precision_that_is_refused(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
     line = refusal(train.main, "--config", shop, "--run.dir", tmp_path / "run")
-    assert f"the launcher asks for mixed precision {precision!r}; expected no or bf16" in line
+    assert f"the launcher requests mixed precision {precision!r}; expected no or bf16" in line
     assert not (tmp_path / "run").exists()
 
 
