@@ -28,7 +28,7 @@ OURS = {  # DeepSpeed's key → our setting that decides it
 
 
 def asks_for_deepspeed(environment: Mapping[str, str]) -> bool:
-    """Whether the launcher was told to use DeepSpeed."""
+    """Whether the launcher requests DeepSpeed."""
     return environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 

@@ -51,7 +51,7 @@ class Part:
         return f"{self.number}-of-{self.count}.json"
 
     def share(self, num_blocks: int) -> range:
-        """The blocks of this part; none where there are fewer blocks than parts."""
+        """The blocks of this part; none if there are fewer blocks than parts."""
         return range(self.number - 1, num_blocks, self.count)
 
 

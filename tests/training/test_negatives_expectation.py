@@ -107,7 +107,7 @@ def test_each_epoch_draws_its_own(scope: str, shop: Path) -> None:
 
 @pytest.mark.parametrize("impl", ["tiled", "plain"])
 def test_a_lane_of_one_position_has_no_in_batch_negatives(impl: str, shop: Path, module: TrainingModule) -> None:
-    """Its own target is the only candidate: loss and gradients are zero, although the log of the expected count is -inf."""
+    """Its own target is the only candidate: loss and gradients are zero, although the log expected count is -inf."""
     store = Store.open(shop.parent / "store")
     order = Order([block.count for block in store.manifest.splits["train"]], 16, 16, 0)
     sampler = make_sampler(loaded(shop, *sampled("in_batch")), store)
