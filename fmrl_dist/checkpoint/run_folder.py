@@ -25,7 +25,7 @@ FIXED = {
     "data": ("max_length", "windows"),
     "store": ("feature_mode",),
     "model": (
-        *("sizes", "width", "depth", "dropout", "lru_dropout", "r_min", "r_max"),
+        *("sizes", "depth", "dropout", "lru_dropout", "r_min", "r_max"),
         *("features", "id_table", "feature_scale"),
     ),
     "loss": (
