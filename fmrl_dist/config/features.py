@@ -20,7 +20,7 @@ class NpyFeature:
     """A precomputed array [V, dim], row = internal id, taken as it is."""
 
     source: Literal["npy"] = "npy"  # a precomputed array
-    path: str = ""  # of the .npy file, relative to data.root; required
+    path: str = ""  # .npy file, relative to data.root; required
     dim: NonNegativeInt = 0  # columns of the array, checked; 0: as many as the file has
 
     def check(self, key: str) -> None:
@@ -45,7 +45,7 @@ class PixelsFeature:
     """A descriptor of an image's colour, layout and edges (``shards.encoders.pixels``). Needs no pretrained weights."""
 
     source: Literal["pixels"] = "pixels"  # the pixel descriptor
-    path: str = ""  # of a Parquet table of item ids and images, relative to data.root; required
+    path: str = ""  # Parquet file of item ids and images, relative to data.root; required
     id: str = "item_id"  # its column of item ids
     image: str = "image"  # its column of images: encoded bytes, or file names relative to the table's folder
 
@@ -59,7 +59,7 @@ class TransformersFeature:
 
     source: Literal["transformers"] = "transformers"  # a pretrained text encoder
     model: str = "BAAI/bge-large-en-v1.5"  # hub id, local folder, or package:NAME/PATH inside an installed package
-    revision: str = ""  # of a hub model; "" for its default branch
+    revision: str = ""  # revision of a hub model; "" for its default branch
     pooling: Literal["cls", "mean"] = "cls"  # from token states to a row: the first token's, or the mean
     max_tokens: Annotated[int, Limits(3)] = 512  # a longer text is cut; 3 hold [CLS], a word and [SEP]
     batch_tokens: int = 16_384  # tokens of one forward pass, padding included; at least max_tokens
@@ -79,7 +79,7 @@ class OpenClipFeature:
     """An image encoder through ``open_clip`` (paper section 5.3: SigLIP ViT-L/16 at 256 pixels)."""
 
     source: Literal["open_clip"] = "open_clip"  # a pretrained image encoder
-    path: str = ""  # of a Parquet table of item ids and images, relative to data.root; required
+    path: str = ""  # Parquet file of item ids and images, relative to data.root; required
     id: str = "item_id"  # its column of item ids
     image: str = "image"  # its column of images: encoded bytes, or file names relative to the table's folder
     model: str = "ViT-L-16-SigLIP-256"  # a name that open_clip knows, or a JSON file of an open_clip model config

@@ -90,6 +90,8 @@ def _alternatives(kind: Any, quote: Callable[[str], str]) -> list[str]:
         return [f"{describe(arguments[0])} ({arguments[1]})"]
     if origin is tuple:
         return [f"list of {describe(arguments[0], quote=quote)}"]
+    if origin is dict or dataclasses.is_dataclass(kind):
+        return ["mapping"]
     if kind is types.NoneType:
         return [quote("null")]
     return [{str: "text", bool: "true or false"}.get(kind, kind.__name__)]

@@ -55,11 +55,11 @@ class DemoConfig:
 class SequenceTableConfig:
     """The histories: a table of whole sequences, or of single interactions (Parquet or CSV)."""
 
-    path: str = "sequences.parquet"  # of the table, relative to data.root
+    path: str = "sequences.parquet"  # Parquet or CSV file, relative to data.root
     # sequences: one row per user with a list of items, oldest first | interactions: one row per event
     layout: Literal["sequences", "interactions"] = "sequences"
     user: str = "user_id"  # column of user ids
-    items: str = "item_ids"  # column of item ids: a list of them, or of interactions a single one
+    items: str = "item_ids"  # column of item ids: lists of them, or single ones for interactions
     times: str = ""  # column of times, "" for none; interactions are ordered by it, ties keep the table's order
 
     def __post_init__(self) -> None:
@@ -70,7 +70,7 @@ class SequenceTableConfig:
 class ItemTableConfig:
     """The catalogue: one row per item. An item's row is its internal id."""
 
-    path: str = "items.parquet"  # of the table, relative to data.root
+    path: str = "items.parquet"  # Parquet or CSV file, relative to data.root
     id: str = "item_id"  # column of item ids
     title: str = ""  # column of titles, "" for none; kept in the vocabulary for reading recommendations
 
@@ -83,10 +83,11 @@ class DataConfig:
     demo: DemoConfig | None = None  # if set, the raw tables are generated into data.root when they are missing
     sequences: SequenceTableConfig = field(default_factory=SequenceTableConfig)
     items: ItemTableConfig = field(default_factory=ItemTableConfig)
-    features: dict[str, FeatureConfig] = field(default_factory=dict)  # by name; each has a source, listed below
-    # Parts of an item's text; braces hold columns of the item table. An item lacks parts whose fields it lacks.
+    # item features by name; each has a source, and that source's keys
+    features: dict[str, FeatureConfig] = field(default_factory=dict)
+    # parts of an item's text, with columns of the item table in braces; an item lacks the parts whose columns it lacks
     text: tuple[str, ...] = ("Title: {title}", "Price: {price}", "Brand: {brand}", "Categories: {categories}")
-    text_separator: str = "\n"  # between the parts
+    text_separator: str = "\n"  # what joins the parts of an item's text
     max_length: PositiveInt = 50  # targets of a training window, events of an evaluation history
     # last: one window per user | all: windows that partition the user's targets
     windows: Literal["last", "all"] = "last"
@@ -99,6 +100,7 @@ class DataConfig:
                 FEATURE_NAME.fullmatch(name) is not None and name not in RESERVED_NAMES,
                 f"feature name {name!r} is not allowed: expected [a-z][a-z0-9_]*, none of {reserved}",
             )
+            check_fields(feature, f"data.features.{name}")
             feature.check(f"data.features.{name}")
 
 
@@ -106,19 +108,19 @@ class DataConfig:
 class StoreConfig:
     """The shard store that ``shards.build`` writes and everything else reads."""
 
-    path: str = ""  # a folder, or to read from a URL (http, https, s3, gs); "" for stores/<config name>
+    path: str = ""  # folder, or URL to read from (http, https, s3, gs); "" for stores/<config name>
     users_per_block: PositiveInt = 256  # users of a block, the unit of reading and shuffling
     items_per_block: PositiveInt = 1024  # items of a block
     blocks_per_shard: PositiveInt = 16  # blocks of a tar file
     # table: features are read from a table of all items, unpacked once per node | inline: they ride with the
     # histories (the store is built so), and nothing that training holds grows with the catalogue
     feature_mode: Literal["table", "inline"] = "table"
-    timeout_s: PositiveFloat = 120.0  # for one block from a URL, all tries together
+    timeout_s: PositiveFloat = 120.0  # seconds for one block from a URL, all tries together
     retries: NonNegativeInt = 4  # tries for a block after the first
-    # Folder for what is unpacked or counted once per node, and for blocks from a URL; "" for <path>.derived beside a
-    # folder that can be written to, else fmrl-dist in the user's cache folder.
+    # folder for what is unpacked or counted once per node, and for blocks from a URL; "" for <path>.derived beside a
+    # folder that can be written to, else fmrl-dist in the user's cache folder
     cache_dir: str = ""
-    cache_gb: NonNegativeFloat = 10.0  # size of the cache, 10^9 bytes; least recently read blocks go first; 0: no cache
+    cache_gb: NonNegativeFloat = 10.0  # 10^9 bytes of blocks from a URL to keep, those read last; 0: none
     # stop: a damaged block ends the run | skip: leave its users out, and count them
     on_bad_shard: Literal["stop", "skip"] = "stop"
 
@@ -186,8 +188,8 @@ class LossConfig:
     size_weights: tuple[float, ...] | None = None  # weight c_m of each size's loss; null: 1
     temperatures: tuple[PositiveFloat, ...] | None = None  # τ_m by which each size's scores are divided; null: 1
     normalize: bool = False  # score by cosines of each size's prefixes; needs temperatures
-    softmax: Literal["full", "sampled"] = "full"  # over all items, or over the target and sampled negatives
-    # Of the full softmax. whole: each rank scores all items | split: each scores a slice of them, for all ranks
+    softmax: Literal["full", "sampled"] = "full"  # full: over all items | sampled: over the target and negatives
+    # whole: each rank scores all items | split: each scores a slice of them, for all ranks; for the full softmax
     catalogue: Literal["whole", "split"] = "whole"
     # uniform: drawn from all items | popularity: drawn by training counts | in_batch: the batch's targets | mixed:
     # uniform and in_batch
@@ -223,16 +225,16 @@ class LossConfig:
 class TrainConfig:
     """Optimisation (paper section 5.3), reading ahead, and checkpoints."""
 
-    epochs: PositiveInt = 500  # at most; early stopping may end a run before
-    max_steps: NonNegativeInt = 0  # of the optimiser, at most; 0: no limit but the epochs
+    epochs: PositiveInt = 500  # passes over the training users, at most; early stopping may end a run earlier
+    max_steps: NonNegativeInt = 0  # optimiser steps, at most; 0: no limit but the epochs
     schedule_epochs: NonNegativeInt = 0  # length of the cosine schedule; 0: train.epochs
     batch_size: PositiveInt = 32  # histories per step, over all ranks
-    lanes: NonNegativeInt = 0  # equal parts of the batch, shared among the ranks; 0: largest divisor of it up to 16
-    micro_batches: PositiveInt = 1  # into how many a rank divides its share of a batch, to hold one at a time
+    lanes: NonNegativeInt = 0  # equal parts of the batch that ranks share out; 0: the batch's largest divisor up to 16
+    micro_batches: PositiveInt = 1  # parts into which a rank divides its share of a batch, to hold one at a time
     shuffle_blocks: PositiveInt = 64  # blocks whose users are shuffled together; each lane's reader holds that many
     lr: PositiveFloat = 1e-3  # peak learning rate of AdamW, reached after warm-up
-    min_lr_ratio: NonNegativeFloat = 0.0  # the learning rate at the end of the cosine, as a share of the peak
-    weight_decay: NonNegativeFloat = 1e-2  # of nested and projection matrices only
+    min_lr_ratio: NonNegativeFloat = 0.0  # learning rate at the end of the cosine, as a share of the peak
+    weight_decay: NonNegativeFloat = 1e-2  # AdamW's weight decay, of nested and projection matrices only
     beta1: Fraction = 0.9  # AdamW's decay of the first moment
     beta2: Fraction = 0.999  # AdamW's decay of the second moment
     eps: PositiveFloat = 1e-9  # AdamW's epsilon
@@ -240,15 +242,15 @@ class TrainConfig:
     clip_norm: PositiveFloat = 5.0  # gradients of all parameters together are clipped to this norm
     # bf16: inputs of matrix products are bfloat16; parameters, optimiser and ranking stay float32
     precision: TrainPrecision = "fp32"
-    seed: NonNegativeInt = 0  # of initialisation, order, negatives and dropout
+    seed: NonNegativeInt = 0  # seed of initialisation, order, negatives and dropout
     threads: PositiveInt | Literal["auto"] = "auto"  # CPU threads per process; auto: cores / local ranks
     workers: NonNegativeInt = 1  # processes per rank that read ahead; 0: read when a step needs it
-    worker_timeout_s: PositiveFloat = 600.0  # longest wait for a batch from the workers before the run ends
+    worker_timeout_s: PositiveFloat = 600.0  # longest wait for the workers before the run ends
     hang_timeout_s: PositiveFloat = 1800.0  # longest step or evaluation; then every rank writes its stacks and ends
     patience: NonNegativeInt = 10  # evaluations without gain before early stopping; 0: never stop early
-    log_every_steps: PositiveInt = 10  # between two records in metrics.jsonl
-    checkpoint_every_steps: NonNegativeInt = 0  # between checkpoints besides those at every evaluation; 0: no others
-    checkpoint_every_minutes: NonNegativeFloat = 0.0  # likewise, since the last checkpoint; 0: no others
+    log_every_steps: PositiveInt = 10  # steps between two records in metrics.jsonl
+    checkpoint_every_steps: NonNegativeInt = 0  # steps between checkpoints, besides those at every evaluation; 0: none
+    checkpoint_every_minutes: NonNegativeFloat = 0.0  # minutes after a checkpoint to the next, likewise; 0: none
     keep_checkpoints: PositiveInt = 2  # number of newest checkpoints to keep; the best is always kept
 
     def __post_init__(self) -> None:
@@ -268,9 +270,9 @@ class TrainConfig:
 class EvalConfig:
     """Validation during training, and what decides which checkpoint is best."""
 
-    # The metric by which the best checkpoint is chosen, at eval.size.
+    # validation metric that chooses the best checkpoint, at eval.size
     metric: Literal["recall@5", "ndcg@5", "recall@10", "ndcg@10", "mrr@10"] = "ndcg@10"
-    size: NonNegativeInt = 0  # one of model.sizes; 0: the largest
+    size: NonNegativeInt = 0  # which of model.sizes chooses the best checkpoint; 0: the largest
     every_steps: NonNegativeInt = 0  # steps between validations; 0: once per epoch
     users: NonNegativeInt = 0  # validate on a fixed, evenly spread subset of so many users; 0: all
 
