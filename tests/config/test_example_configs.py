@@ -34,7 +34,7 @@ def path_of(name: str) -> Path:
 
 
 def flat(values: dict[str, Any], where: str = "") -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in values.items():
         found |= flat(value, f"{where}{key}.") if isinstance(value, dict) else {f"{where}{key}": value}
     return found

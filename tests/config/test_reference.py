@@ -11,8 +11,8 @@ import pytest
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.config.reference import FILE, field_comments, help_config, markdown, reference
 from fmrl_dist.config.sections import Config, DataConfig, DemoConfig
-from tests.config.test_config import run
 from tests.fixtures.processes import REPOSITORY
+from tests.fixtures.training import run_module
 
 COMMANDS = ("fmrl_dist.train", "fmrl_dist.plan", "shards.build", "launch.submit")
 
@@ -118,8 +118,8 @@ def test_help_config() -> None:
 
 
 def test_the_command_itself() -> None:
-    shown = run("shards.build", "--help-config", "store")
+    shown = run_module("shards.build", "--help-config", "store")
     assert (shown.returncode, shown.stderr, shown.stdout) == (0, "", help_config("store"))
-    refused = run("shards.build", "--help-config", "stroe")
+    refused = run_module("shards.build", "--help-config", "stroe")
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr == "error: --help-config: the config has no section or key 'stroe'; did you mean 'store'?\n"
