@@ -22,14 +22,35 @@ LOCK_FILE = ".lock"
 RESTART_PATIENCE_S = 150.0
 # Settings that must equal the checkpoint's, or the losses would not be those of a single run.
 FIXED = {
-    "data": "max_length windows",
-    "store": "feature_mode",
-    "model": "sizes width depth dropout lru_dropout r_min r_max features id_table feature_scale",
-    "loss": "predict_first size_weights temperatures normalize "
-    "softmax negatives num_negatives popularity_power scope",
-    "train": "batch_size shuffle_blocks seed precision lr min_lr_ratio warmup_steps "
-    "weight_decay beta1 beta2 eps clip_norm",
-    "eval": "metric size",
+    "data": ("max_length", "windows"),
+    "store": ("feature_mode",),
+    "model": ("sizes", "depth", "dropout", "lru_dropout", "r_min", "r_max", "features", "id_table", "feature_scale"),
+    "loss": (
+        "predict_first",
+        "size_weights",
+        "temperatures",
+        "normalize",
+        "softmax",
+        "negatives",
+        "num_negatives",
+        "popularity_power",
+        "scope",
+    ),
+    "train": (
+        "batch_size",
+        "shuffle_blocks",
+        "seed",
+        "precision",
+        "lr",
+        "min_lr_ratio",
+        "warmup_steps",
+        "weight_decay",
+        "beta1",
+        "beta2",
+        "eps",
+        "clip_norm",
+    ),
+    "eval": ("metric", "size"),
 }
 
 
@@ -183,7 +204,7 @@ def _check_same_run(config: Config, checkpoint: Checkpoint, manifest_sha256: str
     pairs = [
         (f"{section}.{key}", getattr(getattr(saved, section), key), getattr(getattr(config, section), key))
         for section, keys in FIXED.items()
-        for key in keys.split()
+        for key in keys
     ]
     pairs.append(("train.lanes", saved.train.num_lanes, config.train.num_lanes))
     pairs.append(("train.schedule_epochs", schedule_epochs(saved), schedule_epochs(config)))

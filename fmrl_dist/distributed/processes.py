@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.config.sections import TrainPrecision
 from fmrl_dist.distributed.deepspeed import asks_for_deepspeed, checked_plugin, leave_out_unused_build
 
 PATIENCE_S = 4 * 3600.0  # ranks that evaluate different users wait this long for each other
@@ -23,7 +24,7 @@ class Runtime:
 
     accelerator: Accelerator
     threads: int
-    precision: str  # fp32 | bf16
+    precision: TrainPrecision
     joined_group: bool  # this runtime set up the process group, and so ends it
 
     @property
@@ -109,7 +110,7 @@ class Runtime:
 
 
 def start_runtime(
-    threads: int | str, lanes: int | None, precision: str = "fp32", patience_s: float = PATIENCE_S
+    threads: int | str, lanes: int | None, precision: TrainPrecision = "fp32", patience_s: float = PATIENCE_S
 ) -> Runtime:
     """Join the other processes and set this process' threads.
 
@@ -171,7 +172,7 @@ def refuse_one_process_trap(environment: os._Environ[str] | dict[str, str]) -> N
         )
 
 
-def launched_precision(environment: os._Environ[str] | dict[str, str], configured: str) -> str:
+def launched_precision(environment: os._Environ[str] | dict[str, str], configured: TrainPrecision) -> TrainPrecision:
     """The effective precision: the launcher's bf16 wins, ``no`` keeps the configured one, fp16 and fp8 are refused."""
     launched = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if launched not in ("no", "bf16"):

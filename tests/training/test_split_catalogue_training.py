@@ -42,7 +42,7 @@ def train_on_each_rank(config: str, folder: str) -> dict[str, Any]:
 
 def refused_id_table() -> str:
     """The refusal of a table of 4 GiB plus one row."""
-    config = Config(model=ModelConfig(id_table=True, width=128), loss=LossConfig(catalogue="split"))
+    config = Config(model=ModelConfig(id_table=True), loss=LossConfig(catalogue="split"))
     runtime = start_runtime(1, lanes=2)
     assert splits_catalogue(config, runtime, 2**23)
     try:
