@@ -25,8 +25,7 @@ FIXED = {
     "data": "max_length windows",
     "store": "feature_mode",
     "model": "sizes width depth dropout lru_dropout r_min r_max features id_table feature_scale",
-    "loss": "predict_first size_weights temperatures normalize "
-    "softmax negatives num_negatives popularity_power scope",
+    "loss": "predict_first size_weights temperatures normalize softmax negatives num_negatives popularity_power scope",
     "train": "batch_size shuffle_blocks seed precision lr min_lr_ratio warmup_steps "
     "weight_decay beta1 beta2 eps clip_norm",
     "eval": "metric size",
