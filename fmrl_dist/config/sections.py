@@ -133,10 +133,14 @@ class ModelConfig:
     r_max: float = 0.1
     features: tuple[str, ...] | None = None  # None: every feature of the store
     id_table: bool = False  # a trained embedding per item (the paper's "w/o Lang. & Image" is features: [] and this)
+    scan: str = (
+        "auto"  # of the recurrence in training: auto: by device | doubling | triton | plain: one event at a time
+    )
     feature_scale: str | float = "none"  # none | a number: features times it | standardize: mean 0, unit mean variance
 
     def __post_init__(self) -> None:
         check_sizes(self.sizes, self.width)
+        require_choice("model.scan", self.scan, ("auto", "doubling", "triton", "plain"))
         require_at_least(self, "model", 1, "depth")
         for key in ("dropout", "lru_dropout"):
             require(0 <= getattr(self, key) < 1, f"model.{key} is {getattr(self, key)}; expected 0 <= rate < 1")
@@ -174,7 +178,7 @@ def check_sizes(sizes: tuple[int, ...], width: int) -> None:
 class LossConfig:
     """Nested cross-entropy (paper eq. 14), over the whole catalogue or over sampled items."""
 
-    impl: str = "tiled"  # tiled | compiled: with torch.compile | triton: a GPU's kernels | plain: all scores at once
+    impl: str = "auto"  # auto: by device | tiled | triton: a GPU's kernels | plain: all scores at once
     predict_first: bool = True  # a start position predicts the first item of a whole history
     size_weights: tuple[float, ...] | None = None  # c_m of each size; None: 1
     temperatures: tuple[float, ...] | None = None  # τ_m by which each size's scores are divided; None: 1
@@ -187,7 +191,7 @@ class LossConfig:
     scope: str = "lane"  # lane: a position's negatives are its lane's | batch: the whole global batch's
 
     def __post_init__(self) -> None:
-        require_choice("loss.impl", self.impl, ("tiled", "compiled", "triton", "plain"))
+        require_choice("loss.impl", self.impl, ("auto", "tiled", "triton", "plain"))
         require_choice("loss.softmax", self.softmax, ("full", "sampled"))
         require_choice("loss.catalogue", self.catalogue, ("whole", "split"))
         require_choice("loss.negatives", self.negatives, ("uniform", "popularity", "in_batch", "mixed"))
