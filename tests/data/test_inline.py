@@ -41,6 +41,7 @@ from fmrl_dist.distributed.processes import start_runtime
 from fmrl_dist.distributed.signals import StopRequest
 from fmrl_dist.evaluation.catalogue import EmbeddedCatalogue, StreamedCatalogue
 from fmrl_dist.evaluation.ranker import ranker_of_checkpoint
+from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.training.build_model import build_inline_model, build_model
 from fmrl_dist.training.checks import check_inline
 from fmrl_dist.training.item_columns import catalogue_columns
@@ -275,7 +276,8 @@ def test_losses_and_gradients_are_those_of_a_table(
     torch.manual_seed(0)
     model = build_model(config.model, table, dtype)
     columns = catalogue_columns(model.encoder, table, dtype or torch.float32)
-    modules = [TrainingModule(model, c, None, False, "tiled", dtype) for c in (None, columns)]
+    settings = LossSettings(model.sizes, dtype=dtype)
+    modules = [TrainingModule(model, c, settings) for c in (None, columns)]
     for step in (0, 3, STEPS_PER_EPOCH - 1):
         for lanes in (range(16), range(1, 16, 3), [7]):
             results = []
