@@ -101,7 +101,7 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
     """Write each ``--section.key value`` (or ``--section.key=value``) into ``raw``, its value read as YAML.
 
     Raises:
-        UserError: a word is no override, a value is missing or not YAML, or a section's name holds a value.
+        UserError: a word is not an override, a value is missing or not YAML, or a section's name holds a value.
     """
     words = iter(overrides)
     for word in words:
