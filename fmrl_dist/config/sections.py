@@ -30,7 +30,6 @@ from fmrl_dist.config.parsing import (
     PositiveFloat,
     PositiveInt,
     check_fields,
-    require_choice,
 )
 
 FEATURE_NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -144,6 +143,8 @@ class ModelConfig:
     r_max: float = 0.1  # outer radius of that ring, at most 1
     features: tuple[str, ...] | None = None  # names of features to read; null: every feature of the store
     id_table: bool = False  # a trained embedding per item (the paper's "w/o Lang. & Image" is features: [] and this)
+    # how the recurrence is computed in training: auto: by device | doubling | triton | plain: one event at a time
+    scan: Literal["auto", "doubling", "triton", "plain"] = "auto"
     # none: features as they are | a number: features times it | standardize: mean 0, and mean variance 1
     feature_scale: Literal["none", "standardize"] | PositiveFloat = "none"
 
@@ -183,7 +184,8 @@ def check_sizes(sizes: tuple[int, ...]) -> None:
 class LossConfig:
     """Nested cross-entropy (paper eq. 14), over the whole catalogue or over sampled items."""
 
-    impl: str = "tiled"  # tiled | compiled: with torch.compile | triton: a GPU's kernels | plain: all scores at once
+    # how the loss is computed: auto: by device | tiled | triton: a GPU's kernels | plain: all scores at once
+    impl: Literal["auto", "tiled", "triton", "plain"] = "auto"
     predict_first: bool = True  # a start position predicts the first item of a whole history
     size_weights: tuple[float, ...] | None = None  # weight c_m of each size's loss; null: 1
     temperatures: tuple[PositiveFloat, ...] | None = None  # τ_m by which each size's scores are divided; null: 1
@@ -200,7 +202,6 @@ class LossConfig:
     scope: Literal["lane", "batch"] = "lane"
 
     def __post_init__(self) -> None:
-        require_choice("loss.impl", self.impl, ("tiled", "compiled", "triton", "plain"))
         check_fields(self, "loss")
         weights = self.size_weights
         require(
