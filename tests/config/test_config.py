@@ -223,10 +223,12 @@ def test_width_follows_from_sizes(tmp_path: Path) -> None:
     )
 
 
-def test_a_checkpoint_that_records_width_is_resumed(tmp_path: Path) -> None:
+def test_a_checkpoint_of_an_older_version_is_resumed(tmp_path: Path) -> None:
     config = Config(run=RunConfig(dir=str(tmp_path)))
     recorded = config.to_dict()
     recorded["model"]["width"] = config.model.width
+    recorded["loss"]["impl"] = "compiled"
+    assert refusal(tmp_path, recorded) == "loss.impl is 'compiled'; expected one of: auto, tiled, triton, plain"
     facts = {"config": recorded, "features": {}, "num_items": 1, "manifest_sha256": "0" * 64}
     save_checkpoint(tmp_path / "checkpoints", TrainState(step=3), {}, {}, facts)
     checkpoint = open_run(config, "auto", "0" * 64)
