@@ -209,3 +209,12 @@ def test_the_architecture_draws_every_folder() -> None:
     assert {name for name in drawn if name.endswith("/")} == expected
     commands = {path.name for path in (REPOSITORY / "fmrl_dist").glob("*.py")} - {"__init__.py"}
     assert {name for name in drawn if name.endswith(".py")} == commands
+
+
+def test_the_import_order_is_the_one_that_is_tested() -> None:
+    tested = re.search(r"^FOLDERS = \((.*)\)$", (REPOSITORY / "tests/test_structure.py").read_text(), re.MULTILINE)
+    assert tested is not None
+    order = " < ".join([*re.findall(r'"(\w+)"', tested[1]), "commands"])
+    for name in ("docs/architecture.md", "CONTRIBUTING.md"):
+        text = " ".join((REPOSITORY / name).read_text().replace("`", "").split())
+        assert order in text, name
