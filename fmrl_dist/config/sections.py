@@ -1,9 +1,9 @@
-"""One YAML file drives build, train and evaluate; this file says what may stand in it.
+"""One YAML file drives build, train and evaluate; this file defines its keys.
 
 Every section is a frozen dataclass. A field's annotation says which values it takes, and the comment beside it (or
 right above it) says what they mean: docs/config.md and ``--help-config`` are made from both
 (:mod:`fmrl_dist.config.reference`). An unknown key, a wrong value or an impossible combination is a
-:class:`~fmrl_dist.base.errors.UserError` at construction, with the mend in its message. Any key can be overridden on
+:class:`~fmrl_dist.base.errors.UserError` at construction, whose message says what to fix. Any key can be overridden on
 the command line as ``--section.key value`` (the value is read as YAML).
 """
 
@@ -159,7 +159,7 @@ class ModelConfig:
         require(len(set(names)) == len(names), f"model.features {list(names)} name a feature twice; name each once")
         require(
             self.features != () or self.id_table,
-            "model.features is empty and model.id_table is off: nothing would tell items apart; turn one on",
+            "model.features is empty and model.id_table is off: nothing would distinguish items; turn one on",
         )
 
     @property
@@ -251,7 +251,7 @@ class TrainConfig:
     patience: NonNegativeInt = 10  # evaluations without gain before early stopping; 0: never stop early
     log_every_steps: PositiveInt = 10  # steps between two records in metrics.jsonl
     checkpoint_every_steps: NonNegativeInt = 0  # steps between checkpoints, besides those at every evaluation; 0: none
-    checkpoint_every_minutes: NonNegativeFloat = 0.0  # minutes after a checkpoint to the next, likewise; 0: none
+    checkpoint_every_minutes: NonNegativeFloat = 0.0  # minutes between checkpoints, besides the others; 0: none
     keep_checkpoints: PositiveInt = 2  # number of newest checkpoints to keep; the best is always kept
 
     def __post_init__(self) -> None:
