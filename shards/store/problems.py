@@ -1,7 +1,7 @@
-"""``python -m shards.verify STORE``: recompute everything that the manifest claims.
+"""What is wrong with a store: everything that the manifest claims, recomputed.
 
 Whole-file and per-block hashes, tar structure up to the end-of-archive bytes, dtypes, dims, finiteness, counts, the
-ranges of ids, and the two tables. Every problem is one line; any problem ends with exit code 2.
+ranges of ids, and the two tables. A problem is one line.
 """
 
 from __future__ import annotations
@@ -13,57 +13,40 @@ from itertools import chain
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
-from fmrl_dist.base.errors import UserError, run_command
-from fmrl_dist.config.command_line import CommandParser
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.base.progress import Progress
 from fmrl_dist.data.store.manifest import MANIFEST_FILE, SPLITS, USERS_FILE, VOCAB_FILE, Block, Manifest, Shard
 from fmrl_dist.data.store.reader import Store
-from shards.tables.tables import content_sha256
+from shards.store.parquet_tables import rows_sha256
 
 END_OF_ARCHIVE_BYTES = 1024  # two zero blocks; tar pads further
 
 
-def main(argv: list[str]) -> None:
-    parser = CommandParser(prog="python -m shards.verify", description="Check a shard store, byte by byte.")
-    parser.add_argument("store", help="folder or URL of the store")
-    store = Store.open(parser.parse_args(argv).store)
-    problems = 0
-    for problem in verify(store):
-        problems += 1
-        print(f"problem: {problem}")
-    if problems:
-        raise UserError(f"store {store.location} has {problems} problems; build it again with shards.build --overwrite")
-    manifest = store.manifest
-    blocks = len(manifest.items) + sum(len(blocks) for blocks in manifest.splits.values())
-    print(
-        f"ok: {store.location}: {len(manifest.shards)} shards, {blocks} blocks, {manifest.num_users:,} users, "
-        f"{manifest.num_items:,} items, {manifest.num_events:,} events"
-    )
-
-
-def verify(store: Store) -> Iterator[str]:
+def store_problems(store: Store) -> Iterator[str]:
     """Problems of the store, one line each; none if it is sound."""
     manifest = store.manifest
-    yield from _check_folder(store)
+    yield from _folder_problems(store)
     blocks = _blocks_by_shard(manifest)
     for shard in manifest.shards:
-        yield from _check_shard(store, shard, blocks[shard.name])
-    yield from _check_items(store)
-    train_count = np.zeros(manifest.num_items, np.int64)
-    users = {}
-    for split in SPLITS:
-        users[split] = np.zeros(manifest.num_users, bool)
-        yield from _check_histories(store, split, users[split], train_count)
-    if not users["train"].all():
-        yield f"train: {int((~users['train']).sum())} of {manifest.num_users} users are in no block"
-    if not np.array_equal(users["valid"], users["test"]):
-        yield "valid and test do not hold the same users"
-    events = {split: sum(block.events for block in manifest.splits[split]) for split in SPLITS}
-    evaluated = int(users["test"].sum())
-    if manifest.num_events != events["train"] + 2 * evaluated or events["test"] != events["valid"] + evaluated:
-        yield f"events of the splits ({events}) do not add up to the manifest's {manifest.num_events}"
-    yield from _check_tables(store, train_count)
+        yield from _shard_problems(store, shard, blocks[shard.name])
+    items, users = _ItemChecks(manifest), {split: _UserChecks(manifest, split) for split in SPLITS}
+    progress = Progress("block", sum(map(len, blocks.values())), name="verify")
+    checks: dict[str, _ItemChecks | _UserChecks] = {"items": items, **users}
+    for split in checks:
+        for number, block in enumerate(manifest.items if split == "items" else manifest.splits[split]):
+            name = f"{split} block {number} ({block.shard} at byte {block.offset})"
+            try:
+                arrays = store.read_block(block)
+            except UserError as error:
+                yield f"{name}: {error}"
+            else:
+                yield from checks[split].add(name, arrays)
+            progress.advance(1)
+    progress.close()
+    yield from items.problems()
+    yield from _split_problems(manifest, users)
+    yield from _table_problems(store, users["train"].train_count)
 
 
 def _blocks_by_shard(manifest: Manifest) -> dict[str, list[Block]]:
@@ -73,14 +56,14 @@ def _blocks_by_shard(manifest: Manifest) -> dict[str, list[Block]]:
     return blocks
 
 
-def _check_folder(store: Store) -> Iterator[str]:
+def _folder_problems(store: Store) -> Iterator[str]:
     known = {MANIFEST_FILE, VOCAB_FILE, USERS_FILE, *(shard.name for shard in store.manifest.shards)}
-    for name in store.files.names() or ():  # a URL tells no names: there, only what the manifest names is looked at
+    for name in store.files.names() or ():  # a URL cannot be listed: there, only files of the manifest are checked
         if name not in known:
             yield f"{name}: not in the manifest"
 
 
-def _check_shard(store: Store, shard: Shard, blocks: list[Block]) -> Iterator[str]:
+def _shard_problems(store: Store, shard: Shard, blocks: list[Block]) -> Iterator[str]:
     """The file's size, hash and totals; its blocks side by side from byte 0; zeros after them."""
     try:
         size = store.files.size(shard.name)
@@ -100,60 +83,74 @@ def _check_shard(store: Store, shard: Shard, blocks: list[Block]) -> Iterator[st
         tail_is_zero &= not any(piece[max(end - position, 0) :])
         position += len(piece)
     if digest.hexdigest() != shard.sha256:
-        yield f"{shard.name}: sha256 of the file is not the manifest's"
+        yield f"{shard.name}: the file's sha256 is not the manifest's"
     if position - end < END_OF_ARCHIVE_BYTES or not tail_is_zero:
         yield f"{shard.name}: the end-of-archive bytes after byte {end} are not {END_OF_ARCHIVE_BYTES} or more zeros"
     found = (len(blocks), sum(block.count for block in blocks), sum(block.events for block in blocks))
     if found != (shard.samples, shard.count, shard.events):
-        yield f"{shard.name}: blocks, rows and events are {found}, its entry says otherwise"
+        yield f"{shard.name}: its blocks, rows and events are {found}, not what its entry says"
 
 
-def _read(
-    store: Store, blocks: tuple[Block, ...], split: str
-) -> Iterator[tuple[str, Block, dict[str, np.ndarray] | str]]:
-    """Name, entry and arrays of each block; a message in their place where it cannot be read."""
-    for i, block in enumerate(tqdm(blocks, desc=split, unit="block", disable=None)):
-        name = f"{split} block {i} ({block.shard} at byte {block.offset})"
-        try:
-            yield name, block, store.read_block(block)
-        except UserError as error:
-            yield name, block, f"{name}: {error}"
+class _ItemChecks:
+    """Every item in one block, and as many with each feature as the manifest says; reading checks the rest."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._seen = np.zeros(manifest.num_items, np.int64)
+        self._present = dict.fromkeys((feature.name for feature in manifest.features), 0)
+
+    def add(self, name: str, arrays: dict[str, np.ndarray]) -> list[str]:
+        """Problems of a block that was read; each begins with ``name``."""
+        ids = arrays["ids"]
+        np.add.at(self._seen, ids, 1)
+        for feature in self._present:
+            self._present[feature] += int(arrays.get(f"{feature}.mask", np.ones(len(ids), bool)).sum())
+        return []
+
+    def problems(self) -> Iterator[str]:
+        """Problems of all blocks together."""
+        wrong, num_items = int((self._seen != 1).sum()), self._manifest.num_items
+        if wrong:
+            yield f"items: {wrong} of {num_items} items are not in exactly one block"
+        for feature in self._manifest.features:
+            found = self._present[feature.name]
+            if found != feature.present:
+                yield f"feature {feature.name}: {found} items have it, the manifest says {feature.present}"
 
 
-def _check_items(store: Store) -> Iterator[str]:
-    """Every item once, as many with each feature as claimed; the rest is checked at every read."""
-    manifest = store.manifest
-    seen = np.zeros(manifest.num_items, np.int64)
-    present = dict.fromkeys((feature.name for feature in manifest.features), 0)
-    for _, block, arrays in _read(store, manifest.items, "items"):
-        if isinstance(arrays, str):
-            yield arrays
-            continue
-        np.add.at(seen, arrays["ids"], 1)
-        for feature in manifest.features:
-            present[feature.name] += int(arrays.get(f"{feature.name}.mask", np.ones(block.count, bool)).sum())
-    if not (seen == 1).all():
-        yield f"items: {int((seen != 1).sum())} of {manifest.num_items} items are not in exactly one block"
-    for feature in manifest.features:
-        if present[feature.name] != feature.present:
-            yield f"feature {feature.name}: {present[feature.name]} items have it, the manifest says {feature.present}"
+class _UserChecks:
+    """Each user of a split in one block; reading checks the rest."""
+
+    def __init__(self, manifest: Manifest, split: str) -> None:
+        self._split = split
+        self.users = np.zeros(manifest.num_users, bool)  # those seen
+        self.train_count = np.zeros(manifest.num_items if split == "train" else 0, np.int64)  # events of each item
+
+    def add(self, name: str, arrays: dict[str, np.ndarray]) -> list[str]:
+        """Problems of a block that was read; each begins with ``name``."""
+        if self._split == "train":
+            self.train_count += np.bincount(arrays["items"], minlength=len(self.train_count))
+        users = arrays["users"]
+        twice = self.users[users].any()
+        self.users[users] = True
+        return [f"{name}: a user occurs twice in {self._split}"] if twice else []
 
 
-def _check_histories(store: Store, split: str, users: np.ndarray, train_count: np.ndarray) -> Iterator[str]:
-    """Each user at most once; marks ``users``, adds to ``train_count``. The rest is checked at every read."""
-    for name, _, arrays in _read(store, store.manifest.splits[split], split):
-        if isinstance(arrays, str):
-            yield arrays
-            continue
-        if split == "train":
-            train_count += np.bincount(arrays["items"], minlength=len(train_count))
-        if users[arrays["users"]].any():
-            yield f"{name}: a user stands twice in {split}"
-        users[arrays["users"]] = True
+def _split_problems(manifest: Manifest, checks: dict[str, _UserChecks]) -> Iterator[str]:
+    """All users in train, the same users in valid and test, and events that add up."""
+    train, valid, test = (checks[split].users for split in SPLITS)
+    if not train.all():
+        yield f"train: {int((~train).sum())} of {manifest.num_users} users are in no block"
+    if not np.array_equal(valid, test):
+        yield "valid and test do not hold the same users"
+    events = {split: sum(block.events for block in manifest.splits[split]) for split in SPLITS}
+    evaluated = int(test.sum())
+    if manifest.num_events != events["train"] + 2 * evaluated or events["test"] != events["valid"] + evaluated:
+        yield f"events of the splits ({events}) do not add up to the manifest's {manifest.num_events}"
 
 
-def _check_tables(store: Store, train_count: np.ndarray) -> Iterator[str]:
-    """Rows, ids and content of the vocabulary and of the users."""
+def _table_problems(store: Store, train_count: np.ndarray) -> Iterator[str]:
+    """Rows and ids of the vocabulary and of the users."""
     sizes = {VOCAB_FILE: ("item", store.manifest.num_items), USERS_FILE: ("user", store.manifest.num_users)}
     for name, (id_column, num_rows) in sizes.items():
         try:
@@ -164,13 +161,9 @@ def _check_tables(store: Store, train_count: np.ndarray) -> Iterator[str]:
             continue
         if table.num_rows != num_rows:
             yield f"{name}: {table.num_rows} rows, the manifest says {num_rows}"
-        if content_sha256(table) != store.manifest.tables[name]:
+        if rows_sha256(table) != store.manifest.tables[name]:
             yield f"{name}: its rows are not those that were written"
         elif not np.array_equal(table[id_column].to_numpy(), np.arange(num_rows)):
             yield f"{name}: column {id_column!r} does not count from 0"
         elif name == VOCAB_FILE and not np.array_equal(table["train_count"].to_numpy(), train_count):
             yield f"{name}: train_count is not what the train blocks hold"
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -21,9 +21,9 @@ from fmrl_dist.data.store.files import SourceError
 from fmrl_dist.data.store.manifest import Block
 from fmrl_dist.data.store.reader import Store
 from shards import inspect as inspect_command
-from shards.build import build
+from shards.store.builder import build_store
+from shards.store.problems import store_problems
 from shards.verify import main as verify_main
-from shards.verify import verify
 from tests.fixtures.http_store import FAULTS, StoreServer, serve
 from tests.fixtures.processes import free_port, run_processes
 from tests.fixtures.stores import tiny_config, write_raw
@@ -38,7 +38,7 @@ LATE_S = 1.5  # for a busy machine
 def built(tmp_path_factory: pytest.TempPathFactory) -> Store:
     root = tmp_path_factory.mktemp("remote")
     write_raw(root / "raw")
-    return build(tiny_config(root / "raw", root / "store"))[0]
+    return build_store(tiny_config(root / "raw", root / "store"))[0]
 
 
 @pytest.fixture
@@ -150,9 +150,9 @@ def test_other_protocols(built: Store, own_cache: Path) -> None:
             store = Store.open(url)
             for block in all_blocks(built):
                 assert store.read_bytes(block) == built.read_bytes(block)
-            assert list(verify(store)) == []
+            assert list(store_problems(store)) == []
         memory.rm("/shop/vocab.parquet")
-        assert any("vocab.parquet" in problem for problem in verify(Store.open("memory://shop")))
+        assert any("vocab.parquet" in problem for problem in store_problems(Store.open("memory://shop")))
     finally:
         memory.rm("/shop", recursive=True)
 
@@ -305,7 +305,7 @@ def test_verify_streams_the_shards(server: StoreServer, capsys: pytest.CaptureFi
     verify_main([server.url])
     assert capsys.readouterr().out.startswith(f"ok: {server.url}: ")
     server.faults = ["500", "half", "drop"]
-    assert list(verify(Store.open(server.url, access()))) == []
+    assert list(store_problems(Store.open(server.url, access()))) == []
     inspect_command.main([server.url])
     assert f"store   {server.url}\n" in capsys.readouterr().out
 
@@ -321,7 +321,7 @@ def test_verify_sees_through_to_the_source(built: Store, server: StoreServer, tm
             data = data[:-1] + b"x"  # behind the last block
         if name not in (second, "users.parquet"):
             (server.folder / name).write_bytes(data)
-    problems = list(verify(Store.open(server.url, access(retries=0))))
+    problems = list(store_problems(Store.open(server.url, access(retries=0))))
     for words in (
         f"{first}: sha256 of the file",
         f"{first}: the end-of-archive",
@@ -336,7 +336,7 @@ def test_verify_ends_where_the_source_dies(server: StoreServer) -> None:
     server.faults = ["forever", "stall"]
     begin = time.monotonic()
     with pytest.raises(UserError, match="did not answer in time"):
-        list(verify(store))
+        list(store_problems(store))
     assert time.monotonic() - begin < 1 + LATE_S
 
 

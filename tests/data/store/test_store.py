@@ -22,9 +22,9 @@ from fmrl_dist.base.errors import UserError
 from fmrl_dist.data.store.block_arrays import parse_block
 from fmrl_dist.data.store.manifest import Block, Manifest, block_sha256
 from fmrl_dist.data.store.reader import Store
-from shards.build import build
+from shards.store.builder import build_store
+from shards.store.problems import store_problems
 from shards.verify import main as verify_main
-from shards.verify import verify
 from tests.fixtures.processes import REPOSITORY
 from tests.fixtures.stores import tiny_config, write_raw
 
@@ -32,7 +32,7 @@ from tests.fixtures.stores import tiny_config, write_raw
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     write_raw(tmp_path / "raw")
-    return build(tiny_config(tmp_path / "raw", tmp_path / "store", text=["{title}"]))[0]
+    return build_store(tiny_config(tmp_path / "raw", tmp_path / "store", text=["{title}"]))[0]
 
 
 Change = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
@@ -76,14 +76,14 @@ import threading
 from pathlib import Path
 from fmrl_dist.data.item_statistics import popularity_table
 from fmrl_dist.data.store.reader import Store
-from shards.verify import verify
+from shards.store.problems import store_problems
 
 def threads():  # that are not Python's, but for the one that jemalloc, pyarrow's allocator, starts when first used
     names = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
     return len(names) - names.count("jemalloc_bg_thd") - threading.active_count()
 
 store, before = Store.open(sys.argv[1]), threads()
-assert list(verify(store)) == [] and len(popularity_table(store, 0.5)) == store.manifest.num_items
+assert list(store_problems(store)) == [] and len(popularity_table(store, 0.5)) == store.manifest.num_items
 print(before, threads())
 """
 
@@ -246,9 +246,9 @@ def test_verify_notices_every_byte_of_every_shard(store: Store) -> None:
             data = bytearray(whole)
             data[place] ^= 1
             path.write_bytes(data)
-            assert any(shard.name in problem for problem in verify(store)), f"{shard.name} byte {place}"
+            assert any(shard.name in problem for problem in store_problems(store)), f"{shard.name} byte {place}"
         path.write_bytes(whole)
-    assert list(verify(store)) == []
+    assert list(store_problems(store)) == []
 
 
 def forge(store: Store, split: str, **fields: np.ndarray) -> Store:
@@ -280,7 +280,7 @@ def test_verify_checks_the_end_of_the_archive(store: Store, tail: bytes) -> None
     (store.path / shard.name).write_bytes(data)
     signed = dataclasses.replace(shard, num_bytes=len(data), sha256=block_sha256(data))
     manifest = dataclasses.replace(store.manifest, shards=(signed, *store.manifest.shards[1:]))
-    (problem,) = verify(Store(store.files, manifest))
+    (problem,) = store_problems(Store(store.files, manifest))
     assert f"{shard.name}: the end-of-archive bytes after byte {end}" in problem
 
 
@@ -308,12 +308,12 @@ def test_verify_looks_past_the_hashes(tmp_path: Path, split: str, change: Change
     write_raw(tmp_path / "raw")
     config = tiny_config(tmp_path / "raw", tmp_path / "store")
     config = dataclasses.replace(config, store=dataclasses.replace(config.store, blocks_per_shard=1))
-    store = build(config)[0]
+    store = build_store(config)[0]
     block = store.manifest.items[0] if split == "items" else store.manifest.splits[split][0]
     changed = change(store.read_block(block))
     store = forge(store, split)
-    assert list(verify(store)) == []
-    problems = list(verify(forge(store, split, **changed)))
+    assert list(store_problems(store)) == []
+    problems = list(store_problems(forge(store, split, **changed)))
     assert any(re.search(problem, line) for line in problems), problems
 
 

@@ -34,7 +34,7 @@ from fmrl_dist.data.order import Order
 from fmrl_dist.data.store.manifest import SPLITS, Manifest
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.train_stream import TrainStream
-from shards.verify import verify
+from shards.store.problems import store_problems
 from tests.fixtures.training import make_shop, refusal, run_module
 
 DAMAGED, FORGED_ROUNDS = 250, 3
@@ -86,7 +86,7 @@ def outcome(folder: Path) -> str:
 
 def is_refused_by_verify(folder: Path) -> bool:
     try:
-        problems = list(verify(Store.open(folder)))
+        problems = list(store_problems(Store.open(folder)))
     except UserError as error:
         problems = [str(error)]
     assert not any("\n" in problem for problem in problems)

@@ -22,20 +22,11 @@ from PIL import Image
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.config.features import PixelsFeature
 from fmrl_dist.config.loading import DEMO_CONFIG, load_config
-from shards.demo.shop import (
-    FILES,
-    IMAGE_SIZE_PX,
-    LEAF_PATHS,
-    MOTIFS,
-    NUM_HUES,
-    NUM_LEAVES,
-    NUM_TIERS,
-    Attributes,
-    make_attributes,
-    make_histories,
-    write_demo,
-)
-from shards.demo.words import BRANDS, MODEL_ENDS, MODEL_STARTS, MODEL_WORDS_PER_LEAF, TIER_WORDS
+from shards.demo.catalogue import MOTIFS, NUM_HUES, NUM_LEAVES, NUM_TIERS, Attributes, make_attributes
+from shards.demo.folder import FILES, write_demo
+from shards.demo.histories import make_histories
+from shards.demo.item_images import IMAGE_SIZE_PX
+from shards.demo.words import BRANDS, LEAF_PATHS, MODEL_ENDS, MODEL_STARTS, MODEL_WORDS_PER_LEAF, TIER_WORDS
 from tests.fixtures.processes import REPOSITORY
 
 USERS, ITEMS, SEED = 3000, 2000, 0

@@ -33,14 +33,14 @@ from fmrl_dist.base.errors import UserError
 from fmrl_dist.config.features import OpenClipFeature
 from fmrl_dist.config.loading import load_config
 from fmrl_dist.data.store.reader import Store
-from shards.build import build
-from shards.encoders import image_encoder
-from shards.encoders.encoding import Encoded
-from shards.encoders.images import MAX_PIXELS
-from shards.encoders.open_clip_model import find_model, open_clip
+from shards.encoders import image_encoder, image_loader
+from shards.encoders.item_feature import ItemFeature
+from shards.encoders.item_images import MAX_PIXELS
+from shards.encoders.open_clip_model import find_image_model, open_clip
 from shards.random_image_encoder import main as random_encoder_main
 from shards.random_image_encoder import write_random_encoder
-from shards.tables.tables import ItemIds
+from shards.store.builder import build_store
+from shards.tables.item_ids import ItemIds
 from tests.fixtures.processes import REPOSITORY, clean_environment
 from tests.fixtures.stores import tiny_config, tiny_values, write_histories, write_items
 
@@ -70,7 +70,7 @@ def feature(weights: Path, **keys: Any) -> OpenClipFeature:
     return OpenClipFeature(path="images.parquet", **(values | keys))
 
 
-def encode(root: Path, images: list[Any], config: OpenClipFeature, items: list[int] | None = None) -> Encoded:
+def encode(root: Path, images: list[Any], config: OpenClipFeature, items: list[int] | None = None) -> ItemFeature:
     """Write an image table of ``images``, of the items 0, 1, … or of ``items``, and encode it."""
     items = list(range(len(images))) if items is None else items
     pq.write_table(pa.table({"item_id": items, "image": images}), root / "images.parquet")
@@ -182,7 +182,7 @@ def test_sixteen_bits_are_scaled(weights: Path, tmp_path: Path) -> None:
 
 
 def test_an_items_first_good_image_counts(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_encoder, "BLOCK_ROWS", 3)
+    monkeypatch.setattr(image_loader, "BLOCK_ROWS", 3)
     images = [b"bad", photo(1), photo(2), photo(3), photo(4), photo(5), photo(6), b"bad"]
     items = [
         0,
@@ -229,8 +229,8 @@ def test_a_file_name_may_not_leave_the_folder(source: str, weights: Path, tmp_pa
     keys: dict[str, Any] = {"source": source, "path": "images.parquet"}
     if source == "open_clip":
         keys |= {"model": str(MODEL), "pretrained": str(weights), "workers": 0}
-    store, features = build(tiny_config(root, tmp_path / "store", items={}, features={"image": keys}))
-    present = {name for name, present in zip(names, features[0].mask, strict=True) if present}
+    store, features = build_store(tiny_config(root, tmp_path / "store", items={}, features={"image": keys}))
+    present = {name for name, present in zip(names, features[0].present, strict=True) if present}
     assert present == set(good)
     assert features[0].note == f"{len(bad) + 1} images unreadable"
     assert store.manifest.features[0].present == len(good)
@@ -240,7 +240,7 @@ def test_the_manifest_names_the_encoder_and_its_weights(weights: Path, tmp_path:
     write_raw(tmp_path / "raw", pa.array([photo(i) for i in range(4)]), list(range(4)))
     keys = {"source": "open_clip", "path": "images.parquet", "model": str(MODEL), "pretrained": str(weights)}
     values = tiny_config(tmp_path / "raw", tmp_path / "store", items={}, features={"image": keys | {"workers": 0}})
-    store, _ = build(values)
+    store, _ = build_store(values)
     info = store.manifest.features[0]
     assert info.encoder == "open_clip:clip-random-small random.safetensors"
     assert (info.dim, info.present, info.masked, len(info.revision)) == (DIM, 4, False, 64)
@@ -278,7 +278,7 @@ def test_a_file_that_grew_is_another_recipe(weights: Path, tmp_path: Path) -> No
 def test_finished_blocks_are_not_encoded_again(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(image_encoder, "BLOCK_ROWS", 2)
+    monkeypatch.setattr(image_loader, "BLOCK_ROWS", 2)
     images = [photo(0), b"bad", photo(2), photo(3), b"bad"]
     first = encode(tmp_path, images, feature(weights))
     rows, present = np.array(first.rows), first.present
@@ -382,10 +382,10 @@ def test_only_safetensors_are_taken_from_the_hub(tmp_path: Path, monkeypatch: py
     pickled(snapshot / "open_clip_pytorch_model.bin")
     default = OpenClipFeature()
     with pytest.raises(UserError, match="'webli' of image model 'ViT-L-16-SigLIP-256' cannot be fetched") as caught:
-        find_model(default.model, default.pretrained)
+        find_image_model(default.model, default.pretrained)
     assert "\n" not in str(caught.value)
     (snapshot / "open_clip_model.safetensors").write_bytes(b"weights")
-    model = find_model(default.model, default.pretrained)
+    model = find_image_model(default.model, default.pretrained)
     assert model.weights == snapshot / "open_clip_model.safetensors"
     assert model.encoder == "open_clip:ViT-L-16-SigLIP-256 webli"
     assert model.preprocessing["size"] == 256 and tuple(model.preprocessing["mean"]) == (0.5, 0.5, 0.5)
@@ -393,11 +393,11 @@ def test_only_safetensors_are_taken_from_the_hub(tmp_path: Path, monkeypatch: py
 
 def test_weights_in_a_file_keep_the_models_preprocessing(weights: Path, tmp_path: Path) -> None:
     """Of SigLIP's published weights, or of the config that stands beside the file; open_clip alone would guess."""
-    assert tuple(find_model("ViT-L-16-SigLIP-256", str(weights)).preprocessing["mean"]) == (0.5, 0.5, 0.5)
-    assert find_model("ViT-L-16-SigLIP-256", str(weights)).preprocessing["resize_mode"] == "squash"
+    assert tuple(find_image_model("ViT-L-16-SigLIP-256", str(weights)).preprocessing["mean"]) == (0.5, 0.5, 0.5)
+    assert find_image_model("ViT-L-16-SigLIP-256", str(weights)).preprocessing["resize_mode"] == "squash"
     published = tmp_path / "open_clip_config.json"
     published.write_text(f'{{"model_cfg": {MODEL.read_text()}, "preprocess_cfg": {{"resize_mode": "longest"}}}}')
-    model = find_model(str(published), str(weights))
+    model = find_image_model(str(published), str(weights))
     assert (model.preprocessing["resize_mode"], model.preprocessing["size"]) == ("longest", 64)
     wide = photo(0, size=(120, 40))
     squashed, cropped = (
@@ -474,10 +474,10 @@ def test_a_build_killed_at_work_goes_on_to_the_same_store(
     _, alive = psutil.wait_procs(workers, timeout=30)
     assert workers and not alive, "decoding processes outlive the build"
     capsys.readouterr()
-    build(load_config(config, ["--data.features.image.workers", "0"]))
+    build_store(load_config(config, ["--data.features.image.workers", "0"]))
     assert "of 3 blocks were done before" in capsys.readouterr().out
     whole = write_build(tmp_path, weights, "whole", 1400)
-    _, (rows,) = build(load_config(whole, ["--data.features.image.workers", "0"]))
+    _, (rows,) = build_store(load_config(whole, ["--data.features.image.workers", "0"]))
     assert rows.note == "1 images unreadable"
     assert "done before" not in capsys.readouterr().out
     first, second = Store.open(tmp_path / "store"), Store.open(tmp_path / "whole")

@@ -18,10 +18,10 @@ from fmrl_dist.base.errors import EXIT_USER_ERROR
 from fmrl_dist.config.features import TransformersFeature
 from fmrl_dist.config.loading import load_config
 from fmrl_dist.data.store.reader import Store
-from shards.build import build
-from shards.encoders.encoding import encoding_folder
+from shards.encoders.encoded_blocks import encoding_folder
 from shards.encoders.item_text import item_texts, template_columns
 from shards.encoders.text_encoder import BLOCK_ITEMS, load_encoder
+from shards.store.builder import build_store
 from tests.fixtures.processes import REPOSITORY, clean_environment
 from tests.fixtures.stores import write_histories
 from tests.fixtures.text_model import random_texts, write_text_model
@@ -85,7 +85,7 @@ def kill_when_blocks_are_done(config: Path, num_blocks: int) -> int:
 
 @pytest.mark.slow
 def test_a_killed_build_goes_on(shop: Path) -> None:
-    undisturbed, _ = build(load_config(write_config(shop, "undisturbed")))
+    undisturbed, _ = build_store(load_config(write_config(shop, "undisturbed")))
     config = write_config(shop, "killed")
     done = kill_when_blocks_are_done(config, 2)
     assert 2 <= done < NUM_BLOCKS

@@ -16,7 +16,8 @@ from transformers import AutoModel, AutoTokenizer
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.config.features import TransformersFeature
 from shards.encoders import text_encoder
-from shards.encoders.encoding import Encoded
+from shards.encoders.item_feature import ItemFeature
+from shards.encoders.item_text import ItemTexts
 from shards.encoders.text_encoder import encode_texts, load_encoder, pool, token_batches
 from tests.fixtures.text_model import DIM, MAX_POSITIONS, random_texts, write_text_model
 
@@ -41,8 +42,9 @@ def config(model: Path, pooling: Pooling = "cls", max_tokens: int = 32, batch_to
     )
 
 
-def encode(feature: TransformersFeature, texts: list[str], folder: Path, has: np.ndarray | None = None) -> Encoded:
-    return encode_texts("text", feature, texts, np.ones(len(texts), bool) if has is None else has, folder)
+def encode(feature: TransformersFeature, texts: list[str], folder: Path, has: np.ndarray | None = None) -> ItemFeature:
+    present = np.ones(len(texts), bool) if has is None else has
+    return encode_texts("text", feature, ItemTexts(texts, present), folder)
 
 
 def plain_rows(model: Path, texts: list[str], pooling: Pooling, max_tokens: int) -> np.ndarray:

@@ -23,12 +23,13 @@ from PIL import Image
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.config.sections import StoreConfig
 from fmrl_dist.data.store.reader import Store
-from shards.build import build, main
-from shards.encoders.images import MAX_PIXELS
+from shards.build import main
+from shards.encoders.item_images import MAX_PIXELS
 from shards.encoders.item_text import UNTITLED, item_texts, template_columns
 from shards.encoders.pixels import DIM, encode_image
 from shards.inspect import main as inspect_main
-from shards.verify import verify
+from shards.store.builder import build_store
+from shards.store.problems import store_problems
 from tests.fixtures.stores import HISTORIES, ITEMS, png, tiny_config, write_histories, write_items, write_raw
 from tests.fixtures.training import contents, refusal
 
@@ -61,7 +62,7 @@ def rows_of(items: list[str]) -> list[int]:
 
 def test_leave_one_out_ids_and_tables(tmp_path: Path) -> None:
     rows = write_raw(tmp_path / "raw")
-    store, _ = build(tiny_config(tmp_path / "raw", tmp_path / "store"))
+    store, _ = build_store(tiny_config(tmp_path / "raw", tmp_path / "store"))
     manifest = store.manifest
     assert (manifest.num_items, manifest.num_users, manifest.num_dropped_users, manifest.num_events) == (6, 4, 1, 15)
     kept = ["u1", "u3", "u4", "u5"]  # u2 has one event
@@ -80,7 +81,7 @@ def test_leave_one_out_ids_and_tables(tmp_path: Path) -> None:
 def test_item_blocks_hold_a_permutation(tmp_path: Path) -> None:
     write_items(tmp_path / "items.parquet", [f"i{i:04d}" for i in range(1000)])
     write_histories(tmp_path / "sequences.parquet", {"u": ["i0001", "i0002"]})
-    store, _ = build(tiny_config(tmp_path, tmp_path / "store", features={}))
+    store, _ = build_store(tiny_config(tmp_path, tmp_path / "store", features={}))
     ids = np.concatenate([store.read_block(block)["ids"] for block in store.manifest.items])
     assert sorted(ids.tolist()) == list(range(1000))
     assert abs(ids[:100].mean() - 499.5) < 100  # a run of blocks samples the whole catalogue
@@ -103,8 +104,8 @@ def test_any_histories_come_back(histories: list[list[int]], users_per_block: in
         write_histories(root / "sequences.parquet", raw, times)
         config = tiny_config(root, root / "store", features={}, sequences={"times": "times"})
         sizes = StoreConfig(config.store.path, users_per_block, 2, blocks_per_shard)
-        store, _ = build(dataclasses.replace(config, store=sizes))
-        assert list(verify(store)) == []
+        store, _ = build_store(dataclasses.replace(config, store=sizes))
+        assert list(store_problems(store)) == []
         kept = [i for i, history in enumerate(histories) if len(history) >= 2]
         assert read_columns(store, "users.parquet")["external_id"] == [10 * i for i in kept]
         whole = dict(enumerate(histories[i] for i in kept))
@@ -122,13 +123,13 @@ def test_any_histories_come_back(histories: list[list[int]], users_per_block: in
 def test_the_same_input_gives_the_same_store(tmp_path: Path) -> None:
     write_raw(tmp_path / "raw")
     features = {"vector": {"source": "npy", "path": "vectors.npy"}, "words": {"source": "tfidf", "dim": 3}}
-    first, _ = build(tiny_config(tmp_path / "raw", tmp_path / "one", features=features))
-    second, _ = build(tiny_config(tmp_path / "raw", tmp_path / "two", features=features))
+    first, _ = build_store(tiny_config(tmp_path / "raw", tmp_path / "one", features=features))
+    second, _ = build_store(tiny_config(tmp_path / "raw", tmp_path / "two", features=features))
     assert first.manifest.sha256 == second.manifest.sha256
     for path in first.path.iterdir():
         assert path.read_bytes() == (second.path / path.name).read_bytes(), path.name
     np.save(tmp_path / "raw" / "vectors.npy", np.zeros((len(ITEMS), 4), np.float32))
-    third, _ = build(tiny_config(tmp_path / "raw", tmp_path / "three", features=features))
+    third, _ = build_store(tiny_config(tmp_path / "raw", tmp_path / "three", features=features))
     assert third.manifest.sha256 != first.manifest.sha256
 
 
@@ -136,14 +137,14 @@ def test_csv_equals_parquet(tmp_path: Path) -> None:
     write_raw(tmp_path)
     text = ["{title}", "{price}", "{brand}"]
     features = {"words": {"source": "tfidf", "dim": 3, "text": text}}
-    store, _ = build(tiny_config(tmp_path, tmp_path / "store", features=features))
+    store, _ = build_store(tiny_config(tmp_path, tmp_path / "store", features=features))
     items = pq.read_table(tmp_path / "items.parquet").drop_columns(["categories"])
     pyarrow.csv.write_csv(items, tmp_path / "items.csv")
     for name, cells in (("spaces", " ".join), ("json", lambda items: str(items).replace("'", '"'))):
         table = {"user_id": list(HISTORIES), "item_ids": [cells(items) for items in HISTORIES.values()]}
         pyarrow.csv.write_csv(pa.table(table), tmp_path / f"{name}.csv")
         tables = {"items": {"path": "items.csv", "title": "title"}, "sequences": {"path": f"{name}.csv"}}
-        again, _ = build(tiny_config(tmp_path, tmp_path / name, features=features, **tables))
+        again, _ = build_store(tiny_config(tmp_path, tmp_path / name, features=features, **tables))
         assert again.manifest.sha256 == store.manifest.sha256
 
 
@@ -155,7 +156,7 @@ def test_interactions_equal_sequences(tmp_path: Path, ending: str, timestamps: b
     times = {7: [5, 5, 8], 3: [1], 9: [2, 4, 4, 4], 1: [0, 9]}
     write_items(tmp_path / "items.parquet", [10, 20, 30, 40])
     write_histories(tmp_path / "sequences.parquet", histories, times)
-    store, _ = build(tiny_config(tmp_path, tmp_path / "one", features={}, sequences={"times": "times"}))
+    store, _ = build_store(tiny_config(tmp_path, tmp_path / "one", features={}, sequences={"times": "times"}))
     events = [(user, item, time) for user in histories for item, time in zip(histories[user], times[user], strict=True)]
     late = [event for event in events if event[2] >= 5 and event[0] != 7]  # interleaved: these come last
     events = [event for event in events if event not in late] + late
@@ -166,7 +167,7 @@ def test_interactions_equal_sequences(tmp_path: Path, ending: str, timestamps: b
     path = tmp_path / f"events.{ending}"
     pq.write_table(table, path) if ending == "parquet" else pyarrow.csv.write_csv(table, path)
     sequences = {"path": path.name, "layout": "interactions", "user": "who", "items": "what", "times": "when"}
-    again, _ = build(tiny_config(tmp_path, tmp_path / "two", features={}, sequences=sequences))
+    again, _ = build_store(tiny_config(tmp_path, tmp_path / "two", features={}, sequences=sequences))
     assert again.manifest.sha256 == store.manifest.sha256
     assert read_split(again, "test", "times")[1] == [2, 4, 4, 4]
 
@@ -176,10 +177,10 @@ def test_shuffled_interactions_are_ordered_by_time(tmp_path: Path) -> None:
     events = {"user": [1, 2, 1, 2, 1], "item": ["c", "f", "a", "e", "b"], "t": [30, 2, 10, 1, 20]}
     pq.write_table(pa.table(events), tmp_path / "events.parquet")
     sequences = {"path": "events.parquet", "layout": "interactions", "user": "user", "items": "item", "times": "t"}
-    store, _ = build(tiny_config(tmp_path, tmp_path / "timed", features={}, sequences=sequences))
+    store, _ = build_store(tiny_config(tmp_path, tmp_path / "timed", features={}, sequences=sequences))
     assert read_split(store, "test") == {0: rows_of(["a", "b", "c"])}
     assert read_split(store, "train")[1] == rows_of(["e", "f"])
-    store, _ = build(tiny_config(tmp_path, tmp_path / "as-is", features={}, sequences=sequences | {"times": ""}))
+    store, _ = build_store(tiny_config(tmp_path, tmp_path / "as-is", features={}, sequences=sequences | {"times": ""}))
     assert read_split(store, "test") == {0: rows_of(["c", "a", "b"])}
 
 
@@ -219,7 +220,7 @@ def test_tfidf_rows_are_unit_and_absent_where_there_is_no_text(tmp_path: Path) -
     titles = ["red lamp", "red lamp", None, "blue chair", "blue chair oak", "!"]
     pq.write_table(pa.table({"item_id": ITEMS, "title": titles}), tmp_path / "items.parquet")
     features = {"words": {"source": "tfidf", "dim": 2, "text": ["{title}"]}}
-    store, _ = build(tiny_config(tmp_path, tmp_path / "store", features=features))
+    store, _ = build_store(tiny_config(tmp_path, tmp_path / "store", features=features))
     assert store.manifest.features[0].present == 4 and store.manifest.features[0].masked
     rows, mask = read_items(store, "words").astype(np.float64), read_items(store, "words.mask")
     assert mask.tolist() == [True, True, False, True, True, False]
@@ -233,7 +234,7 @@ def test_pixels_skip_what_cannot_be_decoded(tmp_path: Path, capsys: pytest.Captu
     images = {"a": red, "b": png((0, 0, 200)), "c": red[: len(red) // 2], "d": None, "e": b"no image", "zz": red}
     pq.write_table(pa.table({"item_id": list(images), "image": list(images.values())}), tmp_path / "images.parquet")
     features = {"image": {"source": "pixels", "path": "images.parquet"}}
-    store, rows = build(tiny_config(tmp_path, tmp_path / "store", features=features))
+    store, rows = build_store(tiny_config(tmp_path, tmp_path / "store", features=features))
     assert rows[0].note == "3 images unreadable, 1 of unknown items"
     assert read_items(store, "image.mask").tolist() == [True, True, False, False, False, False]
     assert read_items(store, "image").shape == (6, DIM)
@@ -262,14 +263,14 @@ def test_a_decompression_bomb_is_not_decoded() -> None:
 def test_a_store_is_replaced_only_when_asked(tmp_path: Path) -> None:
     rows = write_raw(tmp_path / "raw")
     config = tiny_config(tmp_path / "raw", tmp_path / "store")
-    before = build(config)[0].manifest.sha256
+    before = build_store(config)[0].manifest.sha256
     with pytest.raises(UserError, match="exists; keep it, or build it again with --overwrite"):
-        build(config)
+        build_store(config)
     np.save(tmp_path / "raw" / "vectors.npy", rows + 1)
-    assert build(config, overwrite=True)[0].manifest.sha256 != before
+    assert build_store(config, overwrite=True)[0].manifest.sha256 != before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["raw", "store"]
     with pytest.raises(UserError, match="exists and is not a store"):
-        build(tiny_config(tmp_path / "raw", tmp_path / "raw"), overwrite=True)
+        build_store(tiny_config(tmp_path / "raw", tmp_path / "raw"), overwrite=True)
 
 
 def test_a_whole_store_of_the_config_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -321,7 +322,7 @@ def test_the_commands_on_the_demo(tmp_path: Path) -> None:
 
 def test_inspect_fits_a_screen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_raw(tmp_path / "raw")
-    store, _ = build(tiny_config(tmp_path / "raw", tmp_path / "store"))
+    store, _ = build_store(tiny_config(tmp_path / "raw", tmp_path / "store"))
     inspect_main([str(store.path)])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 24 and max(map(len, lines)) <= 100
@@ -333,8 +334,8 @@ def test_beauty(tmp_path: Path, shared_data: Path) -> None:
     root = shared_data / "amazon2014_beauty"
     features = {"text": {"source": "npy", "path": "text_minilm_384.npy", "dim": 384}}
     config = tiny_config(root, tmp_path / "store", features=features)
-    store, _ = build(dataclasses.replace(config, store=StoreConfig(path=config.store.path)))
-    assert list(verify(store)) == []
+    store, _ = build_store(dataclasses.replace(config, store=StoreConfig(path=config.store.path)))
+    assert list(store_problems(store)) == []
     manifest = store.manifest
     assert (manifest.num_users, manifest.num_items, manifest.num_events) == (22_363, 12_101, 198_502)
     raw = [[item - 1 for item in items] for items in pq.read_table(root / "sequences.parquet")["item_ids"].to_pylist()]

@@ -1,0 +1,73 @@
+"""``python -m shards.build``: raw tables in, shard store out."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from fmrl_dist.base.errors import require, run_command
+from fmrl_dist.base.urls import is_url
+from fmrl_dist.config.command_line import command_parser, parse_command
+from fmrl_dist.config.sections import Config
+from fmrl_dist.data.store.manifest import MANIFEST_FILE
+from fmrl_dist.data.store.reader import Store
+from shards.encoders.item_feature import ItemFeature
+from shards.store.builder import build_store
+
+
+def main(argv: list[str]) -> None:
+    parser = command_parser("shards.build", "Build the shard store that a config describes.")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--overwrite", action="store_true", help="replace a store that is already there")
+    existing.add_argument("--keep", action="store_true", help="keep a store that is already there, and build none")
+    arguments, config = parse_command(parser, argv)
+    if arguments.keep and (is_url(config.store.path) or Path(config.store.path, MANIFEST_FILE).is_file()):
+        kept = kept_store(config)
+        print(f"kept {kept.location}: {kept.manifest.num_users:,} users, {kept.manifest.num_items:,} items")
+        return
+    start = time.monotonic()
+    store, features = build_store(config, overwrite=arguments.overwrite)
+    _print_summary(store, features, time.monotonic() - start)
+
+
+def kept_store(config: Config) -> Store:
+    """The store that is already there: every shard in full length, with the config's features.
+
+    Blocks are not checked here: every later read checks them.
+
+    Raises:
+        UserError: it is incomplete, or was built from another config.
+    """
+    store = Store.open(config.store.path, config.store)
+    mend = "build it again with --overwrite, or choose another --store.path"
+    for shard in store.manifest.shards:
+        try:
+            size = store.files.size(shard.name)
+        except FileNotFoundError:
+            size = 0
+        require(
+            size == shard.num_bytes,
+            f"store {store.location}: {shard.name} has {size} bytes, the manifest says {shard.num_bytes}; {mend}",
+        )
+    found = [feature.name for feature in store.manifest.features]
+    absent = [name for name in config.data.features if name not in found]
+    require(not absent, f"store {store.location} has the features {found}, not the config's {absent}; {mend}")
+    return store
+
+
+def _print_summary(store: Store, features: list[ItemFeature], seconds: float) -> None:
+    manifest = store.manifest
+    print(
+        f"built {store.location} in {seconds:.1f} s: {manifest.num_users:,} users, {manifest.num_items:,} items, "
+        f"{manifest.num_events:,} events, {manifest.num_dropped_users:,} users dropped (fewer than 2 events), "
+        f"{sum(shard.num_bytes for shard in manifest.shards):,} bytes in {len(manifest.shards)} shards"
+    )
+    for feature in features:
+        entry = feature.manifest_entry
+        share = 100 * entry.present / manifest.num_items
+        note = f" ({feature.note})" if feature.note else ""
+        print(f"  feature {entry.name}: {entry.dim} x {entry.dtype}, {entry.encoder}, {share:.1f} % of items{note}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,33 @@
+"""``python -m shards.verify STORE``: recompute everything that the manifest claims (:mod:`shards.store.problems`).
+
+Every problem is one line; any problem ends with exit code 2.
+"""
+
+from __future__ import annotations
+
+from fmrl_dist.base.errors import UserError, run_command
+from fmrl_dist.config.command_line import CommandParser
+from fmrl_dist.data.store.reader import Store
+from shards.store.problems import store_problems
+
+
+def main(argv: list[str]) -> None:
+    parser = CommandParser(prog="python -m shards.verify", description="Check a shard store, byte by byte.")
+    parser.add_argument("store", help="folder or URL of the store")
+    store = Store.open(parser.parse_args(argv).store)
+    problems = 0
+    for problem in store_problems(store):
+        problems += 1
+        print(f"problem: {problem}")
+    if problems:
+        raise UserError(f"store {store.location} has {problems} problems; build it again with shards.build --overwrite")
+    manifest = store.manifest
+    blocks = len(manifest.items) + sum(len(blocks) for blocks in manifest.splits.values())
+    print(
+        f"ok: {store.location}: {len(manifest.shards)} shards, {blocks} blocks, {manifest.num_users:,} users, "
+        f"{manifest.num_items:,} items, {manifest.num_events:,} events"
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)
