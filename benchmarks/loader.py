@@ -36,6 +36,7 @@ from fmrl_dist.data.feed import BatchFeed
 from fmrl_dist.data.order import Order
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.train_stream import TrainStream
+from fmrl_dist.data.windows import WindowRule
 from shards.store.builder import build_store
 
 NUM_ITEMS, MEAN_EVENTS, USERS_AT_ONCE, BATCH, LANES = 100_000, 20, 50_000, 512, 16
@@ -69,7 +70,7 @@ def build_shop(folder: Path) -> None:
 
 def make_stream(store: Store) -> TrainStream:
     order = Order([block.count for block in store.manifest.splits["train"]], BATCH, LANES, seed=0)
-    return TrainStream(store, order, 50, "last", predict_first=True)
+    return TrainStream(store, order, WindowRule(50, "last", True))
 
 
 def read_batches(store: Store, _round: int) -> None:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from benchmarks import checkout_commit, describe_setting
 from fmrl_dist.base.errors import require, run_command
-from fmrl_dist.data.windows import target_windows
+from fmrl_dist.data.windows import WindowRule, target_windows
 from fmrl_dist.losses.nested_cross_entropy import nested_cross_entropy
 from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.model.nested import chunks
@@ -256,7 +256,7 @@ def left_padded(events: list[int]) -> list[int]:
 def packed_loss(ours: FMRLRec, histories: Sequence[list[int]], features: Tensor) -> tuple[Tensor, int]:
     """Our loss, on the windows that training takes, and its number of targets."""
     lengths = np.array([len(history) for history in histories])
-    windows = zip(histories, *target_windows(lengths, MAX_LENGTH, "last", predict_first=True)[1:], strict=True)
+    windows = zip(histories, *target_windows(lengths, WindowRule(MAX_LENGTH, "last", True))[1:], strict=True)
     items: list[int] = []
     targets: list[int] = []
     starts, from_start = [0], []

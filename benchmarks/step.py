@@ -35,7 +35,7 @@ from benchmarks.parity import (
 from benchmarks.timing import forget_peak, in_child, interleave, peak_resident_bytes, spread
 from fmrl_dist.base.errors import require, run_command
 from fmrl_dist.data.batches import Packed
-from fmrl_dist.data.windows import ragged_rows, target_windows
+from fmrl_dist.data.windows import WindowRule, ragged_rows, target_windows
 from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.training.module import TrainingModule
 from fmrl_dist.training.optimizer import build_optimizer
@@ -179,7 +179,7 @@ def pack(histories: list[list[int]]) -> Packed:
     lengths = np.array([len(history) for history in histories])
     begins = np.cumsum(lengths) - lengths
     events = np.concatenate([np.asarray(history) for history in histories])
-    owner, first, last = target_windows(lengths, 50, "last", predict_first=True)
+    owner, first, last = target_windows(lengths, WindowRule(50, "last", True))
     from_start = first == 0
     input_first = np.maximum(first - 1, 0)
     num_inputs = last - 1 - input_first

@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an export that is already there")
     arguments = parser.parse_args(argv)
 
-    checkpoint = load_checkpoint(arguments.checkpoint)
+    checkpoint = load_checkpoint(arguments.checkpoint, with_optimizer=False)
     config = config_from_dict(checkpoint.config)
     output = (arguments.output or default_output(checkpoint, arguments.size)).resolve()
     check_output(output, arguments.overwrite)

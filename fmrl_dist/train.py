@@ -7,8 +7,10 @@ Dropout is seeded by (seed, step, rank): a resumed run draws what the uninterrup
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -38,13 +40,15 @@ from fmrl_dist.data.item_table import feature_dims
 from fmrl_dist.data.negatives import NegativeSampler, make_sampler
 from fmrl_dist.data.order import Order
 from fmrl_dist.data.store.reader import Store
-from fmrl_dist.data.streamed_negatives import ItemWalk
+from fmrl_dist.data.streamed_negatives import StreamedNegatives
 from fmrl_dist.data.train_stream import TrainStream
+from fmrl_dist.data.windows import window_rule
 from fmrl_dist.distributed.processes import Runtime, start_runtime
 from fmrl_dist.distributed.signals import Stopped, StopRequest, ask_for_requeue, forget_requeue
 from fmrl_dist.evaluation.histograms import EvaluationProtocol, count_target_ranks
 from fmrl_dist.evaluation.ranker import ranker_of_checkpoint
 from fmrl_dist.evaluation.report import figures, print_and_write
+from fmrl_dist.training.agreement import StepResult, agree, count_targets, stop_if_not_finite
 from fmrl_dist.training.checks import check_inline
 from fmrl_dist.training.demo_store import build_missing_demo_store
 from fmrl_dist.training.learner import Learner, prepare_learner, save
@@ -54,6 +58,7 @@ from fmrl_dist.training.rank_monitor import RankMonitor
 from fmrl_dist.training.run import Run
 from fmrl_dist.training.skipped_blocks import describe_lost_users, leave_out
 from fmrl_dist.training.step_metrics import StepMetrics
+from fmrl_dist.training.step_timer import DATA_WAIT, MEETING, StepTimer
 from fmrl_dist.training.validation import note_validation
 
 SLACK_S = 300.0  # that ranks wait for each other beyond what ends a run in words: train.hang_timeout_s and its like
@@ -96,10 +101,10 @@ def train_and_evaluate(config: Config, runtime: Runtime, resume: str | None, sto
     runtime.require_same("checkpoint", json_sha256(checkpoint and asdict(checkpoint.state)))
     order = Order(
         [block.count for block in store.manifest.splits["train"]],
-        config.train.batch_size,
-        config.train.num_lanes,
-        config.train.seed,
-        config.train.shuffle_blocks,
+        batch_size=config.train.batch_size,
+        lanes=config.train.num_lanes,
+        seed=config.train.seed,
+        pool_blocks=config.train.shuffle_blocks,
     )
     total_steps = config.train.epochs * order.steps_per_epoch
     total_steps = min(total_steps, config.train.max_steps or total_steps)
@@ -124,16 +129,19 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest) ->
             copied.clear()
     sampler = make_negative_sampler(run)
     progress = Progress("step", run.total_steps, state.step, enabled=runtime.is_main)
-    step_metrics = StepMetrics(model.sizes, size_weights(config), runtime)
+    timer = StepTimer(learner.module)
+    step_metrics = StepMetrics(model.sizes, size_weights(config), runtime, timer)
     clock = SaveClock(config.train.checkpoint_every_minutes)
-    stopped = False  # by a signal, and the ranks know it
+    stopped = False  # by a signal, and all processes know it
+    result: StepResult | None = None
 
     with (
         claimed_run_folder(run.folder, config, runtime),
         Logbook(run.folder, state.step, config.run.tensorboard, runtime.is_main) as logbook,
         CheckpointWriter(run.folder / "checkpoints", learner.facts, config.train.keep_checkpoints) as writer,
         make_feed(run, make_stream(run, sampler, state)) as feed,
-        RankMonitor(runtime, run.folder, state.step, learner.module, config.train.hang_timeout_s) as monitor,
+        RankMonitor(runtime, run.folder, state.step, timer, config.train.hang_timeout_s) as monitor,
+        closing(timer),
     ):
         runtime.say(describe_start(run, model, state.step))
         if state.validation_is_due:  # the last life saved, and had no time left for it
@@ -144,34 +152,36 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest) ->
             if stopped or out_of_patience(config, state.evaluations_without_gain):
                 break
             epoch = step // order.steps_per_epoch
-            with step_metrics.waiting(), monitor.timing("data_wait_s"):
+            with timer.timing(DATA_WAIT):
                 batches, damaged = feed.batches(step)
-            with monitor.timing("meeting_s"):
-                num_targets, num_damaged, save_is_due, num_stopped, num_requeued = runtime.agree(
-                    *(count_targets(batches), len(damaged), runtime.is_main and clock.is_due()),
-                    *(stop.requested, stop.usr1),
-                )
-            if stopped := num_stopped > 0:
-                stop.usr1 = num_requeued > 0  # whichever rank was told
-            if num_damaged:
+            with timer.timing(MEETING):
+                agreed = agree(runtime, batches, damaged, clock.is_due(), stop, result)
+            stop_if_not_finite(runtime, step, result, agreed.num_not_finite)
+            if stopped := agreed.num_stop > 0:
+                stop.usr1 = agreed.num_requeue > 0  # whichever process was notified
+            num_targets = agreed.num_targets
+            if agreed.num_damaged:
                 leave_out(run, state, damaged)
                 feed.change_stream(make_stream(run, sampler, state))
                 batches, _ = feed.batches(step)
-                num_targets, *_ = runtime.agree(count_targets(batches))
+                (num_targets,) = runtime.agree(count_targets(batches))
 
-            loss_sums, grad_norm, lr = learn(run, learner, step, batches, num_targets)
-            step_metrics.add(loss_sums, num_targets)
-            monitor.step_is_done()
+            result = learn(run, learner, step, batches, num_targets)
+            step_metrics.add(result.loss_sums, num_targets)
+            timer.steps += 1
+            monitor.is_alive()
 
             state.step = step + 1
             evaluate_now = state.step % run.evaluate_every_steps == 0 or state.step == run.total_steps
-            save_every = config.train.checkpoint_every_steps
-            save_now = evaluate_now or bool(save_every and state.step % save_every == 0) or bool(save_is_due) or stopped
+            save_now = evaluate_now or is_save_step(config, state.step) or agreed.num_save_due > 0 or stopped
             if state.step % config.train.log_every_steps == 0 or save_now:  # a resumed run has the same records
-                record = step_metrics.record() | {"lr": lr, "grad_norm": float(grad_norm)}
+                record = step_metrics.record() | {"lr": result.lr, "grad_norm": float(result.grad_norm)}
+                # All processes have the same record: none of them saves what is not finite.
+                stop_if_not_finite(runtime, state.step, result, not all(map(math.isfinite, record.values())))
                 logbook.write({"step": state.step, "epoch": epoch, "split": "train"} | record)
                 if slow_ranks := monitor.record(state.step):
                     progress.say(slow_ranks)
+                timer.restart()
                 progress.update(state.step, step_metrics.line(record))
             state.validation_is_due = evaluate_now
             if state.validation_is_due and not stopped:  # a run that is to end leaves it to its next life
@@ -179,8 +189,8 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest) ->
             if save_now:
                 save(run, learner, state, writer)
                 clock.restart()
-                step_metrics.restart_clock()
-                monitor.restart_clock()
+                timer.restart()
+                monitor.is_alive()
     progress.close()
     if state.skipped_blocks:
         runtime.say(describe_lost_users(run, state.skipped_blocks))
@@ -196,14 +206,19 @@ def make_negative_sampler(run: Run) -> NegativeSampler | None:
 
 def make_stream(run: Run, sampler: NegativeSampler | None, state: TrainState) -> TrainStream:
     """Training batches without the blocks that were found damaged."""
-    config, walk = run.config, None
+    config, streamed_negatives = run.config, None
     if run.inline:
         assert sampler is not None, "checked at the start"
         dims = feature_dims(run.store, config.model.features)
-        walk = ItemWalk(run.store, dims, sampler.num_drawn, config.train.seed)
+        streamed_negatives = StreamedNegatives(run.store, dims, sampler.num_drawn, config.train.seed)
     return TrainStream(
-        *(run.store, run.order, config.data.max_length, config.data.windows, config.loss.predict_first),
-        *(sampler, config.loss.scope == "batch", state.skipped_blocks, walk),
+        run.store,
+        run.order,
+        window_rule(config),
+        sampler,
+        share_negatives=config.loss.scope == "batch",
+        skipped=state.skipped_blocks,
+        streamed_negatives=streamed_negatives,
     )
 
 
@@ -213,10 +228,8 @@ def make_feed(run: Run, stream: TrainStream) -> BatchFeed:
     return BatchFeed(stream, lanes, run.total_steps, train.workers, train.worker_timeout_s, train.micro_batches)
 
 
-def learn(
-    run: Run, learner: Learner, step: int, batches: Sequence[Packed], num_targets: int
-) -> tuple[Tensor, Tensor, float]:
-    """One step of the optimiser: every size's loss, summed over this rank's positions [S], gradient norm [], rate."""
+def learn(run: Run, learner: Learner, step: int, batches: Sequence[Packed], num_targets: int) -> StepResult:
+    """One step of the optimiser, on the micro-batches of this process."""
     runtime, engine = run.runtime, learner.engine
     seed_dropout(run.config.train.seed, step, runtime.rank)
     weights_S = torch.tensor(size_weights(run.config), device=runtime.device)
@@ -225,18 +238,12 @@ def learn(
     for number, batch in enumerate(batches, 1):
         loss_sums += engine.add_gradients(batch.to(runtime.device), loss_of, last=number == len(batches))
     lr = set_learning_rate(learner.optimizer, run, step)
-    grad_norm = engine.clip_and_step()
-    stop_if_not_finite(runtime, step + 1, grad_norm, loss_sums, batches)
-    return loss_sums, grad_norm, lr
+    return StepResult(loss_sums, engine.clip_and_step(), lr, batches)
 
 
 def mean_loss(weights_S: Tensor, world_size: int, num_targets: int, loss_sums: Tensor) -> Tensor:
     """What to differentiate, []: engines average over ranks; times their number it is a sum over the global count."""
     return (weights_S @ loss_sums) / weights_S.sum() * world_size / max(num_targets, 1)
-
-
-def count_targets(batches: Sequence[Packed]) -> int:
-    return sum(len(batch.targets) for batch in batches)
 
 
 class SaveClock:
@@ -251,6 +258,12 @@ class SaveClock:
 
     def is_due(self) -> bool:
         return 0 < self._seconds <= time.monotonic() - self._began
+
+
+def is_save_step(config: Config, step: int) -> bool:
+    """Whether ``train.checkpoint_every_steps`` asks for a checkpoint after ``step`` steps; 0 never does."""
+    every = config.train.checkpoint_every_steps
+    return every > 0 and step % every == 0
 
 
 def size_weights(config: Config) -> tuple[float, ...]:
@@ -273,24 +286,6 @@ def seed_dropout(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
 
 
-def stop_if_not_finite(
-    runtime: Runtime, step: int, grad_norm: Tensor, loss_sums: Tensor, batches: Sequence[Packed]
-) -> None:
-    """End all ranks, naming step and users, before a NaN reaches a checkpoint.
-
-    The gradients are summed over ranks, so every rank sees the same norm; a loss is its rank's own.
-    """
-    healthy = torch.isfinite(loss_sums).all() & torch.isfinite(grad_norm)
-    if not bool(runtime.sum((~healthy).long())):
-        return
-    finite = bool(torch.isfinite(loss_sums).all())
-    users = "" if finite else f"; users of the batch: {[u for b in batches for u in b.users.tolist()][:8]}…"
-    raise FloatingPointError(
-        f"step {step}, rank {runtime.rank}: {'gradient' if finite else 'loss'} is not finite{users}. "
-        "The last checkpoint is untouched; lower train.lr, or look for extreme features with shards.verify"
-    )
-
-
 def describe_start(run: Run, model: torch.nn.Module, step: int) -> str:
     """What is about to run: processes, engine, parameters, sizes, config hash."""
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -306,7 +301,7 @@ def describe_start(run: Run, model: torch.nn.Module, step: int) -> str:
 def load_best(folder: Path, runtime: Runtime) -> Checkpoint:
     """A run's best checkpoint, the same on all ranks."""
     for _ in range(NEW_LINK_S):
-        checkpoint = load_checkpoint(folder)
+        checkpoint = load_checkpoint(folder, with_optimizer=False)
         if runtime.have_same(checkpoint.sha256):
             break
         time.sleep(1)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from itertools import count
@@ -33,6 +34,7 @@ from fmrl_dist.base.files import file_sha256, flush, json_sha256
 
 CHECKPOINT_VERSION = 3
 TENSOR_FILES = ("model", "optimizer")
+LINK_TRIES, LINK_RETRY_S = 50, 0.2  # a network file system may show an old link for a while
 
 
 @dataclass
@@ -53,7 +55,7 @@ class Checkpoint:
 
     path: Path
     model: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
+    optimizer: dict[str, Tensor]  # empty where it was not read
     state: TrainState
     config: dict[str, Any]
     features: dict[str, int]  # feature → dim, as the model was built
@@ -147,13 +149,33 @@ def _unused_path(folder: Path, step: int) -> Path:
     return next(path for n in count(1) if not (path := folder / (f"{name}-{n}" if n > 1 else name)).exists())
 
 
-def load_checkpoint(path: Path, link: str = "best") -> Checkpoint:
+def load_checkpoint(path: Path, link: str = "best", with_optimizer: bool = True) -> Checkpoint:
     """Read a checkpoint folder, or the one that a run folder's ``link`` ("best" or "latest") leads to.
+
+    A link may lead to a folder that the training process has just removed; it is then followed again.
+
+    Args:
+        path: a checkpoint or a run.
+        link: of the run.
+        with_optimizer: read the moments too; without them ``optimizer`` is empty, and a third of the bytes is read.
 
     Raises:
         UserError: there is none, it is damaged, or of another version.
     """
-    path = find_checkpoint(path, link)
+    for tries_left in reversed(range(LINK_TRIES)):
+        found = find_checkpoint(path, link)
+        try:
+            return _read_checkpoint(found, with_optimizer)
+        except FileNotFoundError as error:
+            if found.exists() or not tries_left:
+                raise UserError(
+                    f"checkpoint {found} is damaged ({error.filename} is missing); use another or start again"
+                ) from None
+        time.sleep(LINK_RETRY_S)
+    raise AssertionError("the last try returns or raises")
+
+
+def _read_checkpoint(path: Path, with_optimizer: bool) -> Checkpoint:
     try:
         record = json.loads((path / "state.json").read_text())
         version = record["checkpoint_version"]
@@ -163,10 +185,11 @@ def load_checkpoint(path: Path, link: str = "best") -> Checkpoint:
         if sha256 != json_sha256(record):
             raise ValueError("state.json was changed after it was written")
         hashes = record["sha256_of"]
-        model, optimizer = (_load_tensors(path / f"{name}.safetensors", hashes[name]) for name in TENSOR_FILES)
+        model = _load_tensors(path / "model.safetensors", hashes["model"])
+        optimizer = _load_tensors(path / "optimizer.safetensors", hashes["optimizer"]) if with_optimizer else {}
         state = TrainState(**{f.name: record["state"][f.name] for f in fields(TrainState)})
         facts = {name: record[name] for name in ("config", "features", "num_items", "manifest_sha256")}
-    except UserError:
+    except (UserError, FileNotFoundError):
         raise
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         problem = " ".join(f"{type(error).__name__}: {error}".split())
@@ -200,10 +223,13 @@ def _load_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
 
 
 def find_checkpoint(path: Path, link: str) -> Path:
-    """The checkpoint that ``path`` (a checkpoint or a run) means."""
-    for candidate in (path, path / "checkpoints" / link):
+    """The checkpoint that ``path`` (a checkpoint or a run) means; for a link, where it leads, there or not."""
+    linked = path / "checkpoints" / link
+    for candidate in (path, linked):
         if (candidate / "state.json").is_file():
             return candidate.resolve()
+    if linked.is_symlink():
+        return linked.resolve()
     raise UserError(f"{path} holds no checkpoint; expected a run folder or one of its checkpoints/…")
 
 

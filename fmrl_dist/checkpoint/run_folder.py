@@ -179,7 +179,7 @@ def _best_step(folder: Path, say: Callable[[str], None]) -> int:
     if not best.exists():
         return -1
     try:
-        return load_checkpoint(best).state.step
+        return load_checkpoint(best, with_optimizer=False).state.step
     except UserError as error:
         say(f"{error}; the search for the best starts anew")
         return -1

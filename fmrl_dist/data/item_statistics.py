@@ -22,7 +22,7 @@ from fmrl_dist.base.files import write_atomically
 from fmrl_dist.data.alias import ROW, alias_table
 from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.data.store.reader import Store
-from fmrl_dist.data.windows import ragged_rows, target_windows
+from fmrl_dist.data.windows import WindowRule, ragged_rows, target_windows
 
 DIGEST_BYTES = 32  # of a sha256
 
@@ -33,10 +33,12 @@ def popularity_table(store: Store, power: float) -> np.ndarray:
     Raises:
         UserError: the vocabulary is missing or damaged, or the table cannot be written or read.
     """
-    return _derived(store, f"popularity-{power!r}", ROW, lambda: alias_table((_train_counts(store) + 1.0) ** power))
+    return _computed_once(
+        store, f"popularity-{power!r}", ROW, lambda: alias_table((_train_counts(store) + 1.0) ** power)
+    )
 
 
-def target_log_shares(store: Store, max_length: int, windows: str, predict_first: bool) -> np.ndarray:
+def target_log_shares(store: Store, rule: WindowRule) -> np.ndarray:
     """Log of each item's share of an epoch's training targets, memory-mapped float32 [V]; -inf where it is none."""
 
     def compute() -> np.ndarray:
@@ -46,13 +48,13 @@ def target_log_shares(store: Store, max_length: int, windows: str, predict_first
             if arrays is None:
                 continue
             begins = arrays["starts"][:-1]
-            owner, first, last = target_windows(np.diff(arrays["starts"]), max_length, windows, predict_first)
+            owner, first, last = target_windows(np.diff(arrays["starts"]), rule)
             np.add.at(counts, arrays["items"][ragged_rows(begins[owner] + first, last - first)], 1)
         with np.errstate(divide="ignore"):
             return np.log(counts / counts.sum()).astype(np.float32)
 
-    name = f"targets-{max_length}-{windows}-{int(predict_first)}{'-skip' if store.skips_damaged else ''}"
-    return _derived(store, name, np.dtype(np.float32), compute)
+    name = f"targets-{rule.max_length}-{rule.windows}-{int(rule.predict_first)}{'-skip' if store.skips_damaged else ''}"
+    return _computed_once(store, name, np.dtype(np.float32), compute)
 
 
 def _train_counts(store: Store) -> np.ndarray:
@@ -75,7 +77,7 @@ def _train_counts(store: Store) -> np.ndarray:
     return counts
 
 
-def _derived(store: Store, name: str, dtype: np.dtype, compute: Callable[[], np.ndarray]) -> np.ndarray:
+def _computed_once(store: Store, name: str, dtype: np.dtype, compute: Callable[[], np.ndarray]) -> np.ndarray:
     path = store.derived_folder / f"{name}-{store.manifest.sha256[:16]}.npy"
     if not path.exists():
         _write(path, compute())

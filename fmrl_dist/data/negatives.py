@@ -19,6 +19,7 @@ from fmrl_dist.config.sections import Config
 from fmrl_dist.data.alias import draw
 from fmrl_dist.data.item_statistics import popularity_table, target_log_shares
 from fmrl_dist.data.store.reader import Store
+from fmrl_dist.data.windows import window_rule
 
 STREAM = 0x6E656761  # "nega": a random stream of its own
 
@@ -78,14 +79,14 @@ class NegativeSampler:
 
 def make_sampler(config: Config, store: Store) -> NegativeSampler | None:
     """The sampler that a configuration asks for; None for the full softmax."""
-    loss, data = config.loss, config.data
+    loss = config.loss
     if loss.softmax == "full":
         return None
     in_batch = loss.negatives in ("in_batch", "mixed")
     return NegativeSampler(
-        store.manifest.num_items,
-        0 if loss.negatives == "in_batch" else loss.num_negatives,
-        config.train.seed,
-        popularity_table(store, loss.popularity_power) if loss.negatives == "popularity" else None,
-        target_log_shares(store, data.max_length, data.windows, loss.predict_first) if in_batch else None,
+        num_items=store.manifest.num_items,
+        num_drawn=0 if loss.negatives == "in_batch" else loss.num_negatives,
+        seed=config.train.seed,
+        popularity=popularity_table(store, loss.popularity_power) if loss.negatives == "popularity" else None,
+        target_log_shares=target_log_shares(store, window_rule(config)) if in_batch else None,
     )

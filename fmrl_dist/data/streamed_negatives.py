@@ -20,7 +20,7 @@ STREAM = 0x77616C6B  # "walk": a random stream of its own
 PASSES_KEPT = 64
 
 
-class ItemWalk:
+class StreamedNegatives:
     """Uniform negatives with their features.
 
     It holds the item blocks that the last step read.

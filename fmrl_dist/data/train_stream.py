@@ -19,8 +19,8 @@ from fmrl_dist.data.item_rows import ItemRows, block_rows, merge, pick
 from fmrl_dist.data.negatives import NegativeSampler
 from fmrl_dist.data.order import Order
 from fmrl_dist.data.store.reader import Store
-from fmrl_dist.data.streamed_negatives import ItemWalk
-from fmrl_dist.data.windows import ragged_rows, target_windows
+from fmrl_dist.data.streamed_negatives import StreamedNegatives
+from fmrl_dist.data.windows import WindowRule, ragged_rows, target_windows
 
 
 @dataclass(frozen=True)
@@ -86,31 +86,29 @@ class TrainStream:
     Args:
         store: an open store.
         order: of its training users.
-        max_length, windows, predict_first: which windows of a user's history are taken.
+        rule: which windows of a user's history are taken.
         sampler: of negatives; None for the full softmax.
         share_negatives: all positions of the global batch share the negatives of all lanes; else each lane has its own.
         skipped: blocks whose users are left out.
-        inline: draws the sampler's negatives from the item shards, and says which features ride with the stream, which
-            is of an inline store then; None where they are in a table.
+        streamed_negatives: draws the sampler's negatives from the item shards, and says which features ride with the
+            stream of an inline store; None where features are in a table.
     """
 
     def __init__(
         self,
         store: Store,
         order: Order,
-        max_length: int,
-        windows: str,
-        predict_first: bool,
+        rule: WindowRule,
         sampler: NegativeSampler | None = None,
         share_negatives: bool = False,
         skipped: Sequence[int] = (),
-        inline: ItemWalk | None = None,
+        streamed_negatives: StreamedNegatives | None = None,
     ) -> None:
         self.order = order
         self._store, self._blocks = store, store.manifest.splits["train"]
-        self._max_length, self._windows, self._predict_first = max_length, windows, predict_first
+        self._rule = rule
         self._sampler, self._share_negatives = sampler, share_negatives
-        self._skipped, self._inline = frozenset(skipped), inline
+        self._skipped, self._streamed = frozenset(skipped), streamed_negatives
         self._held: dict[tuple[int, int], ShuffledUsers] = {}  # by epoch and number
 
     def batch(self, epoch: int, step: int, lanes: Sequence[int]) -> Packed:
@@ -142,17 +140,17 @@ class TrainStream:
         )
         ends = np.cumsum(lengths)
         begins = ends - lengths
-        owner, first, last = target_windows(lengths, self._max_length, self._windows, self._predict_first)
+        owner, first, last = target_windows(lengths, self._rule)
         first, last = first + begins[owner], last + begins[owner]  # rows in events
         from_start = first == begins[owner]
         input_first = first - ~from_start  # of each target the event before it; item 1 has only the start position
         num_inputs = last - 1 - input_first
         items, targets = events[ragged_rows(input_first, num_inputs)], events[ragged_rows(first, last - first)]
         features = ItemRows(np.empty(0, np.int64), np.empty((0, 0), np.float16), np.empty((0, 0), np.bool_))
-        if self._inline is not None:
+        if self._streamed is not None:
             sources += [pool.features for pool in self._held.values() if pool.features is not None]
             needed = np.unique(np.concatenate((items, targets, drawn.ravel())))
-            features = pick(needed, sources, self._inline.dims)
+            features = pick(needed, sources, self._streamed.dims)
         return LaneWindows(
             lanes=lanes_of_users[owner],
             users=users[owner],
@@ -205,8 +203,8 @@ class TrainStream:
 
     def _draw(self, run_step: int, lanes: Sequence[int]) -> tuple[np.ndarray, list[ItemRows]]:
         """Negatives of some lanes, int64 [n, K], and their features where these ride with the stream."""
-        if self._inline is not None:
-            return self._inline.read(run_step, lanes)
+        if self._streamed is not None:
+            return self._streamed.read(run_step, lanes)
         drawn = np.empty((len(lanes), self._sampler.num_drawn if self._sampler else 0), np.int64)
         for row, lane in enumerate(lanes):
             drawn[row] = self._sampler.lane(run_step, lane)  # type: ignore[union-attr]  # no sampler, no lanes
@@ -214,7 +212,7 @@ class TrainStream:
 
     def _features(self, joint: LaneWindows, own: LaneWindows, negatives: np.ndarray) -> dict[str, torch.Tensor]:
         """Of what the readers brought, the features of one batch's items, where they ride with the stream."""
-        if self._inline is None:
+        if self._streamed is None:
             return {}
         known, first = np.unique(joint.feature_ids, return_index=True)
         needed = np.unique(np.concatenate((own.items, own.targets, negatives)))
@@ -244,10 +242,10 @@ class TrainStream:
             lengths[chosen] = block["starts"][rows + 1] - block["starts"][rows]
             events.append(block["items"])
             base += len(block["items"])
-            if self._inline is not None:
-                features.append(block_rows(block, "block_items", self._inline.dims))
+            if self._streamed is not None:
+                features.append(block_rows(block, "block_items", self._streamed.dims))
         shuffled = np.concatenate(events)[ragged_rows(begins, lengths)]
-        merged = merge(features, self._inline.dims) if self._inline is not None else None
+        merged = merge(features, self._streamed.dims) if self._streamed is not None else None
         return ShuffledUsers(users, lengths, there, _starts(lengths), shuffled, np.array(damaged, np.int64), merged)
 
 

@@ -59,9 +59,10 @@ class Runtime:
         total: torch.Tensor = self.accelerator.reduce(tensor, "sum")
         return total
 
-    def agree(self, *counts: int) -> list[int]:
-        """Sums of each rank's counts, the same on all of them."""
-        totals: list[int] = self.sum(torch.tensor(counts, dtype=torch.int64, device=self.device)).tolist()
+    def agree(self, *counts: int | torch.Tensor) -> list[int]:
+        """Sums of each process' counts, the same on all of them; a count may be a tensor [] on the device."""
+        own = torch.stack([torch.as_tensor(count, dtype=torch.int64, device=self.device) for count in counts])
+        totals: list[int] = self.sum(own).tolist()
         return totals
 
     def gather(self, row: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The catalogue as an evaluation reads it: embeddings of all items, tile by tile, resident or made from the item shards.
+"""The catalogue as an evaluation reads it: embeddings of all items, tile by tile, resident or from the item shards.
 
 V items, D width. Split over the ranks: :mod:`fmrl_dist.evaluation.split_catalogue`. The loss reads columns instead
 (:mod:`fmrl_dist.training.item_columns`).

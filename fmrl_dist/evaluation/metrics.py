@@ -1,8 +1,8 @@
 """Ranking metrics from integer histograms of target ranks, so that sums over processes are exact in any order.
 
 The target rank is 1 + #(items scored higher) + ½·#(other items scored equal). It is a multiple of ½, so a
-histogram of 2·target rank counts it exactly. At target rank r, recall@k is [r ≤ k], ndcg@k is [r ≤ k] / log2(1 + r) and mrr@k is
-[r ≤ k] / r; a metric is the mean over users.
+histogram of 2·target rank counts it exactly. At target rank r, recall@k is [r ≤ k], ndcg@k is [r ≤ k] / log2(1 + r)
+and mrr@k is [r ≤ k] / r; a metric is the mean over users.
 
     >>> import torch
     >>> histogram = torch.zeros(21, dtype=torch.int64)

@@ -1,6 +1,6 @@
 """An evaluation in parts: each job evaluates its share of the user blocks, and the last one adds the parts up.
 
-    RUN/evaluation.parts/2-of-4.json   of part 2: what was evaluated and how, its histograms of 2·target rank, their sha256
+    RUN/evaluation.parts/2-of-4.json   of part 2: what was evaluated and how, its histograms, their sha256
 
 Blocks are fixed and the histograms are integers, so the sum is that of a single evaluation, and so are the figures, to
 the last digit: with the same threads on the same kind of device, which round alike; others are not mixed. A part that

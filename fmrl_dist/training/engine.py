@@ -44,7 +44,10 @@ class Engine(Protocol):
         """
 
     def clip_and_step(self) -> Tensor:
-        """Clip the gradients of all parameters together, take the step, forget them; their norm before clipping, []."""
+        """Clip the gradients of all parameters together, take the step, forget them; their norm before clipping, [].
+
+        Where the norm is not finite, weights and moments stay as they are, on all processes.
+        """
 
     def whole_weights(self) -> AbstractContextManager[None]:
         """While it lasts, the model's weights are whole on every rank; all ranks enter together."""
@@ -74,6 +77,8 @@ class DataParallelEngine:
 
     def clip_and_step(self) -> Tensor:
         norm = torch.nn.utils.clip_grad_norm_(self._module.parameters(), self._clip_norm)
+        # AdamW's fused kernel changes nothing where this is 1, and the host does not have to wait for it.
+        self._optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
         self._optimizer.step()
         self._optimizer.zero_grad()
         return norm

@@ -12,22 +12,21 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fmrl_dist.base.files import write_atomically
 from fmrl_dist.distributed.processes import Runtime
 from fmrl_dist.training.logbook import kept_lines
+from fmrl_dist.training.step_timer import DATA_WAIT, FORWARD, MEETING, StepTimer
 
 FILE = "ranks.jsonl"
-COLUMNS = ("step_s", "data_wait_s", "forward_s", "meeting_s", "memory_mb")
+COLUMNS = ("step_s", DATA_WAIT, FORWARD, MEETING, "memory_mb")
 SLOW_FACTOR = 1.5  # times the median rank's own work
 SLOW_S = 0.01  # a step, at least
 JUDGED_EVERY_S = 10.0
@@ -41,63 +40,42 @@ class RankMonitor:
         runtime: this process among the others.
         folder: of the run; rank 0 writes ``ranks.jsonl`` there: mean seconds a step between two records, and memory
             (of a GPU the most that was allocated, else resident), of every rank in a list.
-        step: where the run goes on; later records are cut off.
-        module: whose forward pass is timed; on a GPU only its launch is.
+        first_step: where the run resumes; later records are cut off.
+        timer: of this process' steps; the training loop restarts it after each record.
         hang_timeout_s: longest time without a sign of life, after which every rank writes its threads' stacks and ends.
     """
 
-    def __init__(self, runtime: Runtime, folder: Path, step: int, module: nn.Module, hang_timeout_s: float) -> None:
-        self._runtime, self._path = runtime, folder / FILE
-        self._hooks = [
-            module.register_forward_pre_hook(lambda *_: self._begin_forward()),
-            module.register_forward_hook(lambda *_: self._end_forward()),
-        ]
-        self._seconds = dict.fromkeys(COLUMNS[1:4], 0.0)
-        self._steps, self._named = 0, ""
+    def __init__(
+        self, runtime: Runtime, folder: Path, first_step: int, timer: StepTimer, hang_timeout_s: float
+    ) -> None:
+        self._runtime, self._path, self._timer = runtime, folder / FILE, timer
+        self._named = ""
         self._hang_timeout_s = hang_timeout_s
         self._sign_of_life, self._over = time.monotonic(), threading.Event()
-        self._thread = threading.Thread(target=self._end_a_hang, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._end_a_hang, name="rank-monitor", daemon=True)
         if runtime.is_main:
-            write_atomically(self._path, "".join(kept_lines(self._path, step)).encode())
+            write_atomically(self._path, "".join(kept_lines(self._path, first_step)).encode())
         self._forget_own()
-        self.restart_clock()
-
-    @contextmanager
-    def timing(self, column: str) -> Iterator[None]:
-        """Count the context's duration as ``data_wait_s`` or ``meeting_s``."""
-        began = time.monotonic()
-        yield
-        self._seconds[column] += time.monotonic() - began
-
-    def step_is_done(self) -> None:
-        """A step has ended: a sign of life."""
-        self._steps += 1
-        self.is_alive()
 
     def is_alive(self) -> None:
+        """A sign of life: a step, an evaluation or a save has ended."""
         self._sign_of_life = time.monotonic()
 
-    def restart_clock(self) -> None:
-        """Leave out what has passed since the last record: evaluating and saving."""
-        self._began, self._steps = time.monotonic(), 0
-        self._seconds = dict.fromkeys(self._seconds, 0.0)
-        self.is_alive()
-
     def record(self, step: int) -> str:
-        """Gather all ranks' means since the last record, and start anew; every rank at once.
+        """Gather all ranks' means since the last record; every rank at once.
 
         Returns:
             On rank 0, every ten seconds, a line that names the ranks that others waited for, if they are not those that
             were named last; else "".
         """
-        steps = max(self._steps, 1)
+        timer = self._timer
+        steps = max(timer.steps, 1)
         own = [
-            (time.monotonic() - self._began) / steps,
-            *(s / steps for s in self._seconds.values()),
+            timer.elapsed_s / steps,
+            *(timer.seconds[name] / steps for name in (DATA_WAIT, FORWARD, MEETING)),
             self._memory_mb(),
         ]
         table = self._runtime.gather(torch.tensor(own, dtype=torch.float64, device=self._runtime.device))
-        self.restart_clock()
         if not self._runtime.is_main:
             return ""
         columns = {name: [round(value, 6) for value in table[:, i].tolist()] for i, name in enumerate(COLUMNS)}
@@ -125,20 +103,14 @@ class RankMonitor:
             return torch.cuda.max_memory_allocated(self._runtime.device) / 1e6
         return psutil.Process().memory_info().rss / 1e6
 
-    def _begin_forward(self) -> None:
-        self._forward_began = time.monotonic()
-
-    def _end_forward(self) -> None:
-        self._seconds["forward_s"] += time.monotonic() - self._forward_began
-
     def _end_a_hang(self) -> None:
         while not self._over.wait(min(self._hang_timeout_s / 4, 1.0)):
             if time.monotonic() - self._sign_of_life < self._hang_timeout_s:
                 continue
             print(
                 f"error: rank {self._runtime.rank} has not ended a step for {self._hang_timeout_s:.0f} s "
-                "(train.hang_timeout_s); all ranks write where they stand and end, and the run goes on from its last "
-                "checkpoint by --resume auto",
+                "(train.hang_timeout_s); all ranks write their stacks and end; resume from the last checkpoint with "
+                "--resume auto",
                 file=sys.__stderr__,
                 flush=True,
             )
@@ -155,8 +127,6 @@ class RankMonitor:
     ) -> None:
         self._over.set()
         self._thread.join()
-        for hook in self._hooks:
-            hook.remove()
 
 
 def describe_slow_ranks(data_wait_s: list[float], forward_s: list[float]) -> str:

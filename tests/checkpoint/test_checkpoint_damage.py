@@ -27,6 +27,7 @@ from fmrl_dist.checkpoint.folder import (
 )
 from tests.fixtures.checkpoints import (
     assert_same_bits,
+    flip,
     make_training,
     names_in,
     reseal,
@@ -60,13 +61,6 @@ def truncate(name: str, keep: int) -> Callable[[Path], None]:
         (path / name).write_bytes((path / name).read_bytes()[:keep])
 
     return damage
-
-
-def flip(path: Path, position: int) -> None:
-    """Flip one bit: of a number, say, which stays a number."""
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1
-    path.write_bytes(data)
 
 
 def replace_by_folder(name: str) -> Callable[[Path], None]:

@@ -17,7 +17,7 @@ from fmrl_dist.data.order import Order
 from fmrl_dist.data.store.manifest import Block
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.train_stream import TrainStream
-from fmrl_dist.data.windows import target_windows
+from fmrl_dist.data.windows import WindowRule, target_windows
 from shards.store.builder import build_store
 from tests.fixtures.stores import tiny_config, write_histories, write_items
 
@@ -83,7 +83,7 @@ def whole_epoch(
 ) -> dict[int, list[Window]]:
     """Every batch of an epoch, lane by lane, as two ranks would read them."""
     order = Order([block.count for block in store.manifest.splits["train"]], batch_size, lanes, seed)
-    stream = TrainStream(store, order, max_length, windows, predict_first)
+    stream = TrainStream(store, order, WindowRule(max_length, windows, predict_first))
     found: dict[int, list[Window]] = {}
     for step in range(order.steps_per_epoch):
         for rank in range(min(2, lanes)):
@@ -147,7 +147,7 @@ def test_a_resumed_rank_reads_the_windows_of_its_users_only(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "read_block", read_block)
-        stream = TrainStream(store, order, 50, "last", True)
+        stream = TrainStream(store, order, WindowRule(50, "last", True))
         for step in steps:
             stream.batch(epoch, step, mine)
     pools = {pool for step in steps for lane in mine for pool, _, _ in order.spans(epoch, step, lane)}
@@ -171,7 +171,7 @@ def test_max_length_counts_targets(store: Store, num_events: int) -> None:
 
 
 def test_without_first_targets_50_events_have_49() -> None:
-    _, first, last = target_windows(np.array([50, 51, 52]), 50, "last", False)
+    _, first, last = target_windows(np.array([50, 51, 52]), WindowRule(50, "last", False))
     assert (first.tolist(), last.tolist()) == ([1, 1, 2], [50, 51, 52])
 
 
@@ -197,7 +197,7 @@ def test_a_window_of_the_start_position_alone(store: Store) -> None:
 
 @given(st.lists(st.integers(1, 200), max_size=20), st.integers(1, 60), st.booleans())
 def test_all_windows_partition_the_targets(lengths: list[int], max_length: int, predict_first: bool) -> None:
-    owner, first, last = target_windows(np.array(lengths, dtype=np.int64), max_length, "all", predict_first)
+    owner, first, last = target_windows(np.array(lengths, dtype=np.int64), WindowRule(max_length, "all", predict_first))
     assert (last - first <= max_length).all() and (last > first).all()
     covered: dict[int, list[int]] = {i: [] for i in range(len(lengths))}
     for i, low, high in zip(owner.tolist(), first.tolist(), last.tolist(), strict=True):
@@ -209,10 +209,10 @@ def test_all_windows_partition_the_targets(lengths: list[int], max_length: int, 
 @given(st.lists(st.integers(1, 200), max_size=20), st.integers(1, 60), st.booleans())
 def test_the_last_window_is_the_first_of_all(lengths: list[int], max_length: int, predict_first: bool) -> None:
     array = np.array(lengths, dtype=np.int64)
-    owner, first, last = target_windows(array, max_length, "all", predict_first)
+    owner, first, last = target_windows(array, WindowRule(max_length, "all", predict_first))
     kept = np.flatnonzero(np.diff(owner, prepend=-1))  # each owner's first window
     for found, whole in zip(
-        target_windows(array, max_length, "last", predict_first), (owner, first, last), strict=True
+        target_windows(array, WindowRule(max_length, "last", predict_first)), (owner, first, last), strict=True
     ):
         np.testing.assert_array_equal(found, whole[kept], strict=True)
 
@@ -220,7 +220,7 @@ def test_the_last_window_is_the_first_of_all(lengths: list[int], max_length: int
 def test_an_empty_lane_gives_an_empty_batch(store: Store) -> None:
     counts = [block.count for block in store.manifest.splits["train"]]
     order = Order(counts, batch_size=24, lanes=24, seed=0)
-    stream = TrainStream(store, order, 50, "last", True)
+    stream = TrainStream(store, order, WindowRule(50, "last", True))
     empty = [lane for lane in range(24) if len(order.batch(0, 0, lane)) == 0]
     assert len(empty) == 24 - len(LENGTHS)
     for lanes in (empty, empty[:1]):
@@ -234,7 +234,7 @@ def test_users_without_targets_give_an_empty_batch(store: Store) -> None:
     """One-event histories, and no start position to predict them from."""
     counts = [block.count for block in store.manifest.splits["train"]]
     order = Order(counts, batch_size=32, lanes=32, seed=0)
-    stream = TrainStream(store, order, 50, "all", predict_first=False)
+    stream = TrainStream(store, order, WindowRule(50, "all", False))
     lane = next(
         lane
         for lane in range(32)

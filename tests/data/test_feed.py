@@ -26,6 +26,7 @@ from fmrl_dist.data.order import Order
 from fmrl_dist.data.store.manifest import Block
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.train_stream import TrainStream
+from fmrl_dist.data.windows import WindowRule
 from tests.fixtures.processes import run_processes
 from tests.fixtures.training import (
     STEPS_PER_EPOCH,
@@ -53,7 +54,7 @@ def make_stream(config: Config, access: StoreConfig | None = None, skipped: Sequ
     counts = [block.count for block in store.manifest.splits["train"]]
     order = Order(counts, config.train.batch_size, config.train.num_lanes, config.train.seed, pool_blocks=3)
     sampler, shared = make_sampler(config, store), config.loss.scope == "batch"
-    return TrainStream(store, order, 4, "all", True, sampler, shared, skipped)
+    return TrainStream(store, order, WindowRule(4, "all", True), sampler, shared, skipped)
 
 
 def digest(batch: Packed) -> str:

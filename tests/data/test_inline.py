@@ -34,13 +34,13 @@ from fmrl_dist.data.order import Order
 from fmrl_dist.data.store.block_arrays import user_problems
 from fmrl_dist.data.store.manifest import VOCAB_FILE, Block
 from fmrl_dist.data.store.reader import Store
-from fmrl_dist.data.streamed_negatives import ItemWalk
+from fmrl_dist.data.streamed_negatives import StreamedNegatives
 from fmrl_dist.data.train_stream import TrainStream
+from fmrl_dist.data.windows import WindowRule
 from fmrl_dist.distributed.processes import start_runtime
 from fmrl_dist.distributed.signals import StopRequest
 from fmrl_dist.evaluation.catalogue import EmbeddedCatalogue, StreamedCatalogue
-from fmrl_dist.evaluation.histograms import target_rank_histograms
-from fmrl_dist.evaluation.ranker import build_ranker
+from fmrl_dist.evaluation.ranker import ranker_of_checkpoint
 from fmrl_dist.training.build_model import build_inline_model, build_model
 from fmrl_dist.training.checks import check_inline
 from fmrl_dist.training.item_columns import catalogue_columns
@@ -49,6 +49,7 @@ from shards.inspect import describe
 from shards.store.builder import build_store
 from shards.store.problems import store_problems
 from tests.fixtures.processes import run_processes
+from tests.fixtures.ranking import histograms
 from tests.fixtures.training import (
     FEATURE_DIMS,
     NUM_ITEMS,
@@ -195,7 +196,7 @@ def test_merging_and_picking(parts: list[ItemRows], data: st.DataObject) -> None
 def test_each_pass_of_a_walk_takes_every_item_once(
     store: Store, num_drawn: int, seed: int, lane: int, begin: int
 ) -> None:
-    walk = ItemWalk(store, DIMS, num_drawn, seed)
+    walk = StreamedNegatives(store, DIMS, num_drawn, seed)
     first, last = begin * num_drawn, (begin + 12) * num_drawn
     drawn = np.concatenate([walk.read(step, [lane])[0].ravel() for step in range(begin, begin + 12)])
     assert len(drawn) == last - first
@@ -205,16 +206,16 @@ def test_each_pass_of_a_walk_takes_every_item_once(
 
 def test_lanes_seeds_and_passes_walk_differently(store: Store) -> None:
     passes = [
-        ItemWalk(store, DIMS, NUM_ITEMS, seed).read(number, [lane])[0].ravel().tolist()
+        StreamedNegatives(store, DIMS, NUM_ITEMS, seed).read(number, [lane])[0].ravel().tolist()
         for seed, number, lane in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 5, 5)]
     ]
     assert len({*map(tuple, passes)}) > 1
-    walk = ItemWalk(store, DIMS, NUM_ITEMS, 0)
+    walk = StreamedNegatives(store, DIMS, NUM_ITEMS, 0)
     assert walk.read(0, [0, 1])[0].tolist() == passes[:2]
 
 
 def test_a_walk_brings_the_features_of_what_it_draws_and_holds_few_blocks(store: Store) -> None:
-    table, walk = load_item_table(store, None), ItemWalk(store, DIMS, NUM_DRAWN, 3)
+    table, walk = load_item_table(store, None), StreamedNegatives(store, DIMS, NUM_DRAWN, 3)
     for step in range(20):
         drawn, brought = walk.read(step, [2, 7])
         found = pick(np.unique(drawn), brought, DIMS)
@@ -232,7 +233,7 @@ def test_a_walk_reads_a_block_once_while_it_needs_it(store: Store, monkeypatch: 
         return read_block(self, block)
 
     monkeypatch.setattr(Store, "read_block", note)
-    walk = ItemWalk(store, DIMS, 4, 0)
+    walk = StreamedNegatives(store, DIMS, 4, 0)
     for step in range(NUM_ITEMS // 4):
         walk.read(step, [6])
     assert sorted(read, key=lambda block: block.offset) == sorted(store.manifest.items, key=lambda block: block.offset)
@@ -241,7 +242,7 @@ def test_a_walk_reads_a_block_once_while_it_needs_it(store: Store, monkeypatch: 
 class WalkingSampler(NegativeSampler):
     """The sampler of a table run that draws what an inline run's walk draws."""
 
-    walk: ItemWalk
+    walk: StreamedNegatives
 
     def lane(self, step: int, lane: int) -> np.ndarray:
         return self.walk.read(step, [lane])[0][0]
@@ -256,10 +257,10 @@ def streams(config: Config, store: Store, predict_first: bool = True) -> tuple[T
     order = Order([block.count for block in store.manifest.splits["train"]], 16, 16, 0, pool_blocks=3)
     sampler = make_sampler(config, store)
     assert sampler is not None
-    walk = ItemWalk(store, DIMS, sampler.num_drawn, 0)
+    walk = StreamedNegatives(store, DIMS, sampler.num_drawn, 0)
     walking = WalkingSampler(NUM_ITEMS, sampler.num_drawn, 0, None, sampler._target_log_shares)
     walking.walk = walk
-    settings = (store, order, 4, "all", predict_first)
+    settings = (store, order, WindowRule(4, "all", predict_first))
     shared = config.loss.scope == "batch"
     return TrainStream(*settings, sampler, shared, (), walk), TrainStream(*settings, walking, shared)
 
@@ -340,9 +341,9 @@ def test_ranking_a_stream_is_ranking_a_table(mask_seen: bool, users_at_once: int
         embedded = EmbeddedCatalogue(model.encoder(features, table.present))
     streamed = StreamedCatalogue(model.encoder, store, DIMS, users_at_once)
     numbers = range(len(store.manifest.splits["test"]))
-    expected = target_rank_histograms(model, embedded, evaluation_blocks(store, "test", 4, numbers), mask_seen)
+    expected = histograms(model, embedded, evaluation_blocks(store, "test", 4, numbers), mask_seen)
     blocks = evaluation_blocks(store, "test", 4, numbers, inline_dims=DIMS)
-    assert torch.equal(target_rank_histograms(model, streamed, blocks, mask_seen), expected)
+    assert torch.equal(histograms(model, streamed, blocks, mask_seen), expected)
     assert expected.sum() == len(model.sizes) * sum(block.count for block in store.manifest.splits["test"])
 
 
@@ -360,9 +361,7 @@ def test_a_signal_ends_a_pass_over_the_items(shop: Path, store: Store, monkeypat
 
     monkeypatch.setattr(Store, "read_block", read_block)
     with StopRequest() as stop:
-        target_rank_histograms(
-            model, StreamedCatalogue(model.encoder, store, DIMS), users, False, until=stop.until_told
-        )
+        histograms(model, StreamedCatalogue(model.encoder, store, DIMS), users, False, stop=stop)
     assert stop.cut_short and len(reads) == 2 < len(store.manifest.items)
 
 
@@ -385,7 +384,7 @@ def run(shop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_is_that_of_a_table(run: Path, shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole run, with dropout: every loss, every validation, the evaluation at the end."""
     store = Store.open(load_config(shop).store.path)
-    walk = ItemWalk(store, DIMS, NUM_DRAWN, 0)
+    walk = StreamedNegatives(store, DIMS, NUM_DRAWN, 0)
     monkeypatch.setattr(NegativeSampler, "lane", lambda self, step, lane: walk.read(step, [lane])[0][0])
     tabled = train_here(shop, tmp_path / "run", "--store.feature_mode", "table")
     found, expected = figures(run), figures(tabled)
@@ -423,7 +422,7 @@ def test_a_store_without_features_in_it_is_evaluated_by_a_table(run: Path, shop:
     )
     checkpoint, config = load_checkpoint(run), load_config(shop)
     assert isinstance(
-        build_ranker(checkpoint, config, other, start_runtime(1, lanes=None)).catalogue, EmbeddedCatalogue
+        ranker_of_checkpoint(checkpoint, config, other, start_runtime(1, lanes=None)).catalogue, EmbeddedCatalogue
     )
     with pytest.raises(UserError, match=r"does not carry features .* --store.feature_mode inline"):
         check_inline(config, other)

@@ -16,8 +16,6 @@ from hypothesis import strategies as st
 
 from fmrl_dist import evaluate, export, train
 from fmrl_dist.base.errors import UserError
-from fmrl_dist.config.loading import load_config
-from fmrl_dist.config.sections import Config
 from fmrl_dist.data import item_statistics
 from fmrl_dist.data.alias import alias_table, draw
 from fmrl_dist.data.batches import SampledBatch
@@ -27,21 +25,16 @@ from fmrl_dist.data.negatives import NegativeSampler, make_sampler
 from fmrl_dist.data.order import Order
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.train_stream import TrainStream
+from fmrl_dist.data.windows import WindowRule
 from fmrl_dist.losses import nested_cross_entropy as losses
+from fmrl_dist.model.embed_catalogue import embed_catalogue
 from fmrl_dist.model.fmrlrec import FMRLRec
-from fmrl_dist.training.build_model import build_model
-from fmrl_dist.training.item_columns import catalogue_columns
 from fmrl_dist.training.module import TrainingModule
+from tests.fixtures.negatives import NO_DROPOUT, loaded, make_module, sampled
 from tests.fixtures.processes import run_processes
 from tests.fixtures.training import NUM_ITEMS, evaluation, make_shop, records, refusal, run_here, train_here
 
 KINDS = ("uniform", "popularity", "in_batch", "mixed")
-NO_DROPOUT = ["--model.dropout", "0", "--model.lru_dropout", "0"]
-
-
-def sampled(kind: str, scope: str = "lane", num_negatives: int = 7) -> list[str]:
-    words = {"softmax": "sampled", "negatives": kind, "scope": scope, "num_negatives": str(num_negatives)}
-    return [word for key, value in words.items() for word in (f"--loss.{key}", value)]
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +96,11 @@ def test_popularity_is_the_train_counts_plus_one_to_the_power(store: Store) -> N
 @pytest.mark.parametrize("windows", ["last", "all"])
 def test_target_shares_are_those_of_an_epoch(store: Store, windows: str) -> None:
     order = Order([block.count for block in store.manifest.splits["train"]], 16, 16, 0)
-    stream = TrainStream(store, order, 3, windows, True)
+    stream = TrainStream(store, order, WindowRule(3, windows, True))
     counts = np.zeros(NUM_ITEMS)
     for step in range(order.steps_per_epoch):
         np.add.at(counts, stream.batch(0, step, range(16)).targets.numpy(), 1)
-    found = np.exp(target_log_shares(store, 3, windows, True))
+    found = np.exp(target_log_shares(store, WindowRule(3, windows, True)))
     np.testing.assert_allclose(found, counts / counts.sum(), rtol=1e-6)
 
 
@@ -179,12 +172,8 @@ def expected_counts(kind: str, store: Store, num_drawn: int, targets: np.ndarray
     if kind == "popularity":
         counts += num_drawn * implied_shares(popularity_table(store, 0.75))
     if kind in ("in_batch", "mixed"):
-        counts += (len(targets) - 1) * np.exp(target_log_shares(store, 50, "last", True).astype(np.float64))
+        counts += (len(targets) - 1) * np.exp(target_log_shares(store, WindowRule(50, "last", True)).astype(np.float64))
     return counts
-
-
-def loaded(shop: Path, *words: str) -> Config:
-    return load_config(shop, words)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -207,20 +196,12 @@ def test_steps_lanes_and_seeds_draw_differently() -> None:
     assert len(draws) == 8
 
 
-def make_module(shop: Path, store: Store) -> TrainingModule:
-    config = loaded(shop, *NO_DROPOUT)
-    table = load_item_table(store, None)
-    torch.manual_seed(0)
-    model = build_model(config.model, table)
-    return TrainingModule(model, catalogue_columns(model.encoder, table, torch.float32), None, False, "tiled", None)
-
-
 @pytest.mark.parametrize("scope", ["lane", "batch"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_do_not_depend_on_the_number_of_ranks(kind: str, scope: str, shop: Path, store: Store) -> None:
     config = loaded(shop, *sampled(kind, scope))
     order = Order([block.count for block in store.manifest.splits["train"]], 16, 16, 0)
-    stream = TrainStream(store, order, 50, "last", True, make_sampler(config, store), scope == "batch")
+    stream = TrainStream(store, order, WindowRule(50, "last", True), make_sampler(config, store), scope == "batch")
     module = make_module(shop, store)
     for step in (0, order.steps_per_epoch - 1):  # in the last step most lanes are empty
         sums = []
@@ -231,16 +212,22 @@ def test_losses_do_not_depend_on_the_number_of_ranks(kind: str, scope: str, shop
             torch.testing.assert_close(found, sums[0], rtol=1e-5, atol=1e-5)
 
 
+def item_embeddings(module: TrainingModule, store: Store) -> torch.Tensor:
+    """Scoring embeddings of the whole catalogue."""
+    table = load_item_table(store, None)
+    return embed_catalogue(module.model.encoder.eval(), table.values, table.present)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_groups_are_lanes_each_against_its_own_negatives(kind: str, shop: Path, store: Store) -> None:
     """The module's loss against the formula, group by group, in a batch of three lanes."""
     order = Order([block.count for block in store.manifest.splits["train"]], 16, 16, 0)
     sampler = make_sampler(loaded(shop, *sampled(kind)), store)
-    stream = TrainStream(store, order, 50, "last", True, sampler)
+    stream = TrainStream(store, order, WindowRule(50, "last", True), sampler)
     batch = stream.batch(0, 1, [4, 5, 9])
     assert isinstance(batch, SampledBatch)
     module = make_module(shop, store)
-    items = module.item_embeddings()
+    items = item_embeddings(module, store)
     model: FMRLRec = module.model
     with torch.no_grad():
         z = model(items[batch.items], batch.starts, batch.from_start)
@@ -265,7 +252,7 @@ def test_groups_are_lanes_each_against_its_own_negatives(kind: str, shop: Path, 
 
 def test_only_the_rows_of_batch_and_negatives_are_read(shop: Path, store: Store) -> None:
     order = Order([block.count for block in store.manifest.splits["train"]], 16, 16, 0)
-    stream = TrainStream(store, order, 50, "last", True, NegativeSampler(NUM_ITEMS, 2, 0))
+    stream = TrainStream(store, order, WindowRule(50, "last", True), NegativeSampler(NUM_ITEMS, 2, 0))
     batch = stream.batch(0, 0, [0])
     assert isinstance(batch, SampledBatch)
     module = make_module(shop, store)
@@ -371,8 +358,8 @@ def test_cosine_losses_are_those_of_the_formula(shop: Path, store: Store) -> Non
     module = make_module(shop, store)
     module.normalize, module.temperatures = True, (0.1, 0.2)
     order = Order([block.count for block in store.manifest.splits["train"]], 16, 16, 0)
-    batch = TrainStream(store, order, 50, "last", True).batch(0, 0, range(16))
-    items = module.item_embeddings()
+    batch = TrainStream(store, order, WindowRule(50, "last", True)).batch(0, 0, range(16))
+    items = item_embeddings(module, store)
     z = module.model(items[batch.items], batch.starts, batch.from_start)
     expected = []
     for size, temperature in zip(module.model.sizes, (0.1, 0.2), strict=True):

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from fmrl_dist.data import batches
 from fmrl_dist.data.feed import BatchFeed
+from fmrl_dist.data.store.reader import Store
 from fmrl_dist.distributed.signals import REQUEUE_FILE, StopRequest
 from tests.fixtures.processes import REPOSITORY, clean_environment, run_processes
 from tests.fixtures.training import STEPS_PER_EPOCH, evaluation, figures, make_shop, records, train_here
@@ -138,27 +139,27 @@ def test_a_signal_in_a_step_that_validates(epochs: int, shop: Path, tmp_path: Pa
     assert figures(run) == figures(expected) and evaluation(run) == evaluation(expected)
 
 
-def tell_amid_evaluation(module: str, told: Sequence[int], patch: pytest.MonkeyPatch) -> None:
-    """Have the ranks ``told`` send themselves USR1 as they begin to read users for ``module``."""
+def notify_during_evaluation(split: str, notified: Sequence[int], patch: pytest.MonkeyPatch) -> None:
+    """Have the ranks ``notified`` send themselves USR1 as they start to read users of ``split``."""
     blocks = batches.evaluation_blocks
 
-    def tell(*words: Any, **more: Any) -> Iterator[batches.EvaluationBlock]:
-        if (dist.get_rank() if dist.is_initialized() else 0) in told:
+    def notify(store: Store, of_split: str, *words: Any, **more: Any) -> Iterator[batches.EvaluationBlock]:
+        if of_split == split and (dist.get_rank() if dist.is_initialized() else 0) in notified:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return blocks(*words, **more)
+        return blocks(store, of_split, *words, **more)
 
-    patch.setattr(f"fmrl_dist.{module}.evaluation_blocks", tell)
+    patch.setattr("fmrl_dist.evaluation.histograms.evaluation_blocks", notify)
 
 
-@pytest.mark.parametrize("module", ["validation", "evaluate"])
-def test_a_signal_amid_an_evaluation(module: str, shop: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_a_signal_during_an_evaluation(split: str, shop: Path, tmp_path: Path) -> None:
     """It ends at once, and the next life begins with it; a run that is interrupted so in each life gains nothing."""
     expected, run = train_here(shop, tmp_path / "whole"), tmp_path / "run"
     for resume in ([], ["--resume", "auto"]):
         with pytest.MonkeyPatch.context() as patch:
-            tell_amid_evaluation(module, [0], patch)
+            notify_during_evaluation(split, [0], patch)
             train_here(shop, run, *resume)
-        epochs, validated = (1, 0) if module == "validation" else (3, 3)
+        epochs, validated = (1, 0) if split == "valid" else (3, 3)
         assert (run / REQUEUE_FILE).exists() and not (run / "evaluation.json").exists()
         assert (len(records(run)), len(records(run, "valid"))) == (epochs * STEPS_PER_EPOCH, validated)
         assert (run / "checkpoints" / "latest").resolve().name == f"step-{epochs * STEPS_PER_EPOCH:08d}"
@@ -167,23 +168,23 @@ def test_a_signal_amid_an_evaluation(module: str, shop: Path, tmp_path: Path) ->
     assert figures(run) == figures(expected) and evaluation(run) == evaluation(expected)
 
 
-def stop_amid_evaluation(config: str, run: str, catalogue: str, module: str, told: Sequence[int]) -> None:
+def stop_during_evaluation(config: str, run: str, catalogue: str, split: str, notified: Sequence[int]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        tell_amid_evaluation(module, told, patch)
+        notify_during_evaluation(split, notified, patch)
         train_here(Path(config), Path(run), "--resume", "auto", "--loss.catalogue", catalogue)
 
 
 @pytest.mark.multiproc
-@pytest.mark.parametrize(("told", "catalogue"), [([0, 1], "whole"), ([1], "split")], ids=["all", "one"])
-def test_all_ranks_end_amid_an_evaluation(told: list[int], catalogue: str, shop: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("notified", "catalogue"), [([0, 1], "whole"), ([1], "split")], ids=["all", "one"])
+def test_all_ranks_end_during_an_evaluation(notified: list[int], catalogue: str, shop: Path, tmp_path: Path) -> None:
     """Also where they rank together: a rank that has stopped still ranks for the others' users."""
     run = tmp_path / "run"
-    run_processes(2, stop_amid_evaluation, str(shop), str(run), catalogue, "validation", told)
+    run_processes(2, stop_during_evaluation, str(shop), str(run), catalogue, "valid", notified)
     assert (run / REQUEUE_FILE).exists() and not records(run, "valid")
-    run_processes(2, stop_amid_evaluation, str(shop), str(run), catalogue, "evaluate", told)
+    run_processes(2, stop_during_evaluation, str(shop), str(run), catalogue, "test", notified)
     assert (run / REQUEUE_FILE).exists() and len(records(run, "valid")) == 3
     assert not (run / "evaluation.json").exists()
-    run_processes(2, stop_amid_evaluation, str(shop), str(run), catalogue, "evaluate", [])
+    run_processes(2, stop_during_evaluation, str(shop), str(run), catalogue, "test", [])
     assert (run / "evaluation.json").exists() and not (run / REQUEUE_FILE).exists()
 
 
@@ -191,12 +192,12 @@ def test_what_is_done_when_a_signal_comes_counts() -> None:
     """One that comes after the last item cuts nothing short; one before it leaves out the rest."""
     with StopRequest() as stop:
         found = []
-        for item in stop.until_told(range(5)):
+        for item in stop.until_requested(range(5)):
             found.append(item)
             if item == 4:
                 os.kill(os.getpid(), signal.SIGTERM)
-        assert (found, stop.told, stop.cut_short) == ([0, 1, 2, 3, 4], True, False)
-        assert list(stop.until_told(range(5))) == [] and stop.cut_short
+        assert (found, stop.requested, stop.cut_short) == ([0, 1, 2, 3, 4], True, False)
+        assert list(stop.until_requested(range(5))) == [] and stop.cut_short
 
 
 def test_handlers_are_put_back() -> None:

@@ -15,17 +15,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fmrl_dist.data.batches import EvaluationBlock
-from fmrl_dist.evaluation.catalogue import TILE_ITEMS, EmbeddedCatalogue
-from fmrl_dist.evaluation.histograms import target_rank_histograms
+from fmrl_dist.evaluation.catalogue import COMPARED_ITEMS, EmbeddedCatalogue
 from fmrl_dist.evaluation.metrics import CUTOFF, metrics_from_histogram
 from fmrl_dist.evaluation.target_ranks import GROUPED, TOP
 from fmrl_dist.model.fmrlrec import FMRLRec
-from tests.fixtures.ranking import target_ranks
+from tests.fixtures.ranking import histograms, make_block, random_users, target_ranks
 
 SIZES = (4, 8, 16)
 # Fewer items than the top list, than the groups' search, than a tile; whole tiles; a last tile of one item.
-CATALOGUES = [1, 2, TOP - 1, TOP + 1, GROUPED * TOP + 1, 1000, TILE_ITEMS, TILE_ITEMS + 1, 2 * TILE_ITEMS + 700]
+CATALOGUES = [
+    1,
+    2,
+    TOP - 1,
+    TOP + 1,
+    GROUPED * TOP + 1,
+    1000,
+    COMPARED_ITEMS,
+    COMPARED_ITEMS + 1,
+    2 * COMPARED_ITEMS + 700,
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -34,36 +42,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def make_block(histories: Sequence[Sequence[int]], targets: Sequence[int], max_length: int = 50) -> EvaluationBlock:
-    cut = [history[-max_length:] for history in histories]
-
-    def pack(lists: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        values = torch.tensor([item for items in lists for item in items], dtype=torch.int64)
-        return values, torch.tensor([0, *np.cumsum([len(items) for items in lists])], dtype=torch.int64)
-
-    items, starts = pack(cut)
-    seen, seen_starts = pack(histories)
-    return EvaluationBlock(
-        users=torch.arange(len(histories)),
-        items=items,
-        starts=starts,
-        from_start=torch.zeros(len(histories), dtype=torch.bool),
-        targets=torch.tensor(targets, dtype=torch.int64),
-        seen=seen,
-        seen_starts=seen_starts,
-    )
-
-
-def random_users(num_users: int, num_items: int, seed: int) -> tuple[list[list[int]], list[int]]:
-    """Histories of 1 to 12 events, and targets, of which every third is an item of its own history."""
-    rng = np.random.default_rng(seed)
-    histories = [rng.integers(0, num_items, rng.integers(1, 13)).tolist() for _ in range(num_users)]
-    targets = rng.integers(0, num_items, num_users).tolist()
-    for user in range(0, num_users, 3):
-        targets[user] = histories[user][0]
-    return histories, targets
 
 
 def integers(rows: int, width: int, high: int, seed: int) -> Tensor:
@@ -130,7 +108,7 @@ def test_ranks_equal_a_full_sort_on_random_shapes(
     assert_ranks(target_ranks(z, items, make_block(histories, targets), SIZES, mask_seen), expected)
 
 
-@pytest.mark.parametrize("num_items", [TILE_ITEMS - 1, TILE_ITEMS + 2000])
+@pytest.mark.parametrize("num_items", [COMPARED_ITEMS - 1, COMPARED_ITEMS + 2000])
 @pytest.mark.parametrize("num_equal", [0, 1, 2, 17, 18, 19, 20, 500, 4000])
 @pytest.mark.parametrize("num_higher", [0, 1, 8, 9, 10, 25])
 def test_a_tie_counts_half(num_higher: int, num_equal: int, num_items: int) -> None:
@@ -185,9 +163,9 @@ def test_masking_takes_the_whole_history_not_only_what_the_model_reads() -> None
 
 def test_masking_reaches_every_tile() -> None:
     """Scores rise with the number, so that what is hidden lies in the last tile."""
-    num_items = 2 * TILE_ITEMS + 10
+    num_items = 2 * COMPARED_ITEMS + 10
     z, items = line_of_scores(num_items)
-    block = make_block([[num_items - 1, TILE_ITEMS, 5]], [num_items - 3])
+    block = make_block([[num_items - 1, COMPARED_ITEMS, 5]], [num_items - 3])
     assert target_ranks(z, items.flip(0), block, SIZES, mask_seen=False).unique().tolist() == [3]
     assert target_ranks(z, items.flip(0), block, SIZES, mask_seen=True).unique().tolist() == [2]
 
@@ -203,7 +181,7 @@ def test_masking_everything_else_leaves_rank_1() -> None:
     assert ranks_of(list(range(30)), 29, mask_seen=True, num_items=30).unique().tolist() == [1]
 
 
-@pytest.mark.parametrize("num_items", [5, TOP, 300, TILE_ITEMS + 5])
+@pytest.mark.parametrize("num_items", [5, TOP, 300, COMPARED_ITEMS + 5])
 @pytest.mark.parametrize("where", ["output", "target", "others", "all items"])
 def test_nan_scores_are_no_hits(where: str, num_items: int) -> None:
     """Neither a target whose score is NaN nor one that is measured against NaN gets ahead by it."""
@@ -273,7 +251,7 @@ def test_histograms_equal_a_loop_over_users(model: FMRLRec, embeddings: Tensor, 
         for rank in ranks:
             expected[j, int(2 * rank) if rank <= CUTOFF else 0] += 1
     blocks = [make_block(histories[low : low + 9], targets[low : low + 9], max_length=5) for low in range(0, 40, 9)]
-    found = target_rank_histograms(model, EmbeddedCatalogue(embeddings), blocks, mask_seen)
+    found = histograms(model, EmbeddedCatalogue(embeddings), blocks, mask_seen)
     assert found.dtype == torch.int64
     np.testing.assert_array_equal(found.numpy(), expected)
     assert found.sum(1).tolist() == [40] * len(SIZES)
@@ -298,25 +276,23 @@ def test_any_split_of_the_users_sums_to_the_whole(
     """Blocks of any sizes, some empty, dealt to any number of ranks."""
     histories, targets = users
     catalogue = EmbeddedCatalogue(embeddings)
-    whole = target_rank_histograms(model, catalogue, [make_block(histories, targets)], mask_seen=True)
+    whole = histograms(model, catalogue, [make_block(histories, targets)], mask_seen=True)
     edges = [0, *sorted(cuts), 30]
     blocks = [
         make_block(histories[low:high], targets[low:high]) for low, high in zip(edges[:-1], edges[1:], strict=True)
     ]
-    parts = [
-        target_rank_histograms(model, catalogue, blocks[rank::world_size], mask_seen=True) for rank in range(world_size)
-    ]
+    parts = [histograms(model, catalogue, blocks[rank::world_size], mask_seen=True) for rank in range(world_size)]
     assert torch.equal(torch.stack(parts).sum(0), whole)
 
 
 def test_no_blocks_count_nobody(model: FMRLRec, embeddings: Tensor) -> None:
-    found = target_rank_histograms(model, EmbeddedCatalogue(embeddings), [], mask_seen=False)
+    found = histograms(model, EmbeddedCatalogue(embeddings), [], mask_seen=False)
     assert torch.equal(found, torch.zeros(len(SIZES), 2 * CUTOFF + 1, dtype=torch.int64))
 
 
 def test_a_model_that_returns_nan_has_no_hits(model: FMRLRec, embeddings: Tensor) -> None:
     histories, targets = random_users(6, NUM_ITEMS, seed=7)
-    found = target_rank_histograms(
+    found = histograms(
         model, EmbeddedCatalogue(embeddings * torch.nan), [make_block(histories, targets)], mask_seen=False
     )
     assert found[:, 0].tolist() == [6] * len(SIZES)

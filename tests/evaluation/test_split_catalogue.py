@@ -10,19 +10,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fmrl_dist.data.batches import EvaluationBlock
-from fmrl_dist.evaluation.catalogue import TILE_ITEMS, EmbeddedCatalogue
-from fmrl_dist.evaluation.histograms import target_rank_histograms
+from fmrl_dist.evaluation.catalogue import COMPARED_ITEMS, EmbeddedCatalogue
 from fmrl_dist.evaluation.metrics import metrics_from_histogram
 from fmrl_dist.evaluation.split_catalogue import SplitCatalogue, tile_bounds
 from fmrl_dist.model.fmrlrec import FMRLRec
-from tests.evaluation.test_evaluation import make_block, random_users
 from tests.fixtures.processes import run_processes
+from tests.fixtures.ranking import histograms, make_block, random_users
 
 SIZES = (4, 8, 16)
 USERS_OF_BLOCKS = (9, 0, 30, 1, 0, 17, 5)
 CASES = {  # items, seen items masked, cosines
-    "several tiles": (3 * TILE_ITEMS + 500, True, False),
-    "fewer tiles than ranks": (TILE_ITEMS + 1, False, False),
+    "several tiles": (3 * COMPARED_ITEMS + 500, True, False),
+    "fewer tiles than ranks": (COMPARED_ITEMS + 1, False, False),
     "one tile, cosines": (700, True, True),
 }
 
@@ -55,7 +54,7 @@ def make_blocks(num_items: int) -> list[EvaluationBlock]:
     return [make_block(histories[low:high], targets[low:high], max_length=6) for low, high in pairwise(edges)]
 
 
-def histograms(case: str) -> list[list[int]]:
+def split_histograms(case: str) -> list[list[int]]:
     """Of this rank's blocks, summed over the ranks."""
     num_items, mask_seen, normalize = CASES[case]
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
@@ -63,9 +62,9 @@ def histograms(case: str) -> list[list[int]]:
     catalogue = SplitCatalogue.embed(rank, num_ranks, num_items, lambda first, last: items[first:last])
     mine = make_blocks(num_items)[rank::num_ranks]
     mine = mine if rank else mine[:1]  # one rank has far fewer than the others
-    found = target_rank_histograms(make_model(), catalogue, mine, mask_seen, normalize)
+    found = histograms(make_model(), catalogue, mine, mask_seen, normalize)
     dist.all_reduce(found)
-    assert len(catalogue.items) <= -(-num_items // TILE_ITEMS // num_ranks) * TILE_ITEMS + TILE_ITEMS
+    assert len(catalogue.items) <= -(-num_items // COMPARED_ITEMS // num_ranks) * COMPARED_ITEMS + COMPARED_ITEMS
     return found.tolist()
 
 
@@ -79,19 +78,19 @@ def test_histograms_are_those_of_one_process(num_ranks: int, case: str) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        expected = target_rank_histograms(make_model(), EmbeddedCatalogue(embed(num_items)), kept, mask_seen, normalize)
+        expected = histograms(make_model(), EmbeddedCatalogue(embed(num_items)), kept, mask_seen, normalize)
     finally:
         torch.set_num_threads(threads)
     assert 0.1 < metrics_from_histogram(expected[-1])["recall@10"] < 0.9
-    for found in run_processes(num_ranks, histograms, case):
+    for found in run_processes(num_ranks, split_histograms, case):
         assert found == expected.tolist()
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 7])
-@pytest.mark.parametrize("num_items", [1, TILE_ITEMS, TILE_ITEMS + 1, 10 * TILE_ITEMS + 3])
+@pytest.mark.parametrize("num_items", [1, COMPARED_ITEMS, COMPARED_ITEMS + 1, 10 * COMPARED_ITEMS + 3])
 def test_bounds_are_whole_tiles(num_items: int, num_ranks: int) -> None:
     bounds = tile_bounds(num_items, num_ranks)
     assert (len(bounds), bounds[0], bounds[-1]) == (num_ranks + 1, 0, num_items)
-    assert all(bound % TILE_ITEMS == 0 or bound == num_items for bound in bounds)
-    tiles = [-(-(last - first) // TILE_ITEMS) for first, last in pairwise(bounds)]
+    assert all(bound % COMPARED_ITEMS == 0 or bound == num_items for bound in bounds)
+    tiles = [-(-(last - first) // COMPARED_ITEMS) for first, last in pairwise(bounds)]
     assert max(tiles) - min(tiles) <= 1

@@ -18,7 +18,7 @@ from fmrl_dist.checkpoint.folder import TrainState, load_checkpoint
 from fmrl_dist.checkpoint.writer import CheckpointWriter
 from fmrl_dist.training.learner import Learner
 from fmrl_dist.training.run import Run
-from tests.checkpoint.test_checkpoint_damage import flip
+from tests.fixtures.checkpoints import flip
 from tests.fixtures.training import (
     STEPS_PER_EPOCH,
     contents,

@@ -23,9 +23,9 @@ from fmrl_dist.data.batches import EvaluationBlock, evaluation_blocks
 from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.evaluation.catalogue import EmbeddedCatalogue
-from fmrl_dist.evaluation.histograms import target_rank_histograms
 from fmrl_dist.evaluation.metrics import CUTOFF, metrics_from_histogram
 from shards.store.builder import build_store
+from tests.fixtures.ranking import histograms
 from tests.fixtures.training import evaluation, train_here
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -95,11 +95,9 @@ def test_order_matters(store: Store, from_features: Path) -> None:
     checkpoint = load_checkpoint(from_features)
     table = load_catalogue_table(store, checkpoint)
     model = restore_model(config_from_dict(checkpoint.config).model, checkpoint).eval()
-    items = embed_catalogue(model, table, torch.device("cpu"))
+    items = embed_catalogue(model.encoder, table.values, table.present)
     in_order, shuffled = (
-        metrics_from_histogram(target_rank_histograms(model, EmbeddedCatalogue(items), blocks, mask_seen=False)[-1])[
-            "ndcg@10"
-        ]
+        metrics_from_histogram(histograms(model, EmbeddedCatalogue(items), blocks, mask_seen=False)[-1])["ndcg@10"]
         for blocks in (ranking_blocks(store), map(shuffle_histories, ranking_blocks(store)))
     )
     assert in_order == evaluation(from_features)["sizes"]["32"]["ndcg@10"]

@@ -17,8 +17,9 @@ from fmrl_dist.data.negatives import NegativeSampler, make_sampler
 from fmrl_dist.data.order import Order
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.train_stream import TrainStream
+from fmrl_dist.data.windows import WindowRule
 from fmrl_dist.training.module import TrainingModule
-from tests.data.test_negatives import loaded, make_module, sampled
+from tests.fixtures.negatives import loaded, make_module, sampled
 from tests.fixtures.training import STEPS_PER_EPOCH, evaluation, figures, make_shop, train_here
 
 FEW, MANY = 4, 256  # of 40 items
@@ -42,7 +43,7 @@ def flat_gradient(module: TrainingModule, loss: torch.Tensor) -> torch.Tensor:
 def make_stream(shop: Path, sampler: NegativeSampler | None, scope: str) -> TrainStream:
     store = Store.open(shop.parent / "store")
     order = Order([block.count for block in store.manifest.splits["train"]], 16, 2, 0)
-    return TrainStream(store, order, 50, "last", True, sampler, scope == "batch")
+    return TrainStream(store, order, WindowRule(50, "last", True), sampler, scope == "batch")
 
 
 def bias(
@@ -109,7 +110,8 @@ def test_a_lane_of_one_position_has_no_in_batch_negatives(impl: str, shop: Path,
     """Its own target is all there is: a loss and gradients of zero, though log(0) is what was to be expected."""
     store = Store.open(shop.parent / "store")
     order = Order([block.count for block in store.manifest.splits["train"]], 16, 16, 0)
-    stream = TrainStream(store, order, 1, "last", True, make_sampler(loaded(shop, *sampled("in_batch")), store))
+    sampler = make_sampler(loaded(shop, *sampled("in_batch")), store)
+    stream = TrainStream(store, order, WindowRule(1, "last", True), sampler)
     batch = stream.batch(0, 0, [3])
     assert len(batch.targets) == 1
     alone = TrainingModule(module.model, module.columns, None, False, impl, None)

@@ -25,6 +25,8 @@ from fmrl_dist.data.batches import Packed
 from fmrl_dist.data.order import Order
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.distributed.processes import start_runtime
+from fmrl_dist.distributed.signals import StopRequest
+from fmrl_dist.training.agreement import StepResult, agree, stop_if_not_finite
 from tests.fixtures.checkpoints import reseal
 from tests.fixtures.processes import REPOSITORY, clean_environment, launch, run_processes
 from tests.fixtures.training import (
@@ -101,9 +103,10 @@ def stop_where_one_loss_is_infinite() -> None:
     runtime = start_runtime(1, lanes=2)
     empty = torch.empty(0, dtype=torch.int64)
     batch = Packed(torch.tensor([7, 9]), empty, torch.tensor([0]), torch.empty(0, dtype=torch.bool), empty)
-    train.stop_if_not_finite(runtime, 4, torch.tensor(1.0), torch.tensor([1.0, 2.0]), [batch])
-    losses = torch.tensor([1.0, math.inf if runtime.rank == 1 else 2.0])
-    train.stop_if_not_finite(runtime, 5, torch.tensor(1.0), losses, [batch])
+    for step, loss in ((4, 2.0), (5, math.inf if runtime.rank == 1 else 2.0)):
+        result = StepResult(torch.tensor([1.0, loss]), torch.tensor(1.0), 0.1, [batch])
+        agreed = agree(runtime, [batch], [], False, StopRequest(), result)
+        stop_if_not_finite(runtime, step, result, agreed.num_not_finite)
 
 
 def digest(run: Path) -> list[str]:
@@ -246,7 +249,7 @@ def test_more_processes_than_lanes(two: tuple[Path, list[dict[str, Any]]]) -> No
 
 def test_infinite_loss_on_one_rank_stops_the_other(two: tuple[Path, list[dict[str, Any]]]) -> None:
     said = [rank["infinite"] for rank in two[1]]
-    assert said[0].startswith("step 5, rank 0: ")
+    assert said[0].startswith("step 5, rank 0: another rank's loss is not finite. ")
     assert said[1].startswith("step 5, rank 1: loss is not finite; users of the batch: [7, 9]")
 
 

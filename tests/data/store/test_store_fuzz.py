@@ -34,6 +34,7 @@ from fmrl_dist.data.order import Order
 from fmrl_dist.data.store.manifest import SPLITS, Manifest
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.train_stream import TrainStream
+from fmrl_dist.data.windows import WindowRule
 from shards.store.problems import store_problems
 from tests.fixtures.training import make_shop, refusal, run_module
 
@@ -63,7 +64,7 @@ def everything(folder: Path) -> str:
     table = load_item_table(store, None)
     arrays = [table.values.numpy(), table.present.numpy()]
     order = Order([block.count for block in store.manifest.splits["train"]], 16, 16, 0)
-    stream = TrainStream(store, order, 50, "all", True)
+    stream = TrainStream(store, order, WindowRule(50, "all", True))
     for step in range(order.steps_per_epoch):
         batch = stream.batch(0, step, range(16))
         arrays += [tensor.numpy() for tensor in batch.tensors.values()]
