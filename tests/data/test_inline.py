@@ -159,11 +159,9 @@ FORGED = ["unsorted", "another item", "one more", "matrix", "no features", "wide
 @pytest.mark.parametrize("kind", [*FORGED, "not absent", "negative count", "plain"])
 def test_a_forged_block_is_refused(kind: str, store: Store) -> None:
     block = store.manifest.splits["train"][0]
-    features = {feature.name: (feature.dim, feature.masked) for feature in store.manifest.features}
     arrays = store.read_block(block)
-    facts = (block.count, block.events, "train", store.manifest.num_users, NUM_ITEMS, features)
-    assert list(user_problems(arrays, *facts)) == []
-    assert list(user_problems(forge(arrays, kind), *facts)) != []
+    assert list(user_problems(arrays, block, store.manifest)) == []
+    assert list(user_problems(forge(arrays, kind), block, store.manifest)) != []
 
 
 @st.composite
