@@ -44,7 +44,7 @@ def test_a_package_is_looked_into_but_not_run(package: Path) -> None:
         ("package:some_model", "malformed"),
         ("package:os.path/x", "malformed"),
         ("package:/x", "malformed"),
-        ("./no/such/folder", "no folder and no hub id"),
+        ("./no/such/folder", "neither a folder nor a hub id"),
     ],
 )
 def test_refusals(package: Path, name: str, words: str) -> None:
