@@ -14,9 +14,11 @@ import fsspec
 import numpy as np
 import pytest
 
+from fmrl_dist import evaluate, export, train
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.config.sections import StoreConfig
 from fmrl_dist.data.item_table import load_item_table
+from fmrl_dist.data.store import remote
 from fmrl_dist.data.store.files import SourceError
 from fmrl_dist.data.store.manifest import Block
 from fmrl_dist.data.store.reader import Store
@@ -24,14 +26,21 @@ from shards import inspect as inspect_command
 from shards.store.builder import build_store
 from shards.store.problems import store_problems
 from shards.verify import main as verify_main
+from tests.fixtures.forked import call_in_processes
 from tests.fixtures.http_store import FAULTS, StoreServer, serve
-from tests.fixtures.processes import free_port, run_processes
-from tests.fixtures.stores import tiny_config, write_raw
-from tests.fixtures.training import contents, evaluation, make_shop, refusal, run_module
+from tests.fixtures.processes import free_port
+from tests.fixtures.stores import all_blocks, tiny_config, write_raw
+from tests.fixtures.training import contents, evaluation, make_shop, refusal, run_here, run_module, train_here
 
 pytest.importorskip("aiohttp", reason="stores at http:// need aiohttp (extra: remote)")
 
 LATE_S = 1.5  # for a busy machine
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two tries; the server is near."""
+    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.02)
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +67,6 @@ def access(timeout_s: float = 6.0, retries: int = 3, cache_gb: float = 0.0, cach
     return StoreConfig(timeout_s=timeout_s, retries=retries, cache_gb=cache_gb, cache_dir=cache_dir)
 
 
-def all_blocks(store: Store) -> list[Block]:
-    return [*store.manifest.items, *(block for blocks in store.manifest.splits.values() for block in blocks)]
-
-
 def tar_requests(server: StoreServer) -> list[str]:
     return [path for path in server.requests if path.endswith(".tar")]
 
@@ -69,13 +74,13 @@ def tar_requests(server: StoreServer) -> list[str]:
 def test_the_same_arrays_from_the_manifest_and_block_ranges_alone(built: Store, server: StoreServer) -> None:
     store = Store.open(server.url, access())
     assert store.manifest == built.manifest
-    for block in all_blocks(built):
+    for block in all_blocks(built.manifest):
         assert store.read_bytes(block) == built.read_bytes(block)
     table, expected = load_item_table(store, None), load_item_table(built, None)
     np.testing.assert_array_equal(table.values, expected.values)
     names = {"manifest.json", *(shard.name for shard in built.manifest.shards)}
     assert {path for path in server.requests} == {f"/shop/{name}" for name in names}
-    assert len(tar_requests(server)) == len(all_blocks(built)) + len(built.manifest.items)
+    assert len(tar_requests(server)) == len(all_blocks(built.manifest)) + len(built.manifest.items)
 
 
 def test_blocks_are_fetched_several_at_once(built: Store, server: StoreServer) -> None:
@@ -112,7 +117,7 @@ def test_ranges_are_asked_for_by_name(built: Store, monkeypatch: pytest.MonkeyPa
     try:
         monkeypatch.setattr(fsspec, "filesystem", lambda *_, **__: Versioned())
         store = Store.open("memory://shop")
-        for block in all_blocks(built):
+        for block in all_blocks(built.manifest):
             assert store.read_bytes(block) == built.read_bytes(block)
     finally:
         memory.rm("/shop", recursive=True)
@@ -148,7 +153,7 @@ def test_other_protocols(built: Store, own_cache: Path) -> None:
     try:
         for url in ("memory://shop", "memory:///shop/", f"file://{built.path}"):
             store = Store.open(url)
-            for block in all_blocks(built):
+            for block in all_blocks(built.manifest):
                 assert store.read_bytes(block) == built.read_bytes(block)
             assert list(store_problems(store)) == []
         memory.rm("/shop/vocab.parquet")
@@ -165,7 +170,7 @@ def test_no_shard_name_becomes_another_request(built: Store, server: StoreServer
         forged = Block(name, block.offset, block.num_bytes, block.sha256, block.count, block.events)
         with pytest.raises(UserError, match="no such shard"):
             store.read_block(forged)
-        with pytest.raises(UserError, match="is no file of a store"):
+        with pytest.raises(UserError, match="is not a file of a store"):
             store.files.size(name)
     assert server.requests == before
 
@@ -206,7 +211,7 @@ def test_a_fault_that_stays(server: StoreServer, fault: str) -> None:
 
 @pytest.mark.parametrize(
     ("fault", "text"),
-    [("404", "no such shard"), ("403", "HTTP status 403; check the credentials"), ("whole", "serve it by ranges")],
+    [("404", "no such shard"), ("403", "HTTP status 403; check the credentials"), ("whole", "must serve ranges")],
 )
 def test_what_another_try_would_not_mend(server: StoreServer, fault: str, text: str) -> None:
     store = Store.open(server.url, access())
@@ -259,10 +264,13 @@ def test_a_second_epoch_makes_no_request(built: Store, server: StoreServer, own_
         store = Store.open(server.url, access(cache_gb=1, cache_dir=cache_dir))
         for epoch in range(2):
             before = len(server.requests)
-            for block in all_blocks(built):
+            for block in all_blocks(built.manifest):
                 assert store.read_bytes(block) == built.read_bytes(block)
-            assert len(server.requests) - before == (0 if epoch else len(all_blocks(built)))
-        assert {path.name for path in folder.iterdir()} == {"total-bytes", *(b.sha256 for b in all_blocks(built))}
+            assert len(server.requests) - before == (0 if epoch else len(all_blocks(built.manifest)))
+        assert {path.name for path in folder.iterdir()} == {
+            "total-bytes",
+            *(b.sha256 for b in all_blocks(built.manifest)),
+        }
 
 
 def test_a_damaged_cache_is_fetched_again(built: Store, server: StoreServer, own_cache: Path) -> None:
@@ -276,34 +284,33 @@ def test_a_damaged_cache_is_fetched_again(built: Store, server: StoreServer, own
 
 
 def test_the_cache_stays_within_its_size(built: Store, server: StoreServer, own_cache: Path) -> None:
-    limit = 3 * max(block.num_bytes for block in all_blocks(built))
+    limit = 3 * max(block.num_bytes for block in all_blocks(built.manifest))
     store = Store.open(server.url, access(cache_gb=limit / 1e9))
     for _ in range(2):
-        for block in all_blocks(built):
+        for block in all_blocks(built.manifest):
             assert store.read_bytes(block) == built.read_bytes(block)
             assert sum(path.stat().st_size for path in own_cache.iterdir() if len(path.name) == 64) <= limit
-    assert len(tar_requests(server)) > len(all_blocks(built))
+    assert len(tar_requests(server)) > len(all_blocks(built.manifest))
 
 
-def read_everything(url: str, folder: str) -> int:
+def read_everything(process: int, url: str, folder: str) -> int:
     store = Store.open(url, access(cache_gb=1, cache_dir=folder))
-    return sum(len(store.read_bytes(block)) for _ in range(3) for block in all_blocks(store))
+    return sum(len(store.read_bytes(block)) for _ in range(3) for block in all_blocks(store.manifest))
 
 
-@pytest.mark.multiproc
 def test_two_processes_share_the_cache(built: Store, server: StoreServer, tmp_path: Path) -> None:
     """Each block is asked for once, or twice if both want it at the same time; a third process asks for none."""
-    num_bytes = 3 * sum(block.num_bytes for block in all_blocks(built))
-    assert run_processes(2, read_everything, server.url, str(tmp_path / "both")) == [num_bytes] * 2
+    num_bytes = 3 * sum(block.num_bytes for block in all_blocks(built.manifest))
+    assert call_in_processes(2, read_everything, server.url, str(tmp_path / "both")) == [num_bytes] * 2
     asked = len(tar_requests(server))
-    assert len(all_blocks(built)) <= asked <= 2 * len(all_blocks(built))
-    read_everything(server.url, str(tmp_path / "both"))
+    assert len(all_blocks(built.manifest)) <= asked <= 2 * len(all_blocks(built.manifest))
+    read_everything(2, server.url, str(tmp_path / "both"))
     assert len(tar_requests(server)) == asked
 
 
 def test_verify_streams_the_shards(server: StoreServer, capsys: pytest.CaptureFixture[str]) -> None:
     verify_main([server.url])
-    assert capsys.readouterr().out.startswith(f"ok: {server.url}: ")
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"ok: {server.url}: ")
     server.faults = ["500", "half", "drop"]
     assert list(store_problems(Store.open(server.url, access()))) == []
     inspect_command.main([server.url])
@@ -360,37 +367,39 @@ SECRET = "Bearer s3cret-token"
 TRAIN = ("--train.max_steps", 4, "--train.log_every_steps", 1, "--store.timeout_s", 20)
 
 
-@pytest.mark.slow
-def test_train_evaluate_export_from_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def token(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The secret in the environment, as fsspec reads it when a process starts; it has read this process's before."""
+    monkeypatch.setenv("FSSPEC_HTTP", json.dumps({"headers": {"Authorization": SECRET}}))
+    fsspec.config.set_conf_env(fsspec.config.conf)
+    yield
+    del fsspec.config.conf["http"]
+
+
+def test_train_evaluate_export_from_http(tmp_path: Path, token: None, capfd: pytest.CaptureFixture[str]) -> None:
     """By the commands, with a token from the environment and a signature in the URL: the figures of the local store,
     through a server that fails now and then, and no secret in anything that is printed or written."""
     config = make_shop(tmp_path / "shop")
-    local = run_module("fmrl_dist.train", "--config", config, "--run.dir", tmp_path / "local", *TRAIN)
-    assert local.returncode == 0, local.stderr
-    monkeypatch.setenv("FSSPEC_HTTP", json.dumps({"headers": {"Authorization": SECRET}}))
-    printed = ""
+    train_here(config, tmp_path / "local", *TRAIN)
     with serve(tmp_path / "shop" / "store") as server:
         server.authorization = SECRET
         server.faults = ["500", "flip", "half"]
-        run = tmp_path / "remote"
-        words = ("--run.dir", run, "--store.path", f"{server.url}?sig=s3cret", *TRAIN)
-        for module, *arguments in (
-            ("fmrl_dist.train", "--config", config, *words),
-            ("fmrl_dist.train", "--config", config, *words, "--resume", "auto"),
-            ("fmrl_dist.evaluate", "--checkpoint", run, "--store", f"{server.url}?sig=s3cret"),
-            ("fmrl_dist.export", "--checkpoint", run, "--size", 4, "--store", server.url),
-            ("fmrl_dist.evaluate", "--checkpoint", run / "export-4"),
-            ("shards.verify", f"{server.url}?sig=s3cret"),
-        ):
-            result = run_module(module, *arguments)
-            assert result.returncode == 0, (module, result.stderr)
-            printed += result.stdout + result.stderr
-        recorded = run_module("fmrl_dist.evaluate", "--checkpoint", run)
-        assert recorded.returncode == 2
-        assert f"store {server.url}?*** was recorded without its credentials; give it again" in recorded.stderr
-        printed += recorded.stderr
+        run, signed = tmp_path / "remote", f"{server.url}?sig=s3cret"
+        words = ("--store.path", signed, *TRAIN)
+        train_here(config, run, *words)
+        assert server.faults == []
+        train_here(config, run, *words, "--resume", "auto")
+        run_here(evaluate.main, ["--checkpoint", run, "--store", signed])
+        run_here(export.main, ["--checkpoint", run, "--size", 4, "--store", server.url])
+        run_here(evaluate.main, ["--checkpoint", run / "export-4"])
+        verified = run_module("shards.verify", signed)  # a process that starts with the token in its environment
+        assert verified.returncode == 0, verified.stderr
+        unsigned = refusal(evaluate.main, "--checkpoint", run)
+    assert f"store {server.url}?*** was recorded without its credentials; give it again" in unsigned
     assert evaluation(run) == evaluation(tmp_path / "local")
     assert (run / "export-4" / "vocab.parquet").read_bytes() == (tmp_path / "shop/store/vocab.parquet").read_bytes()
+    printed = "".join([*capfd.readouterr(), verified.stdout, verified.stderr, unsigned])
+    assert "evaluate" in printed
     written = b"".join(data for data in contents(run).values() if isinstance(data, bytes))
     assert "s3cret" not in printed and b"s3cret" not in written
 
@@ -401,8 +410,6 @@ def test_train_at_a_source_that_stalls(tmp_path: Path) -> None:
     with serve(tmp_path / "shop" / "store") as server:
         server.faults = ["forever", "stall"]
         words = ("--run.dir", tmp_path / "run", "--store.path", server.url, "--store.timeout_s", 2)
-        result = run_module("fmrl_dist.train", "--config", config, *words)
-    assert result.returncode == 2
-    (line,) = result.stderr.splitlines()
+        line = refusal(train.main, "--config", config, *words)
     assert line.startswith("error: block at byte 0 of shard http://127.0.0.1") and "did not answer in time" in line
     assert not (tmp_path / "run").exists()
