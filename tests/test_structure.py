@@ -22,7 +22,7 @@ SUBFOLDERS = {
     "fmrl_dist": {*FOLDERS, "data/store"},
     "shards": {"tables", "encoders", "store", "demo"},
     "launch": {"slurm", "sweeps"},
-    "benchmarks": set(),
+    "benchmarks": {"gpu"},
 }
 COMMANDS = {
     "fmrl_dist": {"train", "evaluate", "export", "plan"},

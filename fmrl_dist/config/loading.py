@@ -34,12 +34,26 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     name = path.stem if path.name != "config.yaml" else path.resolve().parent.name
     _set_default(raw, "store", "path", f"stores/{name}")
     _set_default(raw, "run", "dir", f"runs/{name}")
-    return typing.cast(Config, build(Config, raw, ""))
+    return config_from_dict(raw)
 
 
 def config_from_dict(raw: dict[str, Any]) -> Config:
-    """The inverse of :meth:`Config.to_dict`."""
-    return typing.cast(Config, build(Config, raw, ""))
+    """The inverse of :meth:`Config.to_dict`.
+
+    ``model.width``, which configs recorded by version 0.1.0 have, is accepted where it is the last of ``model.sizes``.
+    """
+    model, width = raw.get("model"), None
+    if isinstance(model, dict) and "width" in model:
+        model = dict(model)
+        width = model.pop("width")
+        raw = raw | {"model": model}
+    config = typing.cast(Config, build(Config, raw, ""))
+    require(
+        width in (None, config.model.width),
+        f"the last of model.sizes is {config.model.width} but model.width is {width}; "
+        "leave model.width out, it follows from model.sizes",
+    )
+    return config
 
 
 def _set_default(raw: dict[str, Any], section: str, key: str, value: str) -> None:

@@ -1,6 +1,6 @@
-"""Inline stores: features ride with the histories, negatives come from the item shards, nothing holds all items.
+"""Inline stores: features are stored with the histories, negatives come from the item shards, nothing holds all items.
 
-What is trained and evaluated so has to be what a table of all items gives, for the same negatives.
+Training and evaluation must give the same results as with a table of all items, for the same negatives.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ NO_DROPOUT = ["--model.dropout", "0", "--model.lru_dropout", "0"]
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A config whose store is inline; every third item has no title, and so lacks the feature ``words``."""
+    """A config whose store is inline; every third item has no title and so lacks the feature ``words``."""
     root = tmp_path_factory.mktemp("inline")
     write_shop(root / "raw")
     items = pq.read_table(root / "raw" / "items.parquet")
@@ -171,7 +171,7 @@ def sources(draw: st.DrawFn) -> list[ItemRows]:
 
 
 def rows_of(ids: np.ndarray) -> ItemRows:
-    """Rows that can be told from the ids."""
+    """Rows that are a function of the ids."""
     return ItemRows(ids, np.stack((ids, ids + 100), 1).astype(np.float16), (ids % 2 == 0)[:, None])
 
 
@@ -212,7 +212,7 @@ def test_lanes_seeds_and_passes_walk_differently(store: Store) -> None:
     assert walk.read(0, [0, 1])[0].tolist() == passes[:2]
 
 
-def test_a_walk_brings_the_features_of_what_it_draws_and_holds_few_blocks(store: Store) -> None:
+def test_a_walk_has_the_features_of_its_items_and_holds_few_blocks(store: Store) -> None:
     table, walk = load_item_table(store, None), StreamedNegatives(store, DIMS, NUM_DRAWN, 3)
     for step in range(20):
         drawn, brought = walk.read(step, [2, 7])
@@ -238,7 +238,7 @@ def test_a_walk_reads_a_block_once_while_it_needs_it(store: Store, monkeypatch: 
 
 
 class WalkingSampler(NegativeSampler):
-    """The sampler of a table run that draws what an inline run's walk draws."""
+    """A sampler for a run with a table that draws what an inline run's walk draws."""
 
     walk: StreamedNegatives
 
@@ -251,7 +251,7 @@ def loaded(shop: Path, kind: str, scope: str, *words: str) -> Config:
 
 
 def streams(config: Config, store: Store, predict_first: bool = True) -> tuple[TrainStream, TrainStream]:
-    """The inline stream, and one over a table, with the same negatives."""
+    """The inline stream, and one with a table, with the same negatives."""
     order = Order([block.count for block in store.manifest.splits["train"]], 16, 16, 0, pool_blocks=3)
     sampler = make_sampler(config, store)
     assert sampler is not None
@@ -309,7 +309,7 @@ def test_batches_are_the_same_for_any_workers(
         assert [as_lists(feed.batches(step)[0][0]) for step in steps] == expected
 
 
-def test_a_batch_brings_just_the_items_that_it_needs(shop: Path, store: Store) -> None:
+def test_a_batch_contains_only_the_items_that_it_needs(shop: Path, store: Store) -> None:
     stream, _ = streams(loaded(shop, "mixed", "batch"), store, predict_first=False)
     batch = stream.batch(0, 2, [4, 5])
     tensors = batch.tensors
@@ -346,7 +346,7 @@ def test_ranking_a_stream_is_ranking_a_table(mask_seen: bool, users_at_once: int
 
 
 def test_a_signal_ends_a_pass_over_the_items(shop: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may be a long one: it serves up to 65,536 users."""
+    """A pass may take long: it serves up to 65,536 users."""
     model = build_model(load_config(shop).model, load_item_table(store, None)).eval()
     users = list(evaluation_blocks(store, "test", 4, [0, 1], inline_dims=DIMS))
     read, reads = Store.read_block, []
@@ -365,7 +365,7 @@ def test_a_signal_ends_a_pass_over_the_items(shop: Path, store: Store, monkeypat
 
 def refuse_tables(patch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
-        raise AssertionError("a table of all items was asked for")
+        raise AssertionError("a table of all items was requested")
 
     patch.setattr("fmrl_dist.training.learner.load_item_table", refuse)
     patch.setattr("fmrl_dist.checkpoint.restore.load_item_table", refuse)
@@ -402,7 +402,7 @@ def test_resuming_inline_is_bit_equal(run: Path, shop: Path, tmp_path: Path) -> 
 
 
 def test_evaluate_and_export(run: Path, shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Evaluation streams; an export embeds all items, and ranks as the run does."""
+    """Evaluation streams; an export embeds all items, and ranks like the run."""
     before = (run / "evaluation.json").read_bytes()
     with pytest.MonkeyPatch.context() as patch:
         refuse_tables(patch)
