@@ -1,4 +1,4 @@
-"""What the tests of the image encoder share."""
+"""A model that the tests of the image encoder share."""
 
 from __future__ import annotations
 

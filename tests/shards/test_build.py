@@ -21,7 +21,7 @@ from tests.fixtures.training import contents, refusal
 
 
 def test_a_whole_store_of_the_config_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """``--keep`` builds what is not there, keeps what is, and refuses what is damaged or another config's."""
+    """``--keep`` builds a missing store, keeps a whole one, and refuses one that is damaged or another config's."""
     write_raw(tmp_path / "raw")
     config, store = tmp_path / "config.yaml", tmp_path / "store"
     config.write_text(tiny_config(tmp_path / "raw", store).to_yaml())

@@ -22,7 +22,7 @@ Spoil = Callable[[Path, Values], object]
 
 
 def command_line(tmp_path: Path, spoil: Spoil | None = None) -> list[str]:
-    """Write sound raw data and a config, spoil them, return the words for ``shards.build``."""
+    """Write sound raw data and a config, and spoil them; returns the arguments for ``shards.build``."""
     write_raw(tmp_path / "raw")
     values = tiny_values(tmp_path / "raw", tmp_path / "store")
     if spoil is not None:

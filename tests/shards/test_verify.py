@@ -1,4 +1,4 @@
-"""``shards.verify``: a sound store is accepted in one line; of a damaged one every problem is."""
+"""``shards.verify``: one line for a sound store, one for each problem of a damaged store."""
 
 from __future__ import annotations
 

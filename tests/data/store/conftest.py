@@ -24,6 +24,6 @@ def files(shop: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing reaches the disk before it must: hundreds of short-lived files would take minutes."""
+    """Flushing does nothing: hundreds of short-lived files would take minutes to reach the disk."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     monkeypatch.setattr(np.memmap, "flush", lambda array: None)

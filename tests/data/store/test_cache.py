@@ -64,7 +64,7 @@ def test_the_limit_holds(tmp_path_factory: pytest.TempPathFactory, puts: list[tu
         sha256, data = some_range(number, num_bytes)
         RangeCache(folder, LIMIT).put(sha256, data)
         assert held_bytes(folder) <= LIMIT
-        assert RangeCache(folder, LIMIT).get(sha256, num_bytes) == data  # the newest is never the one to go
+        assert RangeCache(folder, LIMIT).get(sha256, num_bytes) == data  # the newest is never evicted
 
 
 def test_what_was_read_longest_ago_goes_first(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_what_was_read_longest_ago_goes_first(tmp_path: Path) -> None:
 
 
 def test_a_lower_limit_and_a_lost_total(tmp_path: Path) -> None:
-    """The total is a file that may be missing, damaged or of another limit: the folder itself tells."""
+    """The file with the total may be missing, damaged or from another limit; then the folder is listed."""
     for number in range(9):
         RangeCache(tmp_path, LIMIT).put(*some_range(number))
     for text in ("", "many", "-5", "9" * 40):
@@ -114,7 +114,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_a_lock_that_is_never_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stopped process holds it: nothing is kept, that is said, and nobody waits for long."""
+    """A stopped process holds it: nothing is kept, a warning says so, and nobody waits for long."""
     monkeypatch.setattr(cache, "LOCK_S", 0.2)
     held = RangeCache(tmp_path, LIMIT)
     with (tmp_path / "total-bytes").open() as file:
@@ -127,7 +127,7 @@ def test_a_lock_that_is_never_released(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def churn(process: int, folder: str) -> tuple[int, int]:
-    """Put and get among few ranges for a while; returns how many were held, and how many of these were wrong."""
+    """Put and get a few ranges for a while; returns how many the cache held, and how many of these were wrong."""
     rng = np.random.default_rng(process)
     held, hits, wrong = RangeCache(Path(folder), LIMIT), 0, 0
     for _ in range(300):

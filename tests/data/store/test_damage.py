@@ -1,4 +1,4 @@
-"""Bytes that changed under a manifest that did not: read as what they were, or refused in one line by their hashes.
+"""Bytes that changed while the manifest did not: read as what they were, or refused in one line by their hashes.
 
 Never another exception, a hang, or data that nobody wrote.
 """
@@ -66,7 +66,7 @@ def test_damaged_files(shop: Path, files: dict[str, bytes], tmp_path: Path) -> N
 
 @pytest.mark.parametrize("seed", range(6))
 def test_the_training_command_refuses_damage(seed: int, shop: Path, files: dict[str, bytes], tmp_path: Path) -> None:
-    """Whatever is damaged among what training reads: exit code 2, one line, and no run that looks finished."""
+    """Whatever part that training reads is damaged: exit code 2, one line, and no run that looks finished."""
     generator = np.random.default_rng(seed)
     name = str(generator.choice([name for name in sorted(files) if name.endswith(".tar")]))
     folder = write_files(tmp_path / "store", files | {name: files[name][: len(files[name]) // 3]})

@@ -1,4 +1,4 @@
-"""Blocks that somebody forged and signed again: no hash tells, only the structure can. All are refused in one line."""
+"""Blocks that were forged and signed again: their hashes agree, only their structure is wrong. All are refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.filterwarnings("error::ResourceWarning"), pytest.mark.
 
 
 class Bomb:
-    """An object whose unpickling makes a file."""
+    """An object whose unpickling creates a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -111,7 +111,7 @@ ODD_TYPES = [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE
 
 
 def forge(store: Store, split: str, number: int, tar: bytes, claims: dict[str, int] | None = None) -> dict[str, bytes]:
-    """The shard and manifest of a store whose block is replaced by ``tar`` and signed, with other counts if claimed."""
+    """Shard and manifest of a store whose block was replaced by ``tar`` and signed; ``claims`` replace its counts."""
     raw = json.loads(store.manifest.to_json())
     del raw["sha256"]
     entries = raw["items"] if split == "items" else raw["splits"][split]
@@ -150,7 +150,7 @@ def members_of(arrays: dict[str, Any]) -> list[tuple[str, bytes, bytes]]:
 
 
 def forgeries(arrays: dict[str, np.ndarray], changes: dict[str, Change], trap: Path) -> Iterator[tuple[str, bytes]]:
-    """What was done to a block, and the tar of it; whatever unpickles one of them touches ``trap``."""
+    """What was done to a block, and its tar; unpickling creates the file ``trap``."""
     for what, change in changes.items():
         yield what, tar_of(members_of(arrays | change(arrays)))
     yield "a pickle", tar_of(members_of(arrays | {next(iter(arrays)): np.array([Bomb(trap)], object)}))

@@ -1,4 +1,4 @@
-"""Manifests that somebody forged and signed again, and what is not a manifest at all: refused in one line."""
+"""Manifests that were forged and signed again, and files that are not manifests: refused in one line."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ SENSELESS = [
 
 
 @pytest.mark.parametrize("data", SENSELESS, ids=range(len(SENSELESS)))
-def test_manifests_that_are_none(data: bytes, files: dict[str, bytes], tmp_path: Path) -> None:
+def test_files_that_are_not_manifests(data: bytes, files: dict[str, bytes], tmp_path: Path) -> None:
     assert outcome(write_files(tmp_path / "store", files | {"manifest.json": data})).startswith("refused: ")
 
 

@@ -37,7 +37,7 @@ LATE_S = 1.5  # for a busy machine
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between two tries; the server is near."""
+    """Between two tries: the server is on this machine."""
     monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.02)
 
 
@@ -87,7 +87,7 @@ def test_the_same_arrays_from_the_manifest_and_block_ranges_alone(built: Store, 
 
 
 def test_blocks_are_fetched_several_at_once(built: Store, server: StoreServer) -> None:
-    """In order all the same; one that is damaged ends it, or is passed over."""
+    """And still come in order; a damaged one ends the reading, or is skipped."""
     blocks = [*built.manifest.splits["train"]] * 5
     store, skipping = (
         Store.open(server.url, StoreConfig(timeout_s=6, retries=0, cache_gb=0, on_bad_shard=on_bad))
@@ -106,8 +106,8 @@ def test_blocks_are_fetched_several_at_once(built: Store, server: StoreServer) -
     assert len(server.requests) - asked_before < 2 * len(blocks)
 
 
-def test_ranges_are_asked_for_by_name(built: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """s3fs takes a version before the range."""
+def test_ranges_are_passed_by_keyword(built: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """s3fs has a version argument before the range."""
 
     class Versioned(type(fsspec.filesystem("memory"))):  # type: ignore[misc]
         def cat_file(self, path, version_id=None, start=None, end=None, **rest):  # type: ignore[no-untyped-def]
@@ -127,8 +127,8 @@ def test_ranges_are_asked_for_by_name(built: Store, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("fault", ["500", "drop", "401"])
-def test_an_outage_is_no_damage(built: Store, server: StoreServer, fault: str) -> None:
-    """Else a run that skips damaged blocks would lose all users to a source that is away for a while."""
+def test_an_outage_is_not_damage(built: Store, server: StoreServer, fault: str) -> None:
+    """Otherwise a run that skips damaged blocks would lose all users when the source is away for a while."""
     store = Store.open(server.url, StoreConfig(timeout_s=2, retries=1, cache_gb=0, on_bad_shard="skip"))
     block = built.manifest.splits["train"][0]
     server.faults = ["forever", "flip"]
@@ -138,7 +138,7 @@ def test_an_outage_is_no_damage(built: Store, server: StoreServer, fault: str) -
         store.read_or_skip(block)
 
 
-def test_a_folder_that_is_gone_is_no_damage(built: Store, tmp_path: Path) -> None:
+def test_a_folder_that_is_gone_is_not_damage(built: Store, tmp_path: Path) -> None:
     shutil.copytree(built.path, tmp_path / "store")
     store = Store.open(tmp_path / "store", StoreConfig(on_bad_shard="skip"))
     block = store.manifest.splits["train"][0]
@@ -210,14 +210,14 @@ def test_a_fault_that_stays(server: StoreServer, fault: str) -> None:
     message = str(caught.value)
     assert text in message and f"{server.url}/{block.shard}" in message and "3 of 3 tries" in message
     assert "\n" not in message and "store.timeout_s" in message
-    assert len(tar_requests(server)) == (6 if fault == "drop" else 3)  # aiohttp itself asks anew on a new connection
+    assert len(tar_requests(server)) == (6 if fault == "drop" else 3)  # aiohttp itself retries on a new connection
 
 
 @pytest.mark.parametrize(
     ("fault", "text"),
     [("404", "no such shard"), ("403", "HTTP status 403; check the credentials"), ("whole", "must serve ranges")],
 )
-def test_what_another_try_would_not_mend(server: StoreServer, fault: str, text: str) -> None:
+def test_what_another_try_cannot_solve(server: StoreServer, fault: str, text: str) -> None:
     store = Store.open(server.url, access())
     server.faults = ["forever", fault]
     with pytest.raises(UserError, match=text):
@@ -303,7 +303,7 @@ def read_everything(process: int, url: str, folder: str) -> int:
 
 
 def test_two_processes_share_the_cache(built: Store, server: StoreServer, tmp_path: Path) -> None:
-    """Each block is asked for once, or twice if both want it at the same time; a third process asks for none."""
+    """Each block is requested once, or twice if both want it at the same time; a third process requests none."""
     num_bytes = 3 * sum(block.num_bytes for block in all_blocks(built.manifest))
     assert call_in_processes(2, read_everything, server.url, str(tmp_path / "both")) == [num_bytes] * 2
     asked = len(tar_requests(server))
@@ -329,7 +329,7 @@ def test_verify_sees_through_to_the_source(built: Store, server: StoreServer, tm
     for name, data in files.items():
         assert isinstance(data, bytes)
         if name == first:
-            data = data[:-1] + b"x"  # behind the last block
+            data = data[:-1] + b"x"  # after the last block
         if name not in (second, "users.parquet"):
             (server.folder / name).write_bytes(data)
     problems = list(store_problems(Store.open(server.url, access(retries=0))))

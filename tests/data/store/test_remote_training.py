@@ -28,7 +28,7 @@ TRAIN = ("--train.max_steps", 4, "--train.log_every_steps", 1, "--store.timeout_
 
 @pytest.fixture
 def token(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The secret in the environment, as fsspec reads it when a process starts; it has read this process's before."""
+    """The secret in the environment; fsspec reads it when it is imported, which was before this test."""
     monkeypatch.setenv("FSSPEC_HTTP", json.dumps({"headers": {"Authorization": SECRET}}))
     fsspec.config.set_conf_env(fsspec.config.conf)
     yield

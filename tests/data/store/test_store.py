@@ -88,7 +88,7 @@ print(before, threads())
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in Linux's /proc")
 def test_tables_are_read_without_threads(store: Store) -> None:
-    """A thread of pyarrow's that holds Python's bytes as Python ends aborts the process: rare, but exit code -6."""
+    """A thread of pyarrow that holds Python's bytes while Python exits aborts the process: rare, but exit code -6."""
     words = [sys.executable, "-c", THREADS_AROUND, str(store.path)]
     ended = subprocess.run(words, capture_output=True, text=True, check=True, cwd=REPOSITORY)
     before, after = ended.stdout.splitlines()[-1].split()
@@ -138,7 +138,7 @@ def test_a_manifest_that_does_not_add_up_is_refused(store: Store) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema_version": 1}', "\0", "[" * 9])
-def test_what_is_no_manifest_is_refused(store: Store, text: str) -> None:
+def test_what_is_not_a_manifest_is_refused(store: Store, text: str) -> None:
     (store.path / "manifest.json").write_text(text)
     with pytest.raises(UserError, match="manifest"):
         Store.open(store.path)
@@ -195,7 +195,7 @@ PLAIN = npy(np.arange(3))
         ([(member("000000.ids.npy"), b"PK\x03\x04 an archive")], "cannot be read"),
     ],
 )
-def test_members_that_are_no_plain_arrays_are_refused(
+def test_members_that_are_not_plain_arrays_are_refused(
     members: list[tuple[tarfile.TarInfo, bytes]], message: str
 ) -> None:
     with pytest.raises(UserError, match=message) as caught:

@@ -1,4 +1,4 @@
-"""The demo data of the default size, generated once for each module that reads them."""
+"""The demo data of the default size, generated once for all tests of this folder."""
 
 from __future__ import annotations
 

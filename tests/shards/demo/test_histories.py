@@ -80,12 +80,12 @@ def log_lift(histories: list[NDArray[np.int64]], attributes: Attributes) -> dict
 
 
 def ndcg_at_10(histories: list[NDArray[np.int64]], scores: Scores) -> float:
-    """Mean over the users of 1 / log2(1 + rank) of the last item, 0 beyond rank 10; ties count half."""
+    """Mean over the users of 1 / log2(1 + r), r the target rank of the last item; 0 beyond 10. Ties count half."""
     total = 0.0
     for history in histories:
         score, target = scores(history[:-1]), history[-1]
-        rank = 1 + (score > score[target]).sum() + 0.5 * ((score == score[target]).sum() - 1)
-        total += 1 / np.log2(1 + rank) if rank <= 10 else 0.0
+        target_rank = 1 + (score > score[target]).sum() + 0.5 * ((score == score[target]).sum() - 1)
+        total += 1 / np.log2(1 + target_rank) if target_rank <= 10 else 0.0
     return total / len(histories)
 
 
@@ -93,7 +93,7 @@ def ndcg_at_10(histories: list[NDArray[np.int64]], scores: Scores) -> float:
 def oracle(
     log_popularity: NDArray[np.float64], log_lift: dict[str, NDArray[np.float64]]
 ) -> Callable[[tuple[str, ...]], Scores]:
-    """Scores from the popularity and from the given attributes of the last item."""
+    """Scores from the popularity, and from the given attributes of the last item."""
     return lambda names: lambda history: log_popularity + sum(log_lift[name][history[-1]] for name in names)
 
 
@@ -134,7 +134,7 @@ def test_attributes_beat_ids(
     log_popularity: NDArray[np.float64],
     oracle: Callable[[tuple[str, ...]], Scores],
 ) -> None:
-    """The same oracle over ids (counts of item pairs, popularity where there are none) has too few events."""
+    """The same oracle over ids (counts of item pairs, else popularity) has too few events."""
     pairs = np.zeros((ITEMS, ITEMS), np.float32)
     for history in histories:
         np.add.at(pairs, (history[:-3], history[1:-2]), 1)

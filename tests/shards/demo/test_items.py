@@ -1,4 +1,4 @@
-"""The demo's items: columns, what their texts tell, and what their images show."""
+"""The demo's items: columns, what their texts say, and what their images show."""
 
 from __future__ import annotations
 

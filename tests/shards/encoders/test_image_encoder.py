@@ -26,7 +26,7 @@ from tests.fixtures.stores import tiny_config
 
 
 def plain_rows(images: list[bytes], weights: Path) -> np.ndarray:
-    """One image after the other, by open_clip's own means."""
+    """One image after the other, with open_clip's own functions."""
     open_clip.add_model_config(MODEL)
     model, transform = open_clip.create_model_from_pretrained(MODEL.stem, str(weights))
     rows = []

@@ -1,4 +1,4 @@
-"""Where a model is looked for: folders, installed packages, the hub; and what is refused."""
+"""Where models are searched: folders, installed packages, the hub; and what is refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shards.encoders.model_folder import find_text_model
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An installed package with a model, that must not be run to look into it."""
+    """An installed package with a model; looking into it must not run it."""
     site = tmp_path / "site"
     (site / "some_model" / "weights").mkdir(parents=True)
     (site / "some_model" / "__init__.py").write_text("raise SystemExit('was run')")

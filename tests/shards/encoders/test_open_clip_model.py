@@ -1,4 +1,4 @@
-"""Which open_clip models are taken: architectures, preprocessing, safe weights; and what is refused."""
+"""Which open_clip models are accepted: architectures, preprocessing, safe weights; and what is refused."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_refused(name: str, weights: Path, tmp_path: Path) -> None:
 
 
 def test_only_safetensors_are_taken_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its cache holds the default model's weights as a pickle, and then as safetensors; there is no network."""
+    """Without a network; the hub's cache holds the default model's weights as a pickle, then as safetensors."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     repository = tmp_path / "models--timm--ViT-L-16-SigLIP-256"
@@ -115,7 +115,7 @@ def test_only_safetensors_are_taken_from_the_hub(tmp_path: Path, monkeypatch: py
 
 
 def test_weights_in_a_file_keep_the_models_preprocessing(weights: Path, tmp_path: Path) -> None:
-    """Of SigLIP's published weights, or of the config that stands beside the file; open_clip alone would guess."""
+    """That of SigLIP's published weights, or of the config published with the file; open_clip itself would guess."""
     assert tuple(find_image_model("ViT-L-16-SigLIP-256", str(weights)).preprocessing["mean"]) == (0.5, 0.5, 0.5)
     assert find_image_model("ViT-L-16-SigLIP-256", str(weights)).preprocessing["resize_mode"] == "squash"
     published = tmp_path / "open_clip_config.json"

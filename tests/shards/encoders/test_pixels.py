@@ -1,4 +1,4 @@
-"""The pixel descriptor: tells images apart, and takes what cannot be decoded as missing."""
+"""The pixel descriptor distinguishes images, and an image that cannot be decoded is missing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_pixels_skip_what_cannot_be_decoded(tmp_path: Path) -> None:
     assert not read_items(store, "image")[2:].any()
 
 
-def test_pixel_descriptor_tells_images_apart() -> None:
+def test_pixel_descriptor_distinguishes_images() -> None:
     red, also_red, blue = (encode_image(png(colour)) for colour in ((200, 0, 0), (190, 10, 5), (0, 0, 200)))
     assert red is not None and also_red is not None and blue is not None
     assert red.shape == (DIM,) and abs(np.linalg.norm(red) - 1) < 1e-5

@@ -28,7 +28,7 @@ NUM_BLOCKS = 3
 
 
 def write_config(root: Path, store: str, **feature: Any) -> Path:
-    """A shop of texts alone in ``root``, encoded by the small model; returns the config's path."""
+    """Config of the shop in ``root``, whose texts the small model encodes; returns its path."""
     text = {"source": "transformers", "model": str(root / "model"), "text": ["{title}"], "max_tokens": 40, **feature}
     values = {
         "data": {"root": str(root), "features": {"text": text}},
@@ -50,7 +50,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start_build(config: Path) -> subprocess.Popen[str]:
-    """A build on one thread: only with the same threads are its sums the same to the last bit."""
+    """A build on one thread: sums are the same to the last bit only with the same number of threads."""
     command = [sys.executable, "-m", "shards.build", "--config", str(config)]
     environment = clean_environment() | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
@@ -58,7 +58,7 @@ def start_build(config: Path) -> subprocess.Popen[str]:
 
 
 def kill_when_blocks_are_done(config: Path, num_blocks: int) -> int:
-    """Start a build, kill it once ``num_blocks`` are kept; returns how many there are."""
+    """Start a build and kill it when it has saved ``num_blocks``; returns how many blocks there are."""
     store = Path(load_config(config).store.path)
     with start_build(config) as process:
         try:
@@ -80,7 +80,7 @@ def test_a_killed_build_is_resumed(shop: Path) -> None:
         stdout, stderr = process.communicate()
     assert process.returncode == 0, stderr
     assert f"feature 'text': {done} of {NUM_BLOCKS} blocks were done before\n" in stdout
-    # Neither bars nor warnings of the libraries: our own lines alone.
+    # Only our own lines: neither bars nor warnings of the libraries.
     words = ["feature", "feature", "text:", "item", "histories:", "built", "feature"]
     assert [line.split()[0] for line in stdout.splitlines()] == words
     assert stderr == ""

@@ -1,4 +1,4 @@
-"""TF-IDF vectors: of unit length, near for near texts, absent where there is no text."""
+"""TF-IDF vectors: unit length, similar for similar texts, absent without a text."""
 
 from __future__ import annotations
 

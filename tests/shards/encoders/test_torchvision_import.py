@@ -9,7 +9,7 @@ import pytest
 
 from tests.fixtures.processes import REPOSITORY
 
-# A fork of a process that has imported nothing but torch stands for one in which the operators exist already.
+# The fork stands for a process in which the operators exist already; so far only torch is imported.
 CODE = """
 import os
 import torch

@@ -1,4 +1,4 @@
-"""Problems of a store: every byte is checked, and what hashes do not tell."""
+"""Problems of a store: every byte is checked, and what hashes cannot show."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def store(built: Path, tmp_path: Path) -> Store:
 
 
 def test_notices_every_byte_of_every_shard(store: Store) -> None:
-    """Also those after the last block, which no reader of blocks ever looks at."""
+    """Including those after the last block, which no reader of blocks ever reads."""
     for shard in store.manifest.shards:
         path = store.path / shard.name
         whole = path.read_bytes()
