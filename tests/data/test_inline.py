@@ -46,9 +46,9 @@ from fmrl_dist.training.build_model import build_inline_model, build_model
 from fmrl_dist.training.checks import check_inline
 from fmrl_dist.training.item_columns import catalogue_columns
 from fmrl_dist.training.module import TrainingModule
-from shards.build import build
 from shards.inspect import describe
-from shards.verify import verify
+from shards.store.builder import build_store
+from shards.store.problems import store_problems
 from tests.fixtures.processes import run_processes
 from tests.fixtures.ranking import histograms
 from tests.fixtures.training import (
@@ -88,7 +88,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     values["loss"] = {"softmax": "sampled", "negatives": "mixed", "num_negatives": NUM_DRAWN}
     config = root / "inline.yaml"
     config.write_text(yaml.safe_dump(values, sort_keys=False))
-    build(load_config(config))
+    build_store(load_config(config))
     return config
 
 
@@ -110,12 +110,14 @@ def test_a_block_carries_the_features_of_its_items(store: Store) -> None:
             values = np.concatenate([arrays[name] for name in DIMS], 1)
             assert np.array_equal(values, table.values[ids].numpy())
             assert np.array_equal(arrays["words.mask"], table.present[ids, 2].numpy())
-    assert list(verify(store)) == []
+    assert list(store_problems(store)) == []
     assert "inline" in describe(store)
 
 
 def test_item_shards_are_those_of_a_table_store(shop: Path, store: Store, tmp_path: Path) -> None:
-    other, _ = build(load_config(shop, ["--store.feature_mode", "table", "--store.path", str(tmp_path / "table")]))
+    other, _ = build_store(
+        load_config(shop, ["--store.feature_mode", "table", "--store.path", str(tmp_path / "table")])
+    )
     assert [block.sha256 for block in other.manifest.items] == [block.sha256 for block in store.manifest.items]
     assert other.manifest.sha256 != store.manifest.sha256
     assert set(other.read_block(other.manifest.splits["train"][0])) == {"users", "starts", "items"}
@@ -158,11 +160,9 @@ FORGED = ["unsorted", "another item", "one more", "matrix", "no features", "wide
 @pytest.mark.parametrize("kind", [*FORGED, "not absent", "negative count", "plain"])
 def test_a_forged_block_is_refused(kind: str, store: Store) -> None:
     block = store.manifest.splits["train"][0]
-    features = {feature.name: (feature.dim, feature.masked) for feature in store.manifest.features}
     arrays = store.read_block(block)
-    facts = (block.count, block.events, "train", store.manifest.num_users, NUM_ITEMS, features)
-    assert list(user_problems(arrays, *facts)) == []
-    assert list(user_problems(forge(arrays, kind), *facts)) != []
+    assert list(user_problems(arrays, block, store.manifest)) == []
+    assert list(user_problems(forge(arrays, kind), block, store.manifest)) != []
 
 
 @st.composite
@@ -417,7 +417,9 @@ def test_evaluate_and_export(run: Path, shop: Path, tmp_path: Path, capsys: pyte
 
 
 def test_a_store_without_features_in_it_is_evaluated_by_a_table(run: Path, shop: Path, tmp_path: Path) -> None:
-    other, _ = build(load_config(shop, ["--store.feature_mode", "table", "--store.path", str(tmp_path / "table")]))
+    other, _ = build_store(
+        load_config(shop, ["--store.feature_mode", "table", "--store.path", str(tmp_path / "table")])
+    )
     checkpoint, config = load_checkpoint(run), load_config(shop)
     assert isinstance(
         ranker_of_checkpoint(checkpoint, config, other, start_runtime(1, lanes=None)).catalogue, EmbeddedCatalogue
@@ -447,7 +449,7 @@ def test_resuming_with_another_feature_mode_is_refused(run: Path, shop: Path) ->
 
 def test_a_damaged_item_shard_stops_training(shop: Path, tmp_path: Path) -> None:
     config = load_config(shop, ["--store.path", str(tmp_path / "store")])
-    store, _ = build(config)
+    store, _ = build_store(config)
     for block in store.manifest.items:
         with (store.path / block.shard).open("r+b") as file:
             file.seek(block.offset + block.num_bytes // 2)
