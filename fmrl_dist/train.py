@@ -293,7 +293,8 @@ def describe_start(run: Run, module: TrainingModule, step: int) -> str:
     manifest = run.store.manifest
     return (
         f"{run.folder}: {run.runtime.describe()}\n"
-        f"  config {run.config.hash}, {num_parameters:,} parameters, sizes {list(run.config.model.sizes)}, loss {module.settings.impl}\n"
+        f"  config {run.config.hash}, {num_parameters:,} parameters, sizes {list(run.config.model.sizes)}, "
+        f"loss {module.settings.impl}\n"
         f"  {manifest.num_users:,} users, {manifest.num_items:,} items, {run.order.steps_per_epoch} steps per epoch, "
         f"from step {step} to at most {run.total_steps}"
     )
