@@ -7,7 +7,7 @@ BENCHMARKS := $(filter-out benchmarks/__init__.py,$(wildcard benchmarks/*.py))
 
 EXTRAS := shards,text,minilm,deepspeed,triton,slurm,sweep,dev
 
-.PHONY: setup images train test test-all lint bench gpu clean
+.PHONY: setup images train test test-all lint docs bench gpu clean
 
 setup: $(VENV)/installed  ## the virtual environment, with the versions of constraints.txt
 
@@ -37,6 +37,9 @@ lint: setup  ## style, types, shell scripts
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/shellcheck $(SHELL_SCRIPTS)
+
+docs: setup  ## docs/config.md, from the dataclasses of fmrl_dist/config
+	$(BIN)/python -m fmrl_dist.config.reference
 
 bench: setup  ## what can be measured, and the command that measures it (each needs inputs of its own)
 	@for script in $(BENCHMARKS); do \

@@ -141,7 +141,7 @@ class TorchSoftmax:
     def _softmax(self, rows: slice, tile: ItemTile, reuse: bool) -> tuple[Tensor, Tensor]:
         """Softmax of a tile by itself [S, n, v], and its log-sum-exp [S, n].
 
-        The library reads each row once for its softmax. The highest score has exp(0) over the sum, which gives the sum.
+        The library's softmax reads each row once. The highest score's share is exp(0) over the sum, which gives it.
         """
         scores = self._scores(rows, tile, reuse)
         highest = scores.amax(2)

@@ -24,7 +24,7 @@ def build_model(config: ModelConfig, table: ItemTable, matmul_dtype: torch.dtype
 def build_inline_model(
     config: ModelConfig, store: Store, runtime: Runtime, matmul_dtype: torch.dtype | None = None
 ) -> FMRLRec:
-    """A freshly initialised model for an inline store; ranks share the reading of its items' statistics.
+    """A freshly initialised model for an inline store; the ranks divide the reading of its items' statistics.
 
     Raises:
         UserError: a feature is not in the store, or an item shard is damaged.

@@ -1,4 +1,4 @@
-"""What a run trains: model, loss and optimiser, fresh from the seed or out of a checkpoint, and back into one."""
+"""What a run trains: model, loss and optimiser, initialised from the seed or a checkpoint, and saved to one."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from fmrl_dist.training.run import Run
 
 @dataclass(frozen=True)
 class Learner:
-    """What training changes, and the facts that every checkpoint of it records."""
+    """What training changes, and the facts that each of its checkpoints records."""
 
     module: TrainingModule
-    table: ItemTable | None  # features of all items; None where they ride with the stream
+    table: ItemTable | None  # features of all items; None if they are inline
     engine: Engine  # runs the module and the optimiser on all ranks together
     optimizer: torch.optim.Optimizer
     facts: dict[str, Any]
 
 
 def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
-    """Model, loss and optimiser: fresh from the seed, or as a checkpoint holds them."""
+    """Model, loss and optimiser, initialised from the seed or from a checkpoint."""
     config, runtime = run.config, run.runtime
     check_scan_impl(config.model.scan, runtime.device)
     settings = LossSettings(
@@ -62,7 +62,11 @@ def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
         columns = catalogue_columns(model.encoder, table, dtype)
     module = TrainingModule(model, columns, settings, normalize=config.loss.normalize, part=part)
     optimizer = build_optimizer(
-        model, config.train.lr, (config.train.beta1, config.train.beta2), config.train.eps, config.train.weight_decay
+        model,
+        lr=config.train.lr,
+        betas=(config.train.beta1, config.train.beta2),
+        eps=config.train.eps,
+        weight_decay=config.train.weight_decay,
     )
     engine = prepare_engine(runtime, module, optimizer, config.train.clip_norm)
     if resume_from is not None:
@@ -78,7 +82,7 @@ def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
 
 
 def save(run: Run, learner: Learner, state: TrainState, writer: CheckpointWriter) -> None:
-    """Take a checkpoint: every rank gives its share of the optimiser, rank 0 writes the whole."""
+    """Save a checkpoint: every rank contributes its share of the optimiser, rank 0 writes everything."""
     moments = learner.engine.optimizer_tensors()
     with learner.engine.whole_weights():
         if run.runtime.is_main:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fmrl_dist.base.errors import UserError
-from fmrl_dist.config.sections import LossConfig, ModelConfig
+from fmrl_dist.config.loading import load_config
 from fmrl_dist.losses.log_sum_exp import nested_log_sum_exp
 from fmrl_dist.losses.settings import LOSS_IMPLS, LossSettings
 from fmrl_dist.model.scan import SCAN_IMPLS
@@ -18,14 +18,16 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("impl", ["compiled", "fast"])
 def test_the_configuration_refuses_what_there_is_not(impl: str) -> None:
     with pytest.raises(UserError, match=f"loss.impl is '{impl}'; expected one of: auto, tiled, triton, plain"):
-        LossConfig(impl=impl)
+        load_config(None, ["--loss.impl", impl])
     with pytest.raises(UserError, match=f"model.scan is '{impl}'; expected one of: auto, doubling, triton, plain"):
-        ModelConfig(scan=impl)
+        load_config(None, ["--model.scan", impl])
 
 
 def test_the_configuration_takes_every_implementation() -> None:
-    assert [LossConfig(impl=impl).impl for impl in ("auto", *LOSS_IMPLS)] == ["auto", *LOSS_IMPLS]
-    assert [ModelConfig(scan=scan).scan for scan in SCAN_IMPLS] == list(SCAN_IMPLS)
+    for impl in ("auto", *LOSS_IMPLS):
+        assert load_config(None, ["--loss.impl", impl]).loss.impl == impl
+    for scan in SCAN_IMPLS:
+        assert load_config(None, ["--model.scan", scan]).model.scan == scan
 
 
 @pytest.mark.parametrize(("impl", "resolved"), [("auto", "tiled"), ("tiled", "tiled"), ("plain", "plain")])

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO through the real launcher: the same run as without it, and what of DeepSpeed is refused."""
+"""DeepSpeed ZeRO through the real launcher: the same run as without it, and the refused configurations."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def one(shop: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def zero(shop: Path) -> tuple[Path, str]:
-    """The same by ZeRO 2 in two processes, on a machine without a compiler: its folder and what it printed."""
+    """The same run with ZeRO 2 in two processes, on a machine without a compiler: its folder and output."""
     run, extensions = shop.parent / "zero", shop.parent / "extensions"
     extensions.mkdir()
     environment = {"PATH": "/nonexistent", "TORCH_EXTENSIONS_DIR": str(extensions)}
@@ -66,7 +66,7 @@ def launch_training(
     environment: dict[str, str] | None = None,
     num_processes: int = 2,
 ) -> subprocess.CompletedProcess[str]:
-    """Training in two processes, or as many as are said, that has to end well, and quietly."""
+    """Train in ``num_processes`` processes; it must exit with 0 and without a traceback."""
     result = launch(num_processes, [*options, *training(shop, run, *words)], environment, config_file=launcher)
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
@@ -74,12 +74,12 @@ def launch_training(
 
 
 def training(shop: Path, run: Path, *words: object) -> list[str]:
-    """What the launcher is to start."""
+    """The command for the launcher."""
     return ["-m", "fmrl_dist.train", "--config", str(shop), "--run.dir", str(run), *map(str, words)]
 
 
 def assert_equal_runs(found: Path, expected: Path) -> None:
-    """Same losses of every size, norms and rates at every step, same checkpoint, same evaluation, to rounding."""
+    """Same losses, norms and rates at every step, same checkpoint, same evaluation, up to rounding."""
     for record, other in zip(records(found), records(expected), strict=True):
         assert record["step"] == other["step"]
         for key in FIGURES:
@@ -95,7 +95,7 @@ def assert_equal_runs(found: Path, expected: Path) -> None:
     assert evaluation(found) == evaluation(expected)
     ends = [
         record for record in records(found, "valid") if record["step"] % STEPS_PER_EPOCH == 0
-    ]  # not where one stopped
+    ]  # not where a run stopped
     assert ends == [record for record in records(expected, "valid") if record["step"] % STEPS_PER_EPOCH == 0]
 
 
@@ -116,11 +116,11 @@ def test_ddp_trains_as_one_process_and_as_zero_2(shop: Path, one: Path, zero: tu
 @pytest.mark.slow
 def test_the_start_line_names_the_engine(zero: tuple[Path, str]) -> None:
     assert "2 process(es), engine deepspeed ZeRO 2, device cpu, 1 thread(s) each, precision fp32" in zero[1]
-    assert zero[1].count("whole catalogue ranked") == 1, "one rank speaks"
+    assert zero[1].count("whole catalogue ranked") == 1, "only one rank prints"
 
 
 @pytest.mark.slow
-def test_a_run_passes_from_zero_2_to_one_process_and_back(shop: Path, one: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_from_zero_2_in_one_process_and_back(shop: Path, one: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     launch_training(shop, run, *WORDS, "--train.max_steps", STEPS_PER_EPOCH)
     train_here(shop, run, *WORDS, "--train.max_steps", 2 * STEPS_PER_EPOCH, "--resume", "auto")
@@ -130,7 +130,7 @@ def test_a_run_passes_from_zero_2_to_one_process_and_back(shop: Path, one: Path,
 
 @pytest.mark.slow
 def test_zero_1_with_a_projection_of_no_features(shop: Path, tmp_path: Path) -> None:
-    """Ids alone: the projection has no elements, which DeepSpeed leaves out and a checkpoint has nevertheless."""
+    """Ids alone: the projection has no elements; DeepSpeed leaves it out, a checkpoint includes it."""
     words = [*WORDS, "--model.features", "[]", "--model.id_table", "true", "--train.max_steps", 5]
     file = write_config(tmp_path, {"zero_optimization": {"stage": 1}})
     result = launch_training(shop, tmp_path / "zero", *words, options=("--deepspeed_config_file", file))
@@ -141,7 +141,7 @@ def test_zero_1_with_a_projection_of_no_features(shop: Path, tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
 def test_zero_1_and_3_train_as_one_process(stage: int, shop: Path, one: Path, tmp_path: Path) -> None:
-    """In halves: the second begins from the first one's checkpoint, and divides each batch into three."""
+    """In two halves: the second resumes from the first one's checkpoint and divides each batch into three."""
     file = REPOSITORY / "launch" / "deepspeed" / f"zero{stage}.json"
     for words in (["--train.max_steps", 11], ["--resume", "auto", "--train.micro_batches", 3]):
         result = launch_training(shop, tmp_path / "run", *WORDS, *words, options=("--deepspeed_config_file", file))
@@ -151,7 +151,7 @@ def test_zero_1_and_3_train_as_one_process(stage: int, shop: Path, one: Path, tm
 
 
 @pytest.mark.slow
-def test_a_run_passes_through_all_engines(shop: Path, one: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_under_all_engines(shop: Path, one: Path, tmp_path: Path) -> None:
     """ZeRO 2 in two processes, one process, ZeRO 1 in two, ZeRO 3 in two, DDP in two."""
     folder, run = REPOSITORY / "launch" / "deepspeed", tmp_path / "run"
     launch_training(shop, run, *WORDS, "--train.max_steps", 5)
@@ -176,7 +176,7 @@ def test_four_processes_train_as_one(shop: Path, one: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["zero2-offload", "zero3-offload"])
 def test_offload_configs_are_accepted(name: str, launched: pytest.MonkeyPatch) -> None:
-    """Parsed and checked; offloading is for GPUs, and not measured."""
+    """Parsed and checked; offloading is for GPUs and is not measured."""
     file = REPOSITORY / "launch" / "deepspeed" / f"{name}.json"
     launched.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
     plugin = checked_plugin(os.environ)
@@ -201,7 +201,7 @@ def test_bf16_of_the_launcher_is_ours(shop: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_all_ranks(shop: Path, tmp_path: Path) -> None:
-    """After a first step that throws the weights away; what is saved is of before."""
+    """After a first step that ruins the weights; the saved checkpoint precedes it."""
     words = ["--train.lr", 1e30, "--train.checkpoint_every_steps", 1]
     result = launch(2, training(shop, tmp_path / "run", *words), config_file=ZERO2)
     assert result.returncode != 0
@@ -212,7 +212,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks(shop: Path, tmp_path: Path) -
 
 
 def test_deepspeed_bf16_is_refused_with_the_reason(shop: Path, tmp_path: Path) -> None:
-    """Through the launcher; the other refusals are asked of the command alone, below."""
+    """Through the launcher; the other refusals are tested on the command alone, below."""
     file = write_config(tmp_path, {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}})
     options = ["--deepspeed_config_file", str(file)]
     result = launch(2, [*options, *training(shop, tmp_path / "run")], config_file=ZERO2)
@@ -233,7 +233,7 @@ def write_config(folder: Path, config: object) -> Path:
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """The environment of a rank that the launcher started with DeepSpeed."""
+    """The environment of a rank started by the launcher with DeepSpeed."""
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(ZERO2_FILE))
     monkeypatch.setenv("LOCAL_RANK", "0")
@@ -241,7 +241,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def refused(shop: Path, tmp_path: Path) -> str:
-    """The line with which training is refused, before anything is written."""
+    """The line that refuses to train, before anything is written."""
     before = contents(tmp_path)
     line = refusal(train.main, "--config", shop, "--run.dir", tmp_path / "run")
     assert contents(tmp_path) == before and not (tmp_path / "run").exists()
@@ -282,12 +282,12 @@ def test_deepspeed_config_that_is_refused(
     assert f"DeepSpeed config {file} " in line and complaint in line
 
 
-def test_deepspeed_config_that_is_not_there(shop: Path, tmp_path: Path, launched: pytest.MonkeyPatch) -> None:
-    """A path in a launcher's file is relative to where the launcher is started."""
+def test_deepspeed_config_that_is_missing(shop: Path, tmp_path: Path, launched: pytest.MonkeyPatch) -> None:
+    """A path in a launcher's file is relative to the folder in which the launcher is started."""
     launched.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "launch/deepspeed/zero2.json")
     launched.chdir(tmp_path)
     line = refused(shop, tmp_path)
-    assert f"launch/deepspeed/zero2.json does not exist in {tmp_path}; start from the repository's root" in line
+    assert f"launch/deepspeed/zero2.json does not exist in {tmp_path}; start in the repository's root" in line
     assert "--deepspeed_config_file PATH" in line
 
 
@@ -300,10 +300,10 @@ def test_options_of_the_launcher_are_checked_too(shop: Path, tmp_path: Path, lau
 @pytest.mark.parametrize(
     ("name", "value", "complaint"),
     [
-        ("ACCELERATE_USE_CPU", "true", "ACCELERATE_USE_CPU or --cpu, which silently turns it off; leave that out"),
+        ("ACCELERATE_USE_CPU", "true", "ACCELERATE_USE_CPU or --cpu, which silently turns it off; remove that"),
         ("LOCAL_RANK", None, "this process has no LOCAL_RANK; start it with accelerate launch --use_deepspeed"),
-        ("ACCELERATE_MIXED_PRECISION", "fp16", "the launcher asks for mixed precision 'fp16'; expected no or bf16"),
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "asks for 4 gradient accumulation steps"),
+        ("ACCELERATE_MIXED_PRECISION", "fp16", "the launcher requests mixed precision 'fp16'; expected no or bf16"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "requests 4 gradient accumulation steps"),
     ],
 )
 def test_environment_that_is_refused(
@@ -320,13 +320,13 @@ def test_accumulation_is_refused_without_deepspeed_too(
     shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
-    assert "asks for 2 gradient accumulation steps" in refused(shop, tmp_path)
+    assert "requests 2 gradient accumulation steps" in refused(shop, tmp_path)
 
 
 def test_deepspeed_that_is_not_installed(shop: Path, one: Path, tmp_path: Path, launched: pytest.MonkeyPatch) -> None:
-    launched.setitem(sys.modules, "deepspeed", None)  # how Python itself marks what cannot be imported
+    launched.setitem(sys.modules, "deepspeed", None)  # how Python marks a module that cannot be imported
     line = refused(shop, tmp_path)
-    assert line == "error: DeepSpeed was asked for but is not installed; pip install -e '.[deepspeed]'"
+    assert line == "error: DeepSpeed was requested but is not installed; pip install -e '.[deepspeed]'"
     assert line == refusal(evaluate.main, "--checkpoint", one)
 
 

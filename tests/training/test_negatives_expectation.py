@@ -1,8 +1,8 @@
 """Sampled losses in expectation: the real draws, batches and module against the full softmax, loss and gradients.
 
-Of one batch, over many seeds of the sampler: the mean loss and the mean gradient of every parameter come near those of
-the full softmax as more is drawn: the bias is that of a logarithm of a mean. In-batch negatives are what the batch has,
-so their bias stays.
+For one batch, over many seeds of the sampler: the mean loss and the mean gradient of every parameter approach those of
+the full softmax as more negatives are drawn; the bias is that of the logarithm of a mean. The number of in-batch
+negatives is fixed, so their bias stays.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def test_resumed_run_draws_what_the_uninterrupted_one_does(kind: str, scope: str
 
 @pytest.mark.parametrize("scope", ["lane", "batch"])
 def test_each_epoch_draws_its_own(scope: str, shop: Path) -> None:
-    """A step is one of the whole run: the same batch, met again in the next epoch, has other negatives."""
+    """Steps are counted over the whole run: the same batch in the next epoch has other negatives."""
     stream = make_stream(shop, NegativeSampler(10**6, 5, seed=0), scope)
     drawn = [stream.batch(epoch, step, [1]) for epoch in (0, 1) for step in (0, 1)]
     negatives = [batch.negatives.tolist() for batch in drawn if isinstance(batch, SampledBatch)]
@@ -108,7 +108,7 @@ def test_each_epoch_draws_its_own(scope: str, shop: Path) -> None:
 
 @pytest.mark.parametrize("impl", ["tiled", "plain"])
 def test_a_lane_of_one_position_has_no_in_batch_negatives(impl: str, shop: Path, module: TrainingModule) -> None:
-    """Its own target is all there is: a loss and gradients of zero, though log(0) is what was to be expected."""
+    """Its own target is the only candidate: loss and gradients are zero, although the log expected count is -inf."""
     store = Store.open(shop.parent / "store")
     order = Order([block.count for block in store.manifest.splits["train"]], 16, 16, 0)
     sampler = make_sampler(loaded(shop, *sampled("in_batch")), store)
