@@ -1,4 +1,4 @@
-"""What ``loss.impl`` may be, and what becomes of it."""
+"""What ``loss.impl`` and ``model.scan`` accept, and how they are resolved."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("impl", ["compiled", "fast"])
-def test_the_configuration_refuses_what_there_is_not(impl: str) -> None:
+def test_the_configuration_refuses_an_unknown_implementation(impl: str) -> None:
     with pytest.raises(UserError, match=f"loss.impl is '{impl}'; expected one of: auto, tiled, triton, plain"):
         load_config(None, ["--loss.impl", impl])
     with pytest.raises(UserError, match=f"model.scan is '{impl}'; expected one of: auto, doubling, triton, plain"):

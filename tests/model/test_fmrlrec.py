@@ -413,12 +413,12 @@ def test_a_bfloat16_model_stays_close_to_its_float32_self() -> None:
         assert not torch.equal(found, right) or name == "encoder.stand_ins", name  # it did round
     for block, rounded_block in zip(exact.blocks, rounded.blocks, strict=True):
         assert isinstance(block, ResidualBlock) and isinstance(rounded_block, ResidualBlock)
-        assert torch.equal(rounded_block.lru.decay(), block.lru.decay())  # float32 whatever the products' dtype
+        assert torch.equal(rounded_block.lru.decay(), block.lru.decay())  # float32 at any dtype of the products
     dtypes = [module.matmul_dtype for module in rounded.truncate(8).modules() if hasattr(module, "matmul_dtype")]
     assert set(dtypes) == {torch.bfloat16}
 
 
-def test_evaluation_is_float32_whatever_the_training_multiplies_in() -> None:
+def test_evaluation_is_float32_at_any_precision_of_the_training() -> None:
     """Encoder, whole histories and single events; training mode rounds again."""
     torch.manual_seed(0)
     options: dict[str, Any] = {"sizes": (8, 64), "depth": 2, "feature_dims": {"text": 96}}
@@ -438,7 +438,7 @@ def test_evaluation_is_float32_whatever_the_training_multiplies_in() -> None:
     assert not any(map(torch.equal, results(rounded.train()), expected))
 
 
-def test_the_scan_is_no_part_of_what_defines_the_model() -> None:
+def test_the_scan_does_not_define_the_model() -> None:
     """It is chosen where the model runs; the model of each size keeps it."""
     model = FMRLRec((8, 16), 2, FEATURES, scan="plain")
     assert "scan" not in model.arguments and "matmul_dtype" not in model.arguments
@@ -448,7 +448,7 @@ def test_the_scan_is_no_part_of_what_defines_the_model() -> None:
 
 
 @pytest.mark.parametrize("impl", ["plain", "doubling"])
-def test_the_model_scans_as_it_is_told(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_passes_its_scan_on(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
 
     def note(decay: Tensor, x: Tensor, starts: Tensor, impl: str) -> Tensor:
