@@ -16,8 +16,8 @@ from pathlib import Path
 from fmrl_dist.base.errors import require, run_command
 from fmrl_dist.config.command_line import command_parser, parse_command
 from fmrl_dist.config.sections import Config
-from launch.processes import LocalJob, end_jobs
-from launch.signals import ENDING, EndedBySignal, SignalListener, ending_signals_raise, listening
+from launch.local.processes import LocalJob, end_jobs
+from launch.local.signals import ENDING, EndedBySignal, SignalListener, ending_signals_raise, listening
 from launch.slurm.chain import JOB_STAGES, STAGES, JobChain, parse_sizes, parse_stages
 from launch.slurm.follow import fail, follow, summary
 from launch.slurm.job_states import cancel, import_submitit, require_slurm, states

@@ -22,8 +22,8 @@ import yaml
 from fmrl_dist.base.errors import UserError, require, run_command
 from fmrl_dist.base.urls import is_url
 from fmrl_dist.config.command_line import CommandParser
-from launch.processes import LocalJob, end_jobs
-from launch.signals import ENDING, EndedBySignal, ending_signals_raise, listening
+from launch.local.processes import LocalJob, end_jobs
+from launch.local.signals import ENDING, EndedBySignal, ending_signals_raise, listening
 from launch.slurm.follow import summary
 from launch.slurm.job_states import (
     LIVE,

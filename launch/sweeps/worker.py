@@ -25,8 +25,8 @@ import psutil
 from fmrl_dist.base.errors import run_command
 from fmrl_dist.base.files import write_atomically
 from fmrl_dist.config.command_line import CommandParser
-from launch.processes import process_tree, send_signal
-from launch.signals import SignalListener, listening
+from launch.local.processes import process_tree, send_signal
+from launch.local.signals import SignalListener, listening
 from launch.sweeps.folder import open_folder, run_of, stopped_file, training_arguments, worker_lock
 from launch.sweeps.space import metric_of
 from launch.sweeps.study import SweepStudy, Trial

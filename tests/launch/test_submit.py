@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fmrl_dist.base.errors import UserError
-from launch.processes import is_alive
+from launch.local.processes import is_alive
 from launch.slurm.follow import fail
 from launch.slurm.jobs import script_options
 from launch.submit import main

@@ -15,7 +15,7 @@ import pytest
 
 from fmrl_dist.config.loading import load_config
 from launch import sweep
-from launch.processes import is_alive, process_tree, send_signal
+from launch.local.processes import is_alive, process_tree, send_signal
 from launch.sweeps.folder import run_of
 from launch.sweeps.study import best_of
 from launch.sweeps.worker import failure_in

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from launch.signals import ENDING, EndedBySignal, ending_signals_raise, listening
+from launch.local.signals import ENDING, EndedBySignal, ending_signals_raise, listening
 
 
 @pytest.fixture(autouse=True)

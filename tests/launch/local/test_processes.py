@@ -6,13 +6,14 @@ import signal
 import subprocess
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 
-from launch.processes import LocalJob, end_jobs, is_alive
-from launch.signals import EndedBySignal, ending_signals_raise
+from launch.local.processes import LocalJob, end_jobs, is_alive
+from launch.local.signals import EndedBySignal, ending_signals_raise
 from tests.fixtures.demo_runs import ignoring, wait_for
 
 # A child in the job's session, one in a session of its own, as launchers start their trainers; and the job waits.
@@ -33,12 +34,16 @@ def assert_gone(job: LocalJob, family: list[psutil.Process]) -> None:
     assert job.status is not None
 
 
+def has_ended(job: LocalJob) -> bool:
+    return job.status is not None
+
+
 def test_status_and_log(tmp_path: Path) -> None:
     """A new log replaces an older one; nothing is read from the terminal."""
     log = tmp_path / "new" / "log"
     for _ in range(2):
         job = LocalJob(["bash", "-c", "echo out; echo err >&2; cat; exit 3"], log)
-        wait_for("the end", lambda job=job: job.status is not None)
+        wait_for("the end", partial(has_ended, job))
         assert (job.status, log.read_text()) == (3, "out\nerr\n")
 
 
