@@ -7,7 +7,7 @@ BENCHMARKS := $(filter-out benchmarks/__init__.py,$(wildcard benchmarks/*.py))
 
 EXTRAS := shards,text,minilm,deepspeed,triton,slurm,sweep,dev
 
-.PHONY: setup images train test test-all lint bench clean
+.PHONY: setup images train test test-all lint docs bench gpu clean
 
 setup: $(VENV)/installed  ## the virtual environment, with the versions of constraints.txt
 
@@ -38,11 +38,17 @@ lint: setup  ## style, types, shell scripts
 	$(BIN)/mypy
 	$(BIN)/shellcheck $(SHELL_SCRIPTS)
 
+docs: setup  ## docs/config.md, from the dataclasses of fmrl_dist/config
+	$(BIN)/python -m fmrl_dist.config.reference
+
 bench: setup  ## what can be measured, and the command that measures it (each needs inputs of its own)
 	@for script in $(BENCHMARKS); do \
 		echo "$(BIN)/python -m benchmarks.$$(basename $$script .py) --help"; \
 		sed -n '1s/^"""/    /; 1s/"""$$//; 1p' $$script; \
 	done
+
+gpu: setup  ## tests and measurements on an NVIDIA GPU, nine minutes; GPU_ARGS=--dry-run tries them on the CPU
+	$(BIN)/python -m benchmarks.gpu $(GPU_ARGS)
 
 clean:  ## what setup and the tools leave behind; data, stores and runs stay
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

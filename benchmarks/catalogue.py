@@ -1,6 +1,6 @@
 """What the catalogue's size costs: the full softmax from 10 thousand to 1 million items, the sampled to 10 million.
 
-Features of 384 dimensions are written to disk on the fly and read through a memory map, never resident. A step is
+Features of 384 dimensions are written to disk and read through a memory map, never resident. A step is
 forward, backward and AdamW at width 512 with two blocks, on histories of 8 items. Anonymous resident memory is sampled
 during the steps: the mapped file's pages, which the system may drop, are not in it. The sampled softmax takes 1,024
 negatives by popularity, from a memory-mapped alias table, for the whole batch.
@@ -25,6 +25,7 @@ from fmrl_dist.data.alias import alias_table, draw
 from fmrl_dist.data.batches import Packed, SampledBatch
 from fmrl_dist.data.item_table import ItemTable
 from fmrl_dist.data.negatives import NegativeSampler
+from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.training.item_columns import TableColumns
 from fmrl_dist.training.module import TrainingModule
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> None:
     given = [f"--{key}={getattr(arguments, key)}" for key in ("histories", "rounds", "threads")]
     given += [f"--folder={arguments.folder}"] if arguments.folder else []
     for softmax in arguments.softmax:
-        for num_items in CATALOGUES[softmax]:  # each in a process of its own, whose memory nothing else has touched
+        for num_items in CATALOGUES[softmax]:  # each in a fresh process, for its memory
             print(in_child("benchmarks.catalogue", *given, "--case", softmax, str(num_items)), end="", flush=True)
 
 
@@ -81,7 +82,7 @@ def make_step(softmax: str, num_items: int, num_histories: int, folder: Path) ->
     )
     torch.manual_seed(0)
     model = FMRLRec(SIZES, 2, {"text": FEATURE_DIM})
-    module = TrainingModule(model, TableColumns(model.encoder, table, torch.float32), None, False, "tiled", None)
+    module = TrainingModule(model, TableColumns(model.encoder, table, torch.float32), LossSettings(SIZES))
     optimizer = build_optimizer(model, 1e-3, (0.9, 0.999), 1e-8, 0.01)
     popularity = write_popularity(num_items, folder)
     sampler = NegativeSampler(num_items, NEGATIVES, 0, popularity)

@@ -32,6 +32,7 @@ from benchmarks import checkout_commit, describe_setting
 from fmrl_dist.base.errors import require, run_command
 from fmrl_dist.data.windows import WindowRule, target_windows
 from fmrl_dist.losses.nested_cross_entropy import nested_cross_entropy
+from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.model.nested import chunks
 
@@ -108,7 +109,7 @@ def load_reference(path: Path) -> ModuleType:
     """The authors' model module, from a checkout.
 
     Raises:
-        UserError: ``path`` is no checkout.
+        UserError: ``path`` is not a checkout.
     """
     source = path / "model" / "lru.py"
     require(
@@ -141,7 +142,7 @@ def compare(module: ModuleType, case: Case) -> Result:
     for name, parameter in ours.named_parameters():
         expected = their_gradients.get(
             name, torch.zeros_like(parameter)
-        )  # stand-ins: theirs has none, no row lacks any
+        )  # stand-ins: their model has no such parameters, and no item lacks a feature
         errors[name] = relative_errors(gradient(parameter), expected)
     return Result(num_targets, their_loss.item(), our_loss.item(), errors)
 
@@ -269,7 +270,7 @@ def packed_loss(ours: FMRLRec, histories: Sequence[list[int]], features: Tensor)
     catalogue = F.pad(torch.cat((features[0], features[1]), 1), (0, 0, 1, 0))  # row 0: zero
     embeddings = ours.encoder(catalogue, torch.ones(len(catalogue), 2, dtype=torch.bool))
     z = ours(embeddings[torch.tensor(items, dtype=torch.int64)], torch.tensor(starts), torch.tensor(from_start))
-    losses = nested_cross_entropy(z, embeddings, torch.tensor(targets), ours.sizes)
+    losses = nested_cross_entropy(z, embeddings, torch.tensor(targets), LossSettings(ours.sizes))
     return losses.sum() / (len(ours.sizes) * len(targets)), len(targets)
 
 

@@ -2,7 +2,7 @@
 
 Batches of Beauty histories; random features of 1,024 + 1,024; sizes 8 … 1024, two blocks, dropout 0. Both sides get a
 row 0 of zero features, since the authors' softmax counts their padding row, and AdamW with a learning rate of 0, so
-that all batches meet the same weights: the arithmetic is the same. With bf16 our products' inputs are bfloat16, theirs
+that all batches have the same weights: the arithmetic is the same. With bf16 our products' inputs are bfloat16, theirs
 stay float32. Nothing is reported if the losses (fp32: 1e-5, bf16: 2e-3) or the gradients (fp32: 1e-4) differ.
 """
 
@@ -36,6 +36,7 @@ from benchmarks.timing import forget_peak, in_child, interleave, peak_resident_b
 from fmrl_dist.base.errors import require, run_command
 from fmrl_dist.data.batches import Packed
 from fmrl_dist.data.windows import WindowRule, ragged_rows, target_windows
+from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.training.module import TrainingModule
 from fmrl_dist.training.optimizer import build_optimizer
@@ -156,7 +157,7 @@ class Sides:
         return one_step(self.our_loss(histories), self._our_optimizer)
 
 
-def training_module(model: FMRLRec, features: Tensor, precision: str) -> TrainingModule:
+def training_module(model: FMRLRec, features: Tensor, precision: str, impl: str = "tiled") -> TrainingModule:
     """Our side over features [2, V, F], before them a row 0 of zeros."""
     dtype = torch.bfloat16 if precision == "bf16" else None
     for part in model.modules():
@@ -164,7 +165,7 @@ def training_module(model: FMRLRec, features: Tensor, precision: str) -> Trainin
             setattr(part, "matmul_dtype", dtype)  # noqa: B010 (typed as a submodule otherwise)
     rows = F.pad(torch.cat((features[0], features[1]), 1), (0, 0, 1, 0))
     columns = model.encoder.columns(rows, torch.ones(len(rows), 2, dtype=torch.bool)).to(dtype or torch.float32)
-    return TrainingModule(model, columns, None, False, "tiled", dtype)
+    return TrainingModule(model, columns, LossSettings(model.sizes, impl=impl, dtype=dtype))
 
 
 def one_step(loss: Tensor, optimizer: torch.optim.Optimizer) -> float:
@@ -210,7 +211,7 @@ def check(sides: Sides, histories: list[list[int]], precision: str) -> None:
 
 
 def refuse(equal: bool, problem: str) -> None:
-    """No figures of things that are not the same."""
+    """End without figures unless the two sides are equal."""
     if not equal:
         print(f"NOT EQUAL: {problem}; nothing is reported", file=sys.stderr)
         sys.exit(1)

@@ -1,6 +1,6 @@
 """``python -m fmrl_dist.evaluate --checkpoint RUN``: rank the whole catalogue for every user, at every trained size.
 
-``--part I/N`` ranks for a share of the users, and ``--join`` writes what all parts together amount to.
+``--part I/N`` evaluates a share of the users, and ``--join`` joins all parts into one report.
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ class ModelSource:
     """A checkpoint or an export to evaluate, before its catalogue is read."""
 
     build: Callable[[Runtime], Ranker]
-    sha256: Callable[[], str]  # tells it from another checkpoint or export
+    sha256: Callable[[], str]  # identifies the checkpoint or export
     sizes: list[int]
-    store: Store  # of its users
-    folder: Path  # of its report
+    store: Store  # of the users
+    folder: Path  # of the report
 
 
 def main(argv: list[str]) -> None:
     parser = CommandParser(prog="python -m fmrl_dist.evaluate", description=__doc__, allow_abbrev=False)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a run (its best), a checkpoint or an export")
     parser.add_argument("--split", choices=("valid", "test"), default="test")
-    parser.add_argument("--mask-seen", action="store_true", help="leave out items of a user's history")
+    parser.add_argument("--mask-seen", action="store_true", help="leave out the items of a user's history")
     parser.add_argument("--store", help="shard store, a folder or URL (default: the recorded one)")
     parser.add_argument("--threads", type=int, default=0, help="threads per process (default: cores / processes)")
     share = parser.add_mutually_exclusive_group()
-    share.add_argument("--part", type=Part.parse, help="rank for part I/N of the users only, to be joined")
-    share.add_argument("--join", action="store_true", help="join all parts that were evaluated with the same options")
+    share.add_argument("--part", type=Part.parse, help="evaluate only part I/N of the users, to be joined later")
+    share.add_argument("--join", action="store_true", help="join all parts evaluated with the same options")
     arguments = parser.parse_args(argv)
     require(arguments.threads >= 0, f"--threads is {arguments.threads}; expected at least 1, or 0 to share the cores")
 
@@ -75,27 +75,27 @@ def main(argv: list[str]) -> None:
 
 
 def evaluate(source: ModelSource, protocol: EvaluationProtocol, runtime: Runtime, part: Part | None) -> None:
-    """Rank for all users and report, or for those of one part and write it."""
+    """Evaluate all users and report, or evaluate one part and write it."""
     histograms = count_target_ranks(source.build(runtime), protocol, runtime, StopRequest(), part or WHOLE)
     if not runtime.is_main:
         return
     if part is None:
         print_and_write(figures(histograms, source.sizes, protocol), source.folder)
     else:
-        leave_part(source, protocol, part, ComputeSetting(torch.get_num_threads(), runtime.device.type), histograms)
+        save_part(source, protocol, part, ComputeSetting(torch.get_num_threads(), runtime.device.type), histograms)
 
 
-def leave_part(
+def save_part(
     source: ModelSource, protocol: EvaluationProtocol, part: Part, setting: ComputeSetting, histograms: Tensor
 ) -> None:
-    """Write one part, and say where it is."""
+    """Write one part, and print its path."""
     identity = identity_of(source, protocol)
     path = write_part(parts_folder(source.folder, identity), part, identity, setting, histograms)
     print(f"{protocol.split}, part {part}: {int(histograms[0].sum()):,} users\nwritten: {path}", flush=True)
 
 
 def join(source: ModelSource, protocol: EvaluationProtocol) -> None:
-    """Report what all parts together amount to, and remove them."""
+    """Join all parts into one report, and remove them."""
     identity = identity_of(source, protocol)
     folder = parts_folder(source.folder, identity)
     print_and_write(figures(join_parts(folder, identity), source.sizes, protocol), source.folder)
@@ -114,7 +114,7 @@ def identity_of(source: ModelSource, protocol: EvaluationProtocol) -> Evaluation
 
 
 def open_checkpoint(path: Path, store_path: str | None, split: str) -> ModelSource:
-    """A run or one of its checkpoints, with the catalogue of the store."""
+    """A run or one of its checkpoints, with the store's catalogue."""
     checkpoint = load_checkpoint(path, with_optimizer=False)
     config = config_from_dict(checkpoint.config)
     store = open_store(store_path or config.store.path, split, config.store)

@@ -1,4 +1,4 @@
-"""``python -m fmrl_dist.export --checkpoint RUN --size M``: cut the model of one trained size out, ready to deploy."""
+"""``python -m fmrl_dist.export --checkpoint RUN --size M``: cut out the model of one trained size, ready to deploy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--size", type=int, required=True, help="one of the trained sizes")
     parser.add_argument("--output", type=Path, help="folder to write (default: export-SIZE in the run)")
     parser.add_argument("--store", help="shard store of the catalogue, a folder or URL (default: the recorded one)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an export that is already there")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing export")
     arguments = parser.parse_args(argv)
 
     checkpoint = load_checkpoint(arguments.checkpoint, with_optimizer=False)
@@ -43,14 +43,14 @@ def default_output(checkpoint: Checkpoint, size: int) -> Path:
     """``export-SIZE`` in the run whose best checkpoint this is."""
     run = run_of_best(checkpoint)
     if run is None:
-        raise UserError(f"checkpoint {checkpoint.path} is not the best of its run; say by --output where to export it")
+        raise UserError(f"checkpoint {checkpoint.path} is not the best of its run; choose a folder with --output")
     return run / f"export-{size}"
 
 
 def file_table(folder: Path) -> str:
-    """Bytes of each file of an export, and of all."""
+    """Bytes of each file of an export, and in total."""
     rows = [((folder / name).stat().st_size, name) for name in FILES]
-    rows.append((sum(num_bytes for num_bytes, _ in rows), "in all"))
+    rows.append((sum(num_bytes for num_bytes, _ in rows), "total"))
     return "\n".join(f"{num_bytes:>15,} bytes  {name}" for num_bytes, name in rows)
 
 

@@ -1,8 +1,8 @@
 """``accelerate launch -m fmrl_dist.train [--config C]``: train every size at once, then evaluate the best on test.
 
-The loop below is the whole of training: batch → losses → backward → clip → step → log → evaluate → save. Losses are
+The loop below is all of training: batch → losses → backward → clip → step → log → evaluate → save. Losses are
 sums over positions, divided once by the global count, so they do not depend on the number of processes (at dropout 0).
-Dropout is seeded by (seed, step, rank): a resumed run draws what the uninterrupted one would have drawn.
+Dropout is seeded by (seed, step, rank): a resumed run draws what the uninterrupted run would draw.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ from fmrl_dist.training.checks import check_inline
 from fmrl_dist.training.demo_store import build_missing_demo_store
 from fmrl_dist.training.learner import Learner, prepare_learner, save
 from fmrl_dist.training.logbook import Logbook
+from fmrl_dist.training.module import TrainingModule
 from fmrl_dist.training.optimizer import learning_rate
 from fmrl_dist.training.rank_monitor import RankMonitor
 from fmrl_dist.training.run import Run
@@ -61,12 +62,12 @@ from fmrl_dist.training.step_metrics import StepMetrics
 from fmrl_dist.training.step_timer import DATA_WAIT, MEETING, StepTimer
 from fmrl_dist.training.validation import note_validation
 
-SLACK_S = 300.0  # that ranks wait for each other beyond what ends a run in words: train.hang_timeout_s and its like
-NEW_LINK_S = 90  # a network file system may show a link for a minute as it was
+SLACK_S = 300.0  # ranks wait this much longer for each other than the timeouts that end a run with a message
+NEW_LINK_S = 90  # a network file system may show an old link for a minute
 
 
 def train(config: Config, resume: str | None) -> None:
-    """Run or go on with a training run (see the module's docstring)."""
+    """Start or resume a training run (see the module's docstring)."""
     build_missing_demo_store(config)
     patience_s = max(config.train.hang_timeout_s, config.train.worker_timeout_s) + SLACK_S
     runtime = start_runtime(config.train.threads, config.train.num_lanes, config.train.precision, patience_s)
@@ -75,17 +76,17 @@ def train(config: Config, resume: str | None) -> None:
         try:
             train_and_evaluate(config, runtime, resume, stop)
         except Stopped:
-            runtime.say("stopped by a signal; what is left goes on by --resume auto")
+            runtime.say("stopped by a signal; resume with --resume auto")
             if runtime.is_main and stop.usr1:
                 ask_for_requeue(Path(config.run.dir))
     runtime.leave()
 
 
 def train_and_evaluate(config: Config, runtime: Runtime, resume: str | None, stop: StopRequest) -> None:
-    """What is left of a run: steps, if there are any, then the evaluation of its best checkpoint.
+    """Run the remaining steps of a run, if any, then evaluate its best checkpoint.
 
     Raises:
-        Stopped: a signal came, and everything is saved.
+        Stopped: a signal was received; everything is saved.
     """
     folder = Path(config.run.dir)
     store = Store.open(config.store.path, config.store)
@@ -132,7 +133,7 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest) ->
     timer = StepTimer(learner.module)
     step_metrics = StepMetrics(model.sizes, size_weights(config), runtime, timer)
     clock = SaveClock(config.train.checkpoint_every_minutes)
-    stopped = False  # by a signal, and all processes know it
+    stopped = False  # by a signal, as agreed by all processes
     result: StepResult | None = None
 
     with (
@@ -143,8 +144,8 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest) ->
         RankMonitor(runtime, run.folder, state.step, timer, config.train.hang_timeout_s) as monitor,
         closing(timer),
     ):
-        runtime.say(describe_start(run, model, state.step))
-        if state.validation_is_due:  # the last life saved, and had no time left for it
+        runtime.say(describe_start(run, learner.module, state.step))
+        if state.validation_is_due:  # the previous job saved, but had no time left for it
             stopped = not note_validation(run, learner, state, logbook, progress, stop)
             if not stopped:
                 save(run, learner, state, writer)
@@ -174,9 +175,9 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest) ->
             state.step = step + 1
             evaluate_now = state.step % run.evaluate_every_steps == 0 or state.step == run.total_steps
             save_now = evaluate_now or is_save_step(config, state.step) or agreed.num_save_due > 0 or stopped
-            if state.step % config.train.log_every_steps == 0 or save_now:  # a resumed run has the same records
+            if state.step % config.train.log_every_steps == 0 or save_now:  # so a resumed run has the same records
                 record = step_metrics.record() | {"lr": result.lr, "grad_norm": float(result.grad_norm)}
-                # All processes have the same record: none of them saves what is not finite.
+                # All processes have the same record: none saves a non-finite state.
                 stop_if_not_finite(runtime, state.step, result, not all(map(math.isfinite, record.values())))
                 logbook.write({"step": state.step, "epoch": epoch, "split": "train"} | record)
                 if slow_ranks := monitor.record(state.step):
@@ -184,7 +185,7 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest) ->
                 timer.restart()
                 progress.update(state.step, step_metrics.line(record))
             state.validation_is_due = evaluate_now
-            if state.validation_is_due and not stopped:  # a run that is to end leaves it to its next life
+            if state.validation_is_due and not stopped:  # a stopping run leaves it to the next job
                 stopped = not note_validation(run, learner, state, logbook, progress, stop)
             if save_now:
                 save(run, learner, state, writer)
@@ -199,13 +200,13 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest) ->
 
 
 def make_negative_sampler(run: Run) -> NegativeSampler | None:
-    """Where the softmax is sampled, what draws its negatives; rank 0 makes what the others only read."""
+    """The sampler, if the softmax is sampled; rank 0 computes the files that the others only read."""
     with run.runtime.accelerator.main_process_first():
         return make_sampler(run.config, run.store)
 
 
 def make_stream(run: Run, sampler: NegativeSampler | None, state: TrainState) -> TrainStream:
-    """Training batches without the blocks that were found damaged."""
+    """Training batches, without the damaged blocks found so far."""
     config, streamed_negatives = run.config, None
     if run.inline:
         assert sampler is not None, "checked at the start"
@@ -229,7 +230,7 @@ def make_feed(run: Run, stream: TrainStream) -> BatchFeed:
 
 
 def learn(run: Run, learner: Learner, step: int, batches: Sequence[Packed], num_targets: int) -> StepResult:
-    """One step of the optimiser, on the micro-batches of this process."""
+    """One optimiser step, on the micro-batches of this process."""
     runtime, engine = run.runtime, learner.engine
     seed_dropout(run.config.train.seed, step, runtime.rank)
     weights_S = torch.tensor(size_weights(run.config), device=runtime.device)
@@ -242,12 +243,12 @@ def learn(run: Run, learner: Learner, step: int, batches: Sequence[Packed], num_
 
 
 def mean_loss(weights_S: Tensor, world_size: int, num_targets: int, loss_sums: Tensor) -> Tensor:
-    """What to differentiate, []: engines average over ranks; times their number it is a sum over the global count."""
+    """The loss to differentiate, []: engines average over ranks, so it is multiplied by their number."""
     return (weights_S @ loss_sums) / weights_S.sum() * world_size / max(num_targets, 1)
 
 
 class SaveClock:
-    """Says on rank 0, and so for all, when a checkpoint is due; 0 minutes is never."""
+    """Tells rank 0, which decides for all, when a checkpoint is due; 0 minutes means never."""
 
     def __init__(self, minutes: float) -> None:
         self._seconds = minutes * 60
@@ -261,7 +262,7 @@ class SaveClock:
 
 
 def is_save_step(config: Config, step: int) -> bool:
-    """Whether ``train.checkpoint_every_steps`` asks for a checkpoint after ``step`` steps; 0 never does."""
+    """Whether ``train.checkpoint_every_steps`` requires a checkpoint after ``step`` steps; 0 means never."""
     every = config.train.checkpoint_every_steps
     return every > 0 and step % every == 0
 
@@ -272,7 +273,7 @@ def size_weights(config: Config) -> tuple[float, ...]:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, run: Run, step: int) -> float:
-    """Put the rate of ``step`` into the optimiser, and return it."""
+    """Set the optimiser's learning rate for ``step``, and return it."""
     train = run.config.train
     schedule_steps = schedule_epochs(run.config) * run.order.steps_per_epoch
     lr = learning_rate(step, train.lr, train.warmup_steps, schedule_steps, train.min_lr_ratio)
@@ -282,18 +283,19 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, run: Run, step: int) -> 
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:
-    """Dropout of a step is a function of (seed, step, rank), so that it needs no state in a checkpoint."""
+    """Seed a step's dropout from (seed, step, rank), so that checkpoints need no generator state."""
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
 
 
-def describe_start(run: Run, model: torch.nn.Module, step: int) -> str:
-    """What is about to run: processes, engine, parameters, sizes, config hash."""
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+def describe_start(run: Run, module: TrainingModule, step: int) -> str:
+    """What is about to run: processes, engine, parameters, sizes, loss, config hash."""
+    num_parameters = sum(parameter.numel() for parameter in module.model.parameters())
     manifest = run.store.manifest
     return (
         f"{run.folder}: {run.runtime.describe()}\n"
-        f"  config {run.config.hash}, {num_parameters:,} parameters, sizes {list(run.config.model.sizes)}\n"
-        f"  {manifest.num_users:,} users, {manifest.num_items:,} items, {run.order.steps_per_epoch} steps an epoch, "
+        f"  config {run.config.hash}, {num_parameters:,} parameters, sizes {list(run.config.model.sizes)}, "
+        f"loss {module.settings.impl}\n"
+        f"  {manifest.num_users:,} users, {manifest.num_items:,} items, {run.order.steps_per_epoch} steps per epoch, "
         f"from step {step} to at most {run.total_steps}"
     )
 
@@ -310,7 +312,7 @@ def load_best(folder: Path, runtime: Runtime) -> Checkpoint:
 
 
 def _evaluate_best(config: Config, runtime: Runtime, store: Store, folder: Path, stop: StopRequest) -> None:
-    stop.raise_together(runtime, stop.requested)  # what comes next can take a while before it listens
+    stop.raise_together(runtime, stop.requested)  # the next calls may take a while before they check again
     ranker = ranker_of_checkpoint(load_best(folder, runtime), config, store, runtime)
     protocol = EvaluationProtocol(store, "test", mask_seen=False)
     histograms = count_target_ranks(ranker, protocol, runtime, stop)
@@ -320,7 +322,7 @@ def _evaluate_best(config: Config, runtime: Runtime, store: Store, folder: Path,
 
 def main(argv: list[str]) -> None:
     parser = command_parser("fmrl_dist.train", "Train every size at once, then evaluate the best checkpoint on test.")
-    parser.add_argument("--resume", metavar="auto|PATH", help="go on from the run's latest checkpoint, or from PATH")
+    parser.add_argument("--resume", metavar="auto|PATH", help="resume from the run's latest checkpoint, or from PATH")
     arguments, config = parse_command(parser, argv)
     train(config, arguments.resume)
 

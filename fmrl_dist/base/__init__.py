@@ -1,1 +1,1 @@
-"""What everything rests on: errors, files, URLs."""
+"""Foundations: errors, files, locks, progress, URLs."""

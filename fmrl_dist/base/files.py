@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there."""
+"""Files and folders that are either complete or absent."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Any
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write ``data`` aside, flush it to disk, then rename it to ``path``; of several writers at once, one stays.
+    """Write ``data`` to a temporary file, flush it, then rename it to ``path``; of concurrent writers, one wins.
 
-    Aside, each writer has a name of its own: processes of several containers or machines can have the same id.
+    Each writer's temporary name is random: processes in different containers or machines can have the same id.
     """
     aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
@@ -32,9 +32,9 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 @contextmanager
 def replaced_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill, beside ``target``; in the end flushed and renamed to it, in place of a folder that was there.
+    """A temporary folder to fill, beside ``target``; at the end it is flushed and replaces ``target``.
 
-    If the block raises, the folder is removed and ``target`` is what it was.
+    If the block raises, the temporary folder is removed and ``target`` is unchanged.
     """
     aside = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     aside.mkdir(parents=True)
@@ -56,7 +56,7 @@ def replaced_folder(target: Path) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Have a file, or a folder's list of names, on disk."""
+    """Flush a file, or a folder's list of names, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

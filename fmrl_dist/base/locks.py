@@ -1,4 +1,4 @@
-"""Locks on files, which the kernel (or a file server) takes back however their process ends."""
+"""File locks, which the kernel (or a file server) releases however their process ends."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def lock_file(
 
     Args:
         descriptor: of a file open for writing.
-        patience_s: longest wait for another process; ``math.inf`` waits for ever.
-        poll_s: between two tries.
-        across_machines: a POSIX lock, which network file systems share between machines; forked processes do not hold
-            it. Otherwise a lock of this machine, which every process that inherits the descriptor holds.
-        on_wait: called after each failed try with the seconds waited so far.
+        patience_s: longest wait for another process; ``math.inf`` waits forever.
+        poll_s: seconds between attempts.
+        across_machines: use a POSIX lock, which network file systems share between machines; forked processes do not
+            hold it. Otherwise the lock is local to this machine, and held by all processes that inherit the descriptor.
+        on_wait: called after each failed attempt with the seconds waited so far.
 
     Raises:
         TimeoutError: another process still holds the lock.
-        OSError: the file system has no locks.
+        OSError: the file system does not support locks.
     """
     lock = fcntl.lockf if across_machines else fcntl.flock
     began = time.monotonic()
@@ -34,7 +34,7 @@ def lock_file(
         try:
             lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
-        except (BlockingIOError, PermissionError):  # both say that another process holds it
+        except (BlockingIOError, PermissionError):  # both mean that another process holds it
             waited_s = time.monotonic() - began
         if waited_s >= patience_s:
             raise TimeoutError(f"locked by another process for {waited_s:.0f} s")

@@ -1,4 +1,4 @@
-"""Progress of work that may take hours: a bar on a terminal, elsewhere a line now and then."""
+"""Progress of work that may take hours: a bar on a terminal, an occasional line elsewhere."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import time
 from tqdm import tqdm
 
 LINE_EVERY_S = 10.0
-LINE = "{desc}{n:,} of {total:,} {unit}s, {rate_fmt}, {elapsed} passed, {remaining} left"
+LINE = "{desc}{n:,} of {total:,} {unit}s, {rate_fmt}, {elapsed} elapsed, {remaining} left"
 
 
 class Progress:
-    """Share done, rate and time left. Close it in the end.
+    """Share done, rate and time left. Close it at the end.
 
     Args:
-        unit: what is counted, in the singular.
-        total: units in all.
-        done: of them, by an earlier process; they count neither for the rate nor for the time left.
+        unit: what is counted, singular.
+        total: total number of units.
+        done: units done by an earlier process; they do not count towards the rate or the time left.
         name: shown before the numbers.
         enabled: false on processes other than 0, which show nothing.
-        line_every_s: seconds between two lines where there is no terminal.
+        line_every_s: seconds between lines where there is no terminal.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Progress:
             self._bar = tqdm(total=total, initial=done, desc=name or None, unit=unit, dynamic_ncols=True)
 
     def update(self, done: int, facts: str = "") -> None:
-        """``done`` units are behind us, those of earlier processes too; ``facts`` is shown beside them."""
+        """Set the number of finished units, including those of earlier processes; ``facts`` is shown beside it."""
         self._done = done
         now = time.monotonic()
         if self._bar is not None:
@@ -51,7 +51,7 @@ class Progress:
             self.say(self._line(now - self._began) + (f", {facts}" if facts else ""))
 
     def advance(self, count: int) -> None:
-        """``count`` more units are done."""
+        """Add ``count`` finished units."""
         self.update(self._done + count)
 
     def say(self, text: str) -> None:

@@ -1,7 +1,7 @@
-"""What is a URL, and how one is shown: without its credentials.
+"""Recognise URLs, and show them without their credentials.
 
 A URL can hold a password, a token or a signature. None of them may reach a terminal, a log, a checkpoint or an export,
-so whatever prints or records a URL passes it through :func:`hide_credentials`. It would rather hide too much.
+so all code that prints or records a URL calls :func:`hide_credentials`. When in doubt it hides too much.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def hide_credentials(text: str) -> str:
 
 
 def _shown(rest: str) -> str:
-    """What may be shown of the part behind ``://``. An @ behind the host may end a password that holds a / or a ?, so
-    of such a URL nothing is shown."""
+    """What may be shown of the part after ``://``. An @ after the host may end a password that contains a / or a ?, so
+    nothing of such a URL is shown."""
     host = re.split(r"[/?#]", rest, maxsplit=1)[0]
     if "@" in rest[len(host) :]:
         return HIDDEN

@@ -1,1 +1,1 @@
-"""What a run leaves on disk: checkpoints, the run folder, exported models."""
+"""A run's files on disk: checkpoints, the run folder, exported models."""

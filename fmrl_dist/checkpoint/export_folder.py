@@ -2,10 +2,10 @@
 
     config.json                   how to build the model, how it reads a history, where it came from
     model.safetensors             its state dict, float32
-    item_embeddings.safetensors   what its outputs are scored against: no item features are needed to deploy
-    vocab.parquet                 the store's: external ids, training counts, titles where there are any
+    item_embeddings.safetensors   the scoring embeddings: no item features are needed to deploy
+    vocab.parquet                 copied from the store: external ids, training counts, titles if any
 
-V items, D the model's width, which is the size that was exported.
+V items, D the model's width, which is the exported size.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ FILES = (CONFIG_FILE, MODEL_FILE, ITEMS_FILE, VOCAB_FILE)
 class Origin:
     """Where a model and its catalogue came from."""
 
-    fmrl_dist_version: str  # that wrote the export
+    fmrl_dist_version: str  # the version that wrote the export
     step: int  # of the checkpoint
-    training_manifest_sha256: str  # of the store it was trained on
-    manifest_sha256: str  # of the store its catalogue and vocabulary are of
+    training_manifest_sha256: str  # store it was trained on
+    manifest_sha256: str  # store of its catalogue and vocabulary
     store: str  # that store's folder, or its URL without credentials
 
 
 @dataclass(frozen=True)
 class Recommender:
-    """A trained model with the catalogue that it ranks."""
+    """A trained model and the catalogue it ranks."""
 
     model: FMRLRec  # float32, in evaluation mode
     items: Tensor  # scoring embeddings, float32 [V, D]
-    max_length: int  # last events of a history that the model is to read
+    max_length: int  # number of last events of a history that the model reads
     predict_first: bool  # whether the start position, which serves an empty history, was trained
     origin: Origin
     normalize: bool = False  # whether scores are cosines of each size's prefixes
@@ -58,20 +58,20 @@ class Recommender:
 
 
 def is_export(folder: Path) -> bool:
-    """Whether ``folder`` looks like an export, whole or damaged."""
+    """Whether ``folder`` looks like an export, intact or damaged."""
     return (folder / CONFIG_FILE).is_file()
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that is there, unless it is an export to overwrite."""
+    """Refuse an existing folder, unless it is an export to overwrite."""
     if not folder.exists():
         return
     require(is_export(folder), f"{folder} exists and is not an export; choose another --output")
-    require(overwrite, f"export {folder} exists; keep it, or write it again with --overwrite")
+    require(overwrite, f"export {folder} exists; keep it, or replace it with --overwrite")
 
 
 def write_export(recommender: Recommender, folder: Path, vocab: bytes) -> None:
-    """Write ``folder``, in place of an export that was there; ``vocab`` is the store's vocabulary file."""
+    """Write ``folder``, replacing an existing export; ``vocab`` is the store's vocabulary file."""
     config = {
         "format_version": FORMAT_VERSION,
         "model": recommender.model.arguments,
@@ -86,15 +86,15 @@ def write_export(recommender: Recommender, folder: Path, vocab: bytes) -> None:
         _save(recommender.model.state_dict(), aside / MODEL_FILE)
         _save({ITEMS_TENSOR: recommender.items}, aside / ITEMS_FILE)
         (aside / VOCAB_FILE).write_bytes(vocab)
-        for name in (MODEL_FILE, ITEMS_FILE):  # safetensors lets nobody but the writer read
+        for name in (MODEL_FILE, ITEMS_FILE):  # safetensors makes files readable only by their owner
             shutil.copymode(aside / CONFIG_FILE, aside / name)
 
 
 def read_export(folder: Path) -> Recommender:
-    """Read what :func:`write_export` wrote, but for the vocabulary, on the CPU.
+    """Read what :func:`write_export` wrote, except the vocabulary, on the CPU.
 
     Raises:
-        UserError: the folder is not an export, is damaged, or of another version.
+        UserError: the folder is not an export, is damaged, or has another version.
     """
     model = FMRLRec.from_pretrained(folder)
     try:
@@ -104,7 +104,7 @@ def read_export(folder: Path) -> Recommender:
         if items.dtype != torch.float32 or items.shape != shape:
             raise ValueError(f"{ITEMS_FILE} is {items.dtype} {list(items.shape)}; expected float32 {list(shape)}")
         max_length, predict_first, origin = config["max_length"], config["predict_first"], Origin(**config["origin"])
-        normalize = config.get("normalize", False)  # which older exports do not say
+        normalize = config.get("normalize", False)  # missing from older exports
         if type(max_length) is not int or max_length < 1 or {type(predict_first), type(normalize)} != {bool}:
             raise ValueError(
                 f"max_length, predict_first, normalize are {max_length!r}, {predict_first!r}, {normalize!r}"
@@ -116,10 +116,10 @@ def read_export(folder: Path) -> Recommender:
 
 
 def export_sha256(folder: Path) -> str:
-    """Hash of what an export ranks with: all of it but the vocabulary."""
+    """Hash of the files an export ranks with: all except the vocabulary."""
     return json_sha256({name: file_sha256(folder / name) for name in (CONFIG_FILE, MODEL_FILE, ITEMS_FILE)})
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, path, metadata={"format": "pt"})  # which other readers of the Hub look for
+    save_file(contiguous, path, metadata={"format": "pt"})  # expected by other readers of the Hub

@@ -1,15 +1,15 @@
-"""Checkpoints: one folder of safetensors and JSON, whole or not there; nothing is unpickled.
+"""Checkpoints: one folder of safetensors and JSON, either complete or absent; nothing is unpickled.
 
     checkpoints/step-00000120/model.safetensors       the model's state dict, float32
                               optimizer.safetensors   "<moment>/<parameter>": AdamW's moments and step counts
                               state.json              everything else that a resumed run needs (TrainState), and the
-                                                      sha256 of the tensors and of itself
+                                                      sha256 of the tensors and of the record itself
     checkpoints/latest -> step-00000120
     checkpoints/best   -> step-00000090
 
-A folder is written aside, flushed and renamed, and never written over; then the links are swapped. So a run killed at
-any instant has a whole ``latest``; should a disk damage it, the one before is there still. Dropout is seeded per step
-and rank (``train.py``) and the order of users is arithmetic, so there is no state of generators or loaders to keep.
+A folder is written under a temporary name, flushed, renamed and never overwritten; then the links are swapped. So a run
+killed at any instant has a complete ``latest``; if a disk damages it, the previous one still exists. Dropout is seeded
+per step and rank (``train.py``) and the order of users is arithmetic, so no generator or loader state is kept.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ LINK_TRIES, LINK_RETRY_S = 50, 0.2  # a network file system may show an old link
 
 @dataclass
 class TrainState:
-    """Where a run stands, besides its tensors."""
+    """A run's progress, apart from its tensors."""
 
     step: int = 0  # optimiser steps done
     best_value: float = -1.0  # of the chosen metric
     best_step: int = 0
     evaluations_without_gain: int = 0
-    validation_is_due: bool = False  # of this very step: the run was stopped before it
-    skipped_blocks: list[int] = field(default_factory=list)  # damaged ones of the train split, left out on all ranks
+    validation_is_due: bool = False  # for this step: the run was stopped before it
+    skipped_blocks: list[int] = field(default_factory=list)  # damaged train blocks, left out on all ranks
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ class Checkpoint:
 
     path: Path
     model: dict[str, Tensor]
-    optimizer: dict[str, Tensor]  # empty where it was not read
+    optimizer: dict[str, Tensor]  # empty if it was not read
     state: TrainState
     config: dict[str, Any]
     features: dict[str, int]  # feature → dim, as the model was built
     num_items: int
     manifest_sha256: str
-    sha256: str  # of its record, which holds those of its tensors
+    sha256: str  # of its record, which contains the hashes of its tensors
 
 
 def save_checkpoint(
@@ -72,18 +72,18 @@ def save_checkpoint(
     facts: dict[str, Any],
     keep: int = 1,
 ) -> Path:
-    """Write ``folder/step-…`` and point ``latest`` at it, and ``best`` too if its evaluation was the best so far.
+    """Write ``folder/step-…`` and point ``latest`` at it, and ``best`` too if its evaluation is the best so far.
 
     Args:
         folder: the run's ``checkpoints``.
-        state: where the run stands.
+        state: the run's progress.
         model: the unwrapped model's state dict, on the CPU.
-        optimizer: the whole of its AdamW, as :func:`optimizer_tensors` names it.
-        facts: ``config``, ``features``, ``num_items``, ``manifest_sha256`` and whatever else is worth recording.
-        keep: how many of the newest stay, besides the best.
+        optimizer: the complete AdamW state, named as by :func:`optimizer_tensors`.
+        facts: ``config``, ``features``, ``num_items``, ``manifest_sha256`` and anything else worth recording.
+        keep: number of newest checkpoints to keep, besides the best.
 
     Raises:
-        OSError: it cannot be written; the checkpoints that were there are there still.
+        OSError: it cannot be written; earlier checkpoints are unchanged.
     """
     _prune(folder, keep)
     path = _unused_path(folder, state.step)
@@ -103,7 +103,7 @@ def save_checkpoint(
         shutil.rmtree(aside, ignore_errors=True)
         raise
     flush(folder)
-    if state.best_step == state.step:  # first: a run killed in between does this step again, and finds it best again
+    if state.best_step == state.step:  # first: a run killed in between repeats this step and finds it best again
         point(folder, "best", path, keep)
     point(folder, "latest", path, keep)
     return path
@@ -112,12 +112,12 @@ def save_checkpoint(
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         save_file(tensors, path)
-    except SafetensorError as error:  # what it makes of a full disk
+    except SafetensorError as error:  # raised for a full disk
         raise OSError(None, " ".join(str(error).split())) from None
 
 
 def point(folder: Path, link: str, target: Path, keep: int = 1) -> None:
-    """Make ``folder/link`` lead to ``target`` in one step, and remove checkpoints that are not to be kept."""
+    """Point ``folder/link`` at ``target`` atomically, and remove checkpoints that need not be kept."""
     aside = folder / f".{link}"
     aside.unlink(missing_ok=True)
     aside.symlink_to(target.name)
@@ -127,7 +127,7 @@ def point(folder: Path, link: str, target: Path, keep: int = 1) -> None:
 
 
 def _prune(folder: Path, keep: int) -> None:
-    """Remove what a killed process left half-written, and old checkpoints that no link leads to."""
+    """Remove half-written folders of killed processes, and old checkpoints that no link points to."""
     kept = {(folder / name).resolve() for name in ("latest", "best")}
     whole = newest_first(folder)
     kept |= {path.resolve() for path in whole[:keep]}
@@ -137,30 +137,30 @@ def _prune(folder: Path, keep: int) -> None:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """The checkpoints of a run, the one that ``latest`` leads to first."""
+    """The checkpoints of a run, starting with the target of ``latest``."""
     latest = (folder / "latest").resolve()
     paths = sorted(folder.glob("step-*"), reverse=True)
     return sorted(paths, key=lambda path: path.resolve() != latest)
 
 
 def _unused_path(folder: Path, step: int) -> Path:
-    """Where to save ``step``: an earlier save of the same step is never written over, the next one gets a suffix."""
+    """Where to save ``step``: an earlier save of the same step is never overwritten; the new one gets a suffix."""
     name = f"step-{step:08d}"
     return next(path for n in count(1) if not (path := folder / (f"{name}-{n}" if n > 1 else name)).exists())
 
 
 def load_checkpoint(path: Path, link: str = "best", with_optimizer: bool = True) -> Checkpoint:
-    """Read a checkpoint folder, or the one that a run folder's ``link`` ("best" or "latest") leads to.
+    """Read a checkpoint folder, or the target of a run folder's ``link`` ("best" or "latest").
 
-    A link may lead to a folder that the training process has just removed; it is then followed again.
+    A link may point to a folder that the training process has just removed; then it is followed again.
 
     Args:
         path: a checkpoint or a run.
-        link: of the run.
-        with_optimizer: read the moments too; without them ``optimizer`` is empty, and a third of the bytes is read.
+        link: which link of the run to follow.
+        with_optimizer: read the moments too; without them ``optimizer`` is empty and a third of the bytes are read.
 
     Raises:
-        UserError: there is none, it is damaged, or of another version.
+        UserError: there is none, it is damaged, or it has another version.
     """
     for tries_left in reversed(range(LINK_TRIES)):
         found = find_checkpoint(path, link)
@@ -169,10 +169,10 @@ def load_checkpoint(path: Path, link: str = "best", with_optimizer: bool = True)
         except FileNotFoundError as error:
             if found.exists() or not tries_left:
                 raise UserError(
-                    f"checkpoint {found} is damaged ({error.filename} is missing); use another or start again"
+                    f"checkpoint {found} is damaged ({error.filename} is missing); use another, or start over"
                 ) from None
         time.sleep(LINK_RETRY_S)
-    raise AssertionError("the last try returns or raises")
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _read_checkpoint(path: Path, with_optimizer: bool) -> Checkpoint:
@@ -193,15 +193,15 @@ def _read_checkpoint(path: Path, with_optimizer: bool) -> Checkpoint:
         raise
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         problem = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"checkpoint {path} is damaged ({problem}); use another or start again") from None
+        raise UserError(f"checkpoint {path} is damaged ({problem}); use another, or start over") from None
     return Checkpoint(path, model, optimizer, state, sha256=sha256, **facts)
 
 
 def load_newest_whole(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint of a run that is not damaged; None if the run has none at all (or died saving its first).
+    """The newest intact checkpoint of a run; None if the run has none at all (or died saving its first).
 
     Raises:
-        UserError: all that there are, are damaged.
+        UserError: there are checkpoints, but all are damaged.
     """
     paths = newest_first(folder) if (folder / "latest").is_symlink() else []
     problem = ""
@@ -210,8 +210,8 @@ def load_newest_whole(folder: Path, say: Callable[[str], None]) -> Checkpoint | 
             return load_checkpoint(path)
         except UserError as error:
             problem = str(error)
-            say(f"{problem}; falling back to the one before")
-    require(not paths, f"{problem}; so are all {len(paths)} in {folder}: start again in another --run.dir")
+            say(f"{problem}; falling back to the previous one")
+    require(not paths, f"{problem}; all {len(paths)} in {folder} are damaged: start over in another --run.dir")
     return None
 
 
@@ -223,7 +223,7 @@ def _load_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
 
 
 def find_checkpoint(path: Path, link: str) -> Path:
-    """The checkpoint that ``path`` (a checkpoint or a run) means; for a link, where it leads, there or not."""
+    """The checkpoint that ``path`` (a checkpoint or a run) refers to; a link's target, whether or not it exists."""
     linked = path / "checkpoints" / link
     for candidate in (path, linked):
         if (candidate / "state.json").is_file():
@@ -243,7 +243,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put saved moments back; a parameter that had taken no step yet has none."""
+    """Restore saved moments; a parameter that had not taken a step has none."""
     for name, parameter in model.named_parameters():
         saved = {key.split("/")[0]: t for key, t in tensors.items() if key.split("/")[1] == name}
         if saved:

@@ -1,4 +1,4 @@
-"""From a checkpoint and a store back to a model, and to a recommender."""
+"""Rebuild a model, or a recommender, from a checkpoint and a store."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def restore_model(config: ModelConfig, checkpoint: Checkpoint) -> FMRLRec:
 
 
 def load_weights(model: FMRLRec, checkpoint: Checkpoint) -> None:
-    """Put a checkpoint's tensors into a model of its config.
+    """Load a checkpoint's tensors into a model of its config.
 
     Raises:
-        UserError: a tensor is missing, unknown or of another shape.
+        UserError: a tensor is missing, unknown or has another shape.
     """
     try:
         model.load_state_dict(checkpoint.model)
@@ -39,7 +39,7 @@ def load_catalogue_table(store: Store, checkpoint: Checkpoint) -> ItemTable:
     """The features that a checkpoint's model reads, from ``store``.
 
     Raises:
-        UserError: the store lacks one, has it in another dim, or has another number of items than the id table.
+        UserError: the store lacks one, has it with another dim, or its number of items differs from the id table's.
     """
     check_features(store, checkpoint)
     has_id_table = checkpoint.config["model"]["id_table"]
@@ -52,7 +52,7 @@ def load_catalogue_table(store: Store, checkpoint: Checkpoint) -> ItemTable:
 
 
 def check_features(store: Store, checkpoint: Checkpoint) -> None:
-    """Refuse a store that lacks a feature which the checkpoint's model reads, or has it in another dim."""
+    """Refuse a store that lacks a feature of the checkpoint's model, or has it with another dim."""
     dims = feature_dims(store, tuple(checkpoint.features))
     if dims != checkpoint.features:
         raise UserError(
@@ -63,14 +63,14 @@ def check_features(store: Store, checkpoint: Checkpoint) -> None:
 def build_recommender(
     checkpoint: Checkpoint, config: Config, store: Store, device: torch.device, size: int | None = None
 ) -> Recommender:
-    """A checkpoint's model and the embeddings of the items of ``store``.
+    """A checkpoint's model and the embeddings of the items in ``store``.
 
     Args:
         checkpoint: of a run.
-        config: that run's.
-        store: whose catalogue is to be ranked, not always the one of the run.
-        device: to compute and to leave the tensors on.
-        size: which of the trained sizes to cut out; None for the whole model.
+        config: of the same run.
+        store: its catalogue is ranked; it may differ from the run's store.
+        device: computes, and holds the returned tensors.
+        size: trained size to cut out; None for the full model.
 
     Raises:
         UserError: the size was not trained, or the store does not fit the model.
@@ -99,7 +99,11 @@ def build_recommender(
 
 
 def construct_model(
-    config: ModelConfig, feature_dims: dict[str, int], num_items: int, matmul_dtype: torch.dtype | None
+    config: ModelConfig,
+    feature_dims: dict[str, int],
+    num_items: int,
+    matmul_dtype: torch.dtype | None,
+    scan: str = "auto",
 ) -> FMRLRec:
     return FMRLRec(
         sizes=config.sizes,
@@ -111,4 +115,5 @@ def construct_model(
         r_min=config.r_min,
         r_max=config.r_max,
         matmul_dtype=matmul_dtype,
+        scan=scan,
     )

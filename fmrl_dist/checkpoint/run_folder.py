@@ -1,4 +1,4 @@
-"""A run's folder: whether it may be written, and where a resumed run goes on."""
+"""A run's folder: whether it may be written, and where a run resumes."""
 
 from __future__ import annotations
 
@@ -20,21 +20,35 @@ from fmrl_dist.distributed.processes import Runtime
 
 LOCK_FILE = ".lock"
 RESTART_PATIENCE_S = 150.0
-# What a resumed run must share with its checkpoint, or its losses would not be those of one run.
+# Settings that must equal the checkpoint's, or the losses would not be those of a single run.
 FIXED = {
     "data": ("max_length", "windows"),
     "store": ("feature_mode",),
-    "model": (
-        *("sizes", "width", "depth", "dropout", "lru_dropout", "r_min", "r_max"),
-        *("features", "id_table", "feature_scale"),
-    ),
+    "model": ("sizes", "depth", "dropout", "lru_dropout", "r_min", "r_max", "features", "id_table", "feature_scale"),
     "loss": (
-        *("predict_first", "size_weights", "temperatures", "normalize"),
-        *("softmax", "negatives", "num_negatives", "popularity_power", "scope"),
+        "predict_first",
+        "size_weights",
+        "temperatures",
+        "normalize",
+        "softmax",
+        "negatives",
+        "num_negatives",
+        "popularity_power",
+        "scope",
     ),
     "train": (
-        *("batch_size", "shuffle_blocks", "seed", "precision", "lr", "min_lr_ratio", "warmup_steps"),
-        *("weight_decay", "beta1", "beta2", "eps", "clip_norm"),
+        "batch_size",
+        "shuffle_blocks",
+        "seed",
+        "precision",
+        "lr",
+        "min_lr_ratio",
+        "warmup_steps",
+        "weight_decay",
+        "beta1",
+        "beta2",
+        "eps",
+        "clip_norm",
     ),
     "eval": ("metric", "size"),
 }
@@ -43,24 +57,24 @@ FIXED = {
 def open_run(
     config: Config, resume: str | None, manifest_sha256: str, say: Callable[[str], None] = print
 ) -> Checkpoint | None:
-    """The checkpoint to go on from, or None for a fresh run.
+    """The checkpoint to resume from, or None for a fresh run.
 
-    The search for the best checkpoint starts anew unless the run's folder holds one as good as the best that the
+    The search for the best checkpoint restarts unless the run's folder holds one as good as the best that the
     checkpoint knows of.
 
     Args:
         config: of this run.
-        resume: None (a fresh run), "auto" (the newest checkpoint of the run that is whole, if it has any) or a path.
+        resume: None (a fresh run), "auto" (the run's newest intact checkpoint, if it has any) or a path.
         manifest_sha256: of the store.
-        say: tells of a damaged checkpoint that is passed over.
+        say: prints a message for each damaged checkpoint that is skipped.
 
     Raises:
-        UserError: the run's folder exists and ``resume`` is None, the checkpoint is of another run, or none is whole.
+        UserError: the folder exists and ``resume`` is None, the checkpoint belongs to another run, or none is intact.
     """
     folder = Path(config.run.dir)
     if resume is None:
         if folder.exists():
-            raise UserError(f"run folder {folder} exists; go on with it by --resume auto, or choose another --run.dir")
+            raise UserError(f"run folder {folder} exists; resume it with --resume auto, or choose another --run.dir")
         return None
     if resume == "auto":
         newest = load_newest_whole(folder / "checkpoints", say)
@@ -70,7 +84,7 @@ def open_run(
     else:
         checkpoint = load_checkpoint(Path(resume), "latest")
     best_step, known_best = _best_step(folder, say), checkpoint.state.best_step
-    # Of this run, a later best is as good or better; of another run, it tells nothing.
+    # In this run, a later best is as good or better; another run's best says nothing about this one.
     if best_step < known_best or (resume != "auto" and best_step != known_best):
         none = TrainState()
         state = replace(
@@ -86,14 +100,14 @@ def open_run(
 
 @contextmanager
 def locked(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
-    """Keep other processes, also of other machines, from training into a run's folder, which is made if need be.
+    """Prevent other processes, on any machine, from training into a run's folder, which is created if needed.
 
-    The kernel, or the file server, takes the lock back however the process ends; forked readers do not hold it. A file
-    server may need a minute or two to notice that a machine is dead, so a job that SLURM starts again has patience.
+    The kernel, or the file server, releases the lock however the process ends; forked workers do not hold it. A file
+    server may need a minute or two to notice that a machine is dead, so a job that SLURM restarts waits for the lock.
 
     Args:
         folder: of the run.
-        say: tells that the file system has no locks.
+        say: prints a warning if the file system does not support locks.
 
     Raises:
         UserError: another process is training into it.
@@ -106,11 +120,11 @@ def locked(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
         except TimeoutError:
             file.seek(0)
             raise UserError(
-                f"{file.read().strip() or 'another process'} is training into {folder}; wait until it has ended, or "
+                f"{file.read().strip() or 'another process'} is training into {folder}; wait until it ends, or "
                 f"choose another --run.dir (if its machine is dead, delete {folder / LOCK_FILE})"
             ) from None
         except OSError as error:
-            say(f"{folder} cannot be locked ({error.strerror}): nothing keeps a second run from training into it")
+            say(f"{folder} cannot be locked ({error.strerror}): nothing prevents a second run from training into it")
         file.truncate(0)
         print(f"process {os.getpid()} of {socket.gethostname()}", file=file, flush=True)
         yield
@@ -119,10 +133,10 @@ def locked(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
 
 @contextmanager
 def claimed_run_folder(folder: Path, config: Config, runtime: Runtime) -> Iterator[None]:
-    """Make the run's folder this run's own, once nothing can be refused any more, and take back that it is finished.
+    """Claim the run's folder, once nothing can be refused any more, and clear its mark that the run is finished.
 
     Raises:
-        UserError: on every rank; another run trains into it.
+        UserError: on every rank; another run is training into it.
     """
     runtime.accelerator.wait_for_everyone()  # every rank has looked at the folder before one writes to it
     with ExitStack() as stack:
@@ -141,17 +155,17 @@ def claimed_run_folder(folder: Path, config: Config, runtime: Runtime) -> Iterat
 
 
 def evaluation_file(split: str, mask_seen: bool) -> str:
-    """File name without its ending: evaluation[-valid][-masked]."""
+    """File name without extension: evaluation[-valid][-masked]."""
     return "evaluation" + ("-valid" if split == "valid" else "") + ("-masked" if mask_seen else "")
 
 
 def final_evaluation(folder: Path) -> Path:
-    """What a finished run leaves last."""
+    """The last file that a finished run writes."""
     return folder / f"{evaluation_file('test', mask_seen=False)}.json"
 
 
 def schedule_epochs(config: Config) -> int:
-    """Length of the cosine in epochs."""
+    """Length of the cosine schedule in epochs."""
     return config.train.schedule_epochs or config.train.epochs
 
 
@@ -168,7 +182,7 @@ def out_of_patience(config: Config, evaluations_without_gain: int) -> bool:
 
 
 def run_of_best(checkpoint: Checkpoint) -> Path | None:
-    """The run whose best checkpoint this is: its figures and exports are those of its best. None for any other."""
+    """The run whose best checkpoint this is, else None: a run's figures and exports are those of its best."""
     run = checkpoint.path.parent.parent
     return run if (run / "checkpoints" / "best").resolve() == checkpoint.path else None
 
@@ -181,7 +195,7 @@ def _best_step(folder: Path, say: Callable[[str], None]) -> int:
     try:
         return load_checkpoint(best, with_optimizer=False).state.step
     except UserError as error:
-        say(f"{error}; the search for the best starts anew")
+        say(f"{error}; the search for the best restarts")
         return -1
 
 

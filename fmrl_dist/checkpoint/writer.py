@@ -1,4 +1,4 @@
-"""Checkpoints are written behind the training's back, one at a time; what is written is a snapshot of the moment."""
+"""Write checkpoints in the background, one at a time; each is a snapshot of the moment it was requested."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fmrl_dist.checkpoint.folder import TrainState, save_checkpoint
 
 
 class CheckpointWriter:
-    """Saves checkpoints of a run in a thread of its own. Use it as a context: it waits for the last one.
+    """Saves checkpoints of a run in a background thread. Use it as a context manager: it waits for the last one.
 
     Args:
         folder: the run's ``checkpoints``.
-        facts: recorded in each.
-        keep: how many of the newest stay.
+        facts: recorded in each checkpoint.
+        keep: number of newest checkpoints to keep.
     """
 
     def __init__(self, folder: Path, facts: dict[str, Any], keep: int) -> None:
@@ -29,10 +29,10 @@ class CheckpointWriter:
         self._pending: Future[Path] | None = None
 
     def save(self, state: TrainState, model: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
-        """Copy everything, and begin to write it once the one before is written.
+        """Copy everything, and start writing it once the previous checkpoint is written.
 
         Raises:
-            UserError: the one before could not be written.
+            UserError: the previous checkpoint could not be written.
         """
         self.wait()
         model, optimizer = ({name: _copy(tensor) for name, tensor in part.items()} for part in (model, optimizer))
@@ -53,8 +53,8 @@ class CheckpointWriter:
                 pending.result()
         except OSError as error:
             raise UserError(
-                f"a checkpoint cannot be written to {self._folder} ({error.strerror or error}); the one before is "
-                "untouched: make room, then go on by --resume auto"
+                f"a checkpoint cannot be written to {self._folder} ({error.strerror or error}); the previous one is "
+                "intact: free some space, then resume with --resume auto"
             ) from None
 
     def __enter__(self) -> Self:
@@ -63,11 +63,11 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._thread.shutdown(wait=True)  # a run that fails still ends with what it had begun to save
+        self._thread.shutdown(wait=True)  # a failing run still completes the save in progress
         if error is None:
             self.wait()
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """On the CPU, and not the tensor that training goes on to change."""
+    """A copy on the CPU, unaffected by further training."""
     return tensor.detach().to("cpu", copy=True).contiguous()

@@ -7,35 +7,34 @@ The three sources without pretrained weights (``npy``, ``tfidf``, ``pixels``) an
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from fmrl_dist.base.errors import require
-from fmrl_dist.config.parsing import require_at_least
+from fmrl_dist.config.parsing import Limits, NonNegativeInt, PositiveInt
 
-Precision = Literal["auto", "fp32", "bf16"]  # auto: bf16 where the device multiplies it faster than float32
+Precision = Literal["auto", "fp32", "bf16"]
 
 
 @dataclass(frozen=True)
 class NpyFeature:
     """A precomputed array [V, dim], row = internal id, taken as it is."""
 
-    source: Literal["npy"] = "npy"
-    path: str = ""
-    dim: int = 0  # 0 takes the file's, another is checked
+    source: Literal["npy"] = "npy"  # a precomputed array
+    path: str = ""  # .npy file, relative to data.root; required
+    dim: NonNegativeInt = 0  # columns of the array, checked; 0: as many as the file has
 
     def check(self, key: str) -> None:
-        """Refuse an impossible combination; ``key`` is where in the config this feature stands."""
+        """Refuse an impossible combination; ``key`` is this feature's place in the config."""
         _require_path(self, key, self.path)
-        require_at_least(self, key, 0, "dim")
 
 
 @dataclass(frozen=True)
 class TfidfFeature:
-    """TF-IDF and a truncated SVD of the item text."""
+    """TF-IDF and a truncated SVD of the item text. Needs no pretrained weights."""
 
-    source: Literal["tfidf"] = "tfidf"
-    dim: int = 0  # rank of the SVD
-    text: tuple[str, ...] = ()  # parts of the item text; () takes data.text
+    source: Literal["tfidf"] = "tfidf"  # TF-IDF and SVD
+    dim: NonNegativeInt = 0  # rank of the SVD, at least 1; required
+    text: tuple[str, ...] = ()  # parts of the item text; [] for data.text
 
     def check(self, key: str) -> None:
         require(self.dim > 0, f"{key} has no dim; source 'tfidf' needs the rank of its SVD, at least 1")
@@ -43,10 +42,10 @@ class TfidfFeature:
 
 @dataclass(frozen=True)
 class PixelsFeature:
-    """The pixel descriptor (``shards.encoders.pixels``)."""
+    """A descriptor of an image's colour, layout and edges (``shards.encoders.pixels``). Needs no pretrained weights."""
 
-    source: Literal["pixels"] = "pixels"
-    path: str = ""  # a Parquet table of item ids and images
+    source: Literal["pixels"] = "pixels"  # the pixel descriptor
+    path: str = ""  # Parquet file of item ids and images, relative to data.root; required
     id: str = "item_id"  # its column of item ids
     image: str = "image"  # its column of images: encoded bytes, or file names relative to the table's folder
 
@@ -58,41 +57,41 @@ class PixelsFeature:
 class TransformersFeature:
     """A text encoder through ``transformers`` (paper section 5.3: BGE-large, the [CLS] token)."""
 
-    source: Literal["transformers"] = "transformers"
+    source: Literal["transformers"] = "transformers"  # a pretrained text encoder
     model: str = "BAAI/bge-large-en-v1.5"  # hub id, local folder, or package:NAME/PATH inside an installed package
-    revision: str = ""  # of a hub model; "" takes its default branch
-    pooling: Literal["cls", "mean"] = "cls"
-    max_tokens: int = 512  # a longer text is cut
-    batch_tokens: int = 16_384  # of one forward pass, padding included
-    precision: Precision = "auto"
-    text: tuple[str, ...] = ()  # parts of the item text; () takes data.text
+    revision: str = ""  # revision of a hub model; "" for its default branch
+    pooling: Literal["cls", "mean"] = "cls"  # from token states to a row: the first token's, or the mean
+    max_tokens: Annotated[int, Limits(3)] = 512  # a longer text is cut; 3 hold [CLS], a word and [SEP]
+    batch_tokens: int = 16_384  # tokens of one forward pass, padding included; at least max_tokens
+    precision: Precision = "auto"  # auto: bf16 where the device multiplies it faster than float32
+    text: tuple[str, ...] = ()  # parts of the item text; [] for data.text
 
     def check(self, key: str) -> None:
         require(bool(self.model), f"{key}.model is empty; expected a hub id, a folder or package:NAME/PATH")
-        require_at_least(self, key, 3, "max_tokens")  # [CLS], a word, [SEP]
-        require_at_least(self, key, self.max_tokens, "batch_tokens")
+        require(
+            self.batch_tokens >= self.max_tokens,
+            f"{key}.batch_tokens is {self.batch_tokens}; expected at least {self.max_tokens}",
+        )
 
 
 @dataclass(frozen=True)
 class OpenClipFeature:
     """An image encoder through ``open_clip`` (paper section 5.3: SigLIP ViT-L/16 at 256 pixels)."""
 
-    source: Literal["open_clip"] = "open_clip"
-    path: str = ""  # a Parquet table of item ids and images
+    source: Literal["open_clip"] = "open_clip"  # a pretrained image encoder
+    path: str = ""  # Parquet file of item ids and images, relative to data.root; required
     id: str = "item_id"  # its column of item ids
     image: str = "image"  # its column of images: encoded bytes, or file names relative to the table's folder
     model: str = "ViT-L-16-SigLIP-256"  # a name that open_clip knows, or a JSON file of an open_clip model config
     pretrained: str = "webli"  # a tag that open_clip knows for the model, or a file of weights
-    batch_images: int = 64  # of one forward pass
-    workers: int = 2  # processes that decode; 0 decodes in the main process
-    precision: Precision = "auto"
+    batch_images: PositiveInt = 64  # images of one forward pass
+    workers: NonNegativeInt = 2  # processes that decode; 0: decode in the main process
+    precision: Precision = "auto"  # auto: bf16 where the device multiplies it faster than float32
 
     def check(self, key: str) -> None:
         _require_path(self, key, self.path)
         for name in ("model", "pretrained"):
             require(bool(getattr(self, name)), f"{key}.{name} is empty; expected a name that open_clip knows or a file")
-        require_at_least(self, key, 1, "batch_images")
-        require_at_least(self, key, 0, "workers")
 
 
 TextFeature = TfidfFeature | TransformersFeature

@@ -26,7 +26,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     require(path.is_file(), f"config {path} does not exist; expected a YAML file such as configs/demo.yaml")
     try:
         raw = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that is none
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or an impossible date
         raise UserError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
     raw = {} if raw is None else raw
     require(isinstance(raw, dict), f"config {path} holds {type(raw).__name__}; expected a mapping of sections")
@@ -34,12 +34,31 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     name = path.stem if path.name != "config.yaml" else path.resolve().parent.name
     _set_default(raw, "store", "path", f"stores/{name}")
     _set_default(raw, "run", "dir", f"runs/{name}")
-    return typing.cast(Config, build(Config, raw, ""))
+    return _build_config(raw)
 
 
 def config_from_dict(raw: dict[str, Any]) -> Config:
-    """The inverse of :meth:`Config.to_dict`."""
-    return typing.cast(Config, build(Config, raw, ""))
+    """The inverse of :meth:`Config.to_dict`, also for what older versions have recorded."""
+    loss = raw.get("loss")
+    if isinstance(loss, dict) and loss.get("impl") == "compiled":  # removed since; "tiled" computes the same
+        raw = raw | {"loss": loss | {"impl": "tiled"}}
+    return _build_config(raw)
+
+
+def _build_config(raw: dict[str, Any]) -> Config:
+    """``model.width``, once a key, is accepted where it is the last of ``model.sizes``."""
+    model, width = raw.get("model"), None
+    if isinstance(model, dict) and "width" in model:
+        model = dict(model)
+        width = model.pop("width")
+        raw = raw | {"model": model}
+    config = typing.cast(Config, build(Config, raw, ""))
+    require(
+        width in (None, config.model.width),
+        f"the last of model.sizes is {config.model.width} but model.width is {width}; "
+        "leave model.width out, it follows from model.sizes",
+    )
+    return config
 
 
 def _set_default(raw: dict[str, Any], section: str, key: str, value: str) -> None:

@@ -1,6 +1,7 @@
 """Plain YAML values into frozen dataclasses, with messages that name the key, and command-line overrides on the way.
 
-Nothing here knows a particular section: the types are read from the dataclasses' annotations.
+Nothing here knows a particular section: types, choices (``Literal``) and limits (``Annotated`` with :class:`Limits`)
+are read from the dataclasses' annotations.
 """
 
 from __future__ import annotations
@@ -11,30 +12,96 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import yaml
 
 from fmrl_dist.base.errors import UserError, require
 
 
-def require_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+@dataclass(frozen=True)
+class Limits:
+    """The smallest and largest number that a value may be."""
+
+    low: float
+    high: float = math.inf
+    without_low: bool = False  # more than low, not low itself
+    without_high: bool = False
+
+    def hold(self, value: float) -> bool:
+        above = value > self.low if self.without_low else value >= self.low
+        return above and (value < self.high if self.without_high else value <= self.high)
+
+    def __str__(self) -> str:
+        if math.isinf(self.high):
+            return f"{'more than' if self.without_low else 'at least'} {self.low:g}"
+        signs = ["<" if without else "<=" for without in (self.without_low, self.without_high)]
+        return f"{self.low:g} {signs[0]} value {signs[1]} {self.high:g}"
+
+
+PositiveInt = Annotated[int, Limits(1)]
+NonNegativeInt = Annotated[int, Limits(0)]
+PositiveFloat = Annotated[float, Limits(0, without_low=True)]
+NonNegativeFloat = Annotated[float, Limits(0)]
+Fraction = Annotated[float, Limits(0, 1, without_high=True)]
+
+
+def require_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
     require(value in choices, f"{key} is {value!r}; expected one of: {', '.join(choices)}")
 
 
-def require_at_least(section: object, prefix: str, low: float, *keys: str) -> None:
-    """Raise :class:`UserError` where one of the section's ``keys`` is less than ``low``."""
-    for key in keys:
-        value = getattr(section, key)
-        require(value >= low, f"{prefix}.{key} is {value}; expected at least {low}")
+def field_types(section: type) -> dict[str, Any]:
+    """Each field's annotation, limits included."""
+    return typing.get_type_hints(section, include_extras=True)
+
+
+def check_fields(section: object, where: str) -> None:
+    """Check each field of a dataclass against its annotation, as :func:`build` does for YAML.
+
+    Fields that hold dataclasses are skipped: those have checked themselves.
+    """
+    for name, kind in field_types(type(section)).items():
+        value = getattr(section, name)
+        if not _holds_dataclasses(kind):
+            build(kind, value, f"{where}.{name}")
+
+
+def _holds_dataclasses(kind: Any) -> bool:
+    return (isinstance(kind, type) and dataclasses.is_dataclass(kind)) or any(
+        map(_holds_dataclasses, typing.get_args(kind))
+    )
+
+
+def describe(*kinds: Any, quote: Callable[[str], str] = str) -> str:
+    """Which values annotations take, in words; ``quote`` is applied to literal values."""
+    *others, last = [words for kind in kinds for words in _alternatives(kind, quote)]
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _alternatives(kind: Any, quote: Callable[[str], str]) -> list[str]:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return [words for argument in arguments for words in _alternatives(argument, quote)]
+    if origin is typing.Literal:
+        return [quote(value) for value in arguments]
+    if origin is Annotated:
+        return [f"{describe(arguments[0])} ({arguments[1]})"]
+    if origin is tuple:
+        return [f"list of {describe(arguments[0], quote=quote)}"]
+    if origin is dict or dataclasses.is_dataclass(kind):
+        return ["mapping"]
+    if kind is types.NoneType:
+        return [quote("null")]
+    return [{str: "text", bool: "true or false"}.get(kind, kind.__name__)]
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
     """Write each ``--section.key value`` (or ``--section.key=value``) into ``raw``, its value read as YAML.
 
     Raises:
-        UserError: a word is no override, a value is missing or not YAML, or a section's name holds a value.
+        UserError: a word is not an override, a value is missing or not YAML, or a section's name holds a value.
     """
     words = iter(overrides)
     for word in words:
@@ -75,8 +142,12 @@ def build(kind: Any, value: Any, where: str) -> Any:
         return _build_union(arguments, value, where)
     if dataclasses.is_dataclass(kind):
         return _build_dataclass(kind, value, where)
+    if origin is Annotated:
+        value, limits = build(arguments[0], value, where), arguments[1]
+        require(limits.hold(value), f"{where} is {value}; expected {limits}")
+        return value
     if origin is typing.Literal:
-        require(value in arguments, f"{where} is {value!r}; expected {' or '.join(map(repr, arguments))}")
+        require_choice(where, value, arguments)
         return value
     if origin is tuple:
         require(isinstance(value, list | tuple), f"{where} is {value!r}; expected a list")
@@ -106,11 +177,11 @@ def _build_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
     for kind in kinds:
         with contextlib.suppress(UserError):
             return build(kind, value, where)
-    raise UserError(f"{where} is {value!r}; expected {' or '.join(kind.__name__ for kind in kinds)}")
+    raise UserError(f"{where} is {value!r}; expected {describe(*kinds)}")
 
 
 def _tagged(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
-    """The dataclass that ``value`` asks for: their first field is a literal that tells them apart."""
+    """The dataclass that ``value`` asks for: their first field is a literal that distinguishes them."""
     tag = dataclasses.fields(kinds[0])[0]
     by_name = {dataclasses.fields(kind)[0].default: kind for kind in kinds}
     name = value.get(tag.name, tag.default) if isinstance(value, dict) else tag.default
@@ -122,7 +193,7 @@ def _tagged(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
 def _build_dataclass(kind: Any, value: Any, where: str) -> Any:
     value = {} if value is None else value
     require(isinstance(value, dict), f"{where or 'the config'} is {value!r}; expected a mapping")
-    hints = typing.get_type_hints(kind)
+    hints = field_types(kind)
     for key in value:
         if key not in hints:
             close = difflib.get_close_matches(str(key), hints, 1)

@@ -1,7 +1,9 @@
-"""One YAML file drives build, train and evaluate; this file says what may stand in it.
+"""One YAML file drives build, train and evaluate; this file defines its keys.
 
-Every section is a frozen dataclass. An unknown key, a wrong type or an impossible combination is a
-:class:`~fmrl_dist.base.errors.UserError` at construction, with the mend in its message. Any key can be overridden on
+Every section is a frozen dataclass. A field's annotation says which values it takes, and the comment beside it (or
+right above it) says what they mean: docs/config.md and ``--help-config`` are made from both
+(:mod:`fmrl_dist.config.reference`). An unknown key, a wrong value or an impossible combination is a
+:class:`~fmrl_dist.base.errors.UserError` at construction, whose message says what to fix. Any key can be overridden on
 the command line as ``--section.key value`` (the value is read as YAML).
 """
 
@@ -13,79 +15,91 @@ import json
 import re
 import typing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import yaml
 
 from fmrl_dist.base.errors import require
 from fmrl_dist.base.urls import hide_credentials, is_url
 from fmrl_dist.config.features import FeatureConfig
-from fmrl_dist.config.parsing import require_at_least, require_choice
+from fmrl_dist.config.parsing import (
+    Fraction,
+    Limits,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    check_fields,
+)
 
 FEATURE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 RESERVED_NAMES = {"ids", "users", "starts", "items", "times", "targets", "mask", "count", "block_items", "block_counts"}
 MIN_CHUNK_WIDTH = 4
+TrainPrecision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
 class DemoConfig:
     """Size and seed of the generated demo data (``shards.demo``)."""
 
-    users: int = 3000
-    items: int = 2000
-    seed: int = 0
+    users: PositiveInt = 3000  # number of users
+    items: PositiveInt = 2000  # number of items
+    seed: NonNegativeInt = 0  # the same seed and size give the same data
 
     def __post_init__(self) -> None:
-        require_at_least(self, "data.demo", 1, "users", "items")
-        require_at_least(self, "data.demo", 0, "seed")
+        check_fields(self, "data.demo")
 
 
 @dataclass(frozen=True)
 class SequenceTableConfig:
     """The histories: a table of whole sequences, or of single interactions (Parquet or CSV)."""
 
-    path: str = "sequences.parquet"
-    layout: str = "sequences"  # sequences: one row a user, items a list | interactions: one row an event
-    user: str = "user_id"
-    items: str = "item_ids"
-    times: str = ""  # optional column; interactions are ordered by it, ties keep the table's order
+    path: str = "sequences.parquet"  # Parquet or CSV file, relative to data.root
+    # sequences: one row per user with a list of items, oldest first | interactions: one row per event
+    layout: Literal["sequences", "interactions"] = "sequences"
+    user: str = "user_id"  # column of user ids
+    items: str = "item_ids"  # column of item ids: lists of them, or single ones for interactions
+    times: str = ""  # column of times, "" for none; interactions are ordered by it, ties keep the table's order
 
     def __post_init__(self) -> None:
-        require_choice("data.sequences.layout", self.layout, ("sequences", "interactions"))
+        check_fields(self, "data.sequences")
 
 
 @dataclass(frozen=True)
 class ItemTableConfig:
-    """The catalogue: one row an item; row = internal id."""
+    """The catalogue: one row per item. An item's row is its internal id."""
 
-    path: str = "items.parquet"
-    id: str = "item_id"
-    title: str = ""  # optional column, kept in the vocabulary for reading recommendations
+    path: str = "items.parquet"  # Parquet or CSV file, relative to data.root
+    id: str = "item_id"  # column of item ids
+    title: str = ""  # column of titles, "" for none; kept in the vocabulary for reading recommendations
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Raw tables, and how a history is read from the store."""
 
-    root: str = "data"
-    demo: DemoConfig | None = None  # set: the raw tables are generated into data.root when they are missing
+    root: str = "data"  # folder of the raw tables
+    demo: DemoConfig | None = None  # if set, the raw tables are generated into data.root when they are missing
     sequences: SequenceTableConfig = field(default_factory=SequenceTableConfig)
     items: ItemTableConfig = field(default_factory=ItemTableConfig)
+    # item features by name; each has a source, and that source's keys
     features: dict[str, FeatureConfig] = field(default_factory=dict)
+    # parts of an item's text, with columns of the item table in braces; an item lacks the parts whose columns it lacks
     text: tuple[str, ...] = ("Title: {title}", "Price: {price}", "Brand: {brand}", "Categories: {categories}")
-    text_separator: str = "\n"
-    max_length: int = 50  # targets of a training window, events of an evaluation history
-    windows: str = "last"  # last: one window a user | all: windows that partition the user's targets
+    text_separator: str = "\n"  # what joins the parts of an item's text
+    max_length: PositiveInt = 50  # targets of a training window, events of an evaluation history
+    # last: one window per user | all: windows that partition the user's targets
+    windows: Literal["last", "all"] = "last"
 
     def __post_init__(self) -> None:
-        require_choice("data.windows", self.windows, ("last", "all"))
-        require_at_least(self, "data", 1, "max_length")
+        check_fields(self, "data")
         reserved = ", ".join(sorted(RESERVED_NAMES))
         for name, feature in self.features.items():
             require(
                 FEATURE_NAME.fullmatch(name) is not None and name not in RESERVED_NAMES,
                 f"feature name {name!r} is not allowed: expected [a-z][a-z0-9_]*, none of {reserved}",
             )
+            check_fields(feature, f"data.features.{name}")
             feature.check(f"data.features.{name}")
 
 
@@ -93,27 +107,24 @@ class DataConfig:
 class StoreConfig:
     """The shard store that ``shards.build`` writes and everything else reads."""
 
-    path: str = ""  # a folder, or to read from a URL (http, https, s3, gs); default: stores/<config name>
-    users_per_block: int = 256
-    items_per_block: int = 1024
-    blocks_per_shard: int = 16
-    # table: features are read from a table of all items, unpacked once for each node | inline: they ride with the
+    path: str = ""  # folder, or URL to read from (http, https, s3, gs); "" for stores/<config name>
+    users_per_block: PositiveInt = 256  # users of a block, the unit of reading and shuffling
+    items_per_block: PositiveInt = 1024  # items of a block
+    blocks_per_shard: PositiveInt = 16  # blocks of a tar file
+    # table: features are read from a table of all items, unpacked once per node | inline: they ride with the
     # histories (the store is built so), and nothing that training holds grows with the catalogue
-    feature_mode: str = "table"
-    timeout_s: float = 120.0  # for one block from a URL, all tries together
-    retries: int = 4  # after the first try
-    # For what is unpacked or counted once for each node, and blocks from a URL; default: <path>.derived beside a folder
-    # that may be written to, else fmrl-dist in the user's cache folder.
+    feature_mode: Literal["table", "inline"] = "table"
+    timeout_s: PositiveFloat = 120.0  # seconds for one block from a URL, all tries together
+    retries: NonNegativeInt = 4  # tries for a block after the first
+    # folder for what is unpacked or counted once per node, and for blocks from a URL; "" for <path>.derived beside a
+    # folder that can be written to, else fmrl-dist in the user's cache folder
     cache_dir: str = ""
-    cache_gb: float = 10.0  # 10^9 bytes; the blocks read longest ago go first; 0: no cache
-    on_bad_shard: str = "stop"  # stop | skip: leave the users of a damaged block out, and count them
+    cache_gb: NonNegativeFloat = 10.0  # 10^9 bytes of blocks from a URL to keep, those read last; 0: none
+    # stop: a damaged block ends the run | skip: leave its users out, and count them
+    on_bad_shard: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
-        require_at_least(self, "store", 1, "users_per_block", "items_per_block", "blocks_per_shard")
-        require_at_least(self, "store", 0, "retries", "cache_gb")
-        require_choice("store.feature_mode", self.feature_mode, ("table", "inline"))
-        require_choice("store.on_bad_shard", self.on_bad_shard, ("stop", "skip"))
-        require(self.timeout_s > 0, f"store.timeout_s is {self.timeout_s}; expected more than 0")
+        check_fields(self, "store")
         require(
             not is_url(self.path) or not re.search(r"\s", self.path),
             "store.path is a URL with a blank in it; write it as %20",
@@ -124,41 +135,41 @@ class StoreConfig:
 class ModelConfig:
     """fMRLRec (paper section 3)."""
 
-    sizes: tuple[int, ...] = (8, 16, 32, 64, 128)
-    width: int = 128
-    depth: int = 2
-    dropout: float = 0.5  # input embeddings and FFN
-    lru_dropout: float = 0.5  # after the LRU
-    r_min: float = 0.0
-    r_max: float = 0.1
-    features: tuple[str, ...] | None = None  # None: every feature of the store
+    sizes: tuple[int, ...] = (8, 16, 32, 64, 128)  # Matryoshka sizes, increasing by at least 4; the last is the width
+    depth: PositiveInt = 2  # number of blocks
+    dropout: Fraction = 0.5  # rate on the input embeddings and in the feed-forward network
+    lru_dropout: Fraction = 0.5  # rate after the LRU
+    r_min: float = 0.0  # inner radius of the ring on which |Λ| starts, below r_max
+    r_max: float = 0.1  # outer radius of that ring, at most 1
+    features: tuple[str, ...] | None = None  # names of features to read; null: every feature of the store
     id_table: bool = False  # a trained embedding per item (the paper's "w/o Lang. & Image" is features: [] and this)
-    feature_scale: str | float = "none"  # none | a number: features times it | standardize: mean 0, unit mean variance
+    # how the recurrence is computed in training: auto: by device | doubling | triton | plain: one event at a time
+    scan: Literal["auto", "doubling", "triton", "plain"] = "auto"
+    # none: features as they are | a number: features times it | standardize: mean 0, and mean variance 1
+    feature_scale: Literal["none", "standardize"] | PositiveFloat = "none"
 
     def __post_init__(self) -> None:
-        check_sizes(self.sizes, self.width)
-        require_at_least(self, "model", 1, "depth")
-        for key in ("dropout", "lru_dropout"):
-            require(0 <= getattr(self, key) < 1, f"model.{key} is {getattr(self, key)}; expected 0 <= rate < 1")
+        check_fields(self, "model")
+        check_sizes(self.sizes)
         require(
             0 <= self.r_min < self.r_max <= 1,
             f"model.r_min, r_max are {self.r_min}, {self.r_max}; expected 0 <= r_min < r_max <= 1",
-        )
-        require(
-            self.feature_scale in ("none", "standardize")
-            or (isinstance(self.feature_scale, float) and self.feature_scale > 0),
-            f"model.feature_scale is {self.feature_scale!r}; expected none, standardize or a number above 0",
         )
         names = self.features or ()
         require(len(set(names)) == len(names), f"model.features {list(names)} name a feature twice; name each once")
         require(
             self.features != () or self.id_table,
-            "model.features is empty and model.id_table is off: nothing would tell items apart; turn one on",
+            "model.features is empty and model.id_table is off: nothing would distinguish items; turn one on",
         )
 
+    @property
+    def width(self) -> int:
+        """D, the largest size."""
+        return self.sizes[-1]
 
-def check_sizes(sizes: tuple[int, ...], width: int) -> None:
-    """Refuse sizes that do not nest: increasing, chunks of at least 4 channels, the last one the width."""
+
+def check_sizes(sizes: tuple[int, ...]) -> None:
+    """Refuse sizes that do not nest: increasing, in chunks of at least 4 channels."""
     require(len(sizes) > 0, "model.sizes is empty; expected at least one size")
     chunks = [high - low for low, high in zip((0, *sizes), sizes, strict=False)]
     require(all(c > 0 for c in chunks), f"model.sizes {list(sizes)} do not increase; write them from small to large")
@@ -167,36 +178,31 @@ def check_sizes(sizes: tuple[int, ...], width: int) -> None:
         f"model.sizes {list(sizes)} have a chunk of {min(chunks)} channels; "
         f"a layer-norm needs at least {MIN_CHUNK_WIDTH} between sizes",
     )
-    require(sizes[-1] == width, f"the last of model.sizes is {sizes[-1]} but model.width is {width}; make them equal")
 
 
 @dataclass(frozen=True)
 class LossConfig:
     """Nested cross-entropy (paper eq. 14), over the whole catalogue or over sampled items."""
 
-    impl: str = "tiled"  # tiled | compiled: with torch.compile | triton: a GPU's kernels | plain: all scores at once
+    # how the loss is computed: auto: by device | tiled | triton: a GPU's kernels | plain: all scores at once
+    impl: Literal["auto", "tiled", "triton", "plain"] = "auto"
     predict_first: bool = True  # a start position predicts the first item of a whole history
-    size_weights: tuple[float, ...] | None = None  # c_m of each size; None: 1
-    temperatures: tuple[float, ...] | None = None  # τ_m by which each size's scores are divided; None: 1
+    size_weights: tuple[float, ...] | None = None  # weight c_m of each size's loss; null: 1
+    temperatures: tuple[PositiveFloat, ...] | None = None  # τ_m by which each size's scores are divided; null: 1
     normalize: bool = False  # score by cosines of each size's prefixes; needs temperatures
-    softmax: str = "full"  # full | sampled
-    catalogue: str = "whole"  # of the full softmax: whole: each rank scores all items | split: a slice of them, for all
-    negatives: str = "uniform"  # uniform | popularity | in_batch | mixed: uniform and in-batch
-    num_negatives: int = 256  # drawn for each lane; in_batch draws none
-    popularity_power: float = 0.75  # popularity is (train_count + 1)^power
-    scope: str = "lane"  # lane: a position's negatives are its lane's | batch: the whole global batch's
+    softmax: Literal["full", "sampled"] = "full"  # full: over all items | sampled: over the target and negatives
+    # whole: each rank scores all items | split: each scores a slice of them, for all ranks; for the full softmax
+    catalogue: Literal["whole", "split"] = "whole"
+    # uniform: drawn from all items | popularity: drawn by training counts | in_batch: the batch's targets | mixed:
+    # uniform and in_batch
+    negatives: Literal["uniform", "popularity", "in_batch", "mixed"] = "uniform"
+    num_negatives: PositiveInt = 256  # negatives drawn per lane; in_batch draws none
+    popularity_power: Annotated[float, Limits(0, 2)] = 0.75  # popularity is (train_count + 1)^power; 0 is uniform
+    # lane: a position's negatives are those of its lane | batch: those of the whole global batch
+    scope: Literal["lane", "batch"] = "lane"
 
     def __post_init__(self) -> None:
-        require_choice("loss.impl", self.impl, ("tiled", "compiled", "triton", "plain"))
-        require_choice("loss.softmax", self.softmax, ("full", "sampled"))
-        require_choice("loss.catalogue", self.catalogue, ("whole", "split"))
-        require_choice("loss.negatives", self.negatives, ("uniform", "popularity", "in_batch", "mixed"))
-        require_choice("loss.scope", self.scope, ("lane", "batch"))
-        require_at_least(self, "loss", 1, "num_negatives")
-        require(
-            0 <= self.popularity_power <= 2,
-            f"loss.popularity_power is {self.popularity_power}; expected 0 (uniform) to 2, often 0.75 or 1",
-        )
+        check_fields(self, "loss")
         weights = self.size_weights
         require(
             weights is None or min(weights, default=-1) >= 0 < sum(weights),
@@ -210,66 +216,49 @@ class LossConfig:
             self.catalogue == "whole" or not self.normalize,
             "loss.catalogue is split, which loss.normalize does not support; choose whole, or turn loss.normalize off",
         )
-        temperatures = self.temperatures
         require(
-            not self.normalize or temperatures is not None,
+            not self.normalize or self.temperatures is not None,
             "loss.normalize needs loss.temperatures, one for each size: a cosine is at most 1; 0.05 is a usual start",
-        )
-        require(
-            temperatures is None or min(temperatures, default=0) > 0,
-            f"loss.temperatures is {list(temperatures or ())}; expected numbers above 0",
         )
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Optimisation (paper section 5.3)."""
+    """Optimisation (paper section 5.3), reading ahead, and checkpoints."""
 
-    epochs: int = 500
-    max_steps: int = 0  # 0: no limit but the epochs
-    schedule_epochs: int = 0  # length of the cosine; 0: train.epochs
-    batch_size: int = 32  # histories, over all ranks
-    lanes: int = 0  # 0: the largest divisor of batch_size up to 16
-    micro_batches: int = 1  # into how many a rank divides its lanes' batch, to hold one at a time
-    shuffle_blocks: int = 64  # blocks whose users are shuffled together; each lane's reader holds that many
-    lr: float = 1e-3
-    min_lr_ratio: float = 0.0
-    weight_decay: float = 1e-2
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-9
-    warmup_steps: int = 100
-    clip_norm: float = 5.0
-    precision: str = "fp32"  # fp32 | bf16: matmul inputs in bfloat16, parameters and optimiser stay float32
-    seed: int = 0
-    threads: int | str = "auto"  # auto: cores / local ranks
-    workers: int = 1  # processes that read ahead, for each rank; 0: read when a step wants it
-    worker_timeout_s: float = 600.0  # longest wait for them before the run ends
-    hang_timeout_s: float = 1800.0  # longest step or evaluation; then every rank writes where it stands, and ends
-    patience: int = 10  # evaluations without gain before stopping; 0: never
-    log_every_steps: int = 10
-    checkpoint_every_steps: int = 0  # besides those at every evaluation; 0: no others
-    checkpoint_every_minutes: float = 0.0  # likewise, since the last one
-    keep_checkpoints: int = 2  # the newest, to fall back on; the best is always kept
+    epochs: PositiveInt = 500  # passes over the training users, at most; early stopping may end a run earlier
+    max_steps: NonNegativeInt = 0  # optimiser steps, at most; 0: no limit but the epochs
+    schedule_epochs: NonNegativeInt = 0  # length of the cosine schedule; 0: train.epochs
+    batch_size: PositiveInt = 32  # histories per step, over all ranks
+    lanes: NonNegativeInt = 0  # equal parts of the batch that ranks share out; 0: the batch's largest divisor up to 16
+    micro_batches: PositiveInt = 1  # parts into which a rank divides its share of a batch, to hold one at a time
+    shuffle_blocks: PositiveInt = 64  # blocks whose users are shuffled together; each lane's reader holds that many
+    lr: PositiveFloat = 1e-3  # peak learning rate of AdamW, reached after warm-up
+    min_lr_ratio: NonNegativeFloat = 0.0  # learning rate at the end of the cosine, as a share of the peak
+    weight_decay: NonNegativeFloat = 1e-2  # AdamW's weight decay, of nested and projection matrices only
+    beta1: Fraction = 0.9  # AdamW's decay of the first moment
+    beta2: Fraction = 0.999  # AdamW's decay of the second moment
+    eps: PositiveFloat = 1e-9  # AdamW's epsilon
+    warmup_steps: NonNegativeInt = 100  # steps of linear warm-up
+    clip_norm: PositiveFloat = 5.0  # gradients of all parameters together are clipped to this norm
+    # bf16: inputs of matrix products are bfloat16; parameters, optimiser and ranking stay float32
+    precision: TrainPrecision = "fp32"
+    seed: NonNegativeInt = 0  # seed of initialisation, order, negatives and dropout
+    threads: PositiveInt | Literal["auto"] = "auto"  # CPU threads per process; auto: cores / local ranks
+    workers: NonNegativeInt = 1  # processes per rank that read ahead; 0: read when a step needs it
+    worker_timeout_s: PositiveFloat = 600.0  # longest wait for the workers before the run ends
+    hang_timeout_s: PositiveFloat = 1800.0  # longest step or evaluation; then every rank writes its stacks and ends
+    patience: NonNegativeInt = 10  # evaluations without gain before early stopping; 0: never stop early
+    log_every_steps: PositiveInt = 10  # steps between two records in metrics.jsonl
+    checkpoint_every_steps: NonNegativeInt = 0  # steps between checkpoints, besides those at every evaluation; 0: none
+    checkpoint_every_minutes: NonNegativeFloat = 0.0  # minutes between checkpoints, besides the others; 0: none
+    keep_checkpoints: PositiveInt = 2  # number of newest checkpoints to keep; the best is always kept
 
     def __post_init__(self) -> None:
-        require_choice("train.precision", self.precision, ("fp32", "bf16"))
-        require_at_least(self, "train", 1, "epochs", "batch_size", "log_every_steps")
-        require_at_least(self, "train", 1, "micro_batches", "shuffle_blocks", "keep_checkpoints")
-        require_at_least(self, "train", 0, "max_steps", "schedule_epochs", "warmup_steps", "checkpoint_every_steps")
-        require_at_least(self, "train", 0, "checkpoint_every_minutes", "workers")
-        require_at_least(self, "train", 0, "lanes", "patience", "seed", "min_lr_ratio", "weight_decay")
+        check_fields(self, "train")
         require(
             self.lanes == 0 or self.batch_size % self.lanes == 0,
             f"train.lanes is {self.lanes}, which does not divide train.batch_size {self.batch_size}",
-        )
-        for key in ("lr", "eps", "clip_norm", "worker_timeout_s", "hang_timeout_s"):
-            require(getattr(self, key) > 0, f"train.{key} is {getattr(self, key)}; expected more than 0")
-        for key in ("beta1", "beta2"):
-            require(0 <= getattr(self, key) < 1, f"train.{key} is {getattr(self, key)}; expected 0 <= beta < 1")
-        require(
-            self.threads == "auto" or (isinstance(self.threads, int) and self.threads >= 1),
-            f"train.threads is {self.threads!r}; expected 'auto' or a number of at least 1",
         )
 
     @property
@@ -282,22 +271,22 @@ class TrainConfig:
 class EvalConfig:
     """Validation during training, and what decides which checkpoint is best."""
 
-    metric: str = "ndcg@10"
-    size: int = 0  # 0: the model's width
-    every_steps: int = 0  # 0: at the end of each epoch
-    users: int = 0  # validation on a fixed subset; 0: all
+    # validation metric that chooses the best checkpoint, at eval.size
+    metric: Literal["recall@5", "ndcg@5", "recall@10", "ndcg@10", "mrr@10"] = "ndcg@10"
+    size: NonNegativeInt = 0  # which of model.sizes chooses the best checkpoint; 0: the largest
+    every_steps: NonNegativeInt = 0  # steps between validations; 0: once per epoch
+    users: NonNegativeInt = 0  # validate on a fixed, evenly spread subset of so many users; 0: all
 
     def __post_init__(self) -> None:
-        require_choice("eval.metric", self.metric, ("recall@5", "ndcg@5", "recall@10", "ndcg@10", "mrr@10"))
-        require_at_least(self, "eval", 0, "every_steps", "users")
+        check_fields(self, "eval")
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """Where a run lives."""
 
-    dir: str = ""  # default: runs/<config name>
-    tensorboard: bool = True
+    dir: str = ""  # the run's folder; "" for runs/<config name>
+    tensorboard: bool = True  # write TensorBoard files too
 
 
 @dataclass(frozen=True)

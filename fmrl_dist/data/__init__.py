@@ -1,1 +1,1 @@
-"""The shard store and how training and evaluation read it."""
+"""The shard store, and how training and evaluation read it."""

@@ -1,4 +1,4 @@
-"""Histories side by side, as the model takes them, and the blocks of users that an evaluation ranks for."""
+"""Packed histories, as the model takes them, and the blocks of users that an evaluation ranks for."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from fmrl_dist.data.windows import ragged_rows
 
 @dataclass(frozen=True)
 class Packed:
-    """Histories side by side: N items, B histories or windows.
+    """Packed histories: N items, B histories or windows.
 
-    Where features ride with the stream, they are those of the ``n`` distinct items that the model needs here.
+    Inline features are those of the ``n`` distinct items that the model needs for this batch.
     """
 
     users: Tensor  # int64 [B], internal ids
     items: Tensor  # int64 [N], oldest first
-    starts: Tensor  # int64 [B+1], first row of each history and, last, N
-    from_start: Tensor  # bool [B], whether a start position stands before the first item
-    targets: Tensor  # int64: training one per position [N + from_start.sum()], evaluation one per history [B]
+    starts: Tensor  # int64 [B+1], first row of each history, then N
+    from_start: Tensor  # bool [B], whether a start position precedes the first item
+    targets: Tensor  # int64: one per position in training [N + from_start.sum()], one per history in evaluation [B]
     feature_ids: Tensor | None = field(default=None, kw_only=True)  # int64 [n], sorted
     feature_values: Tensor | None = field(default=None, kw_only=True)  # float16 [n, F]
     feature_present: Tensor | None = field(default=None, kw_only=True)  # bool [n, M]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """All that there are, by name."""
+        """All tensors that are not None, by name."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -43,19 +43,19 @@ class Packed:
 
 @dataclass(frozen=True)
 class SampledBatch(Packed):
-    """Windows to train on against sampled items, in G groups of positions that share their negatives."""
+    """Training windows for a sampled softmax, in G groups of positions that share their negatives."""
 
-    position_starts: Tensor  # int64 [G+1], first position of each group and, last, the number of positions
-    negatives: Tensor  # int64 [K'], with repetition
-    log_expected: Tensor  # float32 [K'], how often each was to be expected among its group's negatives
-    negative_starts: Tensor  # int64 [G+1], first negative of each group and, last, K'
+    position_starts: Tensor  # int64 [G+1], first position of each group, then the number of positions
+    negatives: Tensor  # int64 [K'], with repetitions
+    log_expected: Tensor  # float32 [K'], log of each one's expected count among its group's negatives
+    negative_starts: Tensor  # int64 [G+1], first negative of each group, then K'
 
 
 @dataclass(frozen=True)
 class EvaluationBlock(Packed):
     """Users to rank the catalogue for: the model reads their last events, and masking needs all of them."""
 
-    seen: Tensor  # int64, items of the whole histories, those before the cut too
+    seen: Tensor  # int64, items of the complete histories, including those before the cut
     seen_starts: Tensor  # int64 [B+1], first row of each history in ``seen``
 
 
@@ -67,9 +67,9 @@ def evaluation_blocks(
     num_users: int = 0,
     inline_dims: Mapping[str, int] | None = None,
 ) -> Iterator[EvaluationBlock]:
-    """The users of some blocks of ``split``: whole histories' last ``max_length`` events, the next item as target.
+    """The users of some blocks of ``split``: the last ``max_length`` events of each history, the next item as target.
 
-    A damaged block is left out where the store is read with ``on_bad_shard: skip``.
+    A damaged block is skipped if the store is read with ``on_bad_shard: skip``.
 
     Args:
         store: an open store.
@@ -77,7 +77,7 @@ def evaluation_blocks(
         max_length: events kept.
         block_numbers: blocks to read.
         num_users: size of a fixed, evenly spread subset of the split's users; 0 for all.
-        inline_dims: features (and their dims) to take along from the blocks of an inline store; None takes none.
+        inline_dims: features (and their dims) to read from the blocks of an inline store; None reads none.
     """
     blocks = store.manifest.splits[split]
     total = sum(block.count for block in blocks)

@@ -1,4 +1,4 @@
-"""How features enter the model: (x - shift)·scale, from statistics of the items that have them.
+"""How features enter the model: (x - shift)·scale, from statistics over the items that have them.
 
 F features' total dim, M features.
 """
@@ -36,9 +36,9 @@ def feature_affine(dims: Mapping[str, int], sums: Tensor | None, scale: str | fl
 
     Args:
         dims: feature → dim, in the order of the columns.
-        sums: of :func:`feature_sums`; needed to standardize.
+        sums: from :func:`feature_sums`; needed to standardize.
         scale: "none"; a number, by which every feature is multiplied; or "standardize": each dimension's mean is
-            taken off and each feature divided by one number, so that its mean variance is 1.
+            subtracted and each feature divided by one number, so that its mean variance is 1.
     """
     total = sum(dims.values())
     shift, factor = torch.zeros(total), torch.ones(total)
@@ -59,7 +59,7 @@ def feature_affine(dims: Mapping[str, int], sums: Tensor | None, scale: str | fl
 
 
 def table_parts(table: ItemTable) -> Iterator[FeatureParts]:
-    """All rows of a table, some at a time."""
+    """All rows of a table, in chunks."""
     yield from zip(table.values.split(SUMMED_AT_ONCE), table.present.split(SUMMED_AT_ONCE), strict=True)
 
 

@@ -1,8 +1,8 @@
-"""Batches of one rank, read ahead by worker processes, from any step on.
+"""Batches of one rank, read ahead by worker processes, starting at any step.
 
-Lanes are shared out among the workers, so that each block is read by as few of them as need it; every worker gives its
-part of each step in turn. Workers are PyTorch's DataLoader's: they end with the training process, and one that dies or
-stalls ends the run within a set time. Parts pass through pipes, so a container's small ``/dev/shm`` does not matter.
+Lanes are divided among the workers, so that each block is read by as few workers as possible; the workers deliver their
+parts of each step in turn. They are PyTorch DataLoader workers: they end with the training process, and one that dies
+or stalls ends the run within a set time. Parts travel through pipes, so a container's small ``/dev/shm`` is no problem.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from fmrl_dist.base.errors import UserError
 from fmrl_dist.data.batches import Packed
 from fmrl_dist.data.train_stream import LaneWindows, TrainStream
 
-READ_AHEAD = 8  # steps, of each worker
-KILLED_S = 5.0  # longest wait for a killed worker
+READ_AHEAD = 8  # steps per worker
+KILLED_S = 5.0  # longest wait for a killed worker to end
 
 
 class BatchFeed:
-    """The batches of ``lanes``, one step after another. Use it as a context: it ends the workers.
+    """The batches of ``lanes``, one step after another. Use it as a context manager: it ends the workers.
 
     Args:
         stream: what to read.
         lanes: of this rank.
-        total_steps: of the whole run; nothing is read beyond.
-        num_workers: processes that read ahead; 0 reads when a batch is asked for.
-        timeout_s: longest wait for a worker; there is no limit without workers.
-        micro_batches: into how many each batch is divided, by lanes.
+        total_steps: of the whole run; nothing is read beyond it.
+        num_workers: processes that read ahead; 0 reads each batch on request.
+        timeout_s: longest wait for a worker; no limit without workers.
+        micro_batches: number of parts each batch is divided into, by lanes.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class BatchFeed:
         self._workers: list[BaseProcess] = []
 
     def batches(self, step: int) -> tuple[list[Packed], list[int]]:
-        """This rank's micro-batches at ``step`` of the whole run, and the blocks that were left out as damaged.
+        """This rank's micro-batches at ``step`` of the whole run, and the damaged blocks that were left out.
 
         Raises:
             UserError: a block is damaged, the source fails, or a worker died or took too long.
@@ -73,7 +73,7 @@ class BatchFeed:
         return batches, [int(b) for part in parts for b in part.damaged]
 
     def change_stream(self, stream: TrainStream) -> None:
-        """Go on with another stream from the next batch asked for; what was read ahead is dropped."""
+        """Switch to another stream from the next batch on; batches read ahead are dropped."""
         self._stream, self._next_step, self._parts = stream, -1, iter(())
 
     def _start_at(self, step: int) -> None:
@@ -85,7 +85,7 @@ class BatchFeed:
             prefetch_factor=READ_AHEAD if self._num_workers else None,
             timeout=self._timeout_s if self._num_workers else 0,
             worker_init_fn=_leave_signals_to_the_rank,
-            multiprocessing_context="fork" if self._num_workers else None,  # workers share what is open and imported
+            multiprocessing_context="fork" if self._num_workers else None,  # workers share open files and imports
         )
         others = active_children()
         self._parts = iter(loader)
@@ -99,29 +99,29 @@ class BatchFeed:
     ) -> None:
         self._parts = iter(())
         for worker in self._workers:
-            # They have been told to end. One that is stopped, or waits for a dead disk, would keep this process from
-            # ending. The DataLoader learns of a dead worker by a signal, and raises wherever this process is.
+            # Workers have been asked to end. One that is stopped, or waits for a dead disk, would keep this process
+            # from ending. A signal notifies the DataLoader of a dead worker; it then raises wherever this process is.
             with contextlib.suppress(RuntimeError):
                 worker.kill()
             with contextlib.suppress(RuntimeError):
                 worker.join(KILLED_S)
         if isinstance(error, RuntimeError) and "DataLoader" in str(error):
             raise UserError(
-                f"a process that reads ahead died or gave nothing for {self._timeout_s:g} s "
-                f"({' '.join(str(error).split())}); look for a full memory or a source that stalls, see train.workers "
-                "and train.worker_timeout_s, then go on by --resume auto"
+                f"a reading worker died or sent nothing for {self._timeout_s:g} s "
+                f"({' '.join(str(error).split())}); check for exhausted memory or a stalled source (see train.workers "
+                "and train.worker_timeout_s), then resume with --resume auto"
             ) from None
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What a worker gives in place of a part that it cannot give."""
+    """What a worker sends instead of a part that it cannot read."""
 
     message: str
 
 
 class Parts(IterableDataset[LaneWindows | Failure]):
-    """The parts of one reader, or of each worker, from a step on."""
+    """The parts of one reader, or of each worker, starting at a step."""
 
     def __init__(self, stream: TrainStream, lanes: Sequence[int], first_step: int, total_steps: int) -> None:
         self._stream, self._lanes = stream, lanes
@@ -134,13 +134,13 @@ class Parts(IterableDataset[LaneWindows | Failure]):
             epoch, step_of_epoch = divmod(step, self._stream.order.steps_per_epoch)
             try:
                 yield self._stream.read(epoch, step_of_epoch, self._lanes, reader, num_readers)
-            except UserError as error:  # told by the training process, in one line
+            except UserError as error:  # the training process reports it, in one line
                 yield Failure(str(error))
                 return
 
 
 def _leave_signals_to_the_rank(_: int) -> None:
-    """A job's signals reach all of its processes; a rank that is to save still needs its readers for a step."""
+    """A job's signals reach all of its processes, but a rank that must save still needs its workers for a step."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 

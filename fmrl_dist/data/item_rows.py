@@ -1,4 +1,4 @@
-"""Features of some items, as they ride with a stream: what a batch, or a tile of the catalogue, needs of all items'.
+"""Inline features: those of the items that one batch, or one tile of the catalogue, needs.
 
 F features' total dim, M features.
 """
@@ -24,8 +24,8 @@ def block_rows(arrays: Mapping[str, np.ndarray], ids_field: str, dims: Mapping[s
     """The items of a block, sorted.
 
     Args:
-        arrays: of the block.
-        ids_field: which of them names the items: ``ids`` of an item block, ``block_items`` of an inline user block.
+        arrays: the block's.
+        ids_field: the array of item ids: ``ids`` in an item block, ``block_items`` in an inline user block.
         dims: feature → dim, in the order of the columns.
     """
     ids = arrays[ids_field]
@@ -41,7 +41,7 @@ def block_rows(arrays: Mapping[str, np.ndarray], ids_field: str, dims: Mapping[s
 
 
 def merge(sources: Sequence[ItemRows], dims: Mapping[str, int]) -> ItemRows:
-    """All items of some sources, each once."""
+    """All items of several sources, without duplicates."""
     all_ids = np.concatenate([np.empty(0, np.int64), *(source.ids for source in sources)])
     ids, first = np.unique(all_ids, return_index=True)
     merged, base = _empty(ids, dims), 0
@@ -56,7 +56,7 @@ def merge(sources: Sequence[ItemRows], dims: Mapping[str, int]) -> ItemRows:
 
 
 def pick(ids: np.ndarray, sources: Sequence[ItemRows], dims: Mapping[str, int]) -> ItemRows:
-    """The items ``ids`` (sorted, distinct), each of which some source has."""
+    """The items ``ids`` (sorted, distinct); each must be in some source."""
     picked, found = _empty(ids, dims), np.zeros(len(ids), np.bool_)
     for source in sources:
         if not len(source.ids):
@@ -68,7 +68,7 @@ def pick(ids: np.ndarray, sources: Sequence[ItemRows], dims: Mapping[str, int]) 
             source.present[rows[here]],
             1,
         )
-    assert found.all(), "every block is checked to bring the features of all its items"
+    assert found.all(), "every block is checked to contain the features of all its items"
     return picked
 
 

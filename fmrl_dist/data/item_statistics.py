@@ -1,9 +1,9 @@
-"""What is computed from a store once and kept (``Store.derived_folder``): item frequencies, alias tables.
+"""Statistics computed once per store and kept (``Store.derived_folder``): item frequencies, alias tables.
 
-Each file's name carries the manifest's hash and what it was computed with, so a store that is built again has others.
-Files are written aside and renamed; processes that compute the same one at once write the same bytes. A file is a
-``.npy`` with its sha256 behind it, which is checked when it is opened (about 1 s for 100 million items and a table of
-12 bytes each), then memory-mapped.
+Each file's name contains the manifest's hash and the parameters, so a rebuilt store gets new files. A file is written
+under a temporary name and renamed; processes that compute it at once write the same bytes. A file is a ``.npy``
+followed by its sha256. The hash is checked when the file is opened (about 1 s for 100 million items and a table of 12
+bytes each); then the file is memory-mapped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.windows import WindowRule, ragged_rows, target_windows
 
-DIGEST_BYTES = 32  # of a sha256
+DIGEST_BYTES = 32  # of a sha256 hash
 
 
 def popularity_table(store: Store, power: float) -> np.ndarray:
@@ -39,7 +39,7 @@ def popularity_table(store: Store, power: float) -> np.ndarray:
 
 
 def target_log_shares(store: Store, rule: WindowRule) -> np.ndarray:
-    """Log of each item's share of an epoch's training targets, memory-mapped float32 [V]; -inf where it is none."""
+    """Log of each item's share of an epoch's training targets, memory-mapped float32 [V]; -inf if never a target."""
 
     def compute() -> np.ndarray:
         counts = np.zeros(store.manifest.num_items, np.int64)
@@ -58,7 +58,7 @@ def target_log_shares(store: Store, rule: WindowRule) -> np.ndarray:
 
 
 def _train_counts(store: Store) -> np.ndarray:
-    """How often each item stands in training histories, int64 [V]."""
+    """How often each item occurs in training histories, int64 [V]."""
     path = f"{store.location}/{VOCAB_FILE}"
     counts, read = np.empty(store.manifest.num_items, np.int64), 0
     try:
@@ -66,14 +66,14 @@ def _train_counts(store: Store) -> np.ndarray:
             num_rows = file.metadata.num_rows
             require(
                 num_rows == len(counts),
-                f"{path} has {num_rows} rows; expected the store's {len(counts)} items: build the store again",
+                f"{path} has {num_rows} rows; expected the store's {len(counts)} items: rebuild the store",
             )
             for batch in file.iter_batches(columns=["train_count"], use_threads=False):  # see Store.read_table
                 counts[read : read + len(batch)] = batch.column(0).to_numpy()
                 read += len(batch)
-    except (OSError, pa.ArrowException, IndexError) as error:  # IndexError: there is no such column
+    except (OSError, pa.ArrowException, IndexError) as error:  # IndexError: the column is missing
         problem = " ".join(str(error).split())
-        raise UserError(f"the store's vocabulary {path} cannot be read ({problem}); build the store again") from None
+        raise UserError(f"the store's vocabulary {path} cannot be read ({problem}); rebuild the store") from None
     return counts
 
 
@@ -85,7 +85,7 @@ def _computed_once(store: Store, name: str, dtype: np.dtype, compute: Callable[[
     if table.dtype != dtype or table.shape != (store.manifest.num_items,):
         raise UserError(
             f"{path} holds {table.dtype} {table.shape}; expected {dtype} ({store.manifest.num_items},): delete it, "
-            "it will be made again"
+            "it will be rebuilt"
         )
     return table
 
@@ -100,7 +100,7 @@ def _write(path: Path, table: np.ndarray) -> None:
         write_atomically(path, buffer.getvalue())
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written ({error.strerror}); make {path.parent} a folder with room that you may write to"
+            f"{path} cannot be written ({error.strerror}); make {path.parent} a writable folder with free space"
         ) from None
 
 
@@ -108,8 +108,8 @@ def _read(path: Path) -> np.ndarray:
     try:
         content = np.memmap(path, np.uint8, "r")
         if hashlib.sha256(content[:-DIGEST_BYTES].data).digest() != content[-DIGEST_BYTES:].tobytes():
-            raise ValueError("its sha256 is not the one behind it")
+            raise ValueError("its sha256 does not match the appended one")
         table: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}); delete it, it will be made again") from None
+        raise UserError(f"{path} cannot be read ({error}); delete it, it will be rebuilt") from None
     return table

@@ -1,12 +1,12 @@
 """The item table: every item's frozen features in one matrix, unpacked from the store's item shards to a mapped file.
 
-V items, F features' total dim, M features. The file is written once for each node, in ``Store.derived_folder``, by one
-process under a lock; all processes of the node map it and so share its pages. Its name carries the hashes of manifest
-and features, and it is renamed to that name when it is whole and on disk. Every block is checked against the manifest
-when it is unpacked; of the file only its shape is checked again, so that a start does not read it all.
+V items, F features' total dim, M features. One process per node writes the file once, in ``Store.derived_folder``,
+under a lock; all processes of the node map it and so share its pages. Its name contains the hashes of manifest and
+features, and it gets that name once it is complete and on disk. Every block is checked against the manifest when it is
+unpacked. Afterwards only the file's shape is checked, so that a start does not read all of it.
 
-Cost: reading every item block once; rows are written where they belong, which is anywhere in the file. Nothing of the
-table is held in memory but a flag for each item, and the pages that the system chooses to keep.
+Cost: every item block is read once, and its rows are written at scattered places in the file. Memory holds only one
+flag per item and the pages that the system chooses to cache.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from fmrl_dist.base.files import flush
 from fmrl_dist.base.locks import lock_file
 from fmrl_dist.data.store.reader import Store
 
-LEFT_BEHIND_S = 600.0  # without a write: then whoever wrote a file aside is dead
-SAY_AFTER_S = 5.0  # of waiting for another process
+LEFT_BEHIND_S = 600.0  # without a write: then the writer of a temporary file is dead
+ANNOUNCE_AFTER_S = 5.0  # of waiting for another process, announce it
 
 
 @dataclass(frozen=True)
 class ItemTable:
-    """Features of the whole catalogue; the tensors may be mapped files, whose pages are read when they are used."""
+    """Features of the whole catalogue; the tensors may be memory-mapped, their pages read on use."""
 
     dims: Mapping[str, int]  # feature → dim, in the order of the columns
     values: Tensor  # float16 [V, F]; absent features are zero
@@ -45,11 +45,11 @@ class ItemTable:
 
 
 def load_item_table(store: Store, features: Sequence[str] | None) -> ItemTable:
-    """The features of all items, unpacked if no process of this node has done so before.
+    """The features of all items, unpacked unless a process of this node has already done so.
 
     Args:
         store: an open store.
-        features: names to take, in this order; None takes all of the store's.
+        features: names, in this order; None for all of the store's.
 
     Raises:
         UserError: a feature is not in the store, a shard is damaged, or the table cannot be written.
@@ -73,13 +73,13 @@ def load_item_table(store: Store, features: Sequence[str] | None) -> ItemTable:
         )
     except OSError as error:
         raise UserError(
-            f"the item table {values} cannot be written or read ({error.strerror or error}); make room, or name "
-            "another place by --store.cache_dir"
+            f"the item table {values} cannot be written or read ({error.strerror or error}); free space, or choose "
+            "another folder with --store.cache_dir"
         ) from None
 
 
 def feature_dims(store: Store, features: Sequence[str] | None) -> dict[str, int]:
-    """Dims of some features of a store, in this order; None takes all of them.
+    """Dims of some features of a store, in this order; None for all of them.
 
     Raises:
         UserError: a feature is not in the store.
@@ -94,13 +94,13 @@ def feature_dims(store: Store, features: Sequence[str] | None) -> dict[str, int]
 
 
 def _unpack(store: Store, dims: Mapping[str, int], values_path: Path, present_path: Path) -> None:
-    """Write both files aside, then rename them, the values last: where they are, everything is."""
+    """Write both files under temporary names, then rename them, the values last: if they exist, so does the rest."""
     stem = values_path.stem.partition(".")[0]
-    for left in values_path.parent.glob(f".{stem}.*"):  # of a process that was killed
+    for left in values_path.parent.glob(f".{stem}.*"):  # left behind by a killed process
         if time.time() - left.stat().st_mtime > LEFT_BEHIND_S:
             left.unlink(missing_ok=True)
     paths = {present_path: (np.bool_, len(dims)), values_path: (np.float16, sum(dims.values()))}
-    # Names of one's own: where the lock does not reach, as on some network file systems, two do the same work in peace.
+    # Random names: without a working lock, as on some network file systems, two processes can do this side by side.
     asides = [path.with_name(f".{path.name}.{secrets.token_hex(8)}") for path in paths]
     try:
         present, values = (
@@ -116,7 +116,7 @@ def _unpack(store: Store, dims: Mapping[str, int], values_path: Path, present_pa
             values[ids] = np.concatenate([arrays[name] for name in dims], 1)
             present[ids] = np.stack([arrays.get(f"{name}.mask", np.ones(len(ids), np.bool_)) for name in dims], 1)
         missing = int((~seen).sum())
-        require(missing == 0, f"store {store.location}: {missing} items are in no block; build the store again")
+        require(missing == 0, f"store {store.location}: {missing} items are in no block; rebuild the store")
         for array, aside, path in zip((present, values), asides, paths, strict=True):
             array.flush()
             flush(aside)
@@ -129,7 +129,7 @@ def _unpack(store: Store, dims: Mapping[str, int], values_path: Path, present_pa
 
 
 def _reserve(paths: Sequence[Path]) -> None:
-    """Have the room on disk: a mapped file that finds none when a page is written kills the process (SIGBUS)."""
+    """Allocate the disk space: if none is left when a page of a mapped file is written, SIGBUS kills the process."""
     for path in paths:
         with path.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
@@ -137,28 +137,28 @@ def _reserve(paths: Sequence[Path]) -> None:
 
 def _map(path: Path, dtype: np.dtype, shape: tuple[int, int]) -> Tensor:
     try:
-        array = np.load(path, mmap_mode="c", allow_pickle=False)  # copy on write: a tensor has to be writable
+        array = np.load(path, mmap_mode="c", allow_pickle=False)  # copy on write: a tensor must be writable
     except (ValueError, EOFError) as error:
-        raise UserError(f"{path} cannot be read ({error}); delete it, it will be made again") from None
+        raise UserError(f"{path} cannot be read ({error}); delete it, it will be rebuilt") from None
     if array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
         raise UserError(
-            f"{path} holds {array.dtype} {array.shape}; expected {dtype} {shape}: delete it, it will be made again"
+            f"{path} holds {array.dtype} {array.shape}; expected {dtype} {shape}: delete it, it will be rebuilt"
         )
     return torch.from_numpy(array)
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock of this node; a process that dies frees it."""
-    said = False
+    """Hold a lock of this node; it is released if the process dies."""
+    announced = False
 
-    def say(waited_s: float) -> None:
-        nonlocal said
-        if not said and waited_s > SAY_AFTER_S:
+    def announce(waited_s: float) -> None:
+        nonlocal announced
+        if not announced and waited_s > ANNOUNCE_AFTER_S:
             print(f"waiting for another process of this node to unpack the item table (lock {path})", flush=True)
-            said = True
+            announced = True
 
     with path.open("a") as file:
-        with contextlib.suppress(OSError):  # a file system without locks
-            lock_file(file.fileno(), patience_s=math.inf, on_wait=say)
+        with contextlib.suppress(OSError):  # a file system that does not support locks
+            lock_file(file.fileno(), patience_s=math.inf, on_wait=announce)
         yield

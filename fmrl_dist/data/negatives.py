@@ -1,13 +1,13 @@
-"""Negatives of a sampled softmax: a pure function of (seed, step, lane), so they do not depend on the processes.
+"""Negatives of a sampled softmax: a pure function of (seed, step, lane), independent of the number of processes.
 
 A lane's negatives are K items drawn for it, or the targets of its own positions (``in_batch``), or both (``mixed``).
-With each goes the logarithm of how often the item was to be expected among them; a mixture expects the sum of its
-parts. Where a position's own target stands among the negatives, as it does in-batch, the loss leaves it out.
+Each comes with the logarithm of its expected count among them; the expected counts of a mixture are added. If a
+position's own target is among the negatives, as it always is in-batch, the loss masks it.
 
     kind         negatives of a lane with P positions    expected count of item i
     uniform      K drawn                                 K / V
     popularity   K drawn                                 K · (count_i + 1)^power / Σ
-    in_batch     P targets, one of them one's own        (P - 1) · share of i among an epoch's targets
+    in_batch     P targets, one of them its own          (P - 1) · share of i among an epoch's targets
     mixed        K drawn uniformly and P targets         the sum of both
 """
 
@@ -21,7 +21,7 @@ from fmrl_dist.data.item_statistics import popularity_table, target_log_shares
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.windows import window_rule
 
-STREAM = 0x6E656761  # "nega": a random stream of its own
+STREAM = 0x6E656761  # "nega": a separate random stream
 
 
 class NegativeSampler:
@@ -30,9 +30,9 @@ class NegativeSampler:
     Args:
         num_items: V.
         num_drawn: K, 0 for none.
-        seed: of all draws.
+        seed: for all draws.
         popularity: alias table to draw from; None draws uniformly.
-        target_log_shares: [V], for ``in_batch`` and ``mixed``; None leaves targets out.
+        target_log_shares: [V], for ``in_batch`` and ``mixed``; None uses no targets as negatives.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class NegativeSampler:
         return generator.integers(self._num_items, size=self.num_drawn)
 
     def negatives(self, drawn: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Ids int64 [K'] and log of the expected counts float32 [K'] of positions that share negatives.
+        """Ids int64 [K'] and logs of expected counts float32 [K'] for positions that share negatives.
 
         Args:
-            drawn: what was drawn for them, of one lane or of several.
-            targets: of the positions; unused unless ``needs_targets``.
+            drawn: ids drawn for them, of one lane or several.
+            targets: of these positions; unused unless ``needs_targets``.
         """
         ids = np.concatenate((drawn, targets)) if self.needs_targets else drawn
         parts = []
@@ -78,7 +78,7 @@ class NegativeSampler:
 
 
 def make_sampler(config: Config, store: Store) -> NegativeSampler | None:
-    """The sampler that a configuration asks for; None for the full softmax."""
+    """The sampler of a configuration; None for the full softmax."""
     loss = config.loss
     if loss.softmax == "full":
         return None

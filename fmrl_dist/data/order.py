@@ -2,7 +2,7 @@
 
 An epoch's permutation shuffles the blocks, cuts them into pools, and shuffles the users within each pool, so a
 reader needs few blocks at a time. The permutation is cut into L lanes of equal length (±1); a step takes the next
-batch_size / L users of every lane, and a rank takes the lanes rank, rank + world, …. Hence every user comes once per
+batch_size / L users of every lane, and a rank takes the lanes rank, rank + world, …. So every user occurs once per
 epoch, every rank has the same number of steps, the global batch does not depend on the number of ranks, and resuming at
 a step replays nothing.
 """
@@ -14,18 +14,18 @@ from functools import lru_cache
 
 import numpy as np
 
-BLOCKS, USERS = 0, 1  # tags that keep the random streams of the two kinds of shuffle apart
+BLOCKS, USERS = 0, 1  # separate the random streams of the two kinds of shuffle
 
 
 class Order:
-    """Users of every global batch.
+    """The users of every global batch.
 
     Args:
         block_counts: users in each training block, in manifest order.
         batch_size: users in a global batch.
         lanes: L, a divisor of ``batch_size``.
-        seed: of all shuffles.
-        pool_blocks: blocks whose users are shuffled together, which is how many a reader holds for a lane.
+        seed: for all shuffles.
+        pool_blocks: blocks whose users are shuffled together; a reader holds this many per lane.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Order:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of one epoch; in the last one some lanes may be short or empty."""
+        """Steps of one epoch; in the last step some lanes may be short or empty."""
         longest = -(-self.num_users // self.lanes)
         return -(-longest // self.users_per_lane)
 
@@ -51,7 +51,7 @@ class Order:
         return np.concatenate([np.empty((0, 2), np.int64), *parts])
 
     def spans(self, epoch: int, step: int, lane: int) -> list[tuple[int, int, int]]:
-        """:meth:`batch` as runs of positions in :meth:`pool`: (pool, first, last), most often a single one."""
+        """:meth:`batch` as runs of positions in :meth:`pool`: (pool, first, last), usually just one."""
         lane_begin = lane * self.num_users // self.lanes
         lane_end = (lane + 1) * self.num_users // self.lanes
         begin = min(lane_begin + step * self.users_per_lane, lane_end)
@@ -72,7 +72,7 @@ class Order:
         return self._pool(epoch, pool)
 
     def _shuffle_blocks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's block order, and each pool's first position in the permutation (and, last, U)."""
+        """The epoch's block order, and each pool's first position in the permutation, then U."""
         blocks = self._random(BLOCKS, epoch).permutation(len(self.block_counts))
         ends = np.cumsum(self.block_counts[blocks])
         return blocks, np.concatenate(([0], ends[self.pool_blocks - 1 : -1 : self.pool_blocks], ends[-1:]))
@@ -85,8 +85,8 @@ class Order:
         return self._random(USERS, epoch, pool).permutation(pairs)
 
     def _random(self, *place: int) -> np.random.Generator:
-        """A stream of its own for every place.
+        """A separate random stream for every place.
 
-        A spawn key, unlike a tuple of entropy, is not padded with zeros: there (seed, epoch) is (seed, epoch, 0).
+        A spawn key is not padded with zeros; a tuple of entropy is, so that (seed, epoch) would equal (seed, epoch, 0).
         """
         return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=place))

@@ -1,9 +1,8 @@
-"""Negatives that bring their features: every lane walks through the item shards, K items a step.
+"""Negatives with their features: every lane walks through the item shards, K items per step.
 
-One pass takes every item once, block after block, in an order of blocks of its own; items are permuted when a store is
-built, so the K items of a step are a uniform sample without repetition. What a lane takes at a step is a pure function
-of (seed, lane, step), and needs a block or two: nothing is replayed, and nothing grows with the catalogue but the list
-of its blocks.
+One pass takes every item once, block after block, in its own order of blocks. Items are permuted when a store is built,
+so the K items of a step are a uniform sample without replacement. What a lane takes at a step is a pure function of
+(seed, lane, step) and needs one or two blocks: nothing is replayed, and only the block list grows with the catalogue.
 """
 
 from __future__ import annotations
@@ -16,20 +15,20 @@ import numpy as np
 from fmrl_dist.data.item_rows import ItemRows, block_rows
 from fmrl_dist.data.store.reader import Store
 
-STREAM = 0x77616C6B  # "walk": a random stream of its own
+STREAM = 0x77616C6B  # "walk": a separate random stream
 PASSES_KEPT = 64
 
 
 class StreamedNegatives:
     """Uniform negatives with their features.
 
-    It holds the item blocks that the last step read.
+    It keeps the item blocks that the last step read.
 
     Args:
         store: an open store.
         dims: feature → dim, in the order of the columns.
-        num_drawn: K for each lane and step; 0 for none.
-        seed: of all walks.
+        num_drawn: K per lane and step; 0 for none.
+        seed: for all walks.
     """
 
     def __init__(self, store: Store, dims: Mapping[str, int], num_drawn: int, seed: int) -> None:
@@ -37,10 +36,10 @@ class StreamedNegatives:
         self._store, self._seed = store, seed
         self._counts = np.array([block.count for block in store.manifest.items], np.int64)
         self._pass = lru_cache(PASSES_KEPT)(self._shuffle_pass)
-        self._held: dict[int, tuple[np.ndarray, ItemRows]] = {}  # by block: ids in their order, and features
+        self._held: dict[int, tuple[np.ndarray, ItemRows]] = {}  # per block: ids in stored order, and features
 
     def read(self, step: int, lanes: Sequence[int]) -> tuple[np.ndarray, list[ItemRows]]:
-        """What ``lanes`` draw at ``step`` of the whole run: int64 [n, K], and where their features are."""
+        """What ``lanes`` draw at ``step`` of the whole run: int64 [n, K], and the rows that hold their features."""
         spans = [list(self._spans(step, lane)) for lane in lanes]
         self._held = {
             block: self._held.get(block) or self._read_block(block)
@@ -65,7 +64,7 @@ class StreamedNegatives:
             position += last - first
 
     def _shuffle_pass(self, lane: int, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Order of the blocks in one pass of one lane, and the position at which each begins (and, last, V)."""
+        """Order of the blocks in one pass of one lane, and the position at which each begins, then V."""
         blocks = np.random.default_rng((STREAM, self._seed, lane, number)).permutation(len(self._counts))
         return blocks, np.concatenate(([0], np.cumsum(self._counts[blocks])))
 

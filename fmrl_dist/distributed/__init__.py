@@ -1,1 +1,1 @@
-"""The processes of a job: how they start, exchange rows, and hear signals."""
+"""The processes of a job: how they start, exchange rows, and handle signals."""

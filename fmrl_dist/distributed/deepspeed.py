@@ -1,6 +1,6 @@
-"""What a launcher may ask of DeepSpeed: ZeRO 1, 2 or 3 in float32. Everything else is refused in one line.
+"""Which DeepSpeed configurations are allowed: ZeRO 1, 2 or 3 in float32. All others are refused in one line.
 
-Clipping, optimiser, learning rate and batch size come from our own configuration, so that a run is the same under every
+Clipping, optimiser, learning rate and batch size come from our own configuration, so that a run is the same with every
 engine. DeepSpeed's bf16 and fp16 would cast every parameter, Λ's angle θ among them, which in bf16 is off by up to
 0.025 rad per event; ``train.precision: bf16`` casts the inputs of products instead.
 """
@@ -18,17 +18,17 @@ from fmrl_dist.base.errors import UserError, require
 
 STAGES = (1, 2, 3)
 CASTS = ("fp16", "bf16", "amp", "torch_autocast")  # sections with a key ``enabled``
-OURS = {  # DeepSpeed's key → what decides it here
+OURS = {  # DeepSpeed's key → our setting that decides it
     "train_batch_size": "train.batch_size",
     "train_micro_batch_size_per_gpu": "train.batch_size",
     "gradient_clipping": "train.clip_norm",
-    "optimizer": "train.lr, train.weight_decay and their neighbours",
+    "optimizer": "train.lr, train.weight_decay and related keys",
     "scheduler": "train.warmup_steps and train.min_lr_ratio",
 }
 
 
 def asks_for_deepspeed(environment: Mapping[str, str]) -> bool:
-    """Whether the launcher was told to use DeepSpeed."""
+    """Whether the launcher requests DeepSpeed."""
     return environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
@@ -37,15 +37,15 @@ def checked_plugin(environment: Mapping[str, str]) -> DeepSpeedPlugin:
 
     Raises:
         UserError: DeepSpeed is not installed; this process would silently train without it; its configuration is
-            missing, damaged or asks for what is not supported.
+            missing, damaged or not supported.
     """
     refuse_silent_fallback(environment)
     require_installed()
     source = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     require(
         source is None or Path(source).is_file(),
-        f"DeepSpeed config {source} does not exist in {Path.cwd()}; start from the repository's root, "
-        "or name the file with accelerate launch --deepspeed_config_file PATH",
+        f"DeepSpeed config {source} does not exist in {Path.cwd()}; start in the repository's root, "
+        "or pass the file with accelerate launch --deepspeed_config_file PATH",
     )
     try:
         plugin = DeepSpeedPlugin()
@@ -57,11 +57,11 @@ def checked_plugin(environment: Mapping[str, str]) -> DeepSpeedPlugin:
 
 
 def check_zero_config(config: dict[str, Any], source: str) -> None:
-    """Refuse what would make a run another one than without DeepSpeed, or what cannot run.
+    """Refuse what would make a run differ from one without DeepSpeed, or could not run.
 
     Args:
         config: DeepSpeed's own keys.
-        source: where it comes from, for the message.
+        source: where it was read from, for the message.
     """
     stage = config["zero_optimization"].get("stage", 0)
     require(
@@ -89,32 +89,32 @@ def check_zero_config(config: dict[str, Any], source: str) -> None:
 
 
 def refuse_silent_fallback(environment: Mapping[str, str]) -> None:
-    """Two ways in which a process that was to use DeepSpeed would train without it and not say so."""
+    """Refuse the two cases in which a process that should use DeepSpeed would silently train without it."""
     require(
         environment.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true", "yes", "on", "t", "y"),
-        "DeepSpeed was asked for, and ACCELERATE_USE_CPU or --cpu, which silently turns it off; leave that out: "
-        "where there is no GPU the CPU is taken",
+        "DeepSpeed was requested together with ACCELERATE_USE_CPU or --cpu, which silently turns it off; remove that: "
+        "without a GPU, the CPU is used anyway",
     )
     require(
         "LOCAL_RANK" in environment,
-        "DeepSpeed was asked for, but this process has no LOCAL_RANK; "
+        "DeepSpeed was requested, but this process has no LOCAL_RANK; "
         "start it with accelerate launch --use_deepspeed --num_processes N …",
     )
 
 
 def require_installed() -> None:
-    """Refuse to start where the extra that brings DeepSpeed is not installed."""
+    """Refuse to start if the extra with DeepSpeed is not installed."""
     require(
         importlib.util.find_spec("deepspeed") is not None,
-        "DeepSpeed was asked for but is not installed; pip install -e '.[deepspeed]'",
+        "DeepSpeed was requested but is not installed; pip install -e '.[deepspeed]'",
     )
 
 
 def leave_out_unused_build() -> None:
-    """Keep DeepSpeed on the CPU from compiling an all-reduce of its own before it starts.
+    """Prevent DeepSpeed on the CPU from compiling its own all-reduce before it starts.
 
-    Only its inference uses that one; training reduces through torch. The build needs g++ and ninja, takes minutes and
-    3 GB on two cores, and one that is killed leaves a lock on which every later start waits for ever.
+    Only its inference uses that all-reduce; training reduces through torch. The build needs g++ and ninja and takes
+    minutes and 3 GB on two cores. A killed build leaves a lock that blocks every later start forever.
     """
     import deepspeed.ops
 

@@ -1,4 +1,4 @@
-"""The processes of a run: what the launcher asked for, what there really is, and how many threads each one uses."""
+"""The processes of a run: what the launcher requested, what was actually started, and the threads of each process."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.config.sections import TrainPrecision
 from fmrl_dist.distributed.deepspeed import asks_for_deepspeed, checked_plugin, leave_out_unused_build
 
-PATIENCE_S = 4 * 3600.0  # of ranks that evaluate different users
+PATIENCE_S = 4 * 3600.0  # ranks that evaluate different users wait this long for each other
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class Runtime:
 
     accelerator: Accelerator
     threads: int
-    precision: str  # fp32 | bf16
-    joined_group: bool  # the process group was set up for this runtime, which therefore leaves it
+    precision: TrainPrecision
+    joined_group: bool  # this runtime set up the process group, and so ends it
 
     @property
     def rank(self) -> int:
@@ -55,23 +56,23 @@ class Runtime:
         return range(self.rank, count, self.world_size)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum of ``tensor`` over all ranks, on each of them."""
+        """Sum of ``tensor`` over all ranks, returned on each."""
         total: torch.Tensor = self.accelerator.reduce(tensor, "sum")
         return total
 
     def agree(self, *counts: int | torch.Tensor) -> list[int]:
-        """Sums of each process' counts, the same on all of them; a count may be a tensor [] on the device."""
+        """Sums of counts over all processes, returned on each; a count may be a tensor [] on the device."""
         own = torch.stack([torch.as_tensor(count, dtype=torch.int64, device=self.device) for count in counts])
         totals: list[int] = self.sum(own).tolist()
         return totals
 
     def gather(self, row: torch.Tensor) -> torch.Tensor:
-        """Each rank's ``row`` [n], all on each of them, [world size, n]."""
+        """The ``row`` [n] of every rank, returned on each, [world size, n]."""
         rows: torch.Tensor = self.accelerator.gather(row[None])
         return rows
 
     def have_same(self, sha256: str) -> bool:
-        """Whether all ranks say the same, to the first 60 bits; each of them knows."""
+        """Whether all ranks have the same hash, comparing the first 60 bits; the same answer on each."""
         return len(set(self._of_all(sha256))) == 1
 
     def _of_all(self, sha256: str) -> list[int]:
@@ -79,7 +80,7 @@ class Runtime:
         return numbers
 
     def require_same(self, what: str, sha256: str) -> None:
-        """Refuse to go on with ranks that have read different things: then they do not see the same files."""
+        """Refuse to continue if the ranks have read different content: then they do not see the same files."""
         values = self._of_all(sha256)
         require(
             len(set(values)) == 1,
@@ -93,7 +94,7 @@ class Runtime:
             print(text, flush=True)
 
     def leave(self) -> None:
-        """End the process group, once every rank has got here: one that is left to the exit can kill its process."""
+        """End the process group once every rank is here: a group still open at exit can crash its process."""
         self.accelerator.wait_for_everyone()
         if self.joined_group:
             self.accelerator.end_training()
@@ -109,29 +110,29 @@ class Runtime:
 
 
 def start_runtime(
-    threads: int | str, lanes: int | None, precision: str = "fp32", patience_s: float = PATIENCE_S
+    threads: int | str, lanes: int | None, precision: TrainPrecision = "fp32", patience_s: float = PATIENCE_S
 ) -> Runtime:
-    """Join the other processes, and set this one's threads.
+    """Join the other processes and set this process' threads.
 
     Args:
         threads: of this process; "auto" shares the cores among the processes of the machine.
-        lanes: of the global batch, at least one for every process; None where there is no batch.
-        precision: fp32 or bf16, if the launcher leaves the choice.
+        lanes: of the global batch, at least one per process; None if there is no batch.
+        precision: fp32 or bf16, unless the launcher sets it.
         patience_s: longest time that one process may wait for another before the run ends.
 
     Raises:
-        UserError: the launcher was asked for several processes but started one, asks for a precision, an accumulation
-            or a DeepSpeed configuration that is not supported, or starts more processes than there are lanes.
+        UserError: several processes were requested but one was started; the launcher requests a precision, accumulation
+            or DeepSpeed configuration that is not supported; or there are more processes than lanes.
     """
     refuse_one_process_trap(os.environ)
     refuse_accumulation(os.environ)
     precision = launched_precision(os.environ, precision)
     in_group = dist.is_initialized()
     accelerator = start_accelerator(os.environ, patience_s)
-    asked_for = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != asked_for:
+    requested = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != requested:
         raise UserError(
-            f"{asked_for} processes were asked for but {accelerator.num_processes} joined; "
+            f"{requested} processes were requested but {accelerator.num_processes} joined; "
             "start them with accelerate launch --multi_gpu --num_processes N …"
         )
     if lanes is not None and accelerator.num_processes > lanes:
@@ -143,22 +144,22 @@ def start_runtime(
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     num_threads = max(cores // local_ranks, 1) if threads == "auto" else int(threads)
     torch.set_num_threads(num_threads)
-    torch.set_flush_denormal(True)  # decayed states underflow; denormals would only be slow
+    torch.set_flush_denormal(True)  # decayed states underflow; denormals would only slow it down
     return Runtime(accelerator, num_threads, precision, joined_group=dist.is_initialized() and not in_group)
 
 
 def start_accelerator(environment: os._Environ[str] | dict[str, str], patience_s: float) -> Accelerator:
-    """Meet the other processes under the engine that the launcher asked for; precision stays ours."""
+    """Join the other processes under the engine that the launcher requested; precision stays ours."""
     on_cpu = not torch.cuda.is_available()
-    # NCCL's own limit is ten minutes, less than one rank may need to unpack a table or to save.
+    # NCCL's default limit is ten minutes; one rank may need longer to unpack a table or to save.
     group = InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timedelta(seconds=patience_s))
     if not asks_for_deepspeed(environment):
-        # Said outright: on a machine without a GPU, --multi_gpu would otherwise start processes that never meet.
-        alone = int(environment.get("WORLD_SIZE", "1")) == 1  # then there is no group, and Accelerate would look for it
+        # Set explicitly: on a machine without a GPU, --multi_gpu would otherwise start processes that never join.
+        alone = int(environment.get("WORLD_SIZE", "1")) == 1  # then there is no group
         return Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[] if alone else [group])
     plugin = checked_plugin(environment)
     leave_out_unused_build()
-    # With cpu=True, Accelerate would silently take DDP.
+    # With cpu=True, Accelerate would silently use DDP.
     return Accelerator(mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=[group])
 
 
@@ -166,24 +167,24 @@ def refuse_one_process_trap(environment: os._Environ[str] | dict[str, str]) -> N
     """``accelerate launch --cpu --num_processes 2`` starts one process: it sets MASTER_ADDR and no WORLD_SIZE."""
     if "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
         raise UserError(
-            "several processes were asked for but one was started (accelerate launch --cpu does that silently); "
+            "several processes were requested but one was started (accelerate launch --cpu does that silently); "
             "start them with accelerate launch --multi_gpu --num_processes N …"
         )
 
 
-def launched_precision(environment: os._Environ[str] | dict[str, str], configured: str) -> str:
-    """Precision in force: the launcher's bf16 wins, its ``no`` leaves the configuration's, fp16 and fp8 are refused."""
+def launched_precision(environment: os._Environ[str] | dict[str, str], configured: TrainPrecision) -> TrainPrecision:
+    """The effective precision: the launcher's bf16 wins, ``no`` keeps the configured one, fp16 and fp8 are refused."""
     launched = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if launched not in ("no", "bf16"):
-        raise UserError(f"the launcher asks for mixed precision {launched!r}; expected no or bf16")
+        raise UserError(f"the launcher requests mixed precision {launched!r}; expected no or bf16")
     return "bf16" if launched == "bf16" else configured
 
 
 def refuse_accumulation(environment: os._Environ[str] | dict[str, str]) -> None:
-    """The launcher's accumulation would only divide the loss: ``train.micro_batches`` is ours."""
+    """Refuse the launcher's accumulation, which would only divide the loss; ``train.micro_batches`` replaces it."""
     steps = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     require(
         steps in ("1", "auto"),
-        f"the launcher asks for {steps} gradient accumulation steps; expected 1: train.micro_batches splits a rank's "
+        f"the launcher requests {steps} gradient accumulation steps; expected 1: train.micro_batches splits a rank's "
         "share of the batch",
     )

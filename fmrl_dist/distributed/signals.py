@@ -1,9 +1,9 @@
-"""Signals that ask a run to save and end: USR1 (its time is nearly over: submit it again), TERM (cancelled, preempted).
+"""Signals that make a run save and end: USR1 (its time is nearly over: submit it again), TERM (cancelled, preempted).
 
-A handler only notes the signal. The ranks agree on it once a step, save together, and leave; amid an evaluation each
-that is told stops at its next tile of items, and they agree where they would add up. Rank 0 then puts ``requeue`` into
-the run's folder if any of them was sent USR1, for the batch script to see: through a launcher, exit codes tell no more
-than zero or not.
+A handler only records the signal. The ranks agree on it once per step, save together, and exit. During an evaluation,
+each notified rank stops before its next tile of items, and the ranks agree where they would sum their results. If any
+rank received USR1, rank 0 then writes ``requeue`` into the run's folder for the batch script: through a launcher, exit
+codes only distinguish zero from non-zero.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ REQUEUE_FILE = "requeue"
 
 
 class StopRequest:
-    """What signals have asked of this process while the context lasts."""
+    """The signals received by this process while the context is active."""
 
     def __init__(self) -> None:
         self.term = self.usr1 = False
-        self.cut_short = False  # until_requested() has left something out
+        self.cut_short = False  # until_requested() has dropped items
         self._before: dict[signal.Signals, object] = {}
 
     @property
     def requested(self) -> bool:
-        """Whether a signal has come."""
+        """Whether a signal was received."""
         return self.term or self.usr1
 
     def until_requested(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, up to the next one once a signal has come; a partial result must then be discarded."""
+        """Yield the items until a signal is received; a partial result must then be discarded."""
         for item in items:
             if self.requested:
                 self.cut_short = True
@@ -45,10 +45,10 @@ class StopRequest:
             yield item
 
     def raise_together(self, runtime: Runtime, mine: bool) -> None:
-        """End all ranks if any of them has to; to be called by all.
+        """End all ranks if any of them must end; all ranks must call it.
 
         Raises:
-            Stopped: on every rank; ``usr1`` says whether any of them was sent it.
+            Stopped: on every rank; ``usr1`` then tells whether any rank received USR1.
         """
         num_stopped, num_requeued = runtime.agree(mine, self.usr1)
         if num_stopped:
@@ -60,7 +60,7 @@ class StopRequest:
         self.usr1 |= number == signal.SIGUSR1
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():  # only there does Python run handlers
+        if threading.current_thread() is threading.main_thread():  # Python runs handlers only there
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
@@ -68,18 +68,18 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal() gave back
+            signal.signal(number, handler)  # type: ignore[arg-type]  # returned by signal()
 
 
-class Stopped(Exception):  # noqa: N818 - it is none
-    """A signal has ended the run, or an evaluation, before its end; raised on all ranks."""
+class Stopped(Exception):  # noqa: N818 - not an error
+    """A signal stopped the run, or an evaluation, early; raised on all ranks."""
 
 
 def ask_for_requeue(folder: Path) -> None:
-    """Tell the batch script that the run wants to be submitted again."""
+    """Ask the batch script to submit the run again."""
     (folder / REQUEUE_FILE).touch()
 
 
 def forget_requeue(folder: Path) -> None:
-    """Take back what an earlier life of the run has asked for."""
+    """Remove the request of an earlier job of this run."""
     (folder / REQUEUE_FILE).unlink(missing_ok=True)

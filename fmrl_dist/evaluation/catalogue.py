@@ -1,6 +1,6 @@
-"""The catalogue as an evaluation reads it: embeddings of all items, tile by tile, resident or from the item shards.
+"""The catalogue as an evaluation reads it: embeddings of all items, tile by tile, from memory or from the item shards.
 
-V items, D width. Split over the ranks: :mod:`fmrl_dist.evaluation.split_catalogue`. The loss reads columns instead
+V items, D width. :mod:`fmrl_dist.evaluation.split_catalogue` splits it over the ranks. The loss reads columns instead
 (:mod:`fmrl_dist.training.item_columns`).
 """
 
@@ -20,9 +20,9 @@ from fmrl_dist.distributed.signals import StopRequest
 from fmrl_dist.evaluation.target_ranks import TargetRanks
 from fmrl_dist.model.fmrlrec import ItemEncoder
 
-COMPARED_ITEMS = 4096  # of a tile
-Group = list[EvaluationBlock]  # users for whom one pass over the items is made
-STREAMED_USERS = 65536  # that one pass over the item shards ranks for: with D = 1024 their outputs take 256 MiB
+COMPARED_ITEMS = 4096  # per tile
+Group = list[EvaluationBlock]  # users that one pass over the items serves
+STREAMED_USERS = 65536  # per pass over the item shards: with D = 1024 their outputs take 256 MiB
 
 
 class Catalogue(Protocol):
@@ -34,16 +34,16 @@ class Catalogue(Protocol):
 
     @property
     def inline_dims(self) -> Mapping[str, int] | None:
-        """Features that users' blocks have to bring along for :meth:`inputs`; None for none."""
+        """Features that user blocks must contain for :meth:`inputs`; None for none."""
 
     def in_step(self, groups: Iterable[Group]) -> Iterator[Group]:
-        """The groups of users to evaluate, one at a time; where the processes share the items, all have as many."""
+        """The groups of users to evaluate, one at a time; processes that share the items all get the same number."""
 
     def inputs(self, group: Group) -> list[Tensor]:
         """Embeddings of each block's items, [N, D]."""
 
     def compare(self, users: Sequence[TargetRanks], stop: StopRequest) -> None:
-        """Compare the targets with every item, once, always in the same tiles; a stop request ends it at a tile."""
+        """Compare the targets with every item once, always in the same tiles; stop before a tile on request."""
 
 
 def add_tiles(users: Sequence[TargetRanks], tiles: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -54,15 +54,15 @@ def add_tiles(users: Sequence[TargetRanks], tiles: Iterable[tuple[Tensor, Tensor
 
 
 def tiles_of(items: Tensor, begin: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """Ids and embeddings of resident items [v, D], the first of which is ``begin``, in tiles."""
+    """Ids and embeddings of items in memory [v, D], in tiles; the first item is ``begin``."""
     ids = torch.arange(begin, begin + len(items), device=items.device)
-    if len(items):  # else torch would make one tile of nothing
+    if len(items):  # otherwise torch would make one empty tile
         yield from zip(ids.split(COMPARED_ITEMS), items.split(COMPARED_ITEMS), strict=True)
 
 
 @dataclass(frozen=True)
 class EmbeddedCatalogue:
-    """Embeddings that are all there, float32 [V, D]."""
+    """Embeddings that are all in memory, float32 [V, D]."""
 
     items: Tensor
     users_at_once: int = 1
@@ -80,9 +80,9 @@ class EmbeddedCatalogue:
 
 @dataclass(frozen=True)
 class StreamedCatalogue:
-    """Embeddings made from an inline store, the users' items from their blocks and the tiles from the item blocks.
+    """Embeddings computed from an inline store: the users' items from their blocks, the tiles from the item blocks.
 
-    Nothing that is held grows with the catalogue. Every pass reads all item shards.
+    Memory does not grow with the catalogue. Every pass reads all item shards.
     """
 
     encoder: ItemEncoder

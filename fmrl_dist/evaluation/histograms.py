@@ -1,4 +1,4 @@
-"""Histograms of target ranks: the whole catalogue compared with every user's target, block by block.
+"""Histograms of target ranks: every user's target is compared with the whole catalogue, block by block.
 
 User blocks and item tiles are fixed, and target ranks (:mod:`fmrl_dist.evaluation.target_ranks`) are counted in
 integers: figures are the same for any number of processes at the same threads per process.
@@ -35,20 +35,20 @@ class EvaluationProtocol:
 def count_target_ranks(
     ranker: Ranker, protocol: EvaluationProtocol, runtime: Runtime, stop: StopRequest, part: Part = WHOLE
 ) -> Tensor:
-    """Histograms of all processes' users, added up, on each of them; every process takes its share of the blocks.
+    """Histograms summed over all processes, returned on each of them; every process takes its share of the blocks.
 
     Args:
         ranker: on the runtime's device.
-        protocol: whose targets, among which items.
-        runtime: this process among the others.
-        stop: a request ends the evaluation at the next tile of items, on all processes together.
+        protocol: whose targets are ranked, and among which items.
+        runtime: this process and its group.
+        stop: a request ends the evaluation before the next tile of items, on all processes together.
         part: of the split's user blocks.
 
     Returns:
         Histogram of 2·target rank for each size, int64 [S, 2·CUTOFF + 1] (see :mod:`fmrl_dist.evaluation.metrics`).
 
     Raises:
-        Stopped: on all processes; one of them got a signal before it was done.
+        Stopped: on all processes, if one of them got a signal before the end.
     """
     store, split = protocol.store, protocol.split
     numbers = part.share(len(store.manifest.splits[split]))
@@ -67,7 +67,7 @@ def target_rank_histograms(
 ) -> Tensor:
     """Histogram of 2·target rank for each size over the users of ``blocks``, int64 [S, 2·CUTOFF + 1].
 
-    Where ``stop.cut_short`` is set afterwards, the result is partial and must be discarded.
+    If ``stop.cut_short`` is set afterwards, the result is partial and must be discarded.
     """
     model, catalogue = ranker.model, ranker.catalogue
     device = model.encoder.bias.device
@@ -88,7 +88,7 @@ def target_rank_histograms(
 
 
 def _groups(blocks: Iterable[EvaluationBlock], num_users: int) -> Iterator[list[EvaluationBlock]]:
-    """Runs of blocks of ``num_users`` users or a few more."""
+    """Consecutive blocks, grouped until each group has at least ``num_users`` users."""
     group: list[EvaluationBlock] = []
     for block in blocks:
         group.append(block)

@@ -6,7 +6,7 @@ and mrr@k is [r ≤ k] / r; a metric is the mean over users.
 
     >>> import torch
     >>> histogram = torch.zeros(21, dtype=torch.int64)
-    >>> histogram[2], histogram[20], histogram[0] = 1, 1, 2  # one target in place 1, one in place 10, two beyond
+    >>> histogram[2], histogram[20], histogram[0] = 1, 1, 2  # one target at rank 1, one at 10, two beyond
     >>> metrics_from_histogram(histogram)["recall@10"]
     0.5
 """
@@ -25,10 +25,10 @@ def metrics_from_histogram(histogram: Tensor) -> dict[str, float]:
     """Metrics of one size.
 
     Args:
-        histogram: int64 [2·CUTOFF + 1]; entry 2·r counts targets of target rank r, entry 0 those beyond the cut-off.
+        histogram: int64 [2·CUTOFF + 1]; entry 2·r counts targets at target rank r, entry 0 those beyond the cut-off.
 
     Returns:
-        The metrics of ``METRICS``; all zero where no user was counted.
+        The metrics of ``METRICS``; all zero if there were no users.
     """
     counts = histogram.tolist()
     num_users = max(sum(counts), 1)

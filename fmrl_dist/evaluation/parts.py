@@ -1,10 +1,10 @@
-"""An evaluation in parts: each job evaluates its share of the user blocks, and the last one adds the parts up.
+"""An evaluation in parts: each job evaluates its share of the user blocks, and the last one sums the parts.
 
-    RUN/evaluation.parts/2-of-4.json   of part 2: what was evaluated and how, its histograms, their sha256
+    RUN/evaluation.parts/2-of-4.json   part 2: what was evaluated and how, its histograms, their sha256
 
-Blocks are fixed and the histograms are integers, so the sum is that of a single evaluation, and so are the figures, to
-the last digit: with the same threads on the same kind of device, which round alike; others are not mixed. A part that
-is evaluated again replaces the one that was there.
+Blocks are fixed and the histograms are integers, so the sum and the figures equal those of a single evaluation, to the
+last digit. This needs the same threads on the same kind of device, which round alike; others are refused. Evaluating a
+part again replaces it.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Part:
 
     @classmethod
     def parse(cls, text: str) -> Part:
-        """``I/N``, as the command line has it."""
+        """Parse ``I/N``, as given on the command line."""
         found = PART.fullmatch(text)
         if not found or int(found[1]) > int(found[2]):
-            raise argparse.ArgumentTypeError(f"{text!r} is no part; expected I/N with I from 1 to N")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a part; expected I/N with I from 1 to N")
         return cls(int(found[1]), int(found[2]))
 
     def __str__(self) -> str:
@@ -51,7 +51,7 @@ class Part:
         return f"{self.number}-of-{self.count}.json"
 
     def share(self, num_blocks: int) -> range:
-        """The blocks of this part; none where there are fewer blocks than parts."""
+        """The blocks of this part; none if there are fewer blocks than parts."""
         return range(self.number - 1, num_blocks, self.count)
 
 
@@ -67,28 +67,30 @@ class EvaluationIdentity:
     split: str
     mask_seen: bool
     sizes: list[int]
-    users: int  # of the whole split, those in damaged blocks too
+    users: int  # of the whole split, including those in damaged blocks
 
 
 @dataclass(frozen=True)
 class ComputeSetting:
-    """What a part's scores were computed with: they are rounded otherwise by others."""
+    """What a part's scores were computed with; other settings round differently."""
 
-    threads: int  # of each process
+    threads: int  # per process
     device: str  # cpu | cuda
 
 
 def parts_folder(folder: Path, evaluated: EvaluationIdentity) -> Path:
-    """Where the parts lie: beside the report that they are joined into."""
+    """The folder of the parts: beside the report that they are joined into."""
     return folder / f"{evaluation_file(evaluated.split, evaluated.mask_seen)}.parts"
 
 
 def write_part(
     folder: Path, part: Part, evaluated: EvaluationIdentity, setting: ComputeSetting, histograms: Tensor
 ) -> Path:
-    """Write one part into ``folder``, which is made; returns its path. Histograms are int64 [S, 2·CUTOFF + 1]."""
+    """Write one part into ``folder``, created if needed; return its path. Histograms are int64 [S, 2·CUTOFF + 1]."""
     record = {
-        **{"part": str(part), "evaluated": asdict(evaluated), "means": asdict(setting)},
+        "part": str(part),
+        "evaluated": asdict(evaluated),
+        "means": asdict(setting),
         "histograms": histograms.tolist(),
     }
     folder.mkdir(exist_ok=True)
@@ -100,8 +102,8 @@ def join_parts(folder: Path, evaluated: EvaluationIdentity) -> Tensor:
     """The sum of all parts' histograms, int64 [S, 2·CUTOFF + 1].
 
     Raises:
-        UserError: a part is missing, damaged or of another evaluation, or there are parts of several divisions, or
-            with other threads or devices.
+        UserError: a part is missing, damaged or of another evaluation, or the parts differ in their number N, threads
+            or device.
     """
     parts = _parts_in(folder)
     counts = sorted({part.count for part in parts})
@@ -121,13 +123,14 @@ def join_parts(folder: Path, evaluated: EvaluationIdentity) -> Tensor:
     for part, own in zip(wanted, settings, strict=True):
         require(
             own == settings[0],
-            f"{folder / part.file} was evaluated with {_said(own)}, part {wanted[0]} with {_said(settings[0])}: they "
-            "round differently; evaluate all parts with the same --threads on the same kind of device",
+            f"{folder / part.file} was evaluated with {_describe(own)}, part {wanted[0]} with "
+            f"{_describe(settings[0])}: they round differently; evaluate all parts with the same --threads on the same "
+            "kind of device",
         )
     return torch.stack(histograms).sum(0)
 
 
-def _said(setting: ComputeSetting) -> str:
+def _describe(setting: ComputeSetting) -> str:
     return f"{setting.threads} thread(s) on {setting.device}"
 
 
@@ -141,7 +144,7 @@ def _read_part(folder: Path, part: Part, evaluated: EvaluationIdentity) -> tuple
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if record.pop("sha256") != json_sha256(record):
-            raise ValueError("its sha256 is not the recorded one")
+            raise ValueError("its sha256 does not match the recorded one")
         _require_same(path, {"part": str(part)} | asdict(evaluated), {"part": record["part"]} | record["evaluated"])
         return ComputeSetting(**record["means"]), _checked(record["histograms"], evaluated)
     except UserError as error:
@@ -158,7 +161,7 @@ def _require_same(path: Path, expected: dict[str, Any], found: dict[str, Any]) -
 
 
 def _checked(rows: list[list[int]], evaluated: EvaluationIdentity) -> Tensor:
-    """Histograms that can be those of some of the users."""
+    """The histograms, if they can belong to some of the users."""
     histograms = torch.tensor(rows, dtype=torch.int64)
     expected = (len(evaluated.sizes), 2 * CUTOFF + 1)
     if histograms.shape != expected or histograms.tolist() != rows:

@@ -1,4 +1,4 @@
-"""What an evaluation ranks with: a model and a catalogue, of a run that trains, a checkpoint or an export."""
+"""What an evaluation ranks with: a model and a catalogue, from a run in training, a checkpoint or an export."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from fmrl_dist.model.fmrlrec import FMRLRec
 
 @dataclass(frozen=True)
 class Ranker:
-    """A model in evaluation mode, and all items."""
+    """A model in evaluation mode, and the catalogue."""
 
     model: FMRLRec
     catalogue: Catalogue
-    max_length: int  # last events of a history that the model is to read
+    max_length: int  # number of last events of a history that the model reads
     normalize: bool  # whether scores are cosines of each size's prefixes
 
 
 def build_ranker(model: FMRLRec, config: Config, store: Store, table: ItemTable | None, runtime: Runtime) -> Ranker:
-    """The items as they are to be ranked; figures are the same in all three cases.
+    """A ranker of the store's items; figures are the same in all three cases.
 
         no table     streamed   embedded block by block, in every pass
         many items   split      each process embeds its share (:func:`fmrl_dist.evaluation.split_catalogue.is_shared`)
-        else         whole      each process embeds all
+        otherwise    embedded   each process embeds all
 
     Args:
         model: on the runtime's device, in evaluation mode, so float32 throughout.
         config: of the run.
-        store: whose catalogue is to be ranked.
+        store: its catalogue is ranked.
         table: its items' features; None for an inline store, whose item shards are streamed.
-        runtime: this process among the others.
+        runtime: this process and its group.
     """
     catalogue: Catalogue
     if table is None:
@@ -54,7 +54,7 @@ def build_ranker(model: FMRLRec, config: Config, store: Store, table: ItemTable 
 
 
 def ranker_of_checkpoint(checkpoint: Checkpoint, config: Config, store: Store, runtime: Runtime) -> Ranker:
-    """A checkpoint's model and the items of ``store``: streamed where run and store are inline.
+    """A checkpoint's model and the items of ``store``, streamed if run and store are inline.
 
     Raises:
         UserError: the store does not fit the model.

@@ -1,4 +1,4 @@
-"""How results are shown: the per-size table, evaluation.json, and the picture of a metric against size."""
+"""How results are shown: the per-size table, evaluation.json, and the plot of metrics against size."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fmrl_dist.evaluation.metrics import METRICS, metrics_from_histogram
 
 
 def figures(histograms: Tensor, sizes: Sequence[int], protocol: EvaluationProtocol) -> dict[str, Any]:
-    """What ``evaluation.json`` holds; ``users_lost`` is there only where damaged blocks were left out."""
+    """The content of ``evaluation.json``; it has ``users_lost`` only if damaged blocks were left out."""
     num_users = int(histograms[0].sum())
     num_lost = num_users_in(protocol) - num_users
     return {
@@ -30,27 +30,30 @@ def figures(histograms: Tensor, sizes: Sequence[int], protocol: EvaluationProtoc
 
 
 def num_users_in(protocol: EvaluationProtocol) -> int:
-    """Users of the whole split, those in damaged blocks too."""
+    """Users of the whole split, including those in damaged blocks."""
     return sum(block.count for block in protocol.store.manifest.splits[protocol.split])
 
 
 def print_and_write(result: dict[str, Any], folder: Path) -> None:
-    """Print the table, then write JSON and picture, and say where they are."""
+    """Print the table, write the JSON and the plot, then print their paths."""
     lost = f" ({result['users_lost']:,} more in damaged blocks)" if "users_lost" in result else ""
-    print(f"{result['split']}, {result['users']:,} users{lost}, whole catalogue ranked:\n{size_table(result['sizes'])}")
-    json_path, picture_path = write_report(folder, result)
+    head = f"{result['split']}, {result['users']:,} users{lost}, whole catalogue ranked:"
+    try:
+        print(f"{head}\n{size_table(result['sizes'])}", flush=True)
+    finally:  # a reader that has gone away costs nobody the figures
+        json_path, picture_path = write_report(folder, result)
     print(f"written: {json_path}\npicture: {picture_path}", flush=True)
 
 
 def size_table(sizes: dict[str, dict[str, float]]) -> str:
-    """One line a size, one column a metric."""
+    """One line per size, one column per metric."""
     lines = ["  size  " + "  ".join(f"{metric:>9}" for metric in METRICS)]
     lines += [f"{size:>6}  " + "  ".join(f"{row[metric]:9.4f}" for metric in METRICS) for size, row in sizes.items()]
     return "\n".join(lines)
 
 
 def write_report(folder: Path, result: dict[str, Any]) -> tuple[Path, Path]:
-    """Write the JSON and the picture of an evaluation; returns their paths."""
+    """Write an evaluation's JSON and plot; return their paths."""
     name = evaluation_file(result["split"], result["mask_seen"])
     json_path, picture_path = folder / f"{name}.json", folder / f"{name}.png"
     write_atomically(json_path, json.dumps(result, indent=1).encode() + b"\n")
@@ -59,7 +62,7 @@ def write_report(folder: Path, result: dict[str, Any]) -> tuple[Path, Path]:
 
 
 def _draw(result: dict[str, Any]) -> bytes:
-    """The picture, as PNG."""
+    """The plot, as PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")

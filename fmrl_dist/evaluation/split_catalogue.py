@@ -1,14 +1,14 @@
-"""The catalogue split over the ranks, to rank with: each has the embeddings of its own items, whole tiles of them.
+"""The catalogue split over the ranks for an evaluation: each rank holds its own items' embeddings, in whole tiles.
 
-W ranks, V items, v of them this rank's, D width, U users of a block, S sizes. The ranks go block by block, all at once:
+W ranks, V items, v of them this rank's, D width, U users of a block, S sizes. All ranks process their blocks in step:
 
-    1. inputs     a rank asks the others for the embeddings of its block's items          [N, D]
-    2. outputs    every rank's z, targets and hidden items go to all ranks                [U, D]
-    3. ranking    each ranks its own tiles for everybody's users, as one process would
-    4. joining    best scores and the target's go back to the rank whose users they are   [W, U, S, TOP + 1]
+    1. inputs     each rank requests the embeddings of its block's items from the others   [N, D]
+    2. outputs    every rank's z, targets and hidden items go to all ranks                 [U, D]
+    3. ranking    each rank compares its own tiles with all ranks' targets
+    4. joining    the best scores and the target's return to the rank of their users       [W, U, S, TOP + 1]
 
 Tiles and blocks are those of :class:`fmrl_dist.evaluation.catalogue.EmbeddedCatalogue`, so every product has the same
-shape and the figures are the same, digit for digit. A rank holds a W-th of [V, D].
+shape and the figures are identical, digit for digit. A rank holds 1/W of [V, D].
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from fmrl_dist.distributed.signals import StopRequest
 from fmrl_dist.evaluation.catalogue import COMPARED_ITEMS, Group, add_tiles, tiles_of
 from fmrl_dist.evaluation.target_ranks import TargetRanks
 
-SHARED_BYTES = 2**30  # of embeddings: ranks share more than that even where each of them scores all items for its loss
+SHARED_BYTES = 2**30  # of embeddings: above this, ranks share them even if each rank scores all items for its loss
 
 
 @dataclass(frozen=True)
 class SplitCatalogue:
-    """This rank's items; see the module's docstring. Every rank has to rank with it, also one that has no users."""
+    """This rank's items; see the module's docstring. Every rank must rank with it, even one without users."""
 
     items: Tensor  # float32 [v, D]
-    bounds: Sequence[int]  # the first item of each rank and, last, V
+    bounds: Sequence[int]  # first item of each rank, then V
     users_at_once: int = 1
     inline_dims: None = None
 
     @classmethod
     def embed(cls, rank: int, num_ranks: int, num_items: int, embed: Callable[[int, int], Tensor]) -> SplitCatalogue:
-        """The share of ``rank``, of what ``embed(begin, end)`` makes of items, [end - begin, D]."""
+        """The share of ``rank``; ``embed(begin, end)`` returns the embeddings of a range of items, [end - begin, D]."""
         bounds = tile_bounds(num_items, num_ranks)
         return cls(embed(bounds[rank], bounds[rank + 1]), bounds)
 
     def in_step(self, groups: Iterable[Group]) -> Iterator[Group]:
-        """One block at a time, and an empty one while others still have some."""
+        """One block at a time, then empty blocks while other ranks still have some."""
         blocks = (block for group in groups for block in group)
         while True:
             block = next(blocks, None)
@@ -63,7 +63,7 @@ class SplitCatalogue:
             self._compare_together(target_ranks, stop)
 
     def _fetch(self, ids: Tensor) -> Tensor:
-        """Embeddings of any items, each from its rank."""
+        """Embeddings of any items, each fetched from its rank."""
         wanted, places = ids.unique(return_inverse=True)
         edges = torch.searchsorted(wanted, torch.tensor(self.bounds, device=wanted.device))
         asked = edges.diff().tolist()
@@ -83,18 +83,18 @@ class SplitCatalogue:
 
 
 def is_shared(num_items: int, width: int, num_ranks: int, in_loss: bool) -> bool:
-    """Whether the processes share the items: they do in the loss (``loss.catalogue: split``), or there are many."""
+    """Whether the processes share the items: if the loss does (``loss.catalogue: split``), or for many items."""
     return num_ranks > 1 and (in_loss or 4 * num_items * width > SHARED_BYTES)
 
 
 def tile_bounds(num_items: int, num_ranks: int) -> list[int]:
-    """First item of each rank and, last, V: whole tiles, as even as they come; none for some if there are few."""
+    """First item of each rank, then V: whole tiles, divided as evenly as possible; some ranks may get none."""
     num_tiles = -(-num_items // COMPARED_ITEMS)
     return [min(num_tiles * rank // num_ranks * COMPARED_ITEMS, num_items) for rank in range(num_ranks + 1)]
 
 
 def nobody() -> EvaluationBlock:
-    """A block of no users."""
+    """A block without users."""
     none = torch.empty(0, dtype=torch.int64)
     nothing = torch.zeros(1, dtype=torch.int64)
     return EvaluationBlock(none, none, nothing, torch.empty(0, dtype=torch.bool), none, seen=none, seen_starts=nothing)

@@ -1,8 +1,8 @@
-"""Target ranks: the place of each user's target among all items, at every size, in one pass over tiles of items.
+"""Target ranks: the position of each user's target among all items, at every size, in one pass over tiles of items.
 
 U users of a block, S sizes, D width. The score of size m_j is the score of m_{j-1} plus the product of chunk j, so one
-pass gives all sizes. A running top list per user and size makes ranks up to the cut-off exact; the target's own score
-is taken from the same product when its tile comes.
+pass gives all sizes. A running top list per user and size makes target ranks up to the cut-off exact; the target's own
+score is taken from the same product when its tile is processed.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from fmrl_dist.data.batches import EvaluationBlock
 from fmrl_dist.evaluation.metrics import CUTOFF
 from fmrl_dist.model.nested import chunks
 
-GROUPED = 16  # columns whose maximum stands for them in the search for the top list
-TOP = 2 * CUTOFF  # a target at rank ≤ CUTOFF has at most 2·CUTOFF - 2 other items scored higher or equal
+GROUPED = 16  # columns represented by their maximum in the search for the top list
+TOP = 2 * CUTOFF  # a target at target rank ≤ CUTOFF has at most 2·CUTOFF - 2 other items scored higher or equal
 
 
 def hidden_items(block: EvaluationBlock, mask_seen: bool) -> Tensor:
-    """What is left out of each user's ranking, pairs of user's row and item, int64 [h, 2]: never the target."""
+    """Items hidden from each user's ranking, never the target: pairs (user's row, item), int64 [h, 2]."""
     rows = torch.arange(len(block.targets), device=block.seen.device).repeat_interleave(block.seen_starts.diff())
     hidden = (block.seen != block.targets[rows]) & mask_seen
     return torch.stack((rows[hidden], block.seen[hidden]), 1)
 
 
 class TargetRanks:
-    """Target ranks of some users among the items of all tiles, exact up to CUTOFF.
+    """Target ranks of a group of users among the items of all tiles, exact up to CUTOFF.
 
     Args:
         z: outputs [U, D].
-        targets: of the same users, int64 [U].
-        hidden: pairs of a user's row and an item that is left out, int64 [h, 2].
+        targets: items, int64 [U].
+        hidden: pairs (user's row, hidden item), int64 [h, 2].
         sizes: Matryoshka sizes.
-        normalize: rank by cosines of each size's prefixes. The length of z is the same for all items: left out.
+        normalize: rank by cosines of each size's prefixes. The norm of z, the same for all items, is omitted.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class TargetRanks:
         hidden_columns, hidden = _places(self.hidden[:, 1].contiguous(), ids)
         scores = z.new_zeros(len(z), -(-len(tile) // GROUPED) * GROUPED)
         scores[:, len(tile) :] = -torch.inf
-        scores[self.hidden[hidden, 0], hidden_columns[hidden]] = -torch.inf  # and stays so, whatever is added
+        scores[self.hidden[hidden, 0], hidden_columns[hidden]] = -torch.inf  # stays -inf whatever is added
         for j, (first, last) in enumerate(chunks(self.sizes)):
             scores[:, : len(tile)].addmm_(z[:, first:last], tile[:, first:last].T)
             compared = scores
@@ -66,11 +66,11 @@ class TargetRanks:
             self._top[j] = torch.cat((self._top[j], _candidates(compared)), 1).topk(TOP, sorted=False).values
 
     def found(self) -> Tensor:
-        """What the tiles so far amount to, [U, S, TOP + 1]: the best scores, and the target's (NaN: not among them)."""
+        """The result of the tiles so far, [U, S, TOP + 1]: the best scores, and the target's (NaN if not seen)."""
         return torch.cat((self._top, self._target_scores[..., None]), 2).transpose(0, 1)
 
     def join(self, parts: Tensor) -> None:
-        """Take what W processes :meth:`found` in their tiles for these users, [W, U, S, TOP + 1]."""
+        """Combine what W processes :meth:`found` in their tiles for these users, [W, U, S, TOP + 1]."""
         everything = parts.permute(2, 1, 0, 3)  # [S, U, W, TOP + 1]
         self._top = everything[..., :TOP].flatten(2).topk(TOP, sorted=False).values
         scores = everything[..., TOP]
@@ -78,23 +78,23 @@ class TargetRanks:
         self._target_scores = torch.where(elsewhere, 0, scores).sum(2).where(~elsewhere.all(2), torch.nan)
 
     def result(self) -> Tensor:
-        """Target rank at each size, float [S, U]; above CUTOFF it is only known to be above."""
+        """Target rank at each size, float [S, U]; values above CUTOFF are only known to be above it."""
         scores = self._target_scores[..., None]
-        higher = (~(self._top <= scores)).sum(2)  # a NaN, of the target or another, is never to its advantage
-        equal = (self._top == scores).sum(2) - 1  # less the target, which is in the list unless far below
+        higher = (~(self._top <= scores)).sum(2)  # no NaN score, the target's or another's, improves it
+        equal = (self._top == scores).sum(2) - 1  # minus the target, which is in the list unless far below
         return 1 + higher + 0.5 * equal.clamp_min(0)
 
 
 def _places(wanted: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each wanted item stands in the sorted ``ids``, and whether it does."""
+    """The position of each wanted item in the sorted ``ids``, and whether it is there."""
     places = torch.searchsorted(ids, wanted).clamp_max(len(ids) - 1)
     return places, ids[places] == wanted
 
 
 def _candidates(scores: Tensor) -> Tensor:
-    """Columns that hold each row's TOP highest scores: those of the TOP groups with the highest maxima.
+    """Columns that include each row's TOP highest scores: those of the TOP groups with the highest maxima.
 
-    Far cheaper than a top list of all columns: [U, v] → [U, at most GROUPED·TOP].
+    Much cheaper than a top list of all columns: [U, v] → [U, at most GROUPED·TOP].
     """
     groups = scores.unflatten(1, (GROUPED, -1))  # [U, GROUPED, v / GROUPED]
     if groups.shape[2] <= TOP:

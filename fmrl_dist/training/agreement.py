@@ -1,4 +1,4 @@
-"""What all processes have to know before a step, from one exchange: the only one of a step that they wait for."""
+"""What all processes must know before a step, in one exchange: the only one per step that blocks them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fmrl_dist.distributed.signals import StopRequest
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step of the optimiser on this process; tensors stay on the device."""
+    """One optimiser step on this process; tensors stay on the device."""
 
-    loss_sums: Tensor  # [S], over this process' positions
-    grad_norm: Tensor  # [], of all processes' gradients together, before clipping
+    loss_sums: Tensor  # [S], summed over this process' positions
+    grad_norm: Tensor  # [], over all processes' gradients, before clipping
     lr: float
     batches: Sequence[Packed]
 
@@ -33,9 +33,9 @@ class Agreement:
 
     num_targets: int  # of the global batch
     num_damaged: int  # blocks that some process could not read
-    num_save_due: int  # whether process 0's clock asks for a checkpoint
-    num_stop: int  # processes that a signal asked to stop
-    num_requeue: int  # of them, those that are to be submitted again
+    num_save_due: int  # 1 if rank 0's clock says that a checkpoint is due
+    num_stop: int  # processes that received a signal to stop
+    num_requeue: int  # those of them that must be submitted again
     num_not_finite: int  # processes whose last step had a loss or gradient that is not finite
 
 
@@ -47,7 +47,7 @@ def agree(
     stop: StopRequest,
     last_step: StepResult | None,
 ) -> Agreement:
-    """Exchange what each process knows; all call it together, before each step."""
+    """Exchange what each process knows; all must call it together, before each step."""
     counts = runtime.agree(
         count_targets(batches),
         len(damaged),
@@ -64,16 +64,16 @@ def count_targets(batches: Sequence[Packed]) -> int:
 
 
 def stop_if_not_finite(runtime: Runtime, step: int, last_step: StepResult | None, num_not_finite: int) -> None:
-    """End all processes, naming step and users, where the last step was not finite on any of them.
+    """End all processes, naming step and users, if the last step was not finite on any of them.
 
-    The optimiser has left the weights as they were (:meth:`fmrl_dist.training.engine.Engine.clip_and_step`), and no
-    checkpoint has been saved since: one is saved only after the step's record, which shows a loss that is not finite.
+    The optimiser has not changed the weights (:meth:`fmrl_dist.training.engine.Engine.clip_and_step`), and no
+    checkpoint has been saved since: saving follows the step's record, which reveals a non-finite loss.
 
     Args:
-        runtime: this process among the others.
-        step: the last one, counted from 1.
+        runtime: this process and its group.
+        step: the last step, counted from 1.
         last_step: its result.
-        num_not_finite: as agreed on by all processes.
+        num_not_finite: the agreed count.
     """
     if not num_not_finite or last_step is None:
         return

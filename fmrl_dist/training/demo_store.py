@@ -1,4 +1,4 @@
-"""The demo's store, made at the first run that wants it."""
+"""The demo's store, built by the first run that needs it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fmrl_dist.data.store.manifest import MANIFEST_FILE
 
 
 def build_missing_demo_store(config: Config) -> None:
-    """Build the demo's store where there is none: rank 0 does it, before the ranks meet, and the others wait there.
+    """Build the demo's store if it is missing: rank 0 does so before joining the others, which wait for it.
 
-    The others do not even look: a network file system may remember for a minute that a file was not there.
+    The others do not even look: a network file system may report for a minute that a new file is missing.
     """
     if config.data.demo is None or os.environ.get("RANK", "0") != "0":
         return

@@ -1,12 +1,12 @@
-"""What differs between data parallelism and DeepSpeed, behind one face, so that ``train.py`` shows one loop.
+"""One interface to data parallelism and DeepSpeed, so that ``train.py`` contains a single loop.
 
-    one process, DDP   DDP averages the gradients, we clip and apply them; each rank has the whole optimiser
+    one process, DDP   DDP averages the gradients, we clip and apply them; each rank has the full optimiser state
     ZeRO 1, 2, 3       DeepSpeed averages, clips and applies; each rank has a share of the moments (2: and of the
                        gradients, 3: and of the weights)
 
-Both use our AdamW with our parameter groups, in float32, and give the whole optimiser's state to a checkpoint, so that
-a run goes on under the other engine or with another number of ranks. DeepSpeed's own checkpoints are pickles that fit
-one number of ranks only.
+Both use our AdamW with our parameter groups, in float32, and put the full optimiser state into a checkpoint, so that a
+run can resume under the other engine or with another number of ranks. DeepSpeed's own checkpoints are pickles that fit
+only one number of ranks.
 """
 
 from __future__ import annotations
@@ -29,34 +29,34 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, as torch names them
 
 
 class Engine(Protocol):
-    """A training module and its AdamW, as all ranks run them together."""
+    """A training module and its AdamW, run by all ranks together."""
 
     def add_gradients(self, batch: Packed, loss_of: LossOf, last: bool) -> Tensor:
-        """Add the gradients of one micro-batch to the step's, and average them over the ranks at the ``last``.
+        """Add the gradients of one micro-batch to the step's; average them over the ranks after the ``last``.
 
         Args:
             batch: this rank's micro-batch.
-            loss_of: the loss to differentiate, [], from the micro-batch's loss sums.
-            last: whether it is the last one of the step; every rank has as many.
+            loss_of: computes the loss to differentiate, [], from the micro-batch's loss sums.
+            last: whether it is the step's last one; every rank has the same number.
 
         Returns:
-            Loss sums [S] of the micro-batch, without a graph.
+            Loss sums [S] of the micro-batch, detached.
         """
 
     def clip_and_step(self) -> Tensor:
-        """Clip the gradients of all parameters together, take the step, forget them; their norm before clipping, [].
+        """Clip all gradients by their joint norm, take the step, clear them; returns the norm before clipping, [].
 
-        Where the norm is not finite, weights and moments stay as they are, on all processes.
+        If the norm is not finite, weights and moments stay unchanged on all processes.
         """
 
     def whole_weights(self) -> AbstractContextManager[None]:
-        """While it lasts, the model's weights are whole on every rank; all ranks enter together."""
+        """Gather the model's weights on every rank while active; all ranks must enter together."""
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        """``<moment>/<parameter>`` of all parameters, on rank 0; others get nothing, but every rank has to ask."""
+        """``<moment>/<parameter>`` of all parameters, on rank 0; empty on others, but every rank must call it."""
 
     def restore_optimizer(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what :meth:`optimizer_tensors` gave."""
+        """Restore what :meth:`optimizer_tensors` returned."""
 
 
 class DataParallelEngine:
@@ -77,7 +77,7 @@ class DataParallelEngine:
 
     def clip_and_step(self) -> Tensor:
         norm = torch.nn.utils.clip_grad_norm_(self._module.parameters(), self._clip_norm)
-        # AdamW's fused kernel changes nothing where this is 1, and the host does not have to wait for it.
+        # If this is 1, AdamW's fused kernel changes nothing; the host need not wait for the value.
         self._optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
         self._optimizer.step()
         self._optimizer.zero_grad()
@@ -94,9 +94,9 @@ class DataParallelEngine:
 
 
 class Leaf(nn.Module):
-    """A training module with an input that wants a gradient.
+    """A training module with an input that requires a gradient.
 
-    DeepSpeed takes the gradients of a leaf when that of its input is there; without one, before there are any.
+    DeepSpeed reduces a leaf's gradients once its input's gradient is ready; without such an input, too early.
     """
 
     def __init__(self, module: TrainingModule) -> None:
@@ -111,8 +111,8 @@ class Leaf(nn.Module):
 class ZeroEngine:
     """DeepSpeed's ZeRO 1 to 3: AdamW runs on this rank's share of the parameters, laid out flat.
 
-    Under ZeRO 3 the whole training module is one leaf: all its parameters are gathered for a forward or backward pass,
-    since the loss uses the projection in a backward pass of its own, and let go afterwards.
+    Under ZeRO 3 the entire training module is one leaf: all its parameters are gathered for a forward or backward pass,
+    because the loss uses the projection in a custom backward pass, and released afterwards.
     """
 
     def __init__(
@@ -123,11 +123,11 @@ class ZeroEngine:
         self._partitioned = plugin.zero_stage == 3
         plugin.deepspeed_config |= {
             "gradient_clipping": clip_norm,
-            # No loader is prepared that could tell it. DeepSpeed only reports its speed with it: batches are ours.
+            # No loader is prepared to derive it from. DeepSpeed only reports its speed with it: batches are ours.
             "train_micro_batch_size_per_gpu": 1,
             "train_batch_size": runtime.world_size,
             "gradient_accumulation_steps": 1,
-            "zero_force_ds_cpu_optimizer": False,  # offloaded, too, the optimiser is our AdamW
+            "zero_force_ds_cpu_optimizer": False,  # use our AdamW even with offloading
         }
         whole = Leaf(module)
         if self._partitioned:
@@ -135,8 +135,8 @@ class ZeroEngine:
 
             set_z3_leaf_modules(whole, [Leaf])
         self._engine: Any = runtime.accelerator.prepare(whole, optimizer)[0]
-        # DeepSpeed would link parameters to moments after the first group's first step, and so miss the second group's:
-        # as AdamW would begin them, they are all there before.
+        # DeepSpeed would link parameters to moments after the first group's first step and miss the second group's. So
+        # all moments are created beforehand, initialised as AdamW would.
         zero = self._engine.optimizer
         flat = zero.fp32_partitioned_groups_flat if self._partitioned else zero.single_partition_of_fp32_groups
         for share in flat:
@@ -152,7 +152,7 @@ class ZeroEngine:
         return loss_sums.detach()
 
     def clip_and_step(self) -> Tensor:
-        self._engine.step()  # skipped by DeepSpeed where the norm is not finite; the norm says so
+        self._engine.step()  # DeepSpeed skips the step if the norm is not finite; the norm says so
         return torch.as_tensor(self._engine.get_global_grad_norm(), device=self._runtime.device)
 
     @contextmanager
@@ -168,10 +168,10 @@ class ZeroEngine:
     def optimizer_tensors(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        (step, *_) = (state["step"] for state in self._optimizer.state.values())  # the same for all: see restore
+        (step, *_) = (state["step"] for state in self._optimizer.state.values())  # equal for all: see restore_optimizer
         tensors = {}
         for name, parameter in self._model.named_parameters():
-            # DeepSpeed knows nothing of a parameter without elements (the projection of no features).
+            # DeepSpeed ignores a parameter without elements (the projection of no features).
             whole = {
                 moment: safe_get_full_optimizer_state(parameter, moment) if _numel(parameter) else parameter.detach()
                 for moment in MOMENTS
@@ -188,32 +188,32 @@ class ZeroEngine:
         for name, parameter in self._model.named_parameters():
             for moment in MOMENTS if _numel(parameter) else ():
                 whole = tensors[f"{moment}/{name}"].to(self._runtime.device)
-                if self._partitioned:  # equal shares, the last of which may reach beyond the end
+                if self._partitioned:  # equal shares; the last may extend beyond the end
                     shares = F.pad(whole.flatten(), (0, -whole.numel() % world_size)).view(world_size, -1)
                     safe_set_local_optimizer_state(parameter, shares[rank], moment)
                 else:
                     safe_set_full_optimizer_state(parameter, whole, moment)
-        # Every parameter takes part in every step: any one's count stands for all.
+        # Every parameter takes part in every step: any step count holds for all.
         step = next(tensor for name, tensor in tensors.items() if name.startswith("step/"))
         for state in self._optimizer.state.values():
             state["step"].copy_(step)
 
 
 def _numel(parameter: Tensor) -> int:
-    """Elements of the whole parameter; ZeRO 3 leaves an empty one in its place between passes."""
+    """Elements of the full parameter; ZeRO 3 leaves an empty one in its place between passes."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def prepare_engine(
     runtime: Runtime, module: TrainingModule, optimizer: torch.optim.Optimizer, clip_norm: float
 ) -> Engine:
-    """The engine that the launcher asked for.
+    """The engine that the launcher requested.
 
     Args:
-        runtime: this process among the others.
+        runtime: this process and its group.
         module: on the runtime's device, with the weights to start from.
-        optimizer: over the module's parameters, before any step. Its groups' learning rates stay in force throughout.
-        clip_norm: of all gradients together.
+        optimizer: over the module's parameters, before any step. Its groups' learning rates are used throughout.
+        clip_norm: maximal joint norm of all gradients.
     """
     kind = ZeroEngine if runtime.uses_deepspeed else DataParallelEngine
     return kind(runtime, module, optimizer, clip_norm)

@@ -1,4 +1,4 @@
-"""What a run trains: model, loss and optimiser, fresh from the seed or out of a checkpoint, and back into one."""
+"""What a run trains: model, loss and optimiser, initialised from the seed or a checkpoint, and saved to one."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from fmrl_dist.checkpoint.folder import Checkpoint, TrainState
 from fmrl_dist.checkpoint.restore import load_weights
 from fmrl_dist.checkpoint.writer import CheckpointWriter
 from fmrl_dist.data.item_table import ItemTable, load_item_table
-from fmrl_dist.losses.tiled_log_sum_exp import RowMatrix
+from fmrl_dist.losses.item_tiles import RowMatrix
+from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.training.build_model import build_inline_model, build_model
-from fmrl_dist.training.checks import check_loss_impl, splits_catalogue
+from fmrl_dist.training.checks import check_scan_impl, resolve_loss_impl, splits_catalogue
 from fmrl_dist.training.engine import Engine, prepare_engine
 from fmrl_dist.training.item_columns import TableColumns, catalogue_columns, catalogue_slice
 from fmrl_dist.training.module import TrainingModule
@@ -23,19 +24,25 @@ from fmrl_dist.training.run import Run
 
 @dataclass(frozen=True)
 class Learner:
-    """What training changes, and the facts that every checkpoint of it records."""
+    """What training changes, and the facts that each of its checkpoints records."""
 
     module: TrainingModule
-    table: ItemTable | None  # features of all items; None where they ride with the stream
+    table: ItemTable | None  # features of all items; None if they are inline
     engine: Engine  # runs the module and the optimiser on all ranks together
     optimizer: torch.optim.Optimizer
     facts: dict[str, Any]
 
 
 def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
-    """Model, loss and optimiser: fresh from the seed, or as a checkpoint holds them."""
+    """Model, loss and optimiser, initialised from the seed or from a checkpoint."""
     config, runtime = run.config, run.runtime
-    check_loss_impl(config.loss.impl, runtime)
+    check_scan_impl(config.model.scan, runtime.device)
+    settings = LossSettings(
+        sizes=config.model.sizes,
+        temperatures=config.loss.temperatures,
+        impl=resolve_loss_impl(config.loss.impl, runtime.device),
+        dtype=runtime.matmul_dtype,
+    )
     torch.manual_seed(config.train.seed)
     table = load_item_table(run.store, config.model.features) if not run.inline else None
     if table is not None:
@@ -53,11 +60,13 @@ def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
         part = catalogue_slice(model.encoder, table, dtype, runtime.rank, runtime.world_size)
     elif table is not None:
         columns = catalogue_columns(model.encoder, table, dtype)
-    module = TrainingModule(
-        model, columns, config.loss.temperatures, config.loss.normalize, config.loss.impl, runtime.matmul_dtype, part
-    )
+    module = TrainingModule(model, columns, settings, normalize=config.loss.normalize, part=part)
     optimizer = build_optimizer(
-        model, config.train.lr, (config.train.beta1, config.train.beta2), config.train.eps, config.train.weight_decay
+        model,
+        lr=config.train.lr,
+        betas=(config.train.beta1, config.train.beta2),
+        eps=config.train.eps,
+        weight_decay=config.train.weight_decay,
     )
     engine = prepare_engine(runtime, module, optimizer, config.train.clip_norm)
     if resume_from is not None:
@@ -73,7 +82,7 @@ def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
 
 
 def save(run: Run, learner: Learner, state: TrainState, writer: CheckpointWriter) -> None:
-    """Take a checkpoint: every rank gives its share of the optimiser, rank 0 writes the whole."""
+    """Save a checkpoint: every rank contributes its share of the optimiser, rank 0 writes everything."""
     moments = learner.engine.optimizer_tensors()
     with learner.engine.whole_weights():
         if run.runtime.is_main:

@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: ``metrics.jsonl`` and TensorBoard; on rank 0 only."""
+"""A run's log: ``metrics.jsonl`` and TensorBoard, on rank 0 only."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from fmrl_dist.base.files import write_atomically
 
 
 class Logbook:
-    """Scalars of a run, one flat object a line.
+    """Scalars of a run, one flat object per line.
 
     Args:
         folder: the run's folder.
-        step: where the run goes on; later lines, of work that is done again, are cut off.
+        step: where the run resumes; later lines are removed, since their steps are repeated.
         tensorboard: also write ``folder/tensorboard``.
-        enabled: false on ranks other than 0, where nothing is written.
+        enabled: false on ranks other than 0, which write nothing.
     """
 
     def __init__(self, folder: Path, step: int, tensorboard: bool, enabled: bool) -> None:
@@ -33,7 +33,7 @@ class Logbook:
             self._board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record; it has ``step``, ``epoch`` and ``split``."""
+        """Append one record, which has ``step``, ``epoch`` and ``split``."""
         if self._file is not None:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
@@ -54,6 +54,6 @@ class Logbook:
 
 
 def kept_lines(path: Path, step: int) -> list[str]:
-    """Lines of a file of records, up to those of ``step``; none if there is no file."""
+    """The lines of a log up to ``step``; empty if there is no file."""
     lines = path.read_text().splitlines() if path.exists() else []
     return [f"{line}\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]

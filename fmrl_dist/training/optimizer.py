@@ -22,7 +22,7 @@ def build_optimizer(
         lr=lr,
         betas=betas,
         eps=eps,
-        fused=True,  # one pass over the memory, which is what the step costs
+        fused=True,  # one pass over the memory, which dominates the cost of a step
     )
 
 

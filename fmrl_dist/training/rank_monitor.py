@@ -1,7 +1,7 @@
-"""What each rank spends its time and memory on, which ranks the others wait for, and an end to a run that hangs.
+"""Each rank's time and memory, the ranks that others wait for, and a timeout for a run that hangs.
 
-A rank's own work in a step is waiting for data and the forward pass; the backward pass ends when the slowest rank's
-does. A rank whose own work takes much longer than the median rank's keeps all others waiting: it is named.
+A rank's own work in a step is waiting for data and the forward pass; the backward pass ends on all ranks when the
+slowest one ends. A rank whose own work takes much longer than the median rank's delays all others: it is named.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from fmrl_dist.training.step_timer import DATA_WAIT, FORWARD, MEETING, StepTimer
 
 FILE = "ranks.jsonl"
 COLUMNS = ("step_s", DATA_WAIT, FORWARD, MEETING, "memory_mb")
-SLOW_FACTOR = 1.5  # times the median rank's own work
-SLOW_S = 0.01  # a step, at least
+SLOW_FACTOR = 1.5  # × the median rank's own work
+SLOW_S = 0.01  # per step, minimal excess
 JUDGED_EVERY_S = 10.0
-OTHERS_S = 5.0  # for the other ranks to write where they stand, before the launcher ends them
+OTHERS_S = 5.0  # for the other ranks to write their stacks, before the launcher ends them
 
 
 class RankMonitor:
-    """Timings and memory of this rank, gathered from all of them. Use it as a context around the steps.
+    """Timings and memory of all ranks. Use it as a context manager around the steps.
 
     Args:
-        runtime: this process among the others.
-        folder: of the run; rank 0 writes ``ranks.jsonl`` there: mean seconds a step between two records, and memory
-            (of a GPU the most that was allocated, else resident), of every rank in a list.
-        first_step: where the run resumes; later records are cut off.
+        runtime: this process and its group.
+        folder: of the run; rank 0 writes ``ranks.jsonl`` there: mean seconds per step between two records, and memory
+            (GPU: peak allocated, else resident), each as a list over the ranks.
+        first_step: where the run resumes; later records are removed.
         timer: of this process' steps; the training loop restarts it after each record.
         hang_timeout_s: longest time without a sign of life, after which every rank writes its threads' stacks and ends.
     """
@@ -58,15 +58,15 @@ class RankMonitor:
         self._forget_own()
 
     def is_alive(self) -> None:
-        """A sign of life: a step, an evaluation or a save has ended."""
+        """Give a sign of life: a step, an evaluation or a save has ended."""
         self._sign_of_life = time.monotonic()
 
     def record(self, step: int) -> str:
-        """Gather all ranks' means since the last record; every rank at once.
+        """Gather all ranks' means since the last record; all ranks must call it together.
 
         Returns:
-            On rank 0, every ten seconds, a line that names the ranks that others waited for, if they are not those that
-            were named last; else "".
+            On rank 0, every ten seconds, a line that names the ranks that others waited for, if it differs from the
+            last one; else "".
         """
         timer = self._timer
         steps = max(timer.steps, 1)
@@ -91,8 +91,8 @@ class RankMonitor:
         waits, forwards = (self._own / self._own_steps).T.tolist()
         line = describe_slow_ranks(waits, forwards)
         self._forget_own()
-        said, self._named = self._named, line.partition(":")[0]
-        return line if self._named != said else ""
+        previous, self._named = self._named, line.partition(":")[0]
+        return line if self._named != previous else ""
 
     def _forget_own(self) -> None:
         self._own, self._own_steps = torch.zeros(self._runtime.world_size, 2, dtype=torch.float64), 0
@@ -108,7 +108,7 @@ class RankMonitor:
             if time.monotonic() - self._sign_of_life < self._hang_timeout_s:
                 continue
             print(
-                f"error: rank {self._runtime.rank} has not ended a step for {self._hang_timeout_s:.0f} s "
+                f"error: rank {self._runtime.rank} has not completed a step for {self._hang_timeout_s:.0f} s "
                 "(train.hang_timeout_s); all ranks write their stacks and end; resume from the last checkpoint with "
                 "--resume auto",
                 file=sys.__stderr__,
@@ -130,13 +130,13 @@ class RankMonitor:
 
 
 def describe_slow_ranks(data_wait_s: list[float], forward_s: list[float]) -> str:
-    """A line that names the ranks whose own work takes much longer than the median rank's; "" if there are none."""
+    """A line naming the ranks whose own work takes much longer than the median rank's; "" if there are none."""
     own_s = [wait + forward for wait, forward in zip(data_wait_s, forward_s, strict=True)]
     median = sorted(own_s)[(len(own_s) - 1) // 2]
     slow = [rank for rank, own in enumerate(own_s) if own > SLOW_FACTOR * median and own > median + SLOW_S]
     if not slow:
         return ""
     details = ", ".join(
-        f"rank {rank} {own_s[rank]:.3f} s a step ({data_wait_s[rank]:.3f} s of it waiting for data)" for rank in slow
+        f"rank {rank} {own_s[rank]:.3f} s per step ({data_wait_s[rank]:.3f} s of it waiting for data)" for rank in slow
     )
-    return f"all wait for rank {', '.join(map(str, slow))}: {details}, median {median:.3f} s"
+    return f"waiting for rank {', '.join(map(str, slow))}: {details}, median {median:.3f} s"

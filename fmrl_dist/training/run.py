@@ -1,4 +1,4 @@
-"""What stays the same while a run trains."""
+"""The fixed parts of a training run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fmrl_dist.distributed.processes import Runtime
 
 @dataclass(frozen=True)
 class Run:
-    """What stays the same while a run trains."""
+    """What stays the same throughout a training run."""
 
     config: Config
     runtime: Runtime
@@ -24,7 +24,7 @@ class Run:
 
     @property
     def inline(self) -> bool:
-        """Whether items' features ride with the stream; else they are in a table."""
+        """Whether item features are inline in the store's blocks; else they are in a table."""
         return self.config.store.feature_mode == "inline"
 
     @property

@@ -1,4 +1,4 @@
-"""Blocks that could not be read, under ``store.on_bad_shard: skip``: all ranks leave them out together."""
+"""Unreadable blocks under ``store.on_bad_shard: skip``: all ranks leave them out together."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fmrl_dist.training.run import Run
 
 
 def leave_out(run: Run, state: TrainState, damaged: list[int]) -> None:
-    """Have all ranks leave out the blocks that any of them could not read, from this step on."""
+    """From this step on, leave out on all ranks the blocks that any rank could not read."""
     flags = torch.zeros(len(run.store.manifest.splits["train"]), dtype=torch.int64, device=run.runtime.device)
     flags[[*state.skipped_blocks, *damaged]] = 1
     state.skipped_blocks = run.runtime.sum(flags).nonzero().flatten().tolist()
@@ -17,7 +17,7 @@ def leave_out(run: Run, state: TrainState, damaged: list[int]) -> None:
 
 
 def describe_lost_users(run: Run, skipped_blocks: list[int]) -> str:
-    """How many users are lost, and which shards to mend."""
+    """The number of lost users, and the shards to repair."""
     blocks = [run.store.manifest.splits["train"][number] for number in skipped_blocks]
     shards = sorted({block.shard for block in blocks})
     lost, total = sum(block.count for block in blocks), run.order.num_users

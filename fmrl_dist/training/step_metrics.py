@@ -1,4 +1,4 @@
-"""Losses, rate and data wait between two log records; sums stay on the device until a record is asked for."""
+"""Losses, throughput and data wait between two log records; sums stay on the device until a record is made."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from fmrl_dist.training.step_timer import DATA_WAIT, StepTimer
 
 @dataclass
 class StepMetrics:
-    """What has passed since the last record."""
+    """Sums since the last record."""
 
     sizes: tuple[int, ...]
-    size_weights: tuple[float, ...]  # of the sizes' losses in the loss
+    size_weights: tuple[float, ...]  # of the sizes' losses
     runtime: Runtime
     timer: StepTimer  # restarted by the training loop after each record
     _losses: Tensor | None = None
     _targets: int = 0
 
     def add(self, loss_sums: Tensor, num_targets: int) -> None:
-        """One step: this process' loss sums [S], the global number of targets."""
+        """Add one step: this process' loss sums [S], the global number of targets."""
         self._losses = loss_sums if self._losses is None else self._losses + loss_sums
         self._targets += num_targets
 
     def record(self) -> dict[str, float]:
-        """Mean losses over all processes since the last record. All processes call it together."""
+        """Mean losses over all processes since the last record. All processes must call it together."""
         assert self._losses is not None
         losses = (self.runtime.sum(self._losses) / max(self._targets, 1)).tolist()
         weighted = sum(weight * value for weight, value in zip(self.size_weights, losses, strict=True))

@@ -1,4 +1,4 @@
-"""What this process' time goes to between two log records: the one clock that metrics and the rank monitor read."""
+"""How this process spends its time between two log records; both the metrics and the rank monitor use this timer."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ DATA_WAIT, FORWARD, MEETING = "data_wait_s", "forward_s", "meeting_s"
 
 
 class StepTimer:
-    """Seconds since the last record, in all and by what they went to.
+    """Seconds since the last record, in total and per activity.
 
     Args:
-        module: whose forward passes are timed; on a GPU only their launch is.
+        module: its forward passes are timed; on a GPU only their launch.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -26,7 +26,7 @@ class StepTimer:
         self.restart()
 
     def restart(self) -> None:
-        """Start anew, without what has passed since the last record: evaluating and saving."""
+        """Reset all times, so that evaluating and saving after a record do not count."""
         self.seconds = dict.fromkeys((DATA_WAIT, FORWARD, MEETING), 0.0)
         self.steps = 0
         self._began = time.monotonic()
@@ -43,7 +43,7 @@ class StepTimer:
         self.seconds[column] += time.monotonic() - began
 
     def close(self) -> None:
-        """Time the module no longer."""
+        """Stop timing the module."""
         for hook in self._hooks:
             hook.remove()
 

@@ -1,4 +1,4 @@
-"""Validation while a run trains: every size's metrics, the best so far, and early stopping (sec. 5.3)."""
+"""Validation during training: every size's metrics, the best so far, and early stopping (sec. 5.3)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fmrl_dist.training.run import Run
 def note_validation(
     run: Run, learner: Learner, state: TrainState, logbook: Logbook, progress: Progress, stop: StopRequest
 ) -> bool:
-    """Validate, record it, and see whether this is the best so far; False if a signal came, and it is due still."""
+    """Validate, log the result, and update the best so far; False if a signal interrupted it: it is still due."""
     epoch = (state.step - 1) // run.order.steps_per_epoch
     try:
         with learner.engine.whole_weights():
@@ -34,10 +34,10 @@ def note_validation(
 def validate(run: Run, learner: Learner, stop: StopRequest) -> dict[str, float]:
     """Metrics of every size on the validation users: ``ndcg@10@512`` and so on.
 
-    In evaluation mode everything is float32: the figures are those of ``fmrl_dist.evaluate --split valid``.
+    In evaluation mode everything is float32: the figures equal those of ``fmrl_dist.evaluate --split valid``.
 
     Raises:
-        Stopped: a signal came before it was done.
+        Stopped: a signal came before the end.
     """
     module = learner.module
     module.eval()
@@ -53,7 +53,7 @@ def validate(run: Run, learner: Learner, stop: StopRequest) -> dict[str, float]:
 
 
 def update_early_stopping(config: Config, state: TrainState, record: dict[str, float]) -> None:
-    """Note whether the chosen metric is the best so far; every rank has the same figures and so the same answer."""
+    """Record whether the chosen metric is the best so far; all ranks have the same figures and so the same answer."""
     value = record[f"{config.eval.metric}@{config.eval.size or config.model.width}"]
     if value > state.best_value:
         state.best_value, state.best_step, state.evaluations_without_gain = value, state.step, 0

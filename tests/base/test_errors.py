@@ -1,4 +1,4 @@
-"""How a command ends, by real processes whose output is a real pipe that its reader leaves."""
+"""How a command ends: real processes that write to a real pipe whose reader leaves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fmrl_dist.base.errors import EXIT_NO_READER, EXIT_USER_ERROR
 from tests.fixtures.processes import REPOSITORY, clean_environment
 from tests.fixtures.training import make_shop, train_here
 
-# Prints a line, waits until it is told to go on, and does {then}.
+# Prints a line, waits for a line on stdin, and runs {then}.
 PROGRAM = """
 import os, sys
 from fmrl_dist.base.errors import UserError, run_command
@@ -31,7 +31,7 @@ BUFFERINGS = pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "
 
 
 def run(then: str, unbuffered: str, leave: bool) -> tuple[int, str]:
-    """Exit status and stderr of the program, whose reader takes one line and then leaves, or reads to the end."""
+    """Exit status and stderr of the program; its reader takes one line and then leaves, or reads to the end."""
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM.format(then=then)],
         cwd=REPOSITORY,
@@ -57,7 +57,7 @@ def run(then: str, unbuffered: str, leave: bool) -> tuple[int, str]:
 
 @BUFFERINGS
 @pytest.mark.parametrize(("then", "status"), [(PRINT, 0), (f"{PRINT}; sys.exit(3)", 3), (f"{PRINT}; sys.exit()", 0)])
-def test_a_command_whose_reader_leaves_ends_quietly(then: str, status: int, unbuffered: str) -> None:
+def test_a_command_whose_reader_leaves_ends_silently(then: str, status: int, unbuffered: str) -> None:
     assert run(then, unbuffered, leave=False) == (status, "")
     assert run(then, unbuffered, leave=True) == (EXIT_NO_READER, "")
 

@@ -1,4 +1,4 @@
-"""One process at a time holds a lock, and a process that ends gives it back."""
+"""One process at a time holds a lock, and a process that ends releases it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The progress bar on a terminal, and the line where there is none."""
+"""The progress bar on a terminal, and the line without one."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ def test_bar_on_a_terminal_shows_facts_and_time_left() -> None:
         progress.update(10, "loss 1.0000, 900 tokens/s, data wait 2.0%")
         progress.close()
     shown = read_to_the_end(reader)
-    assert "2/10" in shown, "a resumed run starts where it was"
+    assert "2/10" in shown, "a resumed run starts where it stopped"
     assert "10/10" in shown
     assert "loss 1.0000, 900 tokens/s, data wait 2.0%" in shown
     assert "00:00<" in shown
 
 
 def read_to_the_end(reader: int) -> str:
-    """What a terminal was shown whose other end is closed; the kernel may hand it over piece by piece."""
+    """All output to a terminal whose other end is closed; the kernel may deliver it in pieces."""
     pieces = []
-    with contextlib.suppress(OSError):  # EIO: nothing will come any more
+    with contextlib.suppress(OSError):  # EIO: no more output
         while piece := os.read(reader, 1 << 16):
             pieces.append(piece)
     os.close(reader)
     return b"".join(pieces).decode()
 
 
-def test_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress("item", total=4000, done=1000, name="text", line_every_s=0)
     progress.advance(1000)
     progress.update(4000, "2 unreadable")

@@ -1,4 +1,4 @@
-"""What is shown of a URL, and which URLs may name a store."""
+"""What is shown of a URL, and which URLs are valid for a store."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ plain = st.from_regex(r"[a-z0-9./-]{0,12}", fullmatch=True)
 def test_no_credentials_are_shown(
     protocol: str, host: str, path: str, user: str, password: str, query: str, mark: str
 ) -> None:
-    """Whatever characters they are of, and wherever in a message the URL stands."""
+    """Whatever characters they contain, and wherever the URL is in a message."""
     for url in (
         f"{protocol}://{user}:{password}@{host}/{path}",
         f"{protocol}://{host}/{path}{mark}{query}",
@@ -42,7 +42,7 @@ def test_no_credentials_are_shown(
 @pytest.mark.parametrize(
     "text", ["stores/demo", "s3://bucket/shop", "store http://host:80/a/b: gone", "a@b, c?", "http://", "x::y"]
 )
-def test_what_holds_no_credentials_stays(text: str) -> None:
+def test_text_without_credentials_is_unchanged(text: str) -> None:
     assert hide_credentials(text) == text
 
 
@@ -62,8 +62,8 @@ def test_the_rest_of_a_url_is_shown() -> None:
         ("reference://x", "protocol 'reference'"),
         ("local:///tmp", "protocol 'local'"),
         ("://x", "protocol ''"),
-        ("http://", "names no place"),
-        ("file://host/shop", "names no place"),
+        ("http://", "names no folder"),
+        ("file://host/shop", "names no folder"),
         ("http://host/a b", "write it as %XX"),
         ("http://host/a\nb", "write it as %XX"),
         ("http://host/a@b", "write it as %40"),
@@ -93,7 +93,7 @@ def test_a_config_is_recorded_without_credentials() -> None:
     assert "secret" not in config.to_yaml() + str(config.to_dict())
     other = dataclasses.replace(config, store=dataclasses.replace(config.store, path="https://host/shop?sig=other"))
     hidden = dataclasses.replace(config, store=dataclasses.replace(config.store, path="https://host/shop?***"))
-    assert other.hash == hidden.hash  # nor can they be guessed from what is printed at start
+    assert other.hash == hidden.hash  # nor can they be guessed from the start message
 
 
 @pytest.mark.parametrize(

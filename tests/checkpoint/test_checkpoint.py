@@ -1,4 +1,4 @@
-"""Checkpoints: the same bits come back, links lead to what they should, and nothing else is kept."""
+"""Checkpoints: the same bits are restored, links point to the right folders, and nothing else is kept."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from tests.fixtures.checkpoints import (
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """A run with one checkpoint, of step 3; returns the checkpoint."""
+    """The checkpoint of a run whose only checkpoint is of step 3."""
     return save_step_3(tmp_path / "run" / "checkpoints")
 
 
-def test_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
+def test_training_resumes_bit_for_bit(tmp_path: Path) -> None:
     model, optimizer = make_training()
     train(model, optimizer, 0, 3)
     state = TrainState(step=3, best_value=0.1 + 0.2, best_step=2, evaluations_without_gain=1)
@@ -61,15 +61,15 @@ def test_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert not torch.equal(again.encoder.weight, before["encoder.weight"])
 
 
-def test_moments_and_step_lie_where_their_parameter_does(saved: Path) -> None:
-    """A fused optimiser on a GPU reads the step there."""
+def test_moments_and_step_are_on_their_parameters_device(saved: Path) -> None:
+    """A fused optimiser on a GPU reads the step from the GPU."""
     model, optimizer = make_training()
     restore_optimizer(model.to("meta"), optimizer, load_checkpoint(saved).optimizer)
     for parameter, state in optimizer.state.items():
         assert {tensor.device for tensor in state.values()} == {parameter.device}
 
 
-def test_facts_come_back(saved: Path) -> None:
+def test_facts_are_restored(saved: Path) -> None:
     checkpoint = load_checkpoint(saved)
     facts = {name: getattr(checkpoint, name) for name in FACTS}
     assert facts == FACTS
@@ -85,8 +85,12 @@ def test_files_are_safetensors_and_json(saved: Path) -> None:
     record = json.loads((saved / "state.json").read_text())
     assert record["checkpoint_version"] == 3
     assert record["state"] == {
-        **{"step": 3, "best_value": 0.25, "best_step": 3, "evaluations_without_gain": 0},
-        **{"validation_is_due": False, "skipped_blocks": []},
+        "step": 3,
+        "best_value": 0.25,
+        "best_step": 3,
+        "evaluations_without_gain": 0,
+        "validation_is_due": False,
+        "skipped_blocks": [],
     }
 
 
@@ -128,7 +132,7 @@ def leads_to(folder: Path, link: str) -> str:
     return (folder / link).resolve().name
 
 
-def test_links_follow_and_what_no_link_leads_to_is_removed(tmp_path: Path) -> None:
+def test_links_follow_and_unlinked_checkpoints_are_removed(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     save_steps(folder, [TrainState(10, 0.1, 10)])
     assert names_in(folder) == ["best", "latest", "step-00000010"]
@@ -157,7 +161,7 @@ def test_a_run_folder_may_be_moved(tmp_path: Path) -> None:
 
 
 def test_the_same_step_saved_again_replaces_the_first(tmp_path: Path) -> None:
-    """As after a resume from an earlier checkpoint, or once more with an evaluation."""
+    """As after resuming from an earlier checkpoint, or when an evaluation follows."""
     save_steps(tmp_path, [TrainState(7, 0.1, 3), TrainState(7, 0.2, 7), TrainState(7, 0.2, 7, 1)])
     checkpoints = [name for name in names_in(tmp_path) if name.startswith("step-")]
     assert len(checkpoints) == 1
@@ -165,7 +169,7 @@ def test_the_same_step_saved_again_replaces_the_first(tmp_path: Path) -> None:
     assert leads_to(tmp_path, "best") == leads_to(tmp_path, "latest")
 
 
-def test_left_overs_of_a_killed_process_are_removed(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     save_steps(tmp_path, [TrainState(1, 0.5, 1)])
     (tmp_path / ".step-00000002").mkdir()
     (tmp_path / ".step-00000002" / "model.safetensors").write_bytes(b"half")
@@ -174,8 +178,8 @@ def test_left_overs_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     assert names_in(tmp_path) == ["best", "latest", "step-00000001", "step-00000003"]
 
 
-def test_a_loaded_checkpoint_does_not_hold_on_to_its_files(saved: Path) -> None:
-    """A run prunes the checkpoint that it was resumed from; network file systems keep a mapped file's folder busy."""
+def test_a_loaded_checkpoint_does_not_map_its_files(saved: Path) -> None:
+    """A run prunes the checkpoint that it resumed from; network file systems keep the folder of a mapped file busy."""
     checkpoint = load_checkpoint(saved)
     assert str(saved) not in Path("/proc/self/maps").read_text()
     (saved / "model.safetensors").write_bytes(b"")
@@ -188,7 +192,7 @@ def test_a_run_or_a_checkpoint_is_found(saved: Path, tmp_path: Path, where: str)
 
 
 @pytest.mark.parametrize("where", ["", "run/checkpoints", "nothing", "run/checkpoints/latest/state.json"])
-def test_where_there_is_no_checkpoint(saved: Path, tmp_path: Path, where: str) -> None:
+def test_a_path_without_a_checkpoint(saved: Path, tmp_path: Path, where: str) -> None:
     assert saved.is_dir()
     with pytest.raises(UserError, match=re.escape(str(tmp_path / where)) + " holds no checkpoint; expected a run"):
         load_checkpoint(tmp_path / where)

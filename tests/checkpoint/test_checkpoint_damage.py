@@ -1,4 +1,4 @@
-"""Checkpoints: whole whenever a process is killed, refused in one line when damaged, never unpickled."""
+"""Checkpoints: complete whenever a process is killed, refused in one line when damaged, never unpickled."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ from tests.fixtures.checkpoints import (
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """A run with one checkpoint, of step 3; returns the checkpoint."""
+    """The checkpoint of a run whose only checkpoint is of step 3."""
     return save_step_3(tmp_path / "run" / "checkpoints")
 
 
 def change_record(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
-    """Damage that rewrites state.json with what ``change`` makes of its record."""
+    """Damage that applies ``change`` to the record in state.json."""
 
     def damage(path: Path) -> None:
         record = json.loads((path / "state.json").read_text())
@@ -108,7 +108,7 @@ def test_damage_is_one_clear_line(saved: Path, damage: Callable[[Path], object])
     damage(saved)
     with pytest.raises(UserError) as caught:
         load_checkpoint(saved)
-    assert re.fullmatch(rf"checkpoint {re.escape(str(saved))} is damaged \(.+\); use another .*", str(caught.value))
+    assert re.fullmatch(rf"checkpoint {re.escape(str(saved))} is damaged \(.+\); use another, .*", str(caught.value))
 
 
 def test_another_version_names_both(saved: Path) -> None:
@@ -118,7 +118,7 @@ def test_another_version_names_both(saved: Path) -> None:
 
 
 class Bomb:
-    """What unpickling it would do: make a file."""
+    """An object whose unpickling creates a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -139,30 +139,30 @@ def test_nothing_is_unpickled(saved: Path, tmp_path: Path, name: str, writer: st
         load_checkpoint(saved)
     assert not (tmp_path / "exploded").exists()
     pickle.loads(pickle.dumps(bomb))
-    assert (tmp_path / "exploded").exists()  # so the bomb works
+    assert (tmp_path / "exploded").exists()  # the bomb works
 
 
 def test_unknown_tensors_do_not_pass_for_a_model(saved: Path) -> None:
-    """Loading reads whatever tensors there are; the model refuses those that are not its own."""
+    """Loading reads all tensors; the model refuses those that are not its own."""
     save_file({"another": torch.zeros(2)}, saved / "model.safetensors")
     reseal(saved)
     with pytest.raises(RuntimeError, match="another"):
         make_training()[0].load_state_dict(load_checkpoint(saved).model)
 
 
-# A process is killed with SIGKILL in the middle of saving: a forked child, which costs no import of torch.
+# A process is killed with SIGKILL while saving: a forked child, which need not import torch.
 
 
 @pytest.fixture
 def memory() -> Iterator[Path]:
-    """A folder in memory where there is one: SIGKILL loses nothing that is in the page cache, so no disk is needed."""
+    """A folder in memory if available: SIGKILL loses nothing that is in the page cache, so no disk is needed."""
     shared = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:
         yield Path(folder)
 
 
 def fork(child: Callable[[], None]) -> int:
-    """Run ``child`` in a forked process; returns its pid."""
+    """Run ``child`` in a forked process; return its pid."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -189,7 +189,7 @@ def die_at_change(number: int) -> None:
 
 
 def check_run(folder: Path, steps: set[int]) -> Checkpoint:
-    """Both links lead to whole checkpoints: latest to one of ``steps``, best to the best it knows of or a later one."""
+    """Both links point to complete checkpoints: latest to one of ``steps``, best to the best known or a later one."""
     best, latest = load_checkpoint(folder / "best"), load_checkpoint(folder / "latest")
     assert latest.state.step in steps, (latest.state, steps)
     assert best.state.step == best.state.best_step >= latest.state.best_step
@@ -198,7 +198,7 @@ def check_run(folder: Path, steps: set[int]) -> Checkpoint:
 
 @pytest.mark.parametrize("state", [TrainState(2, 0.5, 2), TrainState(1, 0.2, 1, 1)], ids=["new best", "same step"])
 def test_a_save_killed_at_any_change_leaves_a_whole_run(memory: Path, state: TrainState) -> None:
-    """Killed before its first, second, … change of the file system, until it gets through."""
+    """Killed before its first, second, … change of the file system, until it succeeds."""
     model, optimizer = make_training()
     train(model, optimizer, 0, 1)
     before = memory / "before"
@@ -214,8 +214,8 @@ def test_a_save_killed_at_any_change_leaves_a_whole_run(memory: Path, state: Tra
         status = os.waitpid(fork(save), 0)[1]
         check_run(run, {1, state.step})
         for new in set(run.glob("step-*")) - {run / "step-00000001"}:
-            assert load_checkpoint(new).state == state  # whole or not there, linked or not
-        save_training(run, state, model, optimizer)  # the run goes on, and leaves no rubbish
+            assert load_checkpoint(new).state == state  # complete or absent, linked or not
+        save_training(run, state, model, optimizer)  # the run continues, and leaves nothing behind
         assert check_run(run, {state.step}).state == state
         assert len(names_in(run)) == 3, names_in(run)
         if status == 0:
@@ -225,12 +225,12 @@ def test_a_save_killed_at_any_change_leaves_a_whole_run(memory: Path, state: Tra
 
 
 def test_saves_killed_at_any_time_leave_a_whole_run(memory: Path) -> None:
-    """A process that saves without pause, killed ten times; the next one goes on from what it left."""
+    """A process that saves without pause, killed ten times; the next one continues from what it left."""
     model, optimizer = make_training()
     train(model, optimizer, 0, 1)
     save_training(memory, TrainState(1, 0.0, 1), model, optimizer)
 
-    def save_for_ever() -> None:
+    def save_forever() -> None:
         state = load_checkpoint(memory / "latest").state
         while True:
             state.step += 1
@@ -240,9 +240,9 @@ def test_saves_killed_at_any_time_leave_a_whole_run(memory: Path) -> None:
 
     for round_number in range(10):
         step = load_checkpoint(memory / "latest").state.step
-        pid = fork(save_for_ever)
+        pid = fork(save_forever)
         while int((memory / "latest").resolve().name.split("-")[1]) < step + 2:
-            assert os.waitpid(pid, os.WNOHANG) == (0, 0), "the process that saves has ended"
+            assert os.waitpid(pid, os.WNOHANG) == (0, 0), "the saving process has ended"
             time.sleep(0.001)
         time.sleep(0.003 * round_number)
         os.kill(pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""An export is a slice: it ranks as the large model does at its sizes, and by itself."""
+"""An export is a slice: by itself it ranks like the large model at its sizes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fmrl_dist.data.item_table import load_item_table
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.evaluation.metrics import CUTOFF
 from fmrl_dist.model.fmrlrec import CONFIG_FILE, MODEL_FILE, FMRLRec
-from shards.build import build
+from shards.store.builder import build_store
 from tests.fixtures.ranking import target_ranks
 from tests.fixtures.training import (
     contents,
@@ -51,14 +51,14 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A shop whose items have titles, and colours that standardize has to shift and scale."""
+    """A shop whose items have titles, and colours that standardize must shift and scale."""
     root = tmp_path_factory.mktemp("export")
     write_shop(root / "raw")
     np.save(root / "raw" / "colour.npy", 5 * np.load(root / "raw" / "colour.npy") + 3)
     values = shop_values(root)
     values["data"]["items"] = {"title": "title"}
     (root / "shop.yaml").write_text(yaml.safe_dump(values))
-    build(load_config(root / "shop.yaml"))
+    build_store(load_config(root / "shop.yaml"))
     return root / "shop.yaml"
 
 
@@ -125,7 +125,7 @@ def test_ranks_are_those_of_the_large_model(shop: Path, tmp_path: Path, words: t
 
 @torch.no_grad()
 def assert_same_ranks(large: Recommender, small: Recommender, block: EvaluationBlock) -> None:
-    """Scores equal to 1e-6 of what they add up, and ranks but for others' scores as near as that to the target's."""
+    """Scores equal to 1e-6 of the summed magnitudes; target ranks equal except for scores that near to the target's."""
     z, z_small = (
         r.model(r.items[block.items], block.starts, block.from_start)[block.starts[1:] - 1] for r in (large, small)
     )
@@ -164,14 +164,14 @@ def recommender_of(model: FMRLRec, values: Tensor, present: Tensor) -> Recommend
 
 @settings(max_examples=40)
 @given(case=models(), lengths=st.lists(st.integers(0, 9), min_size=1, max_size=5))
-def test_an_export_of_any_model_ranks_as_it(case: tuple[FMRLRec, int, int], lengths: list[int]) -> None:
+def test_an_export_of_any_model_ranks_like_the_model(case: tuple[FMRLRec, int, int], lengths: list[int]) -> None:
     """Any width, sizes, depth, features (some missing, all scaled and shifted), with an id table or without."""
     model, num_items, size = case
     values = torch.randn(num_items, sum(model.encoder.feature_dims.values()))
     present = torch.rand(num_items, len(model.encoder.feature_dims)) < 0.7
     small = recommender_of(model.truncate(size), values, present)
     with tempfile.TemporaryDirectory() as folder:
-        write_export(small, Path(folder) / "export", b"of no interest here")
+        write_export(small, Path(folder) / "export", b"unused here")
         found = read_export(Path(folder) / "export")
     assert_same_recommender(found, small)
     events = torch.randint(num_items, (sum(lengths),))
@@ -204,7 +204,7 @@ def assert_same_recommender(found: Recommender, expected: Recommender) -> None:
 # The folder
 
 
-def test_the_command_says_what_it_wrote(run: Path) -> None:
+def test_the_command_prints_what_it_wrote(run: Path) -> None:
     result = run_module("fmrl_dist.export", "--checkpoint", run, "--size", 8)
     assert (result.returncode, result.stderr) == (0, "")
     folder = run / "export-8"
@@ -216,7 +216,7 @@ def test_the_command_says_what_it_wrote(run: Path) -> None:
     assert first == f"size 8: {num_parameters:,} parameters, 40 items"
     assert [row.split() for row in rows] == [
         *([f"{count:,}", "bytes", name] for name, count in num_bytes.items()),
-        [f"{sum(num_bytes.values()):,}", "bytes", "in", "all"],
+        [f"{sum(num_bytes.values()):,}", "bytes", "total"],
     ]
     assert last == f"written: {folder}"
 
@@ -241,10 +241,19 @@ def test_files_hold_the_slice(run: Path, shop: Path, size: int) -> None:
     assert json.loads((folder / CONFIG_FILE).read_text()) == {
         "format_version": 1,
         "model": {
-            **{"sizes": [m for m in SIZES if m <= size], "depth": 2, "feature_dims": {"vector": 6, "colour": 4}},
-            **{"num_items": 0, "dropout": 0.2, "lru_dropout": 0.2, "r_min": 0.0, "r_max": 0.1},
+            "sizes": [m for m in SIZES if m <= size],
+            "depth": 2,
+            "feature_dims": {"vector": 6, "colour": 4},
+            "num_items": 0,
+            "dropout": 0.2,
+            "lru_dropout": 0.2,
+            "r_min": 0.0,
+            "r_max": 0.1,
         },
-        **{"num_items": 40, "max_length": 50, "predict_first": True, "normalize": False},
+        "num_items": 40,
+        "max_length": 50,
+        "predict_first": True,
+        "normalize": False,
         "origin": {
             "fmrl_dist_version": "0.1.0",
             "step": checkpoint.state.best_step,
@@ -255,7 +264,7 @@ def test_files_hold_the_slice(run: Path, shop: Path, size: int) -> None:
     }
 
 
-def test_the_model_needs_two_files_and_draws_nothing(exported: Path, tmp_path: Path) -> None:
+def test_the_model_needs_two_files_and_no_random_numbers(exported: Path, tmp_path: Path) -> None:
     (tmp_path / "two").mkdir()
     for name in (CONFIG_FILE, MODEL_FILE):
         shutil.copy(exported / name, tmp_path / "two")
@@ -269,7 +278,7 @@ def test_the_model_needs_two_files_and_draws_nothing(exported: Path, tmp_path: P
 
 
 def test_another_stores_catalogue(run: Path, tmp_path: Path) -> None:
-    """A model of features alone is exported with a catalogue it was not trained on, and evaluated on that only."""
+    """A model without an id table is exported with a new catalogue, and evaluated on that only."""
     store = make_shop(tmp_path / "other", num_items=50).parent / "store"
     export_here(run, 8, "--store", store, "--output", tmp_path / "new")
     recommender = read_export(tmp_path / "new")
@@ -287,10 +296,10 @@ def shop_store(run: Path) -> str:
 
 
 def test_an_export_is_replaced_only_when_asked(run: Path, exported: Path) -> None:
-    (exported / "evaluation.json").write_text("of what was there before")
+    (exported / "evaluation.json").write_text("of the previous export")
     before = contents(exported)
     line = refusal(export.main, "--checkpoint", run, "--size", 8)
-    assert line == f"error: export {exported} exists; keep it, or write it again with --overwrite"
+    assert line == f"error: export {exported} exists; keep it, or replace it with --overwrite"
     assert contents(exported) == before
     export_here(run, 4, "--output", exported, "--overwrite")
     assert sorted(path.name for path in exported.iterdir()) == sorted(FILES)
@@ -313,13 +322,13 @@ def test_refusals_write_nothing(run: Path, tmp_path: Path) -> None:
     shutil.copytree(shop_store(run), store)
     (store / "vocab.parquet").unlink()
     latest = (run / "checkpoints" / "latest").resolve()
-    load_item_table(Store.open(tmp_path / "store"), None)  # unpacked beside the store by whoever comes first
+    load_item_table(Store.open(tmp_path / "store"), None)  # unpacked beside the store on first use
     before = contents(tmp_path)
     for words, complaint in {
         (run, "--size", 48): "error: size 48 was not trained; the trained sizes are [4, 8, 16]",
         (run, "--size", 8, "--store", store): f"store {store} has no vocab.parquet",
         (run, "--size", 8, "--store", tmp_path / "gone"): "gone does not exist; build it",
-        (latest, "--size", 8): f"checkpoint {latest} is not the best of its run; say by --output",
+        (latest, "--size", 8): f"checkpoint {latest} is not the best of its run; choose a folder with --output",
         (tmp_path / "nowhere", "--size", 8): "nowhere holds no checkpoint; expected a run folder",
         (run, "--size", "small"): "invalid int value: 'small'",
     }.items():

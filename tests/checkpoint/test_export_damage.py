@@ -1,4 +1,4 @@
-"""An export that is damaged, foreign or of another version is refused in one line, by every way of reading it."""
+"""An export that is damaged, foreign or of another version is refused in one line by all readers."""
 
 from __future__ import annotations
 

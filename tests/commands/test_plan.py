@@ -16,6 +16,7 @@ from fmrl_dist import plan
 from fmrl_dist.config.loading import load_config
 from fmrl_dist.data.batches import Packed, SampledBatch
 from fmrl_dist.data.item_table import ItemTable
+from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.plan import Cost, Step, predict, recommend
 from fmrl_dist.training.item_columns import TableColumns, catalogue_columns, catalogue_slice
@@ -65,12 +66,12 @@ def make_module(step: Step, loss: str) -> TrainingModule:
     table = ItemTable({"features": step.num_features}, values, torch.ones(len(values), 1, dtype=torch.bool))
     products = torch.bfloat16 if step.itemsize == 2 else None
     model = FMRLRec(step.sizes, step.depth, table.dims, step.num_items * step.id_table, matmul_dtype=products)
-    dtype = products or torch.float32
+    dtype, settings = products or torch.float32, LossSettings(step.sizes, dtype=products)
     if loss != "split":
         columns = catalogue_columns(model.encoder, table, dtype)
-        return TrainingModule(model, columns, None, False, "tiled", products)
+        return TrainingModule(model, columns, settings)
     part = catalogue_slice(model.encoder, table, dtype, dist.get_rank(), step.num_ranks)
-    return TrainingModule(model, TableColumns(model.encoder, table, dtype), None, False, "tiled", products, part)
+    return TrainingModule(model, TableColumns(model.encoder, table, dtype), settings, part=part)
 
 
 def make_batch(step: Step, loss: str) -> Packed:
@@ -155,10 +156,34 @@ def counted_operations(step: Step, loss: str) -> int:
 )
 def test_operations_are_as_counted(step: Step, loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if step.num_items == 30_000:
-        for module in ("fmrl_dist.plan", "fmrl_dist.losses.tiled_log_sum_exp"):
-            monkeypatch.setattr(f"{module}.KEPT_BYTES", 64 * 2**20)
+        monkeypatch.setattr("fmrl_dist.losses.tiled_log_sum_exp.KEPT_BYTES", 64 * 2**20)
         assert step.num_items * (4 * step.positions + 256) * 4 > 64 * 2**20
     assert predict(step, loss).operations == pytest.approx(counted_operations(step, loss), rel=0.1)
+
+
+# Of whole steps on an H100 (benchmarks/results/h100-2026-11-26): positions, features, items, itemsize, seconds, GiB
+# beyond weights, moments and columns.
+ON_AN_H100 = [
+    (4096, 768, 1_000_000, 2, 0.287, 1.26),
+    (4096, 768, 10_000_000, 2, 2.67, 1.26),
+    (25_600, 2048, 100_000, 2, 0.209, 3.68),
+    (25_600, 2048, 100_000, 4, 0.675, 4.74),
+]
+H100_RATE = {2: 771e12, 4: 51.1e12}
+
+
+@pytest.mark.parametrize(("positions", "num_features", "num_items", "itemsize", "seconds", "gib"), ON_AN_H100)
+def test_a_gpu_takes_the_predicted_time_and_no_more_memory(
+    positions: int, num_features: int, num_items: int, itemsize: int, seconds: float, gib: float
+) -> None:
+    sizes = (8, 16, 32, 64, 128, 256, 512, 1024)
+    step = replace(BASE, sizes=sizes, depth=2, positions=positions, num_features=num_features, num_items=num_items)
+    step = replace(step, itemsize=itemsize, on_gpu=True, memory_bytes=80 * 2**30)
+    cost = predict(step, "whole")
+    assert cost.operations / (plan.rate_share(step) * H100_RATE[itemsize]) == pytest.approx(seconds, rel=0.2)
+    gradients = cost.memory["weights, gradients, moments"] / 4
+    found = (cost.memory["kept of blocks and batch"] + cost.memory["loss"] + gradients) / 2**30
+    assert gib <= found <= 1.5 * gib
 
 
 def test_split_divides_projection_and_columns() -> None:
@@ -178,7 +203,7 @@ def test_what_does_not_fit_the_device_is_read_from_the_table() -> None:
 
 def test_validation_holds_the_ranked_embeddings() -> None:
     step = replace(BASE, num_ranks=8, num_items=10_000_000, memory_bytes=80 * 2**30, on_gpu=True)
-    for loss in ("whole", "split", "sampled"):  # of so many items, ranks share them whatever the loss
+    for loss in ("whole", "split", "sampled"):  # with so many items, ranks share the ranking at any loss
         cost = predict(step, loss)
         resting = cost.memory["weights, gradients, moments"] + cost.memory["item columns"]
         assert cost.validation_bytes == resting + 4 * 10_000_000 * 256 / 8

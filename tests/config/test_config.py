@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fmrl_dist.base.errors import UserError
+from fmrl_dist.checkpoint.folder import TrainState, save_checkpoint
+from fmrl_dist.checkpoint.run_folder import open_run
 from fmrl_dist.config.features import NpyFeature
 from fmrl_dist.config.loading import DEMO_CONFIG, config_from_dict, load_config
-from fmrl_dist.config.sections import Config, ModelConfig, TrainConfig
+from fmrl_dist.config.sections import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
 from tests.fixtures.processes import REPOSITORY
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -70,7 +73,7 @@ def test_unknown_key(raw: Any, message: str, tmp_path: Path) -> None:
         ({"train": {"epochs": True}}, "train.epochs is True; expected int"),
         ({"train": {"lr": "fast"}}, "train.lr is 'fast'; expected float"),
         ({"train": {"lr": float("nan")}}, "train.lr is nan; expected a finite number"),
-        ({"train": {"threads": [1]}}, "train.threads is [1]; expected int or str"),
+        ({"train": {"threads": [1]}}, "train.threads is [1]; expected int (at least 1) or auto"),
         ({"run": {"tensorboard": 1}}, "run.tensorboard is 1; expected bool"),
         ({"model": {"sizes": 8}}, "model.sizes is 8; expected a list"),
         ({"model": {"sizes": [8, "x"]}}, "model.sizes[1] is 'x'; expected int"),
@@ -88,24 +91,27 @@ def test_wrong_type(raw: Any, message: str, tmp_path: Path) -> None:
     [
         ({"model": {"sizes": []}}, "model.sizes is empty"),
         ({"model": {"sizes": [8, 8, 128]}}, "model.sizes [8, 8, 128] do not increase"),
-        ({"model": {"sizes": [16, 8], "width": 8}}, "model.sizes [16, 8] do not increase"),
+        ({"model": {"sizes": [16, 8]}}, "model.sizes [16, 8] do not increase"),
         ({"model": {"sizes": [2, 128]}}, "model.sizes [2, 128] have a chunk of 2 channels"),
         ({"model": {"sizes": [8, 11, 128]}}, "model.sizes [8, 11, 128] have a chunk of 3 channels"),
         ({"model": {"sizes": [8, 64], "width": 128}}, "the last of model.sizes is 64 but model.width is 128"),
         ({"model": {"depth": 0}}, "model.depth is 0; expected at least 1"),
-        ({"model": {"dropout": 1.0}}, "model.dropout is 1.0; expected 0 <= rate < 1"),
+        ({"model": {"dropout": 1.0}}, "model.dropout is 1.0; expected 0 <= value < 1"),
         ({"model": {"r_min": 0.2, "r_max": 0.1}}, "model.r_min, r_max are 0.2, 0.1"),
         ({"model": {"features": []}}, "model.features is empty and model.id_table is off"),
         ({"model": {"features": ["text", "text"]}}, "model.features ['text', 'text'] name a feature twice"),
         ({"model": {"feature_scale": "big"}}, "model.feature_scale is 'big'"),
-        ({"model": {"feature_scale": 0}}, "model.feature_scale is 0.0"),
+        (
+            {"model": {"feature_scale": 0}},
+            "model.feature_scale is 0; expected none, standardize or float (more than 0)",
+        ),
         ({"train": {"batch_size": 32, "lanes": 5}}, "train.lanes is 5, which does not divide train.batch_size 32"),
         ({"train": {"log_every_steps": 0}}, "train.log_every_steps is 0; expected at least 1"),
         ({"train": {"warmup_steps": -1}}, "train.warmup_steps is -1; expected at least 0"),
         ({"train": {"lr": 0}}, "train.lr is 0.0; expected more than 0"),
         ({"train": {"beta2": 1}}, "train.beta2 is 1.0"),
         ({"train": {"precision": "fp16"}}, "train.precision is 'fp16'; expected one of: fp32, bf16"),
-        ({"train": {"threads": "all"}}, "train.threads is 'all'; expected 'auto' or a number"),
+        ({"train": {"threads": "all"}}, "train.threads is 'all'; expected int (at least 1) or auto"),
         ({"eval": {"metric": "auc"}}, "eval.metric is 'auc'; expected one of: recall@5"),
         ({"eval": {"size": 12}}, "eval.size is 12, which is not trained; choose one of [8, 16, 32, 64, 128]"),
         ({"data": {"max_length": 0}}, "data.max_length is 0; expected at least 1"),
@@ -121,7 +127,24 @@ def test_impossible_value(raw: Any, message: str, tmp_path: Path) -> None:
     assert refusal(tmp_path, raw).startswith(message)
 
 
-def test_file_that_is_no_config(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TrainConfig(epochs=0), "train.epochs is 0; expected at least 1"),
+        (
+            lambda: TrainConfig(precision="fp16"),  # type: ignore[arg-type]
+            "train.precision is 'fp16'; expected one of: fp32, bf16",
+        ),
+        (lambda: ModelConfig(dropout=1.0), "model.dropout is 1.0; expected 0 <= value < 1"),
+        (lambda: DataConfig(features={"text": NpyFeature(path="a.npy", dim=-1)}), "data.features.text.dim is -1"),
+    ],
+)
+def test_values_are_checked_in_python_too(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        make()
+
+
+def test_a_file_that_is_not_a_config(tmp_path: Path) -> None:
     missing, text, binary = tmp_path / "missing.yaml", tmp_path / "text.yaml", tmp_path / "binary.yaml"
     text.write_text("train: [1,\nmodel: }")
     binary.write_bytes(b"\xff\xfe\x00")
@@ -134,7 +157,7 @@ def test_file_that_is_no_config(tmp_path: Path) -> None:
 
 def test_overrides(tmp_path: Path) -> None:
     path = write(tmp_path, {"train": {"epochs": 3, "lr": 0.1}, "eval": None})
-    words = "--train.epochs 7 --train.lr=1e-4 --model.sizes [8,16] --model.width 16 --eval.size 8 --run.dir".split()
+    words = "--train.epochs 7 --train.lr=1e-4 --model.sizes [8,16] --eval.size 8 --run.dir".split()
     config = load_config(path, [*words, "here", "--data.features.text.path", "a.npy", "--train.threads", "2"])
     assert (config.train.epochs, config.train.lr, config.train.threads) == (7, 1e-4, 2)
     assert (config.model.sizes, config.eval.size, config.run.dir) == ((8, 16), 8, "here")
@@ -185,11 +208,40 @@ def test_config_cannot_be_changed() -> None:
         Config().train.lr = 1.0  # type: ignore[misc]
 
 
+def test_width_follows_from_sizes(tmp_path: Path) -> None:
+    """Configs written or recorded before it did may still name it, if they name it right."""
+    config = Config(model=ModelConfig(sizes=(8, 64)))
+    assert config.model.width == 64
+    assert "width" not in config.to_dict()["model"]
+    old = {"model": {**config.to_dict()["model"], "width": 64}}
+    assert config_from_dict(old).model == config.model
+    assert old["model"]["width"] == 64, "the values handed over are not changed"
+    assert load_config(write(tmp_path, old), ["--model.sizes", "[8]", "--model.width", "8"]).model.width == 8
+    refused = refusal(tmp_path, old, ("--model.sizes", "[8, 16]"))
+    assert refused == (
+        "the last of model.sizes is 16 but model.width is 64; leave model.width out, it follows from model.sizes"
+    )
+
+
+def test_a_checkpoint_of_an_older_version_is_resumed(tmp_path: Path) -> None:
+    config = Config(run=RunConfig(dir=str(tmp_path)))
+    recorded = config.to_dict()
+    recorded["model"]["width"] = config.model.width
+    recorded["loss"]["impl"] = "compiled"
+    assert refusal(tmp_path, recorded) == "loss.impl is 'compiled'; expected one of: auto, tiled, triton, plain"
+    facts = {"config": recorded, "features": {}, "num_items": 1, "manifest_sha256": "0" * 64}
+    save_checkpoint(tmp_path / "checkpoints", TrainState(step=3), {}, {}, facts)
+    checkpoint = open_run(config, "auto", "0" * 64)
+    assert checkpoint is not None and checkpoint.state.step == 3
+    with pytest.raises(UserError, match=r"has model.sizes \(8, 16, 32, 64, 128\), this run \(8, 16\)"):
+        open_run(replace(config, model=ModelConfig(sizes=(8, 16))), "auto", "0" * 64)
+
+
 @given(st.lists(st.integers(-2, 40), min_size=1, max_size=6))
 def test_sizes_are_accepted_exactly_when_they_nest(sizes: list[int]) -> None:
     nested = sizes[0] >= 4 and all(high - low >= 4 for low, high in zip(sizes, sizes[1:], strict=False))
     try:
-        ModelConfig(sizes=tuple(sizes), width=sizes[-1])
+        ModelConfig(sizes=tuple(sizes))
     except UserError:
         assert not nested
     else:

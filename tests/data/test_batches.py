@@ -18,7 +18,7 @@ from fmrl_dist.data.store.manifest import Block
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.train_stream import TrainStream
 from fmrl_dist.data.windows import WindowRule, target_windows
-from shards.build import build
+from shards.store.builder import build_store
 from tests.fixtures.stores import tiny_config, write_histories, write_items
 
 NUM_ITEMS = 40
@@ -26,7 +26,7 @@ NUM_ITEMS = 40
 LENGTHS = [2, 3, 52, 53, 54, 4, 2, 103, 17, 3, 61, 9, 5, 30, 3, 2, 152, 8, 6, 153, 11]
 USERS_PER_BLOCK = 4
 
-Window = tuple[list[int], list[int], bool]  # inputs, targets, whether a start position comes first
+Window = tuple[list[int], list[int], bool]  # inputs, targets, whether it starts at the start position
 
 
 def raw_histories() -> list[list[int]]:
@@ -35,7 +35,7 @@ def raw_histories() -> list[list[int]]:
 
 
 def train_histories() -> list[list[int]]:
-    """Training slices by internal user id, which is the row of the user."""
+    """Training slices by internal user id, which is the user's row."""
     return [history[:-2] if len(history) >= 3 else history for history in raw_histories()]
 
 
@@ -45,7 +45,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     write_items(root / "items.parquet", list(range(NUM_ITEMS)))
     write_histories(root / "sequences.parquet", {f"u{i}": history for i, history in enumerate(raw_histories())})
     config = tiny_config(root, root / "store", features={})
-    return build(replace(config, store=replace(config.store, users_per_block=USERS_PER_BLOCK)))[0]
+    return build_store(replace(config, store=replace(config.store, users_per_block=USERS_PER_BLOCK)))[0]
 
 
 def reference_windows(history: list[int], max_length: int, windows: str, predict_first: bool) -> list[Window]:
@@ -133,7 +133,7 @@ def test_windows_do_not_depend_on_batch_lanes_and_seed(
 def test_a_resumed_rank_reads_the_windows_of_its_users_only(
     store: Store, data: st.DataObject, lanes: int, per_lane: int, seed: int, epoch: int
 ) -> None:
-    """From any step on, for any number of ranks: no block of an earlier step's windows, and none of another rank's."""
+    """Starting at any step, for any number of ranks: no block of earlier steps or other ranks is read."""
     blocks = store.manifest.splits["train"]
     order = Order([block.count for block in blocks], lanes * per_lane, lanes, seed, data.draw(st.integers(1, 3)))
     world_size = data.draw(st.integers(1, lanes))
@@ -158,7 +158,7 @@ def test_a_resumed_rank_reads_the_windows_of_its_users_only(
 
 @pytest.mark.parametrize("num_events", [50, 51, 52])
 def test_max_length_counts_targets(store: Store, num_events: int) -> None:
-    """Written out by hand: inputs, targets, and whether the window begins at the start position."""
+    """By hand: inputs, targets, and whether the window starts at the start position."""
     user = [len(history) for history in train_histories()].index(num_events)
     history = train_histories()[user]
     expected = {
@@ -186,7 +186,7 @@ def test_one_event_histories(store: Store) -> None:
 
 
 def test_a_window_of_the_start_position_alone(store: Store) -> None:
-    """51 targets in windows of 50: the first of them is left for a window without inputs."""
+    """51 targets in windows of 50: the first target is left for a window without inputs."""
     user = [len(history) for history in train_histories()].index(51)
     history = train_histories()[user]
     assert whole_epoch(store, 50, "all", True)[user] == [
@@ -231,7 +231,7 @@ def test_an_empty_lane_gives_an_empty_batch(store: Store) -> None:
 
 
 def test_users_without_targets_give_an_empty_batch(store: Store) -> None:
-    """One-event histories, and no start position to predict them from."""
+    """One-event histories, without a start position to predict them from."""
     counts = [block.count for block in store.manifest.splits["train"]]
     order = Order(counts, batch_size=32, lanes=32, seed=0)
     stream = TrainStream(store, order, WindowRule(50, "all", False))
@@ -282,7 +282,7 @@ def evaluated(store: Store, split_name: str, max_length: int, num_users: int = 0
 @pytest.mark.parametrize("max_length", [1, 50, 1000])
 @pytest.mark.parametrize(("split_name", "held_out"), [("valid", 2), ("test", 1)])
 def test_evaluation_histories(store: Store, split_name: str, held_out: int, max_length: int) -> None:
-    """The last events before the target, and all of them for masking; the test history has the validation item."""
+    """The last events before the target, and all of them for masking; the test history includes the validation item."""
     expected = {}
     for user, history in enumerate(raw_histories()):
         if len(history) >= 3:

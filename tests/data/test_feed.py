@@ -38,7 +38,7 @@ from tests.fixtures.training import (
     train_here,
 )
 
-TOTAL_STEPS = 2 * STEPS_PER_EPOCH + 3  # two epochs, with their last steps, and the begin of another
+TOTAL_STEPS = 2 * STEPS_PER_EPOCH + 3  # two epochs, including their last steps, and the start of another
 SAMPLED = ["--loss.softmax", "sampled", "--loss.negatives", "mixed", "--loss.num_negatives", "5"]
 NO_DROPOUT = ["--model.dropout", "0", "--model.lru_dropout", "0"]
 
@@ -57,7 +57,7 @@ def make_stream(config: Config, access: StoreConfig | None = None, skipped: Sequ
 
 
 def digest(batch: Packed) -> str:
-    """Of every tensor of a batch, with its dtype."""
+    """Hash of all tensors of a batch and their dtypes."""
     arrays = [tensor.numpy() for tensor in batch.tensors.values()]
     return hashlib.sha256(b"".join(str(a.dtype).encode() + a.tobytes() for a in arrays)).hexdigest()
 
@@ -69,7 +69,7 @@ def read(stream: TrainStream, lanes: Sequence[int], workers: int, first: int = 0
 
 
 def read_on_each_rank(config: str, words: list[str]) -> dict[str, list[Any]]:
-    """Users of each step, and whether all batches are those that one process reads without workers."""
+    """Users of each step, and the numbers of workers whose batches differ from those read without workers."""
     lanes = range(dist.get_rank(), 16, dist.get_world_size())
     stream = make_stream(load_config(Path(config), words))
     expected = [stream.batch(*divmod(step, STEPS_PER_EPOCH), lanes) for step in range(TOTAL_STEPS)]
@@ -95,8 +95,8 @@ def test_batches_are_the_same_for_any_ranks_and_workers(ranks: int, shop: Path) 
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 5])
 @pytest.mark.parametrize("lanes", [range(16), [3, 9, 15], [7]], ids=["all", "some", "one"])
-def test_a_feed_begins_anywhere(workers: int, lanes: Sequence[int], shop: Path) -> None:
-    """More workers than lanes, too; and it may be asked to jump."""
+def test_a_feed_starts_anywhere(workers: int, lanes: Sequence[int], shop: Path) -> None:
+    """Even with more workers than lanes, and it can jump."""
     stream = make_stream(load_config(shop, SAMPLED))
     whole = [digest(stream.batch(*divmod(step, STEPS_PER_EPOCH), lanes)) for step in range(TOTAL_STEPS)]
     assert [*map(digest, read(stream, lanes, workers, first=STEPS_PER_EPOCH - 1))] == whole[STEPS_PER_EPOCH - 1 :]
@@ -106,8 +106,8 @@ def test_a_feed_begins_anywhere(workers: int, lanes: Sequence[int], shop: Path) 
         ]
 
 
-def test_beginning_in_the_middle_reads_no_more_blocks(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only those of the windows that its users come from, and each once: nothing is replayed."""
+def test_starting_in_the_middle_reads_no_extra_blocks(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the blocks of its users' pools are read, each once: nothing is replayed."""
     was_read: list[Block] = []
     read_block = Store.read_block
 
@@ -142,7 +142,7 @@ def test_a_worker_that_dies_or_stalls_ends_the_run_in_time(fate: int, problem: s
     before = set(psutil.Process().children())
     began = time.monotonic()
     with (
-        pytest.raises(UserError, match=rf"died or gave nothing for 2 s \(.*({problem}).*; look for") as error,
+        pytest.raises(UserError, match=rf"died or sent nothing for 2 s \(.*({problem}).*; check for") as error,
         BatchFeed(make_stream(load_config(shop)), range(16), 10**6, 1, timeout_s=2) as feed,
     ):
         feed.batches(0)
@@ -158,7 +158,7 @@ def test_a_worker_that_dies_or_stalls_ends_the_run_in_time(fate: int, problem: s
 
 @pytest.fixture
 def damaged(tmp_path: Path) -> tuple[Path, list[Block]]:
-    """A shop with a byte flipped in one training block, a test shard that is missing, and these training blocks."""
+    """A shop with a flipped byte in one training block and a missing test shard; and the damaged block."""
     config = make_shop(tmp_path / "shop")
     folder = tmp_path / "shop" / "store"
     manifest = Store.open(folder).manifest
@@ -197,7 +197,7 @@ def train_on_ranks(config: str, run: str, words: list[str]) -> None:
 def test_a_skipped_block_is_left_out_on_all_ranks(
     damaged: tuple[Path, list[Block]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One and two ranks, with and without workers, whole and resumed: the same figures, and the loss is told."""
+    """One and two ranks, with and without workers, whole and resumed: the same figures; the lost users are reported."""
     config, (block,) = damaged
     words = [*NO_DROPOUT, "--store.on_bad_shard", "skip"]
     train_here(config, tmp_path / "alone", *words)
@@ -224,8 +224,8 @@ def test_a_skipped_block_is_left_out_on_all_ranks(
     assert figures(halved) == figures(whole)
 
 
-def test_blocks_found_damaged_one_after_the_other_all_stay_out(tmp_path: Path) -> None:
-    """Windows of one block: the second is met long after the first was agreed on."""
+def test_blocks_found_damaged_one_after_the_other_all_stay_skipped(tmp_path: Path) -> None:
+    """Pools of one block: the second is found long after the ranks agreed on the first."""
     config = make_shop(tmp_path / "shop")
     store = Store.open(tmp_path / "shop" / "store")
     for number in (2, 6):

@@ -1,6 +1,6 @@
-"""Inline stores: features ride with the histories, negatives come from the item shards, nothing holds all items.
+"""Inline stores: features are stored with the histories, negatives come from the item shards, nothing holds all items.
 
-What is trained and evaluated so has to be what a table of all items gives, for the same negatives.
+Training and evaluation must give the same results as with a table of all items, for the same negatives.
 """
 
 from __future__ import annotations
@@ -41,13 +41,14 @@ from fmrl_dist.distributed.processes import start_runtime
 from fmrl_dist.distributed.signals import StopRequest
 from fmrl_dist.evaluation.catalogue import EmbeddedCatalogue, StreamedCatalogue
 from fmrl_dist.evaluation.ranker import ranker_of_checkpoint
+from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.training.build_model import build_inline_model, build_model
 from fmrl_dist.training.checks import check_inline
 from fmrl_dist.training.item_columns import catalogue_columns
 from fmrl_dist.training.module import TrainingModule
-from shards.build import build
 from shards.inspect import describe
-from shards.verify import verify
+from shards.store.builder import build_store
+from shards.store.problems import store_problems
 from tests.fixtures.processes import run_processes
 from tests.fixtures.ranking import histograms
 from tests.fixtures.training import (
@@ -73,7 +74,7 @@ NO_DROPOUT = ["--model.dropout", "0", "--model.lru_dropout", "0"]
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A config whose store is inline; every third item has no title, and so lacks the feature ``words``."""
+    """A config whose store is inline; every third item has no title and so lacks the feature ``words``."""
     root = tmp_path_factory.mktemp("inline")
     write_shop(root / "raw")
     items = pq.read_table(root / "raw" / "items.parquet")
@@ -87,7 +88,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     values["loss"] = {"softmax": "sampled", "negatives": "mixed", "num_negatives": NUM_DRAWN}
     config = root / "inline.yaml"
     config.write_text(yaml.safe_dump(values, sort_keys=False))
-    build(load_config(config))
+    build_store(load_config(config))
     return config
 
 
@@ -109,12 +110,14 @@ def test_a_block_carries_the_features_of_its_items(store: Store) -> None:
             values = np.concatenate([arrays[name] for name in DIMS], 1)
             assert np.array_equal(values, table.values[ids].numpy())
             assert np.array_equal(arrays["words.mask"], table.present[ids, 2].numpy())
-    assert list(verify(store)) == []
+    assert list(store_problems(store)) == []
     assert "inline" in describe(store)
 
 
 def test_item_shards_are_those_of_a_table_store(shop: Path, store: Store, tmp_path: Path) -> None:
-    other, _ = build(load_config(shop, ["--store.feature_mode", "table", "--store.path", str(tmp_path / "table")]))
+    other, _ = build_store(
+        load_config(shop, ["--store.feature_mode", "table", "--store.path", str(tmp_path / "table")])
+    )
     assert [block.sha256 for block in other.manifest.items] == [block.sha256 for block in store.manifest.items]
     assert other.manifest.sha256 != store.manifest.sha256
     assert set(other.read_block(other.manifest.splits["train"][0])) == {"users", "starts", "items"}
@@ -157,11 +160,9 @@ FORGED = ["unsorted", "another item", "one more", "matrix", "no features", "wide
 @pytest.mark.parametrize("kind", [*FORGED, "not absent", "negative count", "plain"])
 def test_a_forged_block_is_refused(kind: str, store: Store) -> None:
     block = store.manifest.splits["train"][0]
-    features = {feature.name: (feature.dim, feature.masked) for feature in store.manifest.features}
     arrays = store.read_block(block)
-    facts = (block.count, block.events, "train", store.manifest.num_users, NUM_ITEMS, features)
-    assert list(user_problems(arrays, *facts)) == []
-    assert list(user_problems(forge(arrays, kind), *facts)) != []
+    assert list(user_problems(arrays, block, store.manifest)) == []
+    assert list(user_problems(forge(arrays, kind), block, store.manifest)) != []
 
 
 @st.composite
@@ -171,7 +172,7 @@ def sources(draw: st.DrawFn) -> list[ItemRows]:
 
 
 def rows_of(ids: np.ndarray) -> ItemRows:
-    """Rows that can be told from the ids."""
+    """Rows that are a function of the ids."""
     return ItemRows(ids, np.stack((ids, ids + 100), 1).astype(np.float16), (ids % 2 == 0)[:, None])
 
 
@@ -212,7 +213,7 @@ def test_lanes_seeds_and_passes_walk_differently(store: Store) -> None:
     assert walk.read(0, [0, 1])[0].tolist() == passes[:2]
 
 
-def test_a_walk_brings_the_features_of_what_it_draws_and_holds_few_blocks(store: Store) -> None:
+def test_a_walk_has_the_features_of_its_items_and_holds_few_blocks(store: Store) -> None:
     table, walk = load_item_table(store, None), StreamedNegatives(store, DIMS, NUM_DRAWN, 3)
     for step in range(20):
         drawn, brought = walk.read(step, [2, 7])
@@ -238,7 +239,7 @@ def test_a_walk_reads_a_block_once_while_it_needs_it(store: Store, monkeypatch: 
 
 
 class WalkingSampler(NegativeSampler):
-    """The sampler of a table run that draws what an inline run's walk draws."""
+    """A sampler for a run with a table that draws what an inline run's walk draws."""
 
     walk: StreamedNegatives
 
@@ -251,7 +252,7 @@ def loaded(shop: Path, kind: str, scope: str, *words: str) -> Config:
 
 
 def streams(config: Config, store: Store, predict_first: bool = True) -> tuple[TrainStream, TrainStream]:
-    """The inline stream, and one over a table, with the same negatives."""
+    """The inline stream, and one with a table, with the same negatives."""
     order = Order([block.count for block in store.manifest.splits["train"]], 16, 16, 0, pool_blocks=3)
     sampler = make_sampler(config, store)
     assert sampler is not None
@@ -275,7 +276,8 @@ def test_losses_and_gradients_are_those_of_a_table(
     torch.manual_seed(0)
     model = build_model(config.model, table, dtype)
     columns = catalogue_columns(model.encoder, table, dtype or torch.float32)
-    modules = [TrainingModule(model, c, None, False, "tiled", dtype) for c in (None, columns)]
+    settings = LossSettings(model.sizes, dtype=dtype)
+    modules = [TrainingModule(model, c, settings) for c in (None, columns)]
     for step in (0, 3, STEPS_PER_EPOCH - 1):
         for lanes in (range(16), range(1, 16, 3), [7]):
             results = []
@@ -309,7 +311,7 @@ def test_batches_are_the_same_for_any_workers(
         assert [as_lists(feed.batches(step)[0][0]) for step in steps] == expected
 
 
-def test_a_batch_brings_just_the_items_that_it_needs(shop: Path, store: Store) -> None:
+def test_a_batch_contains_only_the_items_that_it_needs(shop: Path, store: Store) -> None:
     stream, _ = streams(loaded(shop, "mixed", "batch"), store, predict_first=False)
     batch = stream.batch(0, 2, [4, 5])
     tensors = batch.tensors
@@ -346,7 +348,7 @@ def test_ranking_a_stream_is_ranking_a_table(mask_seen: bool, users_at_once: int
 
 
 def test_a_signal_ends_a_pass_over_the_items(shop: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may be a long one: it serves up to 65,536 users."""
+    """A pass may take long: it serves up to 65,536 users."""
     model = build_model(load_config(shop).model, load_item_table(store, None)).eval()
     users = list(evaluation_blocks(store, "test", 4, [0, 1], inline_dims=DIMS))
     read, reads = Store.read_block, []
@@ -365,7 +367,7 @@ def test_a_signal_ends_a_pass_over_the_items(shop: Path, store: Store, monkeypat
 
 def refuse_tables(patch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
-        raise AssertionError("a table of all items was asked for")
+        raise AssertionError("a table of all items was requested")
 
     patch.setattr("fmrl_dist.training.learner.load_item_table", refuse)
     patch.setattr("fmrl_dist.checkpoint.restore.load_item_table", refuse)
@@ -402,7 +404,7 @@ def test_resuming_inline_is_bit_equal(run: Path, shop: Path, tmp_path: Path) -> 
 
 
 def test_evaluate_and_export(run: Path, shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Evaluation streams; an export embeds all items, and ranks as the run does."""
+    """Evaluation streams; an export embeds all items, and ranks like the run."""
     before = (run / "evaluation.json").read_bytes()
     with pytest.MonkeyPatch.context() as patch:
         refuse_tables(patch)
@@ -415,7 +417,9 @@ def test_evaluate_and_export(run: Path, shop: Path, tmp_path: Path, capsys: pyte
 
 
 def test_a_store_without_features_in_it_is_evaluated_by_a_table(run: Path, shop: Path, tmp_path: Path) -> None:
-    other, _ = build(load_config(shop, ["--store.feature_mode", "table", "--store.path", str(tmp_path / "table")]))
+    other, _ = build_store(
+        load_config(shop, ["--store.feature_mode", "table", "--store.path", str(tmp_path / "table")])
+    )
     checkpoint, config = load_checkpoint(run), load_config(shop)
     assert isinstance(
         ranker_of_checkpoint(checkpoint, config, other, start_runtime(1, lanes=None)).catalogue, EmbeddedCatalogue
@@ -445,7 +449,7 @@ def test_resuming_with_another_feature_mode_is_refused(run: Path, shop: Path) ->
 
 def test_a_damaged_item_shard_stops_training(shop: Path, tmp_path: Path) -> None:
     config = load_config(shop, ["--store.path", str(tmp_path / "store")])
-    store, _ = build(config)
+    store, _ = build_store(config)
     for block in store.manifest.items:
         with (store.path / block.shard).open("r+b") as file:
             file.seek(block.offset + block.num_bytes // 2)

@@ -1,4 +1,4 @@
-"""The unpacked item table: written once for a node by real processes, whole or not there, never held in memory."""
+"""The unpacked item table: written once per node by real processes, complete or absent, never held in memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fmrl_dist.config.sections import StoreConfig
 from fmrl_dist.data.item_table import load_item_table
 from fmrl_dist.data.store.manifest import Block
 from fmrl_dist.data.store.reader import Store
-from shards.build import build
+from shards.store.builder import build_store
 from tests.fixtures.processes import REPOSITORY, run_processes
 from tests.fixtures.stores import write_histories, write_items
 from tests.fixtures.training import make_shop
@@ -33,7 +33,7 @@ def anonymous_mb() -> float:
 
 
 def unpack(folder: str, stops: bool = False) -> list[float]:
-    """How often a block was read, the growth of anonymous memory in MB, and the table's sum; may stop halfway."""
+    """The number of blocks read, the growth of anonymous memory in MB, and the table's sum; may stop halfway."""
     store, reads = Store.open(folder), 0
     before, read = anonymous_mb(), store.read_block
 
@@ -51,7 +51,7 @@ def unpack(folder: str, stops: bool = False) -> list[float]:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of many items; returns its folder."""
+    """The folder of a store with many items."""
     root = tmp_path_factory.mktemp("large")
     write_items(root / "items.parquet", [f"i{item}" for item in range(NUM_ITEMS)])
     write_histories(root / "sequences.parquet", {f"u{user}": ["i0", "i1", "i2"] for user in range(8)})
@@ -60,13 +60,13 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["--data.root", str(root), "--store.path", str(root / "store"), "--model.feature_scale", "none"]
     words += ["--data.demo", "null", "--data.sequences.path", "sequences.parquet", "--data.items.path", "items.parquet"]
     words += ["--data.sequences.times", "''", "--data.items.title", "''"]
-    build(load_config(None, [*words, "--data.features", "{vector: {source: npy, path: vector.npy}}"]))
+    build_store(load_config(None, [*words, "--data.features", "{vector: {source: npy, path: vector.npy}}"]))
     return root / "store"
 
 
 @pytest.fixture
 def store(large: Path, tmp_path: Path) -> Path:
-    """A link to that store, with nothing unpacked beside it yet."""
+    """A link to that store, with nothing unpacked beside it."""
     (tmp_path / "store").symlink_to(large)
     return tmp_path / "store"
 
@@ -83,7 +83,7 @@ def finish(process: subprocess.Popen[str]) -> list[float]:
 
 
 @pytest.mark.multiproc
-def test_one_of_several_processes_unpacks_and_holds_nothing(store: Path) -> None:
+def test_one_of_several_processes_unpacks_in_little_memory(store: Path) -> None:
     results = run_processes(4, unpack, str(store))
     num_blocks = len(Store.open(store).manifest.items)
     assert sorted(reads for reads, _, _ in results) == [0, 0, 0, num_blocks]
@@ -110,7 +110,7 @@ def test_another_process_takes_over_from_one_that_is_killed(store: Path) -> None
     assert total == pytest.approx(np.load(store.resolve().parent / "vector.npy").astype(np.float64).sum())
     derived = Path(f"{store}.derived")
     left = list(derived.glob(".*.npy.*"))
-    assert left, "what the dead one had begun"
+    assert left, "the files that the killed process had started"
     for path in left:
         os.utime(path, (0, 0))
     for path in derived.glob("[!.]*.npy"):
@@ -119,7 +119,7 @@ def test_another_process_takes_over_from_one_that_is_killed(store: Path) -> None
     assert len(list(derived.iterdir())) == 3
 
 
-def test_the_table_lies_where_it_may(tmp_path: Path) -> None:
+def test_the_table_is_in_the_cache_folder(tmp_path: Path) -> None:
     make_shop(tmp_path / "shop")
     folder = tmp_path / "shop" / "store"
     load_item_table(Store.open(folder), None)
@@ -145,16 +145,16 @@ def test_a_damaged_table_is_refused(damage: object, tmp_path: Path) -> None:
     load_item_table(store, None)
     (path,) = store.derived_folder.glob("items-*.values.npy")
     path.write_bytes(damage(path.read_bytes()))  # type: ignore[operator]
-    with pytest.raises(UserError, match=r"delete it, it will be made again$"):
+    with pytest.raises(UserError, match=r"delete it, it will be rebuilt$"):
         load_item_table(store, None)
     path.unlink()
     assert load_item_table(store, None).values.any()
 
 
-def test_a_place_without_room_or_right_is_told(tmp_path: Path) -> None:
+def test_an_unwritable_cache_folder_is_refused(tmp_path: Path) -> None:
     make_shop(tmp_path / "shop")
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot be written or read .*; make room, or name another place by"):
+    with pytest.raises(UserError, match=r"cannot be written or read .*; free space, or choose another folder"):
         load_item_table(Store.open(tmp_path / "shop" / "store", StoreConfig(cache_dir=str(tmp_path / "file"))), None)
 
 

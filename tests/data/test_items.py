@@ -1,4 +1,4 @@
-"""The item table: which features, in which order, whose rows are present, and how they are scaled."""
+"""The item table: its features, their order, present rows and scale."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fmrl_dist.base.errors import UserError
 from fmrl_dist.data.feature_scale import feature_affine, feature_sums, table_parts
 from fmrl_dist.data.item_table import ItemTable, load_item_table
 from fmrl_dist.data.store.reader import Store
-from shards.build import build
+from shards.store.builder import build_store
 from tests.fixtures.stores import ITEMS, png, tiny_config, write_raw
 
 PICTURED = {"a": (200, 10, 10), "d": (10, 200, 10), "e": (10, 10, 200)}
@@ -24,7 +24,7 @@ PIXELS_DIM = 464
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two precomputed features of all items, and images of some."""
+    """Two precomputed features of all items, and images of some items."""
     root = tmp_path_factory.mktemp("raw")
     write_raw(root)
     np.save(root / "short.npy", np.arange(len(ITEMS) * 2, dtype=np.float32).reshape(-1, 2))
@@ -40,7 +40,7 @@ def store(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
         "picture": {"source": "pixels", "path": "images.parquet"},
         "short": {"source": "npy", "path": "short.npy"},
     }
-    return build(tiny_config(raw, tmp_path_factory.mktemp("built") / "store", features=features))[0]
+    return build_store(tiny_config(raw, tmp_path_factory.mktemp("built") / "store", features=features))[0]
 
 
 def precomputed(raw: Path, name: str) -> torch.Tensor:
@@ -63,7 +63,7 @@ def test_all_features_in_the_order_of_the_store(store: Store, raw: Path) -> None
 
 
 @pytest.mark.parametrize("names", [("short",), ("short", "vector"), ("picture", "short", "vector"), ("picture",)])
-def test_a_subset_keeps_the_order_that_was_asked_for(store: Store, names: tuple[str, ...]) -> None:
+def test_a_subset_keeps_the_requested_order(store: Store, names: tuple[str, ...]) -> None:
     everything = load_item_table(store, None)
     columns = dict(zip(everything.dims, everything.values.split(list(everything.dims.values()), dim=1), strict=True))
     table = load_item_table(store, names)
@@ -81,14 +81,14 @@ def test_no_features_still_count_the_items(store: Store) -> None:
     assert shift.shape == scale.shape == (0,)
 
 
-def test_an_unknown_feature_is_named_with_those_there_are(store: Store) -> None:
+def test_an_unknown_feature_is_named_with_the_known_ones(store: Store) -> None:
     with pytest.raises(UserError, match=r"'pictures'.*the store .* has: vector, picture, short$") as caught:
         load_item_table(store, ("vector", "pictures"))
     assert "\n" not in str(caught.value)
 
 
 def test_a_store_without_features_says_so(raw: Path, tmp_path: Path) -> None:
-    store = build(tiny_config(raw, tmp_path / "store", features={}))[0]
+    store = build_store(tiny_config(raw, tmp_path / "store", features={}))[0]
     assert load_item_table(store, None).values.shape == (len(ITEMS), 0)
     with pytest.raises(UserError, match="has: none$"):
         load_item_table(store, ("vector",))

@@ -1,9 +1,10 @@
-"""Sampled negatives: the alias table's law, what is kept beside a store, draws that no rank changes, whole runs."""
+"""Sampled negatives: the alias table's distribution, derived files, draws independent of the ranks, whole runs."""
 
 from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.train_stream import TrainStream
 from fmrl_dist.data.windows import WindowRule
 from fmrl_dist.losses import nested_cross_entropy as losses
+from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.model.embed_catalogue import embed_catalogue
 from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.training.module import TrainingModule
@@ -48,7 +50,7 @@ def store(shop: Path) -> Store:
 
 
 def implied_shares(table: np.ndarray) -> np.ndarray:
-    """The distribution that draws from a table have."""
+    """The distribution of draws from a table."""
     shares = table["threshold"].astype(np.float64)
     np.add.at(shares, table["alias"], 1.0 - table["threshold"].astype(np.float64))
     return shares / len(table)
@@ -56,7 +58,7 @@ def implied_shares(table: np.ndarray) -> np.ndarray:
 
 @settings(max_examples=200)
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=60))
-def test_alias_table_has_the_law_of_its_weights(weights: list[float]) -> None:
+def test_alias_table_has_the_distribution_of_its_weights(weights: list[float]) -> None:
     table = alias_table(np.array(weights))
     shares = np.array(weights) / sum(weights)
     np.testing.assert_allclose(implied_shares(table), shares, rtol=0, atol=1e-7)
@@ -72,7 +74,7 @@ def test_alias_table_of_many_items(weights: np.ndarray) -> None:
 
 @pytest.mark.parametrize("num_items", [5, 49, 98, 103])
 def test_equal_weights_that_are_all_rounded_below_their_mean(num_items: int) -> None:
-    """1 / 49 · 49 < 1 in float64: taken by that, no row could fill the others."""
+    """1 / 49 · 49 < 1 in float64: compared with 1, all rows would be below the mean and none could fill the others."""
     for weight in (1.0, 209715.65476176923):
         table = alias_table(np.full(num_items, weight))
         np.testing.assert_allclose(implied_shares(table), 1 / num_items, rtol=1e-7)
@@ -112,7 +114,7 @@ def test_derived_files_are_made_once_and_checked(store: Store) -> None:
     made = path.stat().st_mtime_ns
     popularity_table(store, 0.25)
     assert path.stat().st_mtime_ns == made
-    assert not [other for other in path.parent.iterdir() if other.suffix != ".npy"], "nothing half-written is left"
+    assert not [other for other in path.parent.iterdir() if other.suffix != ".npy"], "no half-written file is left"
     path.unlink()
 
 
@@ -126,7 +128,7 @@ def test_a_damaged_derived_file_is_refused(store: Store) -> None:
     path = Path(str(popularity_table(store, 0.3).filename))  # type: ignore[attr-defined]
     for content in damaged(path.read_bytes()).values():
         path.write_bytes(content)
-        with pytest.raises(UserError, match=f"^{path} cannot be read .*; delete it, it will be made again$"):
+        with pytest.raises(UserError, match=f"^{path} cannot be read .*; delete it, it will be rebuilt$"):
             popularity_table(store, 0.3)
     item_statistics._write(path, np.zeros(3))
     with pytest.raises(UserError, match="holds float64 .* expected"):
@@ -134,7 +136,7 @@ def test_a_damaged_derived_file_is_refused(store: Store) -> None:
     path.unlink()
 
 
-def test_powers_that_differ_in_the_seventh_digit_have_tables_of_their_own(store: Store) -> None:
+def test_powers_that_differ_in_the_seventh_digit_have_separate_tables(store: Store) -> None:
     near, exact = popularity_table(store, 0.7500001), popularity_table(store, 0.75)
     assert not np.array_equal(near["threshold"], exact["threshold"])
 
@@ -157,15 +159,15 @@ def test_a_vocabulary_of_other_items_is_refused(shop: Path, tmp_path: Path) -> N
     assert not Path(f"{store.path}.derived").exists()
 
 
-def test_a_place_that_cannot_be_written_to_is_refused(shop: Path, tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_refused(shop: Path, tmp_path: Path) -> None:
     shutil.copytree(shop.parent / "store", tmp_path / "store")
     (tmp_path / "store.derived").write_text("a file where the folder should be")
-    with pytest.raises(UserError, match=r"cannot be written \(File exists\); make .*store.derived a folder"):
+    with pytest.raises(UserError, match=r"cannot be written \(File exists\); make .*store.derived a writable folder"):
         popularity_table(Store.open(tmp_path / "store"), 0.75)
 
 
 def expected_counts(kind: str, store: Store, num_drawn: int, targets: np.ndarray) -> np.ndarray:
-    """How often each item is to be expected, word by word."""
+    """Expected count of each item, straight from the definition."""
     counts = np.zeros(NUM_ITEMS)
     if kind in ("uniform", "mixed"):
         counts += num_drawn / NUM_ITEMS
@@ -177,7 +179,7 @@ def expected_counts(kind: str, store: Store, num_drawn: int, targets: np.ndarray
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_lanes_negatives_and_how_often_each_is_expected(kind: str, shop: Path, store: Store) -> None:
+def test_a_lanes_negatives_and_their_expected_counts(kind: str, shop: Path, store: Store) -> None:
     sampler = make_sampler(loaded(shop, *sampled(kind)), store)
     assert sampler is not None
     targets = np.array([3, 8, 8, 1])
@@ -219,7 +221,7 @@ def item_embeddings(module: TrainingModule, store: Store) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_groups_are_lanes_each_against_its_own_negatives(kind: str, shop: Path, store: Store) -> None:
+def test_groups_are_lanes_with_their_own_negatives(kind: str, shop: Path, store: Store) -> None:
     """The module's loss against the formula, group by group, in a batch of three lanes."""
     order = Order([block.count for block in store.manifest.splits["train"]], 16, 16, 0)
     sampler = make_sampler(loaded(shop, *sampled(kind)), store)
@@ -307,7 +309,7 @@ def test_size_weights_and_temperatures_from_the_config(shop: Path, tmp_path: Pat
 
 def test_temperatures_divide_the_scores() -> None:
     z, items, targets = torch.randn(5, 8), torch.randn(11, 8), torch.arange(5)
-    found = losses.nested_cross_entropy(z, items, targets, (4, 8), (2.0, 0.5))
+    found = losses.nested_cross_entropy(z, items, targets, LossSettings((4, 8), (2.0, 0.5)))
     expected = [
         torch.nn.functional.cross_entropy(z[:, :m] @ items[:, :m].T / t, targets, reduction="sum")
         for m, t in ((4, 2.0), (8, 0.5))
@@ -356,7 +358,7 @@ def test_cosines_learn_and_rank_alike_in_run_and_export(softmax: list[str], shop
 
 def test_cosine_losses_are_those_of_the_formula(shop: Path, store: Store) -> None:
     module = make_module(shop, store)
-    module.normalize, module.temperatures = True, (0.1, 0.2)
+    module.normalize, module.settings = True, replace(module.settings, temperatures=(0.1, 0.2))
     order = Order([block.count for block in store.manifest.splits["train"]], 16, 16, 0)
     batch = TrainStream(store, order, WindowRule(50, "last", True)).batch(0, 0, range(16))
     items = item_embeddings(module, store)

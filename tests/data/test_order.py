@@ -1,4 +1,4 @@
-"""The order of training users: once per epoch each, the same for any number of ranks, a pure function of its inputs."""
+"""The order of training users: each once per epoch, the same for any number of ranks, a pure function of its inputs."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_an_epoch_ends_for_all_lanes_at_once(block_counts: list[int], shape: tup
 def test_the_global_batch_does_not_depend_on_the_number_of_ranks(
     block_counts: list[int], shape: tuple[int, int], seed: int, epoch: int
 ) -> None:
-    """Each rank has an Order of its own and asks for its own lanes only."""
+    """Each rank has its own Order and reads only its own lanes."""
     lanes, batch_size = shape
     alone = Order(block_counts, batch_size, lanes, seed)
     for world_size in range(2, lanes + 1):
@@ -101,7 +101,7 @@ def test_the_global_batch_does_not_depend_on_the_number_of_ranks(
 def test_a_batch_depends_on_epoch_and_step_alone(
     block_counts: list[int], shape: tuple[int, int], seed: int, data: st.DataObject
 ) -> None:
-    """Asked in any sequence, an Order gives what a fresh one gives, so resuming at a step needs no earlier one."""
+    """Queried in any sequence, an Order returns what a fresh one does, so resuming at a step needs no earlier one."""
     lanes, batch_size = shape
     order = Order(block_counts, batch_size, lanes, seed)
     place = st.tuples(epochs, st.integers(0, order.steps_per_epoch), st.integers(0, lanes - 1))
@@ -111,7 +111,7 @@ def test_a_batch_depends_on_epoch_and_step_alone(
 
 
 @pytest.mark.parametrize("block_counts", [[40], [5] * 8, [1] * (POOL_BLOCKS + 1)], ids=["one", "some", "pools"])
-def test_epochs_and_seeds_have_orders_of_their_own(block_counts: list[int]) -> None:
+def test_epochs_and_seeds_have_different_orders(block_counts: list[int]) -> None:
     orders = {tuple(permutation(block_counts, seed, epoch)) for seed in range(5) for epoch in range(5)}
     assert len(orders) == 25
 
@@ -119,7 +119,7 @@ def test_epochs_and_seeds_have_orders_of_their_own(block_counts: list[int]) -> N
 @settings(max_examples=50)
 @given(counts, lanes_and_batches, seeds)
 def test_the_length_is_known_beforehand(block_counts: list[int], shape: tuple[int, int], seed: int) -> None:
-    """From the number of users alone: neither the blocks they lie in nor the seed change it."""
+    """It depends on the number of users alone, not on their blocks or the seed."""
     lanes, batch_size = shape
     num_users = sum(block_counts)
     longest_lane = max((lane + 1) * num_users // lanes - lane * num_users // lanes for lane in range(lanes))
@@ -130,22 +130,22 @@ def test_the_length_is_known_beforehand(block_counts: list[int], shape: tuple[in
 
 @settings(max_examples=50)
 @given(st.integers(8, POOL_BLOCKS), seeds, epochs)
-def test_users_and_blocks_are_shuffled_by_streams_of_their_own(num_blocks: int, seed: int, epoch: int) -> None:
-    """With one user a block, users shuffled as the blocks were would stand in the square of the blocks' permutation."""
+def test_users_and_blocks_are_shuffled_by_separate_streams(num_blocks: int, seed: int, epoch: int) -> None:
+    """With one user per block, a shared stream would apply the blocks' permutation twice."""
     order = Order([1] * num_blocks, num_blocks, 1, seed)
     blocks, _ = order._blocks(epoch)
     assert order.batch(epoch, 0, 0)[:, 0].tolist() != blocks[blocks].tolist()
 
 
 def test_a_pool_holds_whole_blocks_and_mixes_their_users() -> None:
-    """So a reader needs at most POOL_BLOCKS blocks for a lane at a time, and yet block mates are spread."""
+    """So a reader needs at most POOL_BLOCKS blocks per lane at a time, yet users of one block are spread."""
     num_blocks, per_block = 2 * POOL_BLOCKS + 5, 7
     blocks = np.array(permutation([per_block] * num_blocks, seed=3, epoch=1))[:, 0]
     pools = [blocks[low : low + POOL_BLOCKS * per_block] for low in range(0, len(blocks), POOL_BLOCKS * per_block)]
     assert [len(np.unique(pool)) for pool in pools] == [POOL_BLOCKS, POOL_BLOCKS, 5]
     first = set(pools[0].tolist())
     assert first != set(range(POOL_BLOCKS))  # the blocks themselves are shuffled
-    # Among n blocks two neighbours share theirs with probability 1/n: 7 of 448 here, 384 if blocks were read in turn.
+    # Among n blocks, neighbours share a block with probability 1/n: 7 of 448 here, 384 if blocks were read in turn.
     assert (pools[0][1:] == pools[0][:-1]).sum() < 25
 
 

@@ -1,4 +1,4 @@
-"""Signals: USR1 saves, asks for a requeue and ends well; TERM saves and ends well; what is left gives the same run."""
+"""Signals: USR1 saves, requests a requeue and exits with 0; TERM saves and exits with 0; resuming repeats the run."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def whole(shop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_here(shop, tmp_path_factory.mktemp("whole") / "run", "--train.epochs", EPOCHS)
 
 
-def stop_and_go_on(shop: Path, run: Path, number: signal.Signals, everybody: bool) -> None:
-    """Start a run, send a signal amid its steps, and let it end; then finish it."""
+def start_and_stop(shop: Path, run: Path, number: signal.Signals, everybody: bool) -> None:
+    """Start a run, send a signal during its steps, and wait until it has saved and ended."""
     words = ["-c", SLOWLY, "--config", str(shop), "--run.dir", str(run), "--train.epochs", str(EPOCHS)]
     process = subprocess.Popen(
         [sys.executable, *words, "--train.workers", "2"],
@@ -64,7 +64,7 @@ def stop_and_go_on(shop: Path, run: Path, number: signal.Signals, everybody: boo
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
         targets = [process.pid]
-        if everybody:  # as SLURM does: readers are sent it too
+        if everybody:  # as SLURM does: workers receive it too
             targets += [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
         for pid in reversed(targets):
             os.kill(pid, number)
@@ -72,20 +72,20 @@ def stop_and_go_on(shop: Path, run: Path, number: signal.Signals, everybody: boo
     finally:
         process.kill()
     assert process.returncode == 0, output
-    assert "stopped by a signal; what is left goes on by --resume auto" in output
+    assert "stopped by a signal; resume with --resume auto" in output
     done = len(records(run))
     assert STEPS_PER_EPOCH + 3 <= done < EPOCHS * STEPS_PER_EPOCH
     assert (run / "checkpoints" / "latest").resolve().name == f"step-{done:08d}"
     assert not (run / "evaluation.json").exists()
 
 
-@pytest.mark.parametrize("everybody", [False, True], ids=["the process", "its readers too"])
+@pytest.mark.parametrize("everybody", [False, True], ids=["the process", "its workers too"])
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_signal_saves_and_ends_well(
+def test_a_signal_saves_and_exits_with_0(
     number: signal.Signals, everybody: bool, shop: Path, whole: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    stop_and_go_on(shop, run, number, everybody)
+    start_and_stop(shop, run, number, everybody)
     assert (run / REQUEUE_FILE).exists() == (number == signal.SIGUSR1)
     train_here(shop, run, "--train.epochs", EPOCHS, "--resume", "auto")
     assert not (run / REQUEUE_FILE).exists()
@@ -93,45 +93,45 @@ def test_a_signal_saves_and_ends_well(
     assert evaluation(run) == evaluation(whole)
 
 
-def stop_one_rank(config: str, run: str, told: int, at_step: int) -> None:
+def stop_one_rank(config: str, run: str, notified: int, at_step: int) -> None:
     batches = BatchFeed.batches
 
-    def tell(self: BatchFeed, step: int) -> object:
-        if (dist.get_rank(), step) == (told, at_step):
+    def notify(self: BatchFeed, step: int) -> object:
+        if (dist.get_rank(), step) == (notified, at_step):
             os.kill(os.getpid(), signal.SIGUSR1)
         return batches(self, step)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(BatchFeed, "batches", tell)
+        patch.setattr(BatchFeed, "batches", notify)
         train_here(Path(config), Path(run), "--train.epochs", EPOCHS, "--resume", "auto")
 
 
 @pytest.mark.multiproc
-def test_all_ranks_end_when_one_is_told(shop: Path, tmp_path: Path) -> None:
-    """Not the one that asks for the requeue."""
-    run, told = tmp_path / "run", 1
-    run_processes(2, stop_one_rank, str(shop), str(run), told, 10)
+def test_all_ranks_end_when_one_is_notified(shop: Path, tmp_path: Path) -> None:
+    """The notified rank is not the one that writes the requeue file."""
+    run, notified = tmp_path / "run", 1
+    run_processes(2, stop_one_rank, str(shop), str(run), notified, 10)
     assert [record["step"] for record in records(run)] == [*range(1, 12)]
     assert (run / REQUEUE_FILE).exists()
-    run_processes(2, stop_one_rank, str(shop), str(run), told, -1)
+    run_processes(2, stop_one_rank, str(shop), str(run), notified, -1)
     assert len(records(run)) == EPOCHS * STEPS_PER_EPOCH
     assert (run / "evaluation.json").exists() and not (run / REQUEUE_FILE).exists()
 
 
-@pytest.mark.parametrize("epochs", [EPOCHS, 1], ids=["amid the run", "at its last step"])
+@pytest.mark.parametrize("epochs", [EPOCHS, 1], ids=["during the run", "at its last step"])
 def test_a_signal_in_a_step_that_validates(epochs: int, shop: Path, tmp_path: Path) -> None:
-    """It saves at once, and the next life begins by validating."""
+    """It saves at once, and the next job starts by validating."""
     words = ["--train.epochs", epochs]
     expected = train_here(shop, tmp_path / "whole", *words)
     run, batches = tmp_path / "run", BatchFeed.batches
 
-    def tell(self: BatchFeed, step: int) -> object:
+    def notify(self: BatchFeed, step: int) -> object:
         if step == STEPS_PER_EPOCH - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return batches(self, step)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(BatchFeed, "batches", tell)
+        patch.setattr(BatchFeed, "batches", notify)
         train_here(shop, run, *words)
     assert len(records(run)) == STEPS_PER_EPOCH and not records(run, "valid")
     assert (run / "checkpoints" / "latest").resolve().name == f"step-{STEPS_PER_EPOCH:08d}"
@@ -153,7 +153,7 @@ def notify_during_evaluation(split: str, notified: Sequence[int], patch: pytest.
 
 @pytest.mark.parametrize("split", ["valid", "test"])
 def test_a_signal_during_an_evaluation(split: str, shop: Path, tmp_path: Path) -> None:
-    """It ends at once, and the next life begins with it; a run that is interrupted so in each life gains nothing."""
+    """It stops at once, and the next job starts with it; a run interrupted there in every job makes no progress."""
     expected, run = train_here(shop, tmp_path / "whole"), tmp_path / "run"
     for resume in ([], ["--resume", "auto"]):
         with pytest.MonkeyPatch.context() as patch:
@@ -177,7 +177,7 @@ def stop_during_evaluation(config: str, run: str, catalogue: str, split: str, no
 @pytest.mark.multiproc
 @pytest.mark.parametrize(("notified", "catalogue"), [([0, 1], "whole"), ([1], "split")], ids=["all", "one"])
 def test_all_ranks_end_during_an_evaluation(notified: list[int], catalogue: str, shop: Path, tmp_path: Path) -> None:
-    """Also where they rank together: a rank that has stopped still ranks for the others' users."""
+    """Even if they rank together: a stopped rank still ranks for the others' users."""
     run = tmp_path / "run"
     run_processes(2, stop_during_evaluation, str(shop), str(run), catalogue, "valid", notified)
     assert (run / REQUEUE_FILE).exists() and not records(run, "valid")
@@ -188,8 +188,8 @@ def test_all_ranks_end_during_an_evaluation(notified: list[int], catalogue: str,
     assert (run / "evaluation.json").exists() and not (run / REQUEUE_FILE).exists()
 
 
-def test_what_is_done_when_a_signal_comes_counts() -> None:
-    """One that comes after the last item cuts nothing short; one before it leaves out the rest."""
+def test_a_signal_drops_only_what_is_not_done() -> None:
+    """A signal after the last item drops nothing; one before it drops the rest."""
     with StopRequest() as stop:
         found = []
         for item in stop.until_requested(range(5)):
@@ -200,7 +200,7 @@ def test_what_is_done_when_a_signal_comes_counts() -> None:
         assert list(stop.until_requested(range(5))) == [] and stop.cut_short
 
 
-def test_handlers_are_put_back() -> None:
+def test_handlers_are_restored() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
     with StopRequest() as stop:
         assert not stop.term and not stop.usr1

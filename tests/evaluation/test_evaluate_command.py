@@ -12,7 +12,7 @@ import yaml
 from fmrl_dist import evaluate
 from fmrl_dist.config.loading import load_config
 from fmrl_dist.evaluation.report import size_table
-from shards.build import build
+from shards.store.builder import build_store
 from tests.fixtures.training import (
     contents,
     evaluation,
@@ -51,7 +51,7 @@ def evaluate_here(*words: object) -> None:
 
 
 def test_command_repeats_the_end_of_training(run: Path) -> None:
-    """By the command itself: the table, the JSON and the picture, into a run that has lost them."""
+    """The command itself writes the table, the JSON and the plot of a run that lacks them."""
     expected = (run / "evaluation.json").read_bytes()
     for name in ("evaluation.json", "evaluation.png"):
         (run / name).unlink()
@@ -86,14 +86,14 @@ def test_masking_seen_items_only_helps(run: Path) -> None:
     assert (run / "evaluation-masked.png").exists()
 
 
-def test_best_checkpoint_stands_for_its_run(run: Path) -> None:
+def test_best_checkpoint_reports_into_its_run(run: Path) -> None:
     expected = (run / "evaluation.json").read_bytes()
     (run / "evaluation.json").unlink()
     evaluate_here(run / "checkpoints" / "best")
     assert (run / "evaluation.json").read_bytes() == expected
 
 
-def test_latest_checkpoint_leaves_the_figures_of_the_run(run: Path) -> None:
+def test_latest_checkpoint_does_not_change_the_runs_figures(run: Path) -> None:
     before = (run / "evaluation.json").read_bytes()
     evaluate_here(run / "checkpoints" / "latest")
     assert (run / "evaluation.json").read_bytes() == before
@@ -114,7 +114,7 @@ def other_store(root: Path, num_items: int, dim: int) -> Path:
     np.save(root / "raw" / "vector.npy", np.ones((num_items, dim), np.float32))
     values = shop_values(root)
     (root / "config.yaml").write_text(yaml.safe_dump(values))
-    build(load_config(root / "config.yaml"))
+    build_store(load_config(root / "config.yaml"))
     return Path(values["store"]["path"])
 
 
@@ -127,7 +127,7 @@ def test_store_with_another_feature_dim(run: Path, tmp_path: Path) -> None:
 
 
 def test_store_with_another_catalogue(shop: Path, run: Path, tmp_path: Path) -> None:
-    """A model of features alone ranks a catalogue it has not seen; an id table cannot."""
+    """A model without an id table ranks a new catalogue; one with an id table cannot."""
     store = other_store(tmp_path / "other", num_items=50, dim=6)
     evaluate_here(run, "--store", store)
     ids = train_here(shop, tmp_path / "ids", "--model.id_table", "true", "--train.max_steps", 1)
@@ -140,7 +140,7 @@ def test_store_without_the_feature(shop: Path, run: Path, tmp_path: Path) -> Non
     values["data"]["features"].pop("colour")
     values["store"]["path"] = str(tmp_path / "store")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
-    build(load_config(tmp_path / "config.yaml"))
+    build_store(load_config(tmp_path / "config.yaml"))
     line = refusal(evaluate.main, "--checkpoint", run, "--store", tmp_path / "store")
     assert f"'colour'; the store {tmp_path / 'store'} has: vector" in line
 
@@ -179,6 +179,6 @@ def test_store_is_gone(run: Path, tmp_path: Path) -> None:
     assert f"store {tmp_path / 'gone'} does not exist" in line
 
 
-def test_launcher_precision_is_no_way_round(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launcher_precision_is_checked(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     assert "mixed precision 'fp16'; expected no or bf16" in refusal(evaluate.main, "--checkpoint", run)

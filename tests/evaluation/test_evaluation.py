@@ -1,7 +1,7 @@
-"""Ranks in one tiled pass against a full sort in float64: every size, ties, masking, NaN, and sums over blocks.
+"""Target ranks in one tiled pass against a full sort in float64: all sizes, ties, masking, NaN, and sums over blocks.
 
-Where the scores are given, outputs and embeddings are small integers: every sum is exact in float32, whatever the order
-of its terms, so ranks must agree exactly and there are ties to count.
+Given outputs and embeddings are small integers: every sum is exact in float32, whatever the order of its terms, so
+target ranks must agree exactly, and there are ties.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fmrl_dist.model.fmrlrec import FMRLRec
 from tests.fixtures.ranking import histograms, make_block, random_users, target_ranks
 
 SIZES = (4, 8, 16)
-# Fewer items than the top list, than the groups' search, than a tile; whole tiles; a last tile of one item.
+# Fewer items than the top list, the grouped search, or a tile; whole tiles; a last tile of one item.
 CATALOGUES = [
     1,
     2,
@@ -50,7 +50,7 @@ def integers(rows: int, width: int, high: int, seed: int) -> Tensor:
 
 
 def reference_rank(scores: np.ndarray, target: int, seen: Sequence[int], mask_seen: bool) -> float:
-    """Rank of one target among ``scores`` [V]: the middle of the places that its equals fill in the sorted list."""
+    """Target rank among ``scores`` [V]: the middle of the positions of its ties in the sorted list."""
     candidates = sorted(set(range(len(scores))) - (set(seen) - {target} if mask_seen else set()))
     values = np.sort(scores[candidates])[::-1]
     places = np.flatnonzero(values == scores[target]) + 1
@@ -73,7 +73,7 @@ def reference_ranks(
 
 
 def assert_ranks(found: Tensor, expected: np.ndarray) -> None:
-    """Equal up to the cut-off, beyond it together."""
+    """Equal up to the cut-off; beyond it, both are beyond."""
     assert found.shape == expected.shape
     np.testing.assert_array_equal(np.where(found <= CUTOFF, found, np.inf), np.where(expected <= 10, expected, np.inf))
 
@@ -85,7 +85,7 @@ def test_ranks_equal_a_full_sort(num_items: int, high: int, mask_seen: bool) -> 
     num_users = 24
     z, items = integers(num_users, SIZES[-1], high, seed=1), integers(num_items, SIZES[-1], high, seed=2)
     histories, targets = random_users(num_users, num_items, seed=num_items)
-    # In a large catalogue a random target is never near the top: put half the targets there, at one size or another.
+    # In a large catalogue a random target is never near the top: move half the targets there, at varying sizes.
     for user in range(0, num_users, 2):
         size = SIZES[user // 2 % len(SIZES)]
         order = (items[:, :size] @ z[user, :size]).argsort(descending=True)
@@ -112,7 +112,7 @@ def test_ranks_equal_a_full_sort_on_random_shapes(
 @pytest.mark.parametrize("num_equal", [0, 1, 2, 17, 18, 19, 20, 500, 4000])
 @pytest.mark.parametrize("num_higher", [0, 1, 8, 9, 10, 25])
 def test_a_tie_counts_half(num_higher: int, num_equal: int, num_items: int) -> None:
-    """rank = 1 + greater + ½ equal; the equals lie before and behind the target, in one tile or in two."""
+    """Target rank = 1 + greater + ½ equal; ties are before and after the target, in one tile or in two."""
     places = torch.randperm(num_items, generator=torch.Generator().manual_seed(num_equal))
     scores = torch.zeros(num_items)
     scores[places[:num_higher]] = 2
@@ -162,7 +162,7 @@ def test_masking_takes_the_whole_history_not_only_what_the_model_reads() -> None
 
 
 def test_masking_reaches_every_tile() -> None:
-    """Scores rise with the number, so that what is hidden lies in the last tile."""
+    """Scores rise with the item id, so that the hidden item is in the last tile."""
     num_items = 2 * COMPARED_ITEMS + 10
     z, items = line_of_scores(num_items)
     block = make_block([[num_items - 1, COMPARED_ITEMS, 5]], [num_items - 3])
@@ -184,7 +184,7 @@ def test_masking_everything_else_leaves_rank_1() -> None:
 @pytest.mark.parametrize("num_items", [5, TOP, 300, COMPARED_ITEMS + 5])
 @pytest.mark.parametrize("where", ["output", "target", "others", "all items"])
 def test_nan_scores_are_no_hits(where: str, num_items: int) -> None:
-    """Neither a target whose score is NaN nor one that is measured against NaN gets ahead by it."""
+    """A NaN score, of the target or of another item, never improves the target rank."""
     z, items = line_of_scores(num_items)
     block = make_block([[1]], [0])
     assert target_ranks(z, items, block, SIZES, mask_seen=False).unique().tolist() == [1]
@@ -194,7 +194,7 @@ def test_nan_scores_are_no_hits(where: str, num_items: int) -> None:
         items[{"target": slice(0, 1), "others": slice(1, None), "all items": slice(None)}[where], 0] = torch.nan
     ranks = target_ranks(z, items, block, SIZES, mask_seen=False)
     if where == "others" and num_items <= CUTOFF:
-        assert ranks.unique().tolist() == [num_items]  # behind each of them
+        assert ranks.unique().tolist() == [num_items]  # after all of them
     else:
         assert (ranks > CUTOFF).all()
 
@@ -223,7 +223,7 @@ def embeddings(model: FMRLRec) -> Tensor:
 
 
 def likely_targets(model: FMRLRec, embeddings: Tensor, histories: list[list[int]]) -> list[int]:
-    """Targets at ranks 1, 3, 5, … 13, 1, … of the largest size, so that there are hits and misses."""
+    """Targets at target ranks 1, 3, 5, … 13, 1, … of the largest size, so that there are hits and misses."""
     targets = []
     for user, history in enumerate(histories):
         order = (embeddings @ reference_output(model, embeddings, history)).argsort(descending=True)
@@ -273,7 +273,7 @@ def test_any_split_of_the_users_sums_to_the_whole(
     cuts: list[int],
     world_size: int,
 ) -> None:
-    """Blocks of any sizes, some empty, dealt to any number of ranks."""
+    """Blocks of any sizes, some empty, divided among any number of ranks."""
     histories, targets = users
     catalogue = EmbeddedCatalogue(embeddings)
     whole = histograms(model, catalogue, [make_block(histories, targets)], mask_seen=True)
@@ -285,7 +285,7 @@ def test_any_split_of_the_users_sums_to_the_whole(
     assert torch.equal(torch.stack(parts).sum(0), whole)
 
 
-def test_no_blocks_count_nobody(model: FMRLRec, embeddings: Tensor) -> None:
+def test_no_blocks_count_no_users(model: FMRLRec, embeddings: Tensor) -> None:
     found = histograms(model, EmbeddedCatalogue(embeddings), [], mask_seen=False)
     assert torch.equal(found, torch.zeros(len(SIZES), 2 * CUTOFF + 1, dtype=torch.int64))
 
@@ -300,7 +300,7 @@ def test_a_model_that_returns_nan_has_no_hits(model: FMRLRec, embeddings: Tensor
 
 
 def test_cosines_rank_as_normalised_prefixes_do() -> None:
-    """Each size by itself: its items' prefixes divided by their lengths, one of them zero."""
+    """Each size separately: item prefixes divided by their norms, one of them zero."""
     generator = torch.Generator().manual_seed(3)
     z, items = torch.randn(7, 12, generator=generator), torch.randn(NUM_ITEMS, 12, generator=generator)
     items *= torch.rand(NUM_ITEMS, 1, generator=generator) * 5

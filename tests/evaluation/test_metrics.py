@@ -1,4 +1,4 @@
-"""Metrics against figures computed by hand, at whole and half ranks, at the cut-offs, and for no user."""
+"""Metrics against values computed by hand, at whole and half target ranks, at the cut-offs, and without users."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_the_example_in_the_docstring_runs() -> None:
 
 
 def test_by_hand() -> None:
-    """Ranks 1, 3, 3 and 7 of five users: 1/log2(1 + r) is 1, 1/2, 1/2 and 1/3."""
+    """Target ranks 1, 3, 3 and 7 of five users: 1/log2(1 + r) is 1, 1/2, 1/2 and 1/3."""
     found = metrics_from_histogram(histogram(1, 3, 3, 7, beyond=1))
     assert found == pytest.approx(
         {
@@ -43,7 +43,7 @@ def test_by_hand() -> None:
 
 
 def test_half_ranks() -> None:
-    """A target tied with one other item at the top is at rank 1.5; one tied across the cut-off 5 is beyond it."""
+    """A target tied with one other item at the top has target rank 1.5; one tied across the cut-off 5 is beyond it."""
     found = metrics_from_histogram(histogram(1.5, 5.5))
     assert found["recall@5"] == 0.5 and found["recall@10"] == 1
     assert found["ndcg@5"] == pytest.approx(1 / math.log2(2.5) / 2)

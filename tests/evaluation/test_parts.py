@@ -1,4 +1,4 @@
-"""An evaluation in parts is the evaluation as a whole, byte for byte; a part that does not belong is refused."""
+"""An evaluation in parts equals the whole evaluation, byte for byte; a part that does not belong is refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fmrl_dist.evaluation.parts import ComputeSetting, EvaluationIdentity, Part,
 from tests.fixtures.processes import run_processes
 from tests.fixtures.training import contents, evaluation, make_shop, refusal, run_here, train_here
 
-NUM_BLOCKS = 7  # of the test split: 113 users less those with 2 events, in blocks of 16
+NUM_BLOCKS = 7  # of the test split: 113 users minus those with 2 events, in blocks of 16
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def parts_here(run: str, parts: list[str]) -> None:
 
 @pytest.mark.multiproc
 def test_processes_share_a_part(run: Path) -> None:
-    """Two ranks share two blocks, and one block; their parts go together with those of one process."""
+    """Two ranks share two blocks, and one block; their parts join with those of one process."""
     expected = (run / "evaluation.json").read_bytes()
     (run / "evaluation.json").unlink()
     run_processes(2, parts_here, str(run), ["1/4", "4/4"])
@@ -130,19 +130,19 @@ def test_users_of_damaged_blocks_are_counted_once(shop: Path, tmp_path: Path) ->
     assert (run / "evaluation.json").read_bytes() == expected
 
 
-# What does not belong
+# Parts that do not belong
 
 
 @pytest.fixture
 def parts(run: Path) -> Path:
-    """The folder of three parts of a run that has no evaluation."""
+    """The folder of three parts of a run without an evaluation."""
     (run / "evaluation.json").unlink()
     evaluate_parts(3, run)
     return run / "evaluation.parts"
 
 
 def join_refusal(run: Path, *words: object) -> str:
-    """The line with which joining is refused; nothing is written or removed."""
+    """The line that refuses to join; nothing is written or removed."""
     before = contents(run)
     line = refusal(evaluate.main, "--checkpoint", run, *words, "--join")
     assert contents(run) == before
@@ -175,7 +175,7 @@ def test_part_under_another_name(run: Path, parts: Path) -> None:
 
 
 def test_part_of_another_checkpoint(run: Path, parts: Path) -> None:
-    """The best of the run has changed since; the part says so, and evaluating it again mends it."""
+    """The best of the run has changed since; the message says so, and evaluating the part again fixes it."""
     best, latest = ((run / "checkpoints" / link).resolve() for link in ("best", "latest"))
     old, new = (load_checkpoint(path).sha256[:12] for path in (best, latest))
     (run / "checkpoints" / "best").unlink()
@@ -192,7 +192,7 @@ def test_part_of_another_checkpoint(run: Path, parts: Path) -> None:
 def test_part_of_another_export(run: Path) -> None:
     evaluate_parts(2, run / "export-4")
     other = ["--split", "valid"]
-    evaluate_parts(1, run / "export-4", *other)  # is no hindrance
+    evaluate_parts(1, run / "export-4", *other)  # does not interfere
     run_here(export.main, ["--checkpoint", run / "checkpoints" / "latest", "--size", 4, "--output", run / "new"])
     shutil.move(run / "export-4" / "evaluation.parts", run / "new" / "evaluation.parts")
     assert "is of another evaluation: checkpoint_sha256 is" in join_refusal(run / "new")
@@ -204,7 +204,7 @@ def test_part_of_another_store(run: Path, parts: Path, tmp_path: Path) -> None:
 
 
 def test_part_with_other_threads(run: Path, parts: Path) -> None:
-    """Or on another device. All with the same two threads are as good."""
+    """All parts with the same two threads are accepted."""
     run_here(evaluate.main, ["--checkpoint", run, "--part", "3/3", "--threads", 2])
     assert join_refusal(run) == (
         f"{parts / '3-of-3.json'} was evaluated with 2 thread(s) on cpu, part 1/3 with 1 thread(s) on cpu: they "
@@ -239,7 +239,7 @@ EVALUATED = EvaluationIdentity("c" * 64, "m" * 64, "test", False, [4, 8], users=
         ({"users": 61}, "users is 60, expected 61"),
     ],
 )
-def test_all_that_identifies_is_compared(tmp_path: Path, change: dict[str, Any], problem: str) -> None:
+def test_the_whole_identity_is_compared(tmp_path: Path, change: dict[str, Any], problem: str) -> None:
     path = write_part(
         tmp_path / "parts", Part(1, 1), EVALUATED, MEANS, torch.zeros(2, 2 * CUTOFF + 1, dtype=torch.int64)
     )
@@ -249,14 +249,14 @@ def test_all_that_identifies_is_compared(tmp_path: Path, change: dict[str, Any],
 
 
 def test_figures_that_were_changed(tmp_path: Path) -> None:
-    """At both sizes a user has moved from beyond the cut-off to rank 1: counts that could be, but were not written."""
+    """At both sizes a user is moved from beyond the cut-off to target rank 1: plausible, but not what was written."""
     path = write_part(tmp_path, Part(1, 1), EVALUATED, MEANS, torch.tensor([[50] + [0] * 2 * CUTOFF] * 2))
     text = path.read_text()
     path.write_text(text.replace("[50, 0, 0,", "[49, 0, 1,"))
     assert path.read_text() != text
     with pytest.raises(UserError) as refused:
         join_parts(tmp_path, EVALUATED)
-    problem = "ValueError: its sha256 is not the recorded one"
+    problem = "ValueError: its sha256 does not match the recorded one"
     assert str(refused.value) == f"{path} is damaged ({problem}); evaluate it again with --part 1/1"
 
 
@@ -280,7 +280,7 @@ def test_joining_adds(rows: list[torch.Tensor]) -> None:
 
 @given(row=histogram_pairs(), data=st.data())
 def test_damage_never_moves_a_figure(row: torch.Tensor, data: st.DataObject) -> None:
-    """One byte of the file is another, or its end is lost: refused, or still the same figures (a space for a space)."""
+    """One byte is changed, or the end is lost: refused, or the figures stay the same (a space for a space)."""
     with tempfile.TemporaryDirectory() as name:
         path = write_part(Path(name), Part(1, 1), EVALUATED, MEANS, row)
         content = bytearray(path.read_bytes())
@@ -305,8 +305,8 @@ def test_damage_never_moves_a_figure(row: torch.Tensor, data: st.DataObject) -> 
     ],
     ids=repr,
 )
-def test_histograms_that_cannot_be(tmp_path: Path, rows: object) -> None:
-    """A file that bears the right hash, but was not written here."""
+def test_impossible_histograms(tmp_path: Path, rows: object) -> None:
+    """A file with a matching hash, but not written by this code."""
     path = write_part(tmp_path, Part(1, 1), EVALUATED, MEANS, torch.zeros(2, 2 * CUTOFF + 1, dtype=torch.int64))
     record = json.loads(path.read_text()) | {"histograms": rows}
     del record["sha256"]
@@ -316,9 +316,9 @@ def test_histograms_that_cannot_be(tmp_path: Path, rows: object) -> None:
 
 
 @pytest.mark.parametrize("text", ["0/3", "4/3", "1", "1/0", "a/b", "1/2/3", "-1/2", "1 / 2", "٣/٤", ""])
-def test_part_that_is_none(text: str) -> None:
+def test_what_is_not_a_part(text: str) -> None:
     line = refusal(evaluate.main, "--checkpoint", "nowhere", f"--part={text}")
-    assert line == f"error: argument --part: {text!r} is no part; expected I/N with I from 1 to N; see --help"
+    assert line == f"error: argument --part: {text!r} is not a part; expected I/N with I from 1 to N; see --help"
 
 
 def test_part_or_join() -> None:

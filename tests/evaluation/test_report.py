@@ -1,4 +1,4 @@
-"""The per-size table, evaluation.json and its picture; and files that are whole or not there."""
+"""The per-size table, evaluation.json and its plot; and files that are either complete or absent."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ def test_a_picture_is_drawn_without_a_warning(tmp_path: Path, sizes: list[str], 
     with Image.open(io.BytesIO(path.read_bytes())) as picture:
         picture.load()
         assert picture.format == "PNG" and picture.width > 400
-        assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 10  # lines and letters, not one colour
+        assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 10  # lines and text, not one colour
 
 
-def test_a_file_is_replaced_and_nothing_stays_beside_it(tmp_path: Path) -> None:
+def test_a_file_is_replaced_and_no_other_file_remains(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write_atomically(path, b"first, the longer one")
     write_atomically(path, b"second")

@@ -1,4 +1,4 @@
-"""Ranking with the catalogue split over gloo ranks: the histograms are those of one process, integer for integer."""
+"""Ranking with the catalogue split over gloo ranks: the histograms equal those of one process exactly."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def make_model() -> FMRLRec:
 
 @torch.no_grad()
 def embed(num_items: int) -> Tensor:
-    """Embeddings that repeat, so that there are ties, within a tile and between the tiles of two ranks."""
+    """Embeddings with repetitions, so that there are ties within a tile and between the tiles of two ranks."""
     generator = torch.Generator().manual_seed(1)
     items = torch.randn(num_items, SIZES[-1], generator=generator)
     items[-300:] = items[:300]
@@ -42,7 +42,7 @@ def embed(num_items: int) -> Tensor:
 
 
 def make_blocks(num_items: int) -> list[EvaluationBlock]:
-    """Users whose targets are among their best items, others' are not; some blocks have no users."""
+    """Some users' targets are among their best items, others' are not; some blocks have no users."""
     histories, targets = random_users(sum(USERS_OF_BLOCKS), num_items, seed=3)
     items, model = embed(num_items).nan_to_num(), make_model()
     whole = make_block(histories, targets, max_length=6)
@@ -55,7 +55,7 @@ def make_blocks(num_items: int) -> list[EvaluationBlock]:
 
 
 def split_histograms(case: str) -> list[list[int]]:
-    """Of this rank's blocks, summed over the ranks."""
+    """Histograms of this rank's blocks, summed over the ranks."""
     num_items, mask_seen, normalize = CASES[case]
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     items = embed(num_items)

@@ -9,13 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fmrl_dist.losses import tiled_log_sum_exp
 from fmrl_dist.losses.nested_cross_entropy import nested_cross_entropy
+from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.losses.tiled_log_sum_exp import TILE_ITEMS, TILE_POSITIONS
+from tests.fixtures.held_memory import HeldMemory
 from tests.fixtures.numerics import TOLERANCE, assert_relatively_close
 
 SIZES = (4, 9, 16, 35)
@@ -49,7 +48,7 @@ def losses_and_gradients(
     z: Tensor, items: Tensor, targets: Tensor, sizes: Sequence[int], weights: Sequence[float], **options: Any
 ) -> list[Tensor]:
     """Losses [S], and the gradients of their weighted sum with respect to z and items."""
-    losses = nested_cross_entropy(z, items, targets, sizes, **options)
+    losses = nested_cross_entropy(z, items, targets, LossSettings(tuple(sizes), **options))
     weighted = (losses * torch.tensor(weights, dtype=losses.dtype)).sum()
     return [losses.detach(), *torch.autograd.grad(weighted, (z, items))]
 
@@ -78,13 +77,15 @@ def test_any_sizes(sizes: tuple[int, ...]) -> None:
 
 def test_gradients_equal_finite_differences() -> None:
     z, items, targets = make_inputs(5, 7, width=6)
-    assert torch.autograd.gradcheck(lambda z, items: nested_cross_entropy(z, items, targets, (2, 3, 6)), (z, items))
+    assert torch.autograd.gradcheck(
+        lambda z, items: nested_cross_entropy(z, items, targets, LossSettings((2, 3, 6))), (z, items)
+    )
 
 
 def test_second_gradients_are_refused_rather_than_wrong() -> None:
     z, items, targets = make_inputs(5, 7, width=6)
     weights = torch.ones(2, dtype=torch.float64, requires_grad=True)
-    loss = (nested_cross_entropy(z, items, targets, (2, 6)) * weights).sum()
+    loss = (nested_cross_entropy(z, items, targets, LossSettings((2, 6))) * weights).sum()
     (grad,) = torch.autograd.grad(loss, z, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
@@ -92,7 +93,7 @@ def test_second_gradients_are_refused_rather_than_wrong() -> None:
 
 def test_losses_are_each_sizes_own_cross_entropy() -> None:
     z, items, targets = make_inputs(9, 31)
-    losses = nested_cross_entropy(z, items, targets, SIZES)
+    losses = nested_cross_entropy(z, items, targets, LossSettings(SIZES))
     for size, loss in zip(SIZES, losses, strict=True):
         scores = z[:, :size] @ items[:, :size].T
         torch.testing.assert_close(loss, -F.log_softmax(scores, 1)[torch.arange(9), targets].sum(), rtol=1e-12, atol=0)
@@ -138,25 +139,6 @@ def test_huge_scores_do_not_overflow(impl: str) -> None:
     for result, truth in zip(results, truths, strict=True):
         assert result.isfinite().all()
         assert (result - truth).norm() <= 1e-5 * truth.norm()  # gaps between the scores are far above their rounding
-
-
-class HeldMemory(TorchDispatchMode):
-    """Peak of the bytes that operators' results hold at once, of all storages still alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak_bytes = 0
-        self._held: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                self._held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self._held = {key: held for key, held in self._held.items() if not held[0].expired()}
-        self.peak_bytes = max(self.peak_bytes, sum(num_bytes for _, num_bytes in self._held.values()))
-        return result
 
 
 def peak_floats(num_positions: int, num_items: int, sizes: Sequence[int], impl: str) -> float:

@@ -1,4 +1,4 @@
-"""Runs that are killed (SIGKILL: launcher, ranks, readers) at random instants go on to the last bit; full disks."""
+"""Runs killed (SIGKILL: launcher, ranks, workers) at random instants resume bit for bit; full disks."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def test_killed_runs_end_as_undisturbed_ones(ranks: int, shop: Path, tmp_path: P
     assert max(report.steps_lost) < 50
 
 
-def test_a_checkpoint_holds_what_there_was_when_it_was_taken(tmp_path: Path) -> None:
-    """Training goes on to change tensors and state in place while they are being written."""
+def test_a_checkpoint_is_a_snapshot(tmp_path: Path) -> None:
+    """Training changes tensors and state in place while the checkpoint is being written."""
     writer = CheckpointWriter(tmp_path, {"config": {}}, keep=2)
     free = threading.Event()
     writer._thread.submit(free.wait)  # nothing is written before
@@ -84,7 +84,7 @@ def test_resume_falls_back_past_damaged_checkpoints(
     capsys.readouterr()
     train_here(shop, run, *words, "--resume", "auto")
     said = capsys.readouterr().out
-    assert said.count("falling back to the one before") == 2 and "from step 11 to at most 24" in said
+    assert said.count("falling back to the previous one") == 2 and "from step 11 to at most 24" in said
     assert figures(run) == figures(whole) and evaluation(run) == evaluation(whole)
 
 
@@ -95,21 +95,21 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused(shop: Path, tmp_path
         (path / "state.json").touch()
     before = contents(run)
     line = refusal(train.main, "--config", shop, "--run.dir", run, "--resume", "auto")
-    assert "is damaged" in line and "start again in another --run.dir" in line
+    assert "is damaged" in line and "start over in another --run.dir" in line
     assert contents(run) == before
 
 
-def test_a_damaged_best_is_searched_for_anew(shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_best_restarts_the_search(shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = train_here(shop, tmp_path / "run", "--train.max_steps", 2 * STEPS_PER_EPOCH)
     assert load_checkpoint(run).state.step == STEPS_PER_EPOCH
     flip(run / "checkpoints" / "best" / "model.safetensors", -5)
     train_here(shop, run, "--resume", "auto")
-    assert "the search for the best starts anew" in capsys.readouterr().out
+    assert "the search for the best restarts" in capsys.readouterr().out
     assert load_checkpoint(run).state.step == 3 * STEPS_PER_EPOCH
 
 
 def test_a_checkpoint_every_few_moments(shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the clock of rank 0: every step takes longer than that here."""
+    """By rank 0's clock: every step takes longer than the interval here."""
     saved: list[int] = []
     save = train.save
 
@@ -125,7 +125,7 @@ def test_a_checkpoint_every_few_moments(shop: Path, tmp_path: Path, monkeypatch:
 
 @contextlib.contextmanager
 def small_disk(folder: Path, kilobytes: int) -> Iterator[Path]:
-    """A file system of its own, in memory, that is soon full."""
+    """A small file system in memory."""
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", folder], capture_output=True)
     if mounted.returncode:

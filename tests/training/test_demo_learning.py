@@ -24,7 +24,7 @@ from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.evaluation.catalogue import EmbeddedCatalogue
 from fmrl_dist.evaluation.metrics import CUTOFF, metrics_from_histogram
-from shards.build import build
+from shards.store.builder import build_store
 from tests.fixtures.ranking import histograms
 from tests.fixtures.training import evaluation, train_here
 
@@ -40,10 +40,10 @@ SETTINGS = [
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Build a small demo store; returns the words that name it and the settings."""
+    """Build a small demo store; return the options that select it and the settings."""
     root = tmp_path_factory.mktemp("demo")
     words = [*SETTINGS, "--data.root", str(root / "data"), "--store.path", str(root / "store")]
-    build(load_config(DEMO_CONFIG, words))
+    build_store(load_config(DEMO_CONFIG, words))
     return words
 
 
@@ -79,7 +79,7 @@ def test_features_beat_ids(demo: list[str], from_features: Path) -> None:
 
 def test_model_beats_popularity(store: Store, from_features: Path) -> None:
     popularity = popularity_ndcg(store)
-    assert popularity > 0.01, "else it would be no opponent: a random order has 0.0045"
+    assert popularity > 0.01, "a meaningful baseline: a random order has 0.0045"
     sizes = evaluation(from_features)["sizes"]
     assert sizes["8"]["ndcg@10"] > 2 * popularity
     assert sizes["32"]["ndcg@10"] > 5 * popularity

@@ -1,4 +1,4 @@
-"""What a run writes is tested where it is run (test_training); here, who writes nothing."""
+"""The log's content is tested in test_training; here, which ranks write nothing."""
 
 from __future__ import annotations
 

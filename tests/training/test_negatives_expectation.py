@@ -1,8 +1,8 @@
 """Sampled losses in expectation: the real draws, batches and module against the full softmax, loss and gradients.
 
-Of one batch, over many seeds of the sampler: the mean loss and the mean gradient of every parameter come near those of
-the full softmax as more is drawn: the bias is that of a logarithm of a mean. In-batch negatives are what the batch has,
-so their bias stays.
+For one batch, over many seeds of the sampler: the mean loss and the mean gradient of every parameter approach those of
+the full softmax as more negatives are drawn; the bias is that of the logarithm of a mean. The number of in-batch
+negatives is fixed, so their bias stays.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from fmrl_dist.data.order import Order
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.train_stream import TrainStream
 from fmrl_dist.data.windows import WindowRule
+from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.training.module import TrainingModule
 from tests.fixtures.negatives import loaded, make_module, sampled
 from tests.fixtures.training import STEPS_PER_EPOCH, evaluation, figures, make_shop, train_here
@@ -97,7 +98,7 @@ def test_resumed_run_draws_what_the_uninterrupted_one_does(kind: str, scope: str
 
 @pytest.mark.parametrize("scope", ["lane", "batch"])
 def test_each_epoch_draws_its_own(scope: str, shop: Path) -> None:
-    """A step is one of the whole run: the same batch, met again in the next epoch, has other negatives."""
+    """Steps are counted over the whole run: the same batch in the next epoch has other negatives."""
     stream = make_stream(shop, NegativeSampler(10**6, 5, seed=0), scope)
     drawn = [stream.batch(epoch, step, [1]) for epoch in (0, 1) for step in (0, 1)]
     negatives = [batch.negatives.tolist() for batch in drawn if isinstance(batch, SampledBatch)]
@@ -107,14 +108,14 @@ def test_each_epoch_draws_its_own(scope: str, shop: Path) -> None:
 
 @pytest.mark.parametrize("impl", ["tiled", "plain"])
 def test_a_lane_of_one_position_has_no_in_batch_negatives(impl: str, shop: Path, module: TrainingModule) -> None:
-    """Its own target is all there is: a loss and gradients of zero, though log(0) is what was to be expected."""
+    """Its own target is the only candidate: loss and gradients are zero, although the log expected count is -inf."""
     store = Store.open(shop.parent / "store")
     order = Order([block.count for block in store.manifest.splits["train"]], 16, 16, 0)
     sampler = make_sampler(loaded(shop, *sampled("in_batch")), store)
     stream = TrainStream(store, order, WindowRule(1, "last", True), sampler)
     batch = stream.batch(0, 0, [3])
     assert len(batch.targets) == 1
-    alone = TrainingModule(module.model, module.columns, None, False, impl, None)
+    alone = TrainingModule(module.model, module.columns, LossSettings(module.model.sizes, impl=impl))
     losses = alone(batch)
     assert losses.tolist() == [0, 0]
     assert not flat_gradient(alone, losses.sum()).any()

@@ -71,7 +71,7 @@ def test_the_peak_scales_the_rate() -> None:
         assert learning_rate(step, 3e-4, 5, 15, 0.1) == pytest.approx(3e-4 * one)
 
 
-def test_no_warmup_begins_at_the_peak() -> None:
+def test_no_warmup_starts_at_the_peak() -> None:
     rates = [learning_rate(step, 0.5, warmup_steps=0, schedule_steps=10, min_ratio=0.0) for step in range(12)]
     assert rates[0] == 0.5 and rates[5] == pytest.approx(0.25)
     assert rates == sorted(rates, reverse=True)

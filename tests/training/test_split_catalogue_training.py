@@ -1,4 +1,4 @@
-"""Training with the catalogue split over two ranks: the run of one process, under DDP and ZeRO, and what is refused."""
+"""Training with the catalogue split over two ranks equals one process, under DDP and ZeRO; refused configurations."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FIGURES = ("loss", "loss@4", "loss@8", "grad_norm", "lr")
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its users leave one of two ranks empty in an epoch's last step; 41 items are no even number for two ranks."""
+    """Its users leave one of two ranks empty in an epoch's last step; 41 items do not divide evenly by two ranks."""
     return make_shop(tmp_path_factory.mktemp("split"), num_items=41)
 
 
@@ -41,8 +41,8 @@ def train_on_each_rank(config: str, folder: str) -> dict[str, Any]:
 
 
 def refused_id_table() -> str:
-    """What is said of a table of 4 GiB and a row."""
-    config = Config(model=ModelConfig(id_table=True, width=128), loss=LossConfig(catalogue="split"))
+    """The refusal of a table of 4 GiB plus one row."""
+    config = Config(model=ModelConfig(id_table=True), loss=LossConfig(catalogue="split"))
     runtime = start_runtime(1, lanes=2)
     assert splits_catalogue(config, runtime, 2**23)
     try:
@@ -54,7 +54,7 @@ def refused_id_table() -> str:
 
 @pytest.fixture(scope="module")
 def two(shop: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    """The runs of two ranks, and what each rank said."""
+    """The runs of two ranks, and each rank's refusals."""
     folder = tmp_path_factory.mktemp("two")
     train_here(shop, folder / "passed-on", *WORDS, "--train.max_steps", STEPS_PER_EPOCH)
     return folder, run_processes(2, train_on_each_rank, str(shop), str(folder), timeout_s=200)
@@ -85,7 +85,7 @@ def test_with_ids_temperatures_and_weights(two: tuple[Path, list[dict[str, Any]]
 
 
 @pytest.mark.multiproc
-def test_a_run_of_the_whole_catalogue_goes_on_split(two: tuple[Path, list[dict[str, Any]]], one: Path) -> None:
+def test_a_run_with_the_whole_catalogue_resumes_split(two: tuple[Path, list[dict[str, Any]]], one: Path) -> None:
     assert_equal_runs(two[0] / "passed-on", one)
 
 
@@ -119,7 +119,7 @@ def test_zero_3_is_refused(shop: Path, tmp_path: Path) -> None:
 
 
 def test_one_process_splits_nothing(shop: Path, one: Path, tmp_path: Path) -> None:
-    """Its figures are those of the whole catalogue to the last bit."""
+    """Its figures equal those of the whole catalogue, bit for bit."""
     assert figures(train_here(shop, tmp_path / "run", *WORDS, *SPLIT)) == figures(one)
 
 

@@ -54,14 +54,14 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(shop: Path) -> tuple[Path, str]:
-    """The run of the config as it is, by the command itself: its folder and what it printed."""
+    """The run of the unchanged config, by the command itself: its folder and output."""
     result = run_module("fmrl_dist.train", "--config", shop, "--run.tensorboard", "true")
     assert (result.returncode, result.stderr) == (0, "")
     return shop.parent / "run", result.stdout
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Equal figures, weights and moments to the last bit, and equal evaluations."""
+    """Figures, weights and moments equal bit for bit, and equal evaluations."""
     assert figures(one) == figures(other)
     assert evaluation(one) == evaluation(other)
     for file in ("model", "optimizer"):
@@ -81,7 +81,7 @@ def test_run_leaves_everything(finished: tuple[Path, str]) -> None:
     best, latest = ((run / "checkpoints" / link).resolve() for link in ("best", "latest"))
     assert {path.name for path in (run / "checkpoints").iterdir()} == {
         *("best", "latest", best.name, latest.name),
-        "step-00000016",  # to fall back on
+        "step-00000016",  # a fallback
     }
     assert (best.name, latest.name) == ("step-00000008", "step-00000024")
 
@@ -94,17 +94,17 @@ def test_start_message(finished: tuple[Path, str]) -> None:
     run, output = finished
     config = load_config(run / "config.yaml")
     parameters = sum(t.numel() for name, t in load_file(run / "checkpoints/best/model.safetensors").items())
-    parameters -= 2 * 10  # shift and scale of the ten feature columns are no parameters
+    parameters -= 2 * 10  # shift and scale of the ten feature columns are not parameters
     start = output[: output.index("epoch 1")]
     for fact in (
         *("1 process(es)", "engine no", "device cpu", "1 thread(s) each", "precision fp32", f"config {config.hash}"),
-        *(f"{parameters:,} parameters", "sizes [4, 8]", "8 steps an epoch", "from step 0 to at most 24"),
+        *(f"{parameters:,} parameters", "sizes [4, 8]", "8 steps per epoch", "from step 0 to at most 24"),
     ):
         assert fact in start
 
 
-def test_progress_says_rate_data_wait_and_time_left(finished: tuple[Path, str]) -> None:
-    line = r"24 of 24 steps, [^,]+, [\d:]+ passed, 00:00 left, loss \d\.\d{4}, [\d,]+ tokens/s, data wait \d+\.\d%"
+def test_progress_shows_rate_data_wait_and_time_left(finished: tuple[Path, str]) -> None:
+    line = r"24 of 24 steps, [^,]+, [\d:]+ elapsed, 00:00 left, loss \d\.\d{4}, [\d,]+ tokens/s, data wait \d+\.\d%"
     assert re.search(line, finished[1])
 
 
@@ -158,7 +158,7 @@ def test_tensorboard_has_the_same_figures(finished: tuple[Path, str]) -> None:
 
 
 def test_first_step_by_definition(shop: Path, tmp_path: Path) -> None:
-    """Loss: the mean over sizes of the mean cross-entropy over positions. AdamW's first step moves by the rate."""
+    """Loss: the mean over sizes of the mean cross-entropy over positions. AdamW's first step equals the rate."""
     words = ["--train.max_steps", 1, "--model.dropout", 0, "--model.lru_dropout", 0]
     run = train_here(shop, tmp_path / "run", *words)
     (record,) = records(run)
@@ -203,8 +203,8 @@ def test_resumed_run_is_the_uninterrupted_one(stop: int, shop: Path, tmp_path: P
     assert_same_run(halved, whole)
 
 
-def test_killed_run_goes_on(shop: Path, tmp_path: Path) -> None:
-    """Killed between two checkpoints, with a line half-written: the work since the last checkpoint is done again."""
+def test_killed_run_resumes(shop: Path, tmp_path: Path) -> None:
+    """Killed between two checkpoints, with a half-written line: the work since the last checkpoint is repeated."""
     words = ["--train.epochs", "8", "--train.checkpoint_every_steps", "5", "--eval.every_steps", "10000"]
     run = tmp_path / "killed"
     command = [sys.executable, "-m", "fmrl_dist.train", "--config", str(shop), "--run.dir", str(run), *words]
@@ -216,7 +216,7 @@ def test_killed_run_goes_on(shop: Path, tmp_path: Path) -> None:
     assert process.wait() == -signal.SIGKILL
     assert not (run / "evaluation.json").exists()
     saved = json.loads((run / "checkpoints" / "latest" / "state.json").read_text())["state"]["step"]
-    assert saved >= 15 and saved % 5 == 0, "that of step 20 may still be written when line 22 is there"
+    assert saved >= 15 and saved % 5 == 0, "the checkpoint of step 20 may still be in progress when line 22 is written"
     with metrics.open("a") as file:
         file.write('{"step": 64, "epoch": 7, "spl')
 
@@ -234,7 +234,7 @@ def test_resume_from_an_earlier_checkpoint_cuts_the_log_back(shop: Path, tmp_pat
 
 
 def test_resume_from_another_run_keeps_its_own_best(finished: tuple[Path, str], shop: Path, tmp_path: Path) -> None:
-    """The other run's best stays there, so this run's best is the best of its own evaluations."""
+    """The other run's best stays in its folder, so this run's best is the best of its own evaluations."""
     first = train_here(shop, tmp_path / "first", "--train.max_steps", 2 * STEPS_PER_EPOCH)
     before = figures(first)
     second = train_here(shop, tmp_path / "second", "--resume", first)
@@ -275,7 +275,7 @@ def test_run_killed_before_its_evaluation_is_evaluated(finished: tuple[Path, str
 
 
 def test_evaluation_of_the_shorter_run_does_not_stay(shop: Path, tmp_path: Path) -> None:
-    """A run that is made longer and fails has no final figures; those of its shorter self would pass for them."""
+    """A run that is extended and fails has no final figures; those of the shorter run could be mistaken for them."""
     run = train_here(shop, tmp_path / "run", "--train.max_steps", 2)
     overwrite_weights(run, factor=1e30)
     assert (run / "evaluation.json").exists()
@@ -316,7 +316,7 @@ def test_limits_by_steps_and_a_subset_of_users(shop: Path, tmp_path: Path) -> No
     assert [record["step"] for record in valid] == [2, 4, 5]
     for record, size in itertools.product(valid, (4, 8)):
         hits = record[f"recall@10@{size}"] * 10
-        assert hits == pytest.approx(round(hits), abs=1e-9), "a share of ten users"
+        assert hits == pytest.approx(round(hits), abs=1e-9), "a fraction of ten users"
     assert evaluation(run)["users"] > 10
 
 
@@ -384,7 +384,7 @@ def test_loss_that_is_not_finite_stops_and_leaves_the_best(log_every_steps: int,
 
 
 def a_run(shop: Path, folder: Path) -> Run:
-    """What :func:`fmrl_dist.train` would train."""
+    """The learner that :func:`fmrl_dist.train` would train."""
     config = load_config(shop)
     store = Store.open(config.store.path)
     order = Order([block.count for block in store.manifest.splits["train"]], 16, 16, 0)
@@ -392,7 +392,7 @@ def a_run(shop: Path, folder: Path) -> Run:
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight(shop: Path, tmp_path: Path) -> None:
-    """The optimiser is told on the device, before it steps; later steps are as if this one had not been."""
+    """The optimiser is notified on the device, before it steps; later steps are as if this one had not happened."""
     engine = prepare_learner(a_run(shop, tmp_path), None).engine
     assert isinstance(engine, DataParallelEngine)
     parameters = dict(engine._module.named_parameters())
@@ -410,7 +410,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(shop: Path, tmp_path: P
 
 
 def test_a_step_waits_for_one_exchange(shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between two records all that processes exchange and wait for is what they agree on before a step."""
+    """Between two records, the agreement before each step is the only exchange that blocks the processes."""
     reduced: list[int] = []
     reduce = Accelerator.reduce
 

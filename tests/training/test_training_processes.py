@@ -57,13 +57,13 @@ HOPS = (STEPS_PER_EPOCH - 3, 2 * STEPS_PER_EPOCH - 1)  # steps at which the numb
 
 
 def train_until(config: str, folder: str, max_steps: int) -> None:
-    """A part of a run without dropout; 0 steps: the rest."""
+    """Train part of a run without dropout, up to ``max_steps``; 0: to the end."""
     words = ["--resume", "auto", "--train.max_steps", max_steps]
     train_here(Path(config), Path(folder), *NO_DROPOUT, *words)
 
 
 def train_on_each_rank(config: str, folder: str) -> dict[str, Any]:
-    """Several runs one after the other in one process group; what each rank has to say about those that fail."""
+    """Several runs, one after the other, in one process group; returns each rank's errors from those that fail."""
     root = Path(folder)
     said: dict[str, Any] = {"drawn": draw(dist.get_rank())}
     train_here(Path(config), root / "plain", *NO_DROPOUT)
@@ -109,14 +109,14 @@ def stop_where_one_loss_is_infinite() -> None:
 
 
 def digest(run: Path) -> list[str]:
-    """Names and sizes of what a run has saved and logged."""
+    """Names and sizes of a run's checkpoint and log files."""
     kept = [path for path in contents(run) if path.startswith(("checkpoints", "metrics"))]
     return sorted(f"{path} {(run / path).stat().st_size}" for path in kept)
 
 
 @pytest.fixture(scope="module")
 def two(shop: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    """The runs of two ranks: their folder, and what each rank said."""
+    """The runs of two ranks: their folder, and each rank's errors."""
     folder = tmp_path_factory.mktemp("two")
     train_here(shop, folder / "begun-by-one", *NO_DROPOUT, "--train.max_steps", 2 * STEPS_PER_EPOCH)
     return folder, run_processes(2, train_on_each_rank, str(shop), str(folder), timeout_s=200)
@@ -129,7 +129,7 @@ def one(shop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_one_rank_is_empty_in_the_last_step(shop: Path) -> None:
-    """What the tests below rely on: the ranks' shares differ, and at an epoch's end one rank has no user."""
+    """The tests below rely on this: the ranks' shares differ, and at an epoch's end one rank has no users."""
     order = Order([b.count for b in Store.open(shop.parent / "store").manifest.splits["train"]], 16, 16, 0)
     assert order.steps_per_epoch == STEPS_PER_EPOCH
     users = [sum(len(order.batch(0, STEPS_PER_EPOCH - 1, lane)) for lane in range(rank, 16, 2)) for rank in (0, 1)]
@@ -172,7 +172,7 @@ SAMPLED = ["--loss.softmax", "sampled", "--loss.negatives", "mixed", "--loss.num
 
 
 def test_micro_batches_without_lanes_have_no_negatives(shop: Path, tmp_path: Path) -> None:
-    """More pieces than a rank has lanes, each lane with its own negatives."""
+    """More micro-batches than lanes of a rank, each lane with its own negatives."""
     words = [*NO_DROPOUT, *map(str, SAMPLED), "--train.epochs", 1]
     one = train_here(shop, tmp_path / "one", *words)
     run_processes(3, train_in_pieces, str(shop), str(tmp_path / "three"), [*words, "--train.micro_batches", 7])
@@ -183,7 +183,7 @@ def test_micro_batches_without_lanes_have_no_negatives(shop: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("pieces", [3, 16])
 def test_micro_batches_train_as_the_whole_batch(pieces: int, shop: Path, one: Path, tmp_path: Path) -> None:
-    """Pieces by lanes, some of them empty; in one process and in two, whose gradients meet once a step."""
+    """Micro-batches by lanes, some empty; in one process and in two, whose gradients are averaged once per step."""
     words = [*NO_DROPOUT, "--train.micro_batches", pieces]
     run_processes(2, train_in_pieces, str(shop), str(tmp_path / "two"), words)
     train_here(shop, tmp_path / "one", *words)
@@ -223,7 +223,7 @@ def test_each_rank_and_step_draws_its_own_dropout(two: tuple[Path, list[dict[str
 
 
 def draw(rank: int) -> list[float]:
-    """The first number that dropout would draw, for some seeds and steps."""
+    """The first number that dropout would draw, for several seeds and steps."""
     drawn = []
     for seed, step in itertools.product((0, 1, 2), (0, 1)):
         train.seed_dropout(seed, step, rank)
@@ -252,7 +252,7 @@ def test_infinite_loss_on_one_rank_stops_the_other(two: tuple[Path, list[dict[st
 
 
 def test_a_second_run_in_the_same_folder_is_refused(shop: Path, tmp_path: Path) -> None:
-    """While the first one trains, and it goes on undisturbed; once that is killed, though its readers live on."""
+    """While the first one trains, undisturbed; once it is killed, a new one may start although its workers live on."""
     run = tmp_path / "run"
     words = ["--resume", "auto", "--train.epochs", "200"]
     command = [sys.executable, "-m", "fmrl_dist.train", "--config", str(shop), "--run.dir", str(run), *words]
@@ -272,7 +272,7 @@ def test_a_second_run_in_the_same_folder_is_refused(shop: Path, tmp_path: Path) 
 def test_a_file_system_without_locks_is_announced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where the kernel answers as it does for Lustre without -o flock; and a lock that a dead machine still holds."""
+    """As on Lustre without -o flock; and a lock that a dead machine still holds."""
     answers = [OSError(errno.ENOSYS, "Function not implemented")]
 
     def lockf(*_: object) -> None:
@@ -281,7 +281,7 @@ def test_a_file_system_without_locks_is_announced(
 
     monkeypatch.setattr(fcntl, "lockf", lockf)
     with locked(tmp_path):
-        assert "cannot be locked (Function not implemented): nothing keeps a second run" in capsys.readouterr().out
+        assert "cannot be locked (Function not implemented): nothing prevents a second run" in capsys.readouterr().out
     answers += [BlockingIOError(errno.EAGAIN, "taken"), PermissionError(errno.EACCES, "taken")]
     with pytest.raises(UserError, match="another process is training into"), locked(tmp_path):
         pass
@@ -305,7 +305,7 @@ def test_launcher_with_two_processes(shop: Path, one: Path, tmp_path: Path) -> N
     result = launch(2, words, config_file=LAUNCHERS / "cpu-2.yaml")
     assert result.returncode == 0, result.stderr
     assert "2 process(es), engine multi_cpu, device cpu" in result.stdout
-    assert result.stdout.count("whole catalogue ranked") == 1, "one rank speaks"
+    assert result.stdout.count("whole catalogue ranked") == 1, "only one rank prints"
     for found, expected in zip(records(run), records(one), strict=True):
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     assert evaluation(run) == evaluation(one)
@@ -326,5 +326,5 @@ def test_launcher_that_starts_one_process_instead_of_two(shop: Path, tmp_path: P
     result = launch(1, ["--cpu", "--num_processes", "2", *words])
     assert result.returncode != 0
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert "several processes were asked for but one was started (accelerate launch --cpu does that silently)" in line
+    assert "several processes were requested but one was started (accelerate launch --cpu does that silently)" in line
     assert not (tmp_path / "run").exists()

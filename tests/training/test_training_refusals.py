@@ -1,4 +1,4 @@
-"""What ``python -m fmrl_dist.train`` refuses: one line on stderr, exit code 2, and nothing written."""
+"""Refusals of ``python -m fmrl_dist.train``: one line on stderr, exit code 2, and nothing written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fmrl_dist import train
 from fmrl_dist.config.loading import load_config
 from fmrl_dist.data.store.manifest import Block
 from fmrl_dist.data.store.reader import Store
-from shards.build import build
+from shards.store.builder import build_store
 from tests.fixtures.checkpoints import reseal
 from tests.fixtures.training import (
     contents,
@@ -85,7 +85,7 @@ def test_refusal_by_the_command_itself(shop: Path, stopped: Path) -> None:
     result = run_module("fmrl_dist.train", "--config", shop, "--run.dir", stopped)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == (
-        f"error: run folder {stopped} exists; go on with it by --resume auto, or choose another --run.dir\n"
+        f"error: run folder {stopped} exists; resume it with --resume auto, or choose another --run.dir\n"
     )
     assert contents(stopped) == before
 
@@ -114,7 +114,7 @@ def test_checkpoint_of_another_config(words: list[str], key: str, shop: Path, st
 
 
 def test_what_may_change_on_resume(shop: Path, copied_run: Path, copied_store: Path) -> None:
-    """Length at a fixed schedule, evaluation, logging, the loss's implementation and paths."""
+    """Length with a fixed schedule, evaluation, logging, the loss's implementation and paths."""
     words = ["--train.epochs", 4, "--train.schedule_epochs", 3, "--eval.users", 20, "--train.log_every_steps", 2]
     words += ["--loss.impl", "plain", "--store.path", copied_store, "--train.max_steps", MAX_STEPS + 4]
     train_here(shop, copied_run, "--resume", "auto", *words)
@@ -127,7 +127,7 @@ def test_checkpoint_of_another_store(shop: Path, copied_run: Path, tmp_path: Pat
     values["store"]["path"] = str(tmp_path / "other")
     other = tmp_path / "other.yaml"
     other.write_text(yaml.safe_dump(values))
-    build(load_config(other))
+    build_store(load_config(other))
     before = contents(copied_run)
     line = refusal(train.main, "--config", other, "--run.dir", copied_run, "--resume", "auto")
     assert "has the store's manifest " in line
@@ -143,7 +143,7 @@ def test_store_of_another_schema_version(shop: Path, copied_store: Path, tmp_pat
 
 
 def test_store_without_users_to_validate_on(shop: Path, tmp_path: Path) -> None:
-    """Known before hours of training, not after."""
+    """Refused before hours of training, not after."""
     values = shop_values(tmp_path)
     shutil.copytree(shop.parent / "raw", tmp_path / "raw")
     table = pq.read_table(tmp_path / "raw" / "sequences.parquet")
@@ -153,7 +153,7 @@ def test_store_without_users_to_validate_on(shop: Path, tmp_path: Path) -> None:
     )
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(values))
-    build(load_config(config))
+    build_store(load_config(config))
     line = refusal(train.main, "--config", config, "--run.dir", tmp_path / "run")
     assert "has no validation and test users; expected histories of 3 events or more" in line
     assert not (tmp_path / "run").exists()
@@ -168,7 +168,7 @@ def test_damaged_features_leave_no_folder(shop: Path, copied_store: Path, tmp_pa
 
 
 def test_damaged_training_shard(shop: Path, copied_store: Path, tmp_path: Path) -> None:
-    """Found when the block is met; once the shard is mended, the run goes on as if nothing had been."""
+    """Found when the block is read; once the shard is repaired, the run resumes as if nothing had happened."""
     block = Store.open(copied_store).manifest.splits["train"][3]
     flip_byte(copied_store, block)
     run = tmp_path / "run"
@@ -212,10 +212,10 @@ def test_nothing_left_to_train_elsewhere(shop: Path, stopped: Path, tmp_path: Pa
     assert not (tmp_path / "run").exists()
 
 
-def test_one_process_where_several_were_asked_for(shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_where_several_were_requested(shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     line = refusal(train.main, "--config", shop, "--run.dir", tmp_path / "run")
-    assert "several processes were asked for but one was started" in line
+    assert "several processes were requested but one was started" in line
     assert not (tmp_path / "run").exists()
 
 
@@ -225,14 +225,14 @@ def test_launcher_precision_that_is_refused(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
     line = refusal(train.main, "--config", shop, "--run.dir", tmp_path / "run")
-    assert f"the launcher asks for mixed precision {precision!r}; expected no or bf16" in line
+    assert f"the launcher requests mixed precision {precision!r}; expected no or bf16" in line
     assert not (tmp_path / "run").exists()
 
 
 def test_launcher_precision_is_recorded(
     shop: Path, stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that the run cannot go on in another precision unnoticed."""
+    """So that the run cannot resume with another precision unnoticed."""
     words = ["--train.max_steps", 2]
     by_config = train_here(shop, tmp_path / "config", *words, "--train.precision", "bf16")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")

@@ -1,0 +1,145 @@
+"""Images of items, from a Parquet table of item ids and encoded bytes or file names.
+
+Images are not trusted: only raster formats are opened, the size is checked before any pixel is decoded, and a file name
+must not leave the table's folder. An image that cannot be read or decoded counts as missing; it is not an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.config.features import ImageFeature
+from shards.tables.item_ids import ItemIds, as_ids
+from shards.tables.raw_tables import BATCH_ROWS, open_parquet, read_batches, read_table
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+MAX_PIXELS = 64_000_000
+MAX_BYTES = 64_000_000  # of one image file
+MAX_ASPECT = 100  # long side to short side: resized to a short side of hundreds, a line would fill the memory
+
+
+@dataclass(frozen=True)
+class ImageRows:
+    """Some rows of the table, in order."""
+
+    items: np.ndarray  # int64 [n], internal ids; -1 where the item is not in the item table
+    images: list[bytes | str | None]  # [n], encoded bytes, or file names relative to the table's folder
+
+
+@dataclass(frozen=True)
+class ImageTable:
+    """The image table of a feature."""
+
+    path: Path
+    column: str  # of the images
+    items: np.ndarray  # int64 [rows], internal ids; -1 where the item is not in the item table
+    holds_names: bool  # file names, not bytes
+
+    @classmethod
+    def open(cls, config: ImageFeature, root: Path, ids: ItemIds) -> ImageTable:
+        """Check the table's columns, and read its ids.
+
+        Raises:
+            UserError: missing file or column, or a column that holds neither bytes nor file names.
+        """
+        path = root / config.path
+        with open_parquet(path, [config.id, config.image]) as table:
+            kind = table.schema_arrow.field(config.image).type
+        holds_names = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        if not (holds_names or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+            raise UserError(
+                f"column {config.image!r} of {path} is of type {kind}; expected encoded image bytes or file names"
+            )
+        external = read_table(path, [config.id])[config.id]
+        return cls(path, config.image, ids.find(as_ids(external, f"column {config.id!r} of {path}")), holds_names)
+
+    @property
+    def folder(self) -> Path:
+        return self.path.parent
+
+    @property
+    def num_unknown(self) -> int:
+        """Rows of items that are not in the item table."""
+        return int((self.items < 0).sum())
+
+    def rows(self, rows_at_once: int) -> Iterator[ImageRows]:
+        """All rows, ``rows_at_once`` at a time; the last piece may be smaller."""
+        low = 0
+        for batch in read_batches(self.path, [self.column], rows_at_once=rows_at_once).batches:
+            yield ImageRows(self.items[low : low + batch.num_rows], batch[self.column].to_pylist())
+            low += batch.num_rows
+
+    def sha256(self) -> str:
+        """Digest of which item has which image: covers the table, and the sizes of the files that it names."""
+        with self.path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+        digest.update(self.items.tobytes())
+        if self.holds_names:
+            for rows in self.rows(BATCH_ROWS):
+                for name in rows.images:
+                    path = _file_below(self.folder, str(name))
+                    digest.update(f"{path.stat().st_size if path else -1}\n".encode())
+        return digest.hexdigest()
+
+
+def read_image(folder: Path, image: bytes | str | None) -> bytes | None:
+    """Encoded bytes of an image, which is given as bytes or by its file name; None where there are none."""
+    return read_image_file(folder, image) if isinstance(image, str) else image
+
+
+def read_image_file(folder: Path, name: str) -> bytes | None:
+    """Bytes of a file below ``folder``; None where it is missing, elsewhere, or too large."""
+    path = _file_below(folder, name)
+    try:
+        return path.read_bytes() if path and path.stat().st_size <= MAX_BYTES else None
+    except OSError:
+        return None
+
+
+def _file_below(folder: Path, name: str) -> Path | None:
+    """The file that a name leads to, with links followed; None where it is missing or elsewhere."""
+    try:
+        path = (folder / name).resolve()
+        return path if path.is_relative_to(folder.resolve()) and path.is_file() else None
+    except (OSError, ValueError, RuntimeError):  # the name is too long or holds a zero byte, or links form a circle
+        return None
+
+
+def decode_image(data: bytes | None, side: int | None = None) -> Image.Image | None:
+    """An RGB image from encoded bytes, the first frame of an animation; None where they cannot be decoded.
+
+    Args:
+        data: a file's content.
+        side: a JPEG may be decoded at a fraction of its size if both sides remain at least this long; None: never.
+    """
+    if not data:
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is below Pillow's own limit
+            image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+            if not 0 < image.width * image.height <= MAX_PIXELS or max(image.size) > MAX_ASPECT * min(image.size):
+                return None
+            if side is not None:
+                image.draft("RGB", (side, side))
+            if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip instead of scale
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return image.convert("RGB")
+    except Exception:  # noqa: BLE001 - a malformed file can make Pillow's decoders raise anything
+        return None
+
+
+def describe_unused(unreadable: int, unknown: int) -> str:
+    """A note on images that were not used; "" if all were."""
+    notes = [f"{unreadable} images unreadable"] * (unreadable > 0) + [f"{unknown} of unknown items"] * (unknown > 0)
+    return ", ".join(notes)

@@ -1,0 +1,198 @@
+"""Bad input to ``shards.build`` is refused in one line that names what is wrong, and nothing is left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from fmrl_dist.base.errors import UserError
+from shards.build import main as build_main
+from shards.verify import main as verify_main
+from tests.fixtures.stores import HISTORIES, ITEMS, tiny_values, write_histories, write_items, write_raw
+
+Values = dict[str, Any]
+Spoil = Callable[[Path, Values], object]
+
+
+def command_line(tmp_path: Path, spoil: Spoil | None = None) -> list[str]:
+    """Write sound raw data and a config, and spoil them; returns the arguments for ``shards.build``."""
+    write_raw(tmp_path / "raw")
+    values = tiny_values(tmp_path / "raw", tmp_path / "store")
+    if spoil is not None:
+        spoil(tmp_path / "raw", values)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    return ["--config", str(tmp_path / "config.yaml")]
+
+
+def vectors(rows: np.ndarray) -> Spoil:
+    return lambda root, values: np.save(root / "vectors.npy", rows)
+
+
+def one_value(value: float) -> np.ndarray:
+    rows = np.ones((len(ITEMS), 4), np.float32)
+    rows[3, 1] = value
+    return rows
+
+
+def histories(histories: dict[Any, Any], times: Any = None) -> Spoil:
+    def spoil(root: Path, values: Values) -> None:
+        write_histories(root / "sequences.parquet", histories, times)
+        if times is not None:
+            values["data"]["sequences"] = {"times": "times"}
+
+    return spoil
+
+
+def data(**keys: Any) -> Spoil:
+    return lambda root, values: values["data"].update(keys)
+
+
+def model(**keys: Any) -> Spoil:
+    return lambda root, values: values.update(model=keys)
+
+
+def file(name: str, content: bytes) -> Spoil:
+    return lambda root, values: (root / name).write_bytes(content)
+
+
+def empty_table(name: str) -> Spoil:
+    return lambda root, values: pq.write_table(pq.read_table(root / name).slice(0, 0), root / name)
+
+
+def text_feature(*parts: str, dim: int = 2) -> Spoil:
+    return data(features={"words": {"source": "tfidf", "dim": dim, "text": list(parts)}})
+
+
+def image_table(column: pa.Array) -> Spoil:
+    def spoil(root: Path, values: Values) -> None:
+        pq.write_table(pa.table({"item_id": ITEMS, "image": column}), root / "images.parquet")
+        values["data"]["features"] = {"image": {"source": "pixels", "path": "images.parquet"}}
+
+    return spoil
+
+
+U1 = HISTORIES["u1"]
+CASES: dict[str, tuple[Spoil, str]] = {
+    "missing items": (data(items={"path": "no.parquet"}), "no.parquet does not exist; check data.root"),
+    "missing sequences": (data(sequences={"path": "no.csv"}), "no.csv does not exist"),
+    "missing feature": (lambda root, values: (root / "vectors.npy").unlink(), "vectors.npy does not exist"),
+    "unknown ending": (data(items={"path": "vectors.npy"}), "ends in '.npy'; expected .parquet or .csv"),
+    "not Parquet": (file("items.parquet", b"something else"), "items.parquet cannot be read"),
+    "cut Parquet": (
+        lambda root, values: (root / "items.parquet").write_bytes((root / "items.parquet").read_bytes()[:200]),
+        "items.parquet cannot be read",
+    ),
+    "missing column": (
+        data(items={"id": "asin"}),
+        "no column 'asin'; it has: item_id, title, price, brand, categories",
+    ),
+    "missing history column": (data(sequences={"items": "basket"}), "no column 'basket'; it has: user_id, item_ids"),
+    "empty items": (empty_table("items.parquet"), "items.parquet is empty"),
+    "empty sequences": (empty_table("sequences.parquet"), "sequences.parquet is empty"),
+    "unknown item": (histories({"u1": [*U1, "zebra"]}), "not in the item table, the first is 'zebra'"),
+    "unknown item of another type": (histories({1: [1, 2, 3]}), "not in the item table, the first is 1"),
+    "duplicate items": (
+        lambda root, values: write_items(root / "items.parquet", ["a", "b", "c", "d", "e", "b"]),
+        "more than once, the first is 'b'",
+    ),
+    "null item id": (
+        lambda root, values: write_items(root / "items.parquet", ["a", "b", None, "d", "e", "f"]),
+        "holds 1 null ids",
+    ),
+    "null in a history": (histories({"u1": ["a", None, "b"]}), "column 'item_ids' of .* holds 1 null ids"),
+    "null user": (histories({"u1": U1, None: U1}), "column 'user_id' of .* holds 1 null ids"),
+    "null history": (histories({"u1": U1, "u2": None}), "holds 1 null lists"),
+    "real ids": (
+        lambda root, values: write_items(root / "items.parquet", [0.5 * i for i in range(6)]),
+        "ids of type double; expected integers or text",
+    ),
+    "duplicate users": (
+        lambda root, values: pq.write_table(
+            pa.table({"user_id": ["u", "v", "u"], "item_ids": [U1, U1, U1]}), root / "sequences.parquet"
+        ),
+        "more than once, the first is 'u'",
+    ),
+    "no lists": (data(sequences={"items": "user_id"}), "not in the item table|expected lists"),
+    "only short histories": (histories({"u1": ["a"], "u2": []}), "none of its 2 histories has 2 events"),
+    "other number of times": (histories({"u1": U1}, {"u1": [1, 2]}), "lists of other lengths"),
+    "null times": (histories({"u1": U1, "u2": U1}, {"u1": [1, 2, 3, 4], "u2": None}), "null lists"),
+    "null time": (histories({"u1": U1}, {"u1": [1, None, 3, 4]}), "holds 1 null times"),
+    "times of another type": (histories({"u1": U1}, {"u1": [0.5, 1.0, 1.5, 2.0]}), "times of type double"),
+    "feature rows": (vectors(np.ones((5, 4), np.float32)), "5 rows but there are 6 items"),
+    "feature shape": (vectors(np.ones(6, np.float32)), r"float32 \[6\]; expected floats \[items, dim\]"),
+    "feature of integers": (vectors(np.ones((6, 4), np.int64)), "holds int64"),
+    "feature of objects": (
+        lambda root, values: np.save(root / "vectors.npy", np.array([[{}]] * 6, object), allow_pickle=True),
+        "not a plain .npy array",
+    ),
+    "feature archive": (
+        lambda root, values: np.savez((root / "vectors.npy").open("wb"), rows=np.ones((6, 4))),
+        "holds an archive",
+    ),
+    "cut feature": (
+        lambda root, values: (root / "vectors.npy").write_bytes((root / "vectors.npy").read_bytes()[:-8]),
+        "not a plain .npy array",
+    ),
+    "NaN": (vectors(one_value(np.nan)), "row 3 holds NaN or infinity"),
+    "infinity": (vectors(one_value(-np.inf)), "row 3 holds NaN or infinity"),
+    "float16 overflow": (vectors(one_value(-65_505)), "row 3 holds 65505, which overflows float16"),
+    "wrong dim": (
+        data(features={"vector": {"source": "npy", "path": "vectors.npy", "dim": 8}}),
+        "has 4 columns but its dim is 8",
+    ),
+    "a key of another source": (
+        data(features={"image": {"source": "pixels", "path": "images.parquet", "dim": 8}}),
+        "unknown config key 'data.features.image.dim'; known keys: source, path, id, image",
+    ),
+    "unknown source": (
+        data(features={"image": {"source": "pixel"}}),
+        "features.image.source is 'pixel'; expected one of: npy, tfidf, pixels, transformers, open_clip",
+    ),
+    "images that are numbers": (image_table(pa.array(range(6))), "is of type int64; expected encoded image bytes"),
+    "images that are not there": (image_table(pa.array(ITEMS)), "no item has it"),
+    "no image at all": (image_table(pa.array([b""] * 6)), "no item has it"),
+    "tfidf dim": (text_feature("{title}", dim=100), "dim is 100 but the texts give a matrix of 6 items"),
+    "text column": (text_feature("{colour}"), "no column 'colour'; it has: item_id, title"),
+    "text attribute": (text_feature("{title.upper}"), "may hold only a column name"),
+    "text format": (text_feature("{title:.2f}"), "does not fit the value"),
+    "no words": (text_feature("{item_id}"), "hold no words"),
+    "feature name": (data(features={"ids": {"source": "npy", "path": "vectors.npy"}}), "feature name 'ids'"),
+    "layout": (data(sequences={"layout": "wide"}), "data.sequences.layout is 'wide'"),
+    "unknown key": (data(itmes={}), "unknown config key 'data.itmes'; did you mean 'items'"),
+    "sizes do not rise": (model(sizes=[8, 8, 16], width=16), "do not increase"),
+    "last size": (model(sizes=[8, 16], width=32), "last of model.sizes is 16 but model.width is 32"),
+    "narrow chunk": (model(sizes=[8, 11], width=11), "chunk of 3 channels"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_build_refuses(name: str, tmp_path: Path) -> None:
+    spoil, message = CASES[name]
+    words = command_line(tmp_path, spoil)
+    with pytest.raises(UserError, match=message) as caught:
+        build_main(words)
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "raw"], "something was left behind"
+
+
+def test_the_same_data_unspoilt_are_built(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build_main(command_line(tmp_path))
+    assert "4 users, 6 items, 15 events, 1 users dropped" in capsys.readouterr().out
+
+
+def test_a_failed_overwrite_keeps_the_old_store(tmp_path: Path) -> None:
+    words = command_line(tmp_path)
+    build_main(words)
+    manifest = (tmp_path / "store" / "manifest.json").read_bytes()
+    write_histories(tmp_path / "raw" / "sequences.parquet", {"u1": ["a", "zebra"]})
+    with pytest.raises(UserError, match="zebra"):
+        build_main([*words, "--overwrite"])
+    assert (tmp_path / "store" / "manifest.json").read_bytes() == manifest
+    verify_main([str(tmp_path / "store")])
