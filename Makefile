@@ -27,10 +27,10 @@ train: setup  ## the demo: generate data, build its store, train, evaluate every
 		-m fmrl_dist.train --resume auto
 
 test: setup  ## the fast tests
-	$(BIN)/python -m pytest -m "not slow and not slurm"
+	$(BIN)/python -m tests.run -m "not slow and not slurm"
 
 test-all: setup  ## every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m tests.run
 
 lint: setup  ## style, types, shell scripts
 	$(BIN)/ruff check .
