@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fmrl_dist.base.errors import UserError, run_command
+from fmrl_dist.base.errors import UserError, require, run_command
 from fmrl_dist.base.files import json_sha256
 from fmrl_dist.base.progress import Progress
 from fmrl_dist.checkpoint.folder import Checkpoint, TrainState, load_checkpoint
@@ -77,7 +77,7 @@ def train(config: Config, resume: str | None) -> None:
             train_and_evaluate(config, runtime, resume, stop)
         except Stopped:
             runtime.say("stopped by a signal; resume with --resume auto")
-            if runtime.is_main and stop.usr1:
+            if runtime.is_main and stop.requeue:
                 ask_for_requeue(Path(config.run.dir))
     runtime.leave()
 
@@ -138,7 +138,13 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest) ->
 
     with (
         claimed_run_folder(run.folder, config, runtime),
-        Logbook(run.folder, state.step, config.run.tensorboard, runtime.is_main) as logbook,
+        Logbook(
+            run.folder,
+            state.step,
+            config.run.tensorboard,
+            enabled=runtime.is_main,
+            repeats_validation=state.validation_is_due,
+        ) as logbook,
         CheckpointWriter(run.folder / "checkpoints", learner.facts, config.train.keep_checkpoints) as writer,
         make_feed(run, make_stream(run, sampler, state)) as feed,
         RankMonitor(runtime, run.folder, state.step, timer, config.train.hang_timeout_s) as monitor,
@@ -149,6 +155,8 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest) ->
             stopped = not note_validation(run, learner, state, logbook, progress, stop)
             if not stopped:
                 save(run, learner, state, writer)
+            timer.restart()
+            monitor.is_alive()
         for step in range(state.step, run.total_steps):
             if stopped or out_of_patience(config, state.evaluations_without_gain):
                 break
@@ -159,13 +167,13 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest) ->
                 agreed = agree(runtime, batches, damaged, clock.is_due(), stop, result)
             stop_if_not_finite(runtime, step, result, agreed.num_not_finite)
             if stopped := agreed.num_stop > 0:
-                stop.usr1 = agreed.num_requeue > 0  # whichever process was notified
-            num_targets = agreed.num_targets
-            if agreed.num_damaged:
+                stop.requeue = agreed.num_requeue > 0  # whichever process was notified
+            num_targets, num_damaged = agreed.num_targets, agreed.num_damaged
+            while num_damaged:
                 leave_out(run, state, damaged)
                 feed.change_stream(make_stream(run, sampler, state))
-                batches, _ = feed.batches(step)
-                (num_targets,) = runtime.agree(count_targets(batches))
+                batches, damaged = feed.batches(step)
+                num_targets, num_damaged = runtime.agree(count_targets(batches), len(damaged))
 
             result = learn(run, learner, step, batches, num_targets)
             step_metrics.add(result.loss_sums, num_targets)
@@ -175,9 +183,9 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest) ->
             state.step = step + 1
             evaluate_now = state.step % run.evaluate_every_steps == 0 or state.step == run.total_steps
             save_now = evaluate_now or is_save_step(config, state.step) or agreed.num_save_due > 0 or stopped
-            if state.step % config.train.log_every_steps == 0 or save_now:  # so a resumed run has the same records
+            if state.step % config.train.log_every_steps == 0 or save_now:  # sums since a record are in no checkpoint
                 record = step_metrics.record() | {"lr": result.lr, "grad_norm": float(result.grad_norm)}
-                # All processes have the same record: none saves a non-finite state.
+                # All processes see the same losses and norm here: none saves what is not finite.
                 stop_if_not_finite(runtime, state.step, result, not all(map(math.isfinite, record.values())))
                 logbook.write({"step": state.step, "epoch": epoch, "split": "train"} | record)
                 if slow_ranks := monitor.record(state.step):
@@ -187,6 +195,7 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest) ->
             state.validation_is_due = evaluate_now
             if state.validation_is_due and not stopped:  # a stopping run leaves it to the next job
                 stopped = not note_validation(run, learner, state, logbook, progress, stop)
+                monitor.is_alive()
             if save_now:
                 save(run, learner, state, writer)
                 clock.restart()
@@ -200,8 +209,8 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest) ->
 
 
 def make_negative_sampler(run: Run) -> NegativeSampler | None:
-    """The sampler, if the softmax is sampled; rank 0 computes the files that the others only read."""
-    with run.runtime.accelerator.main_process_first():
+    """The sampler, if the softmax is sampled; one process of each node computes the files that the others only read."""
+    with run.runtime.accelerator.local_main_process_first():
         return make_sampler(run.config, run.store)
 
 
@@ -301,12 +310,19 @@ def describe_start(run: Run, module: TrainingModule, step: int) -> str:
 
 
 def load_best(folder: Path, runtime: Runtime) -> Checkpoint:
-    """A run's best checkpoint, the same on all ranks."""
-    for _ in range(NEW_LINK_S):
-        checkpoint = load_checkpoint(folder, with_optimizer=False)
-        if runtime.have_same(checkpoint.sha256):
+    """A run's best checkpoint, the same on all ranks; a network file system may show a new one late."""
+    for tries_left in reversed(range(NEW_LINK_S)):
+        checkpoint, problem = None, ""
+        try:
+            checkpoint = load_checkpoint(folder, with_optimizer=False)
+        except UserError as error:
+            problem = str(error)
+        if runtime.have_same(checkpoint.sha256 if checkpoint else "0" * 15):
             break
-        time.sleep(1)
+        if tries_left:
+            time.sleep(1)
+    require(checkpoint is not None, problem)
+    assert checkpoint is not None
     runtime.require_same("best checkpoint", checkpoint.sha256)
     return checkpoint
 

@@ -21,7 +21,7 @@ import yaml
 
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import write_atomically
-from fmrl_dist.base.locks import lock_file
+from fmrl_dist.base.locks import LockHeldError, lock_file
 from launch.sweeps.space import SearchSpace, overrides, read_space
 from launch.sweeps.study import JOURNAL, SweepStudy, Trial
 
@@ -102,7 +102,7 @@ def worker_lock(folder: Path, worker: int, patience_s: float) -> Iterator[int]:
     try:
         try:
             lock_file(descriptor, patience_s, poll_s=LOCK_POLL_S)
-        except TimeoutError:
+        except LockHeldError:
             raise UserError(
                 f"worker {worker} of {folder}, or a training that it started, is running; "
                 "wait for it (--status), or end it"

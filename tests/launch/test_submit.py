@@ -72,7 +72,7 @@ def test_local_dry_run_prints_commands(capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["--train.epoch", "3"], "unknown config key 'train.epoch'; did you mean 'epochs'?"),
+        (["--train.epoch", "3"], "unknown config key 'train.epoch'; did you mean 'train.epochs'?"),
         (["--stages", "train,shards"], "--stages is 'train,shards'; expected some of shards,train,evaluate,export"),
         (["--stages", ""], "--stages is ''; expected some of shards,train,evaluate,export, in this order"),
         (["--stages", "evaluate"], "run has no checkpoints; start with train"),

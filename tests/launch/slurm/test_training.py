@@ -111,7 +111,7 @@ MISTAKES = {
     "unknown key": (
         ["launch/train.slurm", "configs/demo.yaml", "--train.epoch", "3"],
         VENV,
-        "unknown config key 'train.epoch'; did you mean 'epochs'?",
+        "unknown config key 'train.epoch'; did you mean 'train.epochs'?",
     ),
     "no environment": (
         ["launch/train.slurm"],
