@@ -53,7 +53,7 @@ def cancelled(slurm: SlurmCluster, folder: Path, run: Path) -> EndedJob:
 
 
 def test_a_cancelled_job_saves_and_ends(cancelled: EndedJob, run: Path) -> None:
-    """It has built the store, once, and started one launcher on each node; it does not ask the nodes for life signs."""
+    """It has built the store, once, and started one launcher on each node; it does not check the nodes."""
     assert cancelled.state == "CANCELLED", cancelled.log
     assert cancelled.log.count("building the demo store") == 1
     assert cancelled.log.count("2 process(es), engine multi_cpu") == 1
