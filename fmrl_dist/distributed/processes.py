@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # before there is a group: see Runtime.leave
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
@@ -94,7 +95,11 @@ class Runtime:
             print(text, flush=True)
 
     def leave(self) -> None:
-        """End the process group once every rank is here: a group still open at exit can crash its process."""
+        """End the process group once every rank is here: a group whose threads still run at exit can crash its process.
+
+        DDP imports ``torch.distributed.nn.functional``. If a group exists by then, the defaults of its functions keep
+        the group, and so its threads, to the very end; this module therefore imports it first.
+        """
         self.accelerator.wait_for_everyone()
         if self.joined_group:
             self.accelerator.end_training()
