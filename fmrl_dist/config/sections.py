@@ -36,6 +36,7 @@ from fmrl_dist.config.parsing import (
 FEATURE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 RESERVED_NAMES = {"ids", "users", "starts", "items", "times", "targets", "mask", "count", "block_items", "block_counts"}
 MIN_CHUNK_WIDTH = 4
+MAX_SIZES = 64  # far more than anyone deploys
 TrainPrecision = Literal["fp32", "bf16"]
 
 
@@ -170,6 +171,7 @@ class ModelConfig:
 def check_sizes(sizes: tuple[int, ...]) -> None:
     """Refuse sizes that do not nest: increasing, in chunks of at least 4 channels."""
     require(len(sizes) > 0, "model.sizes is empty; expected at least one size")
+    require(len(sizes) <= MAX_SIZES, f"model.sizes has {len(sizes):,} numbers; expected at most {MAX_SIZES}")
     chunks = [high - low for low, high in zip((0, *sizes), sizes, strict=False)]
     require(all(c > 0 for c in chunks), f"model.sizes {list(sizes)} do not increase; write them from small to large")
     require(
