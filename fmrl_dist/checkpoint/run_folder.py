@@ -13,7 +13,7 @@ from pathlib import Path
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.files import write_atomically
 from fmrl_dist.base.locks import lock_file
-from fmrl_dist.checkpoint.folder import Checkpoint, TrainState, load_checkpoint, load_newest_whole
+from fmrl_dist.checkpoint.folder import Checkpoint, TrainState, linked_checkpoint, load_checkpoint, load_newest_whole
 from fmrl_dist.config.loading import config_from_dict
 from fmrl_dist.config.sections import Config
 from fmrl_dist.distributed.processes import Runtime
@@ -184,13 +184,13 @@ def out_of_patience(config: Config, evaluations_without_gain: int) -> bool:
 def run_of_best(checkpoint: Checkpoint) -> Path | None:
     """The run whose best checkpoint this is, else None: a run's figures and exports are those of its best."""
     run = checkpoint.path.parent.parent
-    return run if (run / "checkpoints" / "best").resolve() == checkpoint.path else None
+    return run if linked_checkpoint(run / "checkpoints", "best") == checkpoint.path else None
 
 
 def _best_step(folder: Path, say: Callable[[str], None]) -> int:
     """Step of the folder's best checkpoint, -1 if there is none or it is damaged."""
-    best = folder / "checkpoints" / "best"
-    if not best.exists():
+    best = linked_checkpoint(folder / "checkpoints", "best")
+    if best is None or not best.exists():
         return -1
     try:
         return load_checkpoint(best, with_optimizer=False).state.step

@@ -108,7 +108,7 @@ def test_damage_is_one_clear_line(saved: Path, damage: Callable[[Path], object])
     damage(saved)
     with pytest.raises(UserError) as caught:
         load_checkpoint(saved)
-    assert re.fullmatch(rf"checkpoint {re.escape(str(saved))} is damaged \(.+\); use another .*", str(caught.value))
+    assert re.fullmatch(rf"checkpoint {re.escape(str(saved))} is damaged \(.+\); use another, .*", str(caught.value))
 
 
 def test_another_version_names_both(saved: Path) -> None:

@@ -160,7 +160,7 @@ def test_a_vocabulary_of_other_items_is_refused(shop: Path, tmp_path: Path) -> N
 def test_an_unwritable_folder_is_refused(shop: Path, tmp_path: Path) -> None:
     shutil.copytree(shop.parent / "store", tmp_path / "store")
     (tmp_path / "store.derived").write_text("a file where the folder should be")
-    with pytest.raises(UserError, match=r"cannot be written \(File exists\); make .*store.derived a folder"):
+    with pytest.raises(UserError, match=r"cannot be written \(File exists\); make .*store.derived a writable folder"):
         popularity_table(Store.open(tmp_path / "store"), 0.75)
 
 
