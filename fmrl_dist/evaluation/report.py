@@ -37,8 +37,11 @@ def num_users_in(protocol: EvaluationProtocol) -> int:
 def print_and_write(result: dict[str, Any], folder: Path) -> None:
     """Print the table, write the JSON and the plot, then print their paths."""
     lost = f" ({result['users_lost']:,} more in damaged blocks)" if "users_lost" in result else ""
-    print(f"{result['split']}, {result['users']:,} users{lost}, whole catalogue ranked:\n{size_table(result['sizes'])}")
-    json_path, picture_path = write_report(folder, result)
+    head = f"{result['split']}, {result['users']:,} users{lost}, whole catalogue ranked:"
+    try:
+        print(f"{head}\n{size_table(result['sizes'])}", flush=True)
+    finally:  # a reader that has gone away costs nobody the figures
+        json_path, picture_path = write_report(folder, result)
     print(f"written: {json_path}\npicture: {picture_path}", flush=True)
 
 
