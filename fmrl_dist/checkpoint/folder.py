@@ -12,7 +12,7 @@ killed at any instant has a complete ``latest``; if a disk damages it, the previ
 per step and rank (``train.py``) and the order of users is arithmetic, so no generator or loader state is kept.
 
 The links are a convenience. A run that was copied without them (to a bucket, by zip) or with folders in their place
-(``cp -rL``) is the same run: without a link, the records of the folders say which checkpoint is the latest and the best.
+(``cp -rL``) is the same run: without a link, the folders' records say which checkpoint is the latest and the best.
 """
 
 from __future__ import annotations
@@ -141,17 +141,33 @@ def point(folder: Path, link: str, target: Path, keep: int = 1) -> None:
     _prune(folder, keep)
 
 
-def _put_copy_in_its_place(folder: Path, link: Path) -> None:
-    """Where a copy of the run has a folder instead of a link: drop it if its original is here, else give it its name."""
+def restore_links(folder: Path, keep: int) -> None:
+    """Give a copied run its links back, where it came without them or with folders in their place."""
+    for link in ("best", "latest"):
+        target = linked_checkpoint(folder, link)
+        if target is not None and not (folder / link).is_symlink():
+            point(folder, link, _put_copy_in_its_place(folder, folder / link) or target, keep)
+
+
+def _put_copy_in_its_place(folder: Path, link: Path) -> Path | None:
+    """Where a copied run has a folder instead of a link: drop it if its original is here, else rename it.
+
+    Returns:
+        The original, or the new name; None where there is no such folder.
+
+    Raises:
+        UserError: the folder is not an intact checkpoint.
+    """
     if link.is_symlink() or not link.is_dir():
-        return
+        return None
     record = _record(link)
     if record is None:
-        raise OSError(errno.EEXIST, "a folder that is not a checkpoint stands in the place of a link", str(link))
-    if any(known["sha256"] == record["sha256"] for _, known in _records(folder)):
-        shutil.rmtree(link)
-    else:
-        link.rename(_unused_path(folder, record["state"]["step"]))
+        raise UserError(f"{link} is a folder but not an intact checkpoint; expected a link: move it away, then resume")
+    for original, known in _records(folder):
+        if known["sha256"] == record["sha256"]:
+            shutil.rmtree(link)
+            return original
+    return link.rename(_unused_path(folder, record["state"]["step"]))
 
 
 def _prune(folder: Path, keep: int) -> None:

@@ -13,7 +13,14 @@ from pathlib import Path
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.files import write_atomically
 from fmrl_dist.base.locks import lock_file
-from fmrl_dist.checkpoint.folder import Checkpoint, TrainState, linked_checkpoint, load_checkpoint, load_newest_whole
+from fmrl_dist.checkpoint.folder import (
+    Checkpoint,
+    TrainState,
+    linked_checkpoint,
+    load_checkpoint,
+    load_newest_whole,
+    restore_links,
+)
 from fmrl_dist.config.loading import config_from_dict
 from fmrl_dist.config.sections import Config
 from fmrl_dist.distributed.processes import Runtime
@@ -144,6 +151,7 @@ def claimed_run_folder(folder: Path, config: Config, runtime: Runtime) -> Iterat
         if runtime.is_main:
             try:
                 stack.enter_context(locked(folder, runtime.say))
+                restore_links(folder / "checkpoints", config.train.keep_checkpoints)
             except UserError as error:
                 refusal = str(error)
         if runtime.agree(bool(refusal))[0]:
