@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fmrl_dist.base.errors import UserError, run_command
+from fmrl_dist.base.errors import UserError, require, run_command
 from fmrl_dist.base.files import json_sha256
 from fmrl_dist.base.progress import Progress
 from fmrl_dist.checkpoint.folder import Checkpoint, TrainState, load_checkpoint
@@ -49,7 +49,7 @@ from fmrl_dist.evaluation.histograms import EvaluationProtocol, count_target_ran
 from fmrl_dist.evaluation.ranker import ranker_of_checkpoint
 from fmrl_dist.evaluation.report import figures, print_and_write
 from fmrl_dist.training.agreement import StepResult, agree, count_targets, stop_if_not_finite
-from fmrl_dist.training.checks import check_inline
+from fmrl_dist.training.checks import check_inline, check_something_tells_items_apart
 from fmrl_dist.training.demo_store import build_missing_demo_store
 from fmrl_dist.training.learner import Learner, prepare_learner, save
 from fmrl_dist.training.logbook import Logbook
@@ -94,6 +94,7 @@ def train_and_evaluate(config: Config, runtime: Runtime, resume: str | None, sto
             f"store {store.location} has no validation and test users; expected histories of 3 events or more"
         )
     check_inline(config, store)
+    check_something_tells_items_apart(config, store)
     runtime.require_same("store", store.manifest.sha256)
     checkpoint = open_run(config, resume, store.manifest.sha256, runtime.say)
     if runtime.is_main:
@@ -127,6 +128,7 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest) ->
         state = resume_from.state
         for copied in (resume_from.model, resume_from.optimizer):
             copied.clear()
+    check_learning_rate(run, state.step)
     sampler = make_negative_sampler(run)
     progress = Progress("step", run.total_steps, state.step, enabled=runtime.is_main)
     timer = StepTimer(learner.module)
@@ -269,6 +271,25 @@ def is_save_step(config: Config, step: int) -> bool:
 def size_weights(config: Config) -> tuple[float, ...]:
     """c_m of each size's loss."""
     return config.loss.size_weights or (1.0,) * len(config.model.sizes)
+
+
+def check_learning_rate(run: Run, first_step: int) -> None:
+    """Refuse steps that would all be taken at a rate of 0, and announce where some would.
+
+    Raises:
+        UserError: the cosine has reached 0, and there is nothing but steps at that rate left.
+    """
+    train = run.config.train
+    schedule_steps = schedule_epochs(run.config) * run.order.steps_per_epoch
+    if train.min_lr_ratio > 0 or run.total_steps <= schedule_steps:
+        return
+    require(
+        first_step < schedule_steps,
+        f"the cosine of {schedule_epochs(run.config)} epochs (train.schedule_epochs) has ended at learning rate 0: "
+        "more steps would change nothing; start a new run that goes further with --train.epochs, from these weights "
+        f"with --train.init {run.folder}",
+    )
+    run.runtime.say(f"from step {schedule_steps} on the learning rate is 0 (train.schedule_epochs, train.min_lr_ratio)")
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, run: Run, step: int) -> float:

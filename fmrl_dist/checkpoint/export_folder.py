@@ -100,6 +100,8 @@ def read_export(folder: Path) -> Recommender:
     try:
         config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         items = load_file(folder / ITEMS_FILE)[ITEMS_TENSOR]
+        if not items.isfinite().all():
+            raise ValueError(f"{ITEMS_FILE} holds numbers that are not finite")
         shape = (config["num_items"], model.width)
         if items.dtype != torch.float32 or items.shape != shape:
             raise ValueError(f"{ITEMS_FILE} is {items.dtype} {list(items.shape)}; expected float32 {list(shape)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fmrl_dist import __version__
-from fmrl_dist.base.errors import UserError
+from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.checkpoint.export_folder import Origin, Recommender
 from fmrl_dist.checkpoint.folder import Checkpoint
 from fmrl_dist.config.sections import Config, ModelConfig
@@ -26,13 +26,18 @@ def load_weights(model: FMRLRec, checkpoint: Checkpoint) -> None:
     """Load a checkpoint's tensors into a model of its config.
 
     Raises:
-        UserError: a tensor is missing, unknown or has another shape.
+        UserError: a tensor is missing, unknown, has another shape or is not finite.
     """
     try:
         model.load_state_dict(checkpoint.model)
     except RuntimeError as error:
         problem = " ".join(str(error).split())
         raise UserError(f"checkpoint {checkpoint.path} does not fit its config: {problem}") from None
+    broken = [name for name, tensor in checkpoint.model.items() if not tensor.isfinite().all()]
+    require(
+        not broken,
+        f"checkpoint {checkpoint.path} holds weights that are not finite ({', '.join(broken[:3])}); use another",
+    )
 
 
 def load_catalogue_table(store: Store, checkpoint: Checkpoint) -> ItemTable:

@@ -222,4 +222,5 @@ def _check_same_run(config: Config, checkpoint: Checkpoint, manifest_sha256: str
             raise UserError(
                 f"checkpoint {checkpoint.path} has {key} {before!r}, this run {now!r}; "
                 "restore the value, or start another run with --run.dir"
+                + (f" (from these weights: --train.init {checkpoint.path})" if "epochs" in key else "")
             )

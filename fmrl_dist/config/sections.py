@@ -124,6 +124,7 @@ class StoreConfig:
     cache_gb: NonNegativeFloat = 10.0  # 10^9 bytes of blocks from a URL to keep, those read last; 0: none
     # stop: a damaged block ends the run | skip: leave its users out, and count them
     on_bad_shard: Literal["stop", "skip"] = "stop"
+    max_lost_share: Fraction = 0.25  # largest share of a split's users that skipped blocks may cost; then all stops
 
     def __post_init__(self) -> None:
         check_fields(self, "store")
@@ -244,6 +245,7 @@ class TrainConfig:
     clip_norm: PositiveFloat = 5.0  # gradients of all parameters together are clipped to this norm
     # bf16: inputs of matrix products are bfloat16; parameters, optimiser and ranking stay float32
     precision: TrainPrecision = "fp32"
+    init: str = ""  # run or checkpoint whose weights a fresh run starts from; "" for random weights
     seed: NonNegativeInt = 0  # seed of initialisation, order, negatives and dropout
     threads: PositiveInt | Literal["auto"] = "auto"  # CPU threads per process; auto: cores / local ranks
     workers: NonNegativeInt = 1  # processes per rank that read ahead; 0: read when a step needs it

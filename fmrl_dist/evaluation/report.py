@@ -12,14 +12,20 @@ from torch import Tensor
 
 from fmrl_dist.base.files import write_atomically
 from fmrl_dist.checkpoint.run_folder import evaluation_file
+from fmrl_dist.data.store.reader import check_lost_users
 from fmrl_dist.evaluation.histograms import EvaluationProtocol
 from fmrl_dist.evaluation.metrics import METRICS, metrics_from_histogram
 
 
 def figures(histograms: Tensor, sizes: Sequence[int], protocol: EvaluationProtocol) -> dict[str, Any]:
-    """The content of ``evaluation.json``; it has ``users_lost`` only if damaged blocks were left out."""
+    """The content of ``evaluation.json``; it has ``users_lost`` only if damaged blocks were left out.
+
+    Raises:
+        UserError: damaged blocks cost too many of the users (``store.max_lost_share``), or all of them.
+    """
     num_users = int(histograms[0].sum())
     num_lost = num_users_in(protocol) - num_users
+    check_lost_users(num_lost, num_users_in(protocol), protocol.split, protocol.store)
     return {
         "split": protocol.split,
         "users": num_users,

@@ -328,6 +328,8 @@ class FMRLRec(nn.Module):
             tensors = load_file(folder / MODEL_FILE)
             if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
                 raise ValueError(f"{MODEL_FILE} is not float32 throughout")
+            if not all(tensor.isfinite().all() for tensor in tensors.values()):
+                raise ValueError(f"{MODEL_FILE} holds numbers that are not finite")
             with torch.device("meta"):  # the file's tensors become the parameters: nothing is drawn, then overwritten
                 model = cls(**config["model"])
             model.load_state_dict(tensors, assign=True)

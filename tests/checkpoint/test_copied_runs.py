@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fmrl_dist import evaluate, export
+from fmrl_dist import evaluate, export, train
 from fmrl_dist.checkpoint.folder import find_checkpoint, linked_checkpoint, load_checkpoint
 from tests.fixtures.training import STEPS_PER_EPOCH, evaluation, figures, make_shop, refusal, run_here, train_here
 
@@ -91,7 +91,7 @@ def test_damaged_checkpoints_without_links_are_not_passed_over(shop: Path, stopp
     run = copy(stopped, tmp_path / "run", "no links")
     for record in (run / "checkpoints").glob("*/state.json"):
         record.write_text("{}")
-    line = refusal(lambda _: train_here(shop, run, "--resume", "auto"))
+    line = refusal(train.main, "--config", shop, "--run.dir", run, "--resume", "auto")
     assert "are damaged: start over in another --run.dir" in line
 
 
@@ -99,6 +99,6 @@ def test_a_folder_that_is_no_checkpoint_is_not_removed(shop: Path, stopped: Path
     run = copy(stopped, tmp_path / "run", "no links")
     (run / "checkpoints" / "latest").mkdir()
     (run / "checkpoints" / "latest" / "thesis.txt").write_text("mine")
-    line = refusal(lambda _: train_here(shop, run, "--resume", "auto"))
+    line = refusal(train.main, "--config", shop, "--run.dir", run, "--resume", "auto")
     assert "latest is a folder but not an intact checkpoint; expected a link" in line
     assert (run / "checkpoints" / "latest" / "thesis.txt").read_text() == "mine"

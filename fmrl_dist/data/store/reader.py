@@ -57,6 +57,11 @@ class Store:
         return self._access.on_bad_shard == "skip"
 
     @property
+    def max_lost_share(self) -> float:
+        """Largest share of a split's users that skipped blocks may cost."""
+        return self._access.max_lost_share
+
+    @property
     def derived_folder(self) -> Path:
         """Where what is made of this store once is kept, under names that carry the manifest's hash."""
         if not self._access.cache_dir and isinstance(self.files, LocalFiles):
@@ -181,6 +186,20 @@ class Store:
             raise UserError(f"store {self.location} has no {name}; build the store again") from None
         except UserError as error:
             raise UserError(f"store {self.location}: {error}") from None
+
+
+def check_lost_users(num_lost: int, num_users: int, split: str, store: Store) -> None:
+    """Refuse to go on with what is left of a split.
+
+    Raises:
+        UserError: damaged blocks cost more than ``store.max_lost_share`` of its users, or all of them.
+    """
+    if num_lost == num_users or num_lost > store.max_lost_share * num_users:
+        raise UserError(
+            f"damaged blocks cost {num_lost:,} of {num_users:,} {split} users; expected at most "
+            f"{store.max_lost_share:.0%} (store.max_lost_share): see python -m shards.verify {store.location}, then "
+            "build the store again"
+        )
 
 
 def _open_files(path: str | Path, access: StoreConfig) -> StoreFiles:
