@@ -25,6 +25,7 @@ from fmrl_dist.data.alias import alias_table, draw
 from fmrl_dist.data.batches import Packed, SampledBatch
 from fmrl_dist.data.item_table import ItemTable
 from fmrl_dist.data.negatives import NegativeSampler
+from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.training.item_columns import TableColumns
 from fmrl_dist.training.module import TrainingModule
@@ -81,7 +82,7 @@ def make_step(softmax: str, num_items: int, num_histories: int, folder: Path) ->
     )
     torch.manual_seed(0)
     model = FMRLRec(SIZES, 2, {"text": FEATURE_DIM})
-    module = TrainingModule(model, TableColumns(model.encoder, table, torch.float32), None, False, "tiled", None)
+    module = TrainingModule(model, TableColumns(model.encoder, table, torch.float32), LossSettings(SIZES))
     optimizer = build_optimizer(model, 1e-3, (0.9, 0.999), 1e-8, 0.01)
     popularity = write_popularity(num_items, folder)
     sampler = NegativeSampler(num_items, NEGATIVES, 0, popularity)

@@ -37,7 +37,7 @@ from fmrl_dist.data.order import Order
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.train_stream import TrainStream
 from fmrl_dist.data.windows import WindowRule
-from shards.build import build
+from shards.store.builder import build_store
 
 NUM_ITEMS, MEAN_EVENTS, USERS_AT_ONCE, BATCH, LANES = 100_000, 20, 50_000, 512, 16
 TIMEOUT_S = 600.0
@@ -61,11 +61,11 @@ def write_raw(folder: Path, num_events: int) -> None:
             first += USERS_AT_ONCE
 
 
-def build_store(folder: Path) -> None:
+def build_shop(folder: Path) -> None:
     words = ["--data.root", str(folder), "--store.path", str(folder / "store"), "--data.demo", "null"]
     words += ["--data.items.path", "items.parquet", "--data.items.title", "''"]
     words += ["--data.sequences.path", "sequences.parquet", "--data.sequences.times", "''"]
-    build(load_config(None, [*words, "--data.features", "{vector: {source: npy, path: vector.npy}}"]))
+    build_store(load_config(None, [*words, "--data.features", "{vector: {source: npy, path: vector.npy}}"]))
 
 
 def make_stream(store: Store) -> TrainStream:
@@ -174,7 +174,7 @@ def main(argv: list[str]) -> None:
         write_raw(folder, arguments.events)
         written = time.perf_counter()
         with Weighing() as weight:
-            build_store(folder)
+            build_shop(folder)
         store = Store.open(folder / "store")
         blocks = store.manifest.splits["train"]
         users, events = sum(block.count for block in blocks), sum(block.events for block in blocks)

@@ -18,6 +18,7 @@ from benchmarks import describe_setting
 from benchmarks.step import FEATURE_DIM, FEATURE_NORM, SIZES, draw, one_step, pack, read_histories, training_module
 from benchmarks.timing import forget_peak, in_child, interleave, peak_resident_bytes
 from fmrl_dist.base.errors import run_command
+from fmrl_dist.losses.settings import LOSS_IMPLS
 from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.model.nested import nested_linear, nested_mask
 from fmrl_dist.training.optimizer import build_optimizer
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--histories", type=int, default=192, help="of a batch; 192 have more than 1,024 targets")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--impl", choices=("tiled", "compiled"), default="tiled")
+    parser.add_argument("--impl", choices=LOSS_IMPLS, default="tiled")
     parser.add_argument("--masked-linear", action="store_true")
     parser.add_argument(
         "--memory-of", nargs=2, metavar=("SIDE", "PRECISION"), help="only print this side's peak memory"
@@ -72,8 +73,7 @@ def make_step(sizes: tuple[int, ...], num_items: int, precision: str, impl: str)
     """A step of our own training module."""
     torch.manual_seed(0)
     features = FEATURE_NORM * F.normalize(torch.randn(2, num_items, FEATURE_DIM), dim=2)
-    module = training_module(FMRLRec(sizes, 2, {"a": FEATURE_DIM, "b": FEATURE_DIM}), features, precision)
-    module.loss_impl = impl
+    module = training_module(FMRLRec(sizes, 2, {"a": FEATURE_DIM, "b": FEATURE_DIM}), features, precision, impl)
     optimizer = build_optimizer(module.model, 1e-3, (0.9, 0.999), 1e-8, 0.01)
 
     def step(histories: list[list[int]]) -> float:

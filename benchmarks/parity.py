@@ -32,6 +32,7 @@ from benchmarks import checkout_commit, describe_setting
 from fmrl_dist.base.errors import require, run_command
 from fmrl_dist.data.windows import WindowRule, target_windows
 from fmrl_dist.losses.nested_cross_entropy import nested_cross_entropy
+from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.model.nested import chunks
 
@@ -269,7 +270,7 @@ def packed_loss(ours: FMRLRec, histories: Sequence[list[int]], features: Tensor)
     catalogue = F.pad(torch.cat((features[0], features[1]), 1), (0, 0, 1, 0))  # row 0: zero
     embeddings = ours.encoder(catalogue, torch.ones(len(catalogue), 2, dtype=torch.bool))
     z = ours(embeddings[torch.tensor(items, dtype=torch.int64)], torch.tensor(starts), torch.tensor(from_start))
-    losses = nested_cross_entropy(z, embeddings, torch.tensor(targets), ours.sizes)
+    losses = nested_cross_entropy(z, embeddings, torch.tensor(targets), LossSettings(ours.sizes))
     return losses.sum() / (len(ours.sizes) * len(targets)), len(targets)
 
 

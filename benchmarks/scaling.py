@@ -36,9 +36,10 @@ from benchmarks.timing import in_child, spread
 from fmrl_dist.base.errors import require, run_command
 from fmrl_dist.data.batches import Packed
 from fmrl_dist.data.item_table import ItemTable
+from fmrl_dist.losses.item_tiles import RowMatrix
 from fmrl_dist.losses.nested_cross_entropy import catalogue_cross_entropy
+from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.losses.split_catalogue import CatalogueSlice, exchanged_bytes
-from fmrl_dist.losses.tiled_log_sum_exp import RowMatrix
 from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.training.item_columns import TableColumns, catalogue_columns, catalogue_slice
 from fmrl_dist.training.module import TrainingModule
@@ -116,7 +117,8 @@ def measure(num_items: int, num_histories: int, rounds: int, scaling: str) -> No
     same = same_losses(together, table, batch, mine)
     sent, carried = count_bytes(lambda: together.loss(mine))
     result: dict[str, Any] = {
-        **{"counted": sent, "carried": carried},
+        "counted": sent,
+        "carried": carried,
         "predicted": exchanged_bytes(len(batch.targets), num_ranks, SIZES[-1], len(SIZES)),
     }
     works: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
@@ -147,7 +149,7 @@ class Side:
             part = catalogue_slice(model.encoder, table, torch.float32, dist.get_rank(), dist.get_world_size())
         else:
             columns = catalogue_columns(model.encoder, table, torch.float32)
-        self.module = TrainingModule(model, columns, None, False, "tiled", None, part)
+        self.module = TrainingModule(model, columns, LossSettings(SIZES), part=part)
         self._scored: RowMatrix | CatalogueSlice = columns if part is None else part
         self._wrapped = DistributedDataParallel(self.module) if split else self.module
         self._optimizer = build_optimizer(model, 0.0, (0.9, 0.999), 1e-8, 0.01)  # all rounds meet the same weights
@@ -158,7 +160,7 @@ class Side:
         generator = torch.Generator().manual_seed(0)
         z = torch.randn(len(batch.targets), SIZES[-1], generator=generator).requires_grad_()
         own = torch.randn(len(batch.targets), SIZES[-1], generator=generator)
-        losses = catalogue_cross_entropy(z, own, self._scored, self._projection, None, SIZES)
+        losses = catalogue_cross_entropy(z, own, self._scored, self._projection, None, LossSettings(SIZES))
         losses.sum().backward()
         return losses
 

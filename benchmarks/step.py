@@ -36,6 +36,7 @@ from benchmarks.timing import forget_peak, in_child, interleave, peak_resident_b
 from fmrl_dist.base.errors import require, run_command
 from fmrl_dist.data.batches import Packed
 from fmrl_dist.data.windows import WindowRule, ragged_rows, target_windows
+from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.training.module import TrainingModule
 from fmrl_dist.training.optimizer import build_optimizer
@@ -156,7 +157,7 @@ class Sides:
         return one_step(self.our_loss(histories), self._our_optimizer)
 
 
-def training_module(model: FMRLRec, features: Tensor, precision: str) -> TrainingModule:
+def training_module(model: FMRLRec, features: Tensor, precision: str, impl: str = "tiled") -> TrainingModule:
     """Our side over features [2, V, F], before them a row 0 of zeros."""
     dtype = torch.bfloat16 if precision == "bf16" else None
     for part in model.modules():
@@ -164,7 +165,7 @@ def training_module(model: FMRLRec, features: Tensor, precision: str) -> Trainin
             setattr(part, "matmul_dtype", dtype)  # noqa: B010 (typed as a submodule otherwise)
     rows = F.pad(torch.cat((features[0], features[1]), 1), (0, 0, 1, 0))
     columns = model.encoder.columns(rows, torch.ones(len(rows), 2, dtype=torch.bool)).to(dtype or torch.float32)
-    return TrainingModule(model, columns, None, False, "tiled", dtype)
+    return TrainingModule(model, columns, LossSettings(model.sizes, impl=impl, dtype=dtype))
 
 
 def one_step(loss: Tensor, optimizer: torch.optim.Optimizer) -> float:

@@ -24,8 +24,9 @@ from fmrl_dist.base.errors import require, run_command
 from fmrl_dist.config.command_line import command_parser, parse_command
 from fmrl_dist.config.sections import Config
 from fmrl_dist.evaluation.split_catalogue import is_shared
+from fmrl_dist.losses.item_tiles import back_projected
 from fmrl_dist.losses.split_catalogue import exchanged_bytes
-from fmrl_dist.losses.tiled_log_sum_exp import GPU_FACTOR, KEPT_BYTES, TILE_ITEMS, TILE_POSITIONS, back_projected
+from fmrl_dist.losses.tiled_log_sum_exp import tile_limits
 from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.model.nested import chunks
 from fmrl_dist.training.item_columns import RESIDENT_BYTES, RESIDENT_SHARE
@@ -153,10 +154,10 @@ def _tiles(step: Step, positions: int, num_items: int, rows: int) -> tuple[int, 
 
     ``rows`` of each item are held once forward and once for the gradients: its channels, positions projected back.
     """
-    factor = GPU_FACTOR if step.on_gpu else 1
+    limits = tile_limits("tiled", step.on_gpu)
     all_bytes = FLOAT * num_items * (len(step.sizes) * positions + step.width)
-    kept_bytes = min(KEPT_BYTES * factor, all_bytes)
-    tile_items, tile_positions = min(TILE_ITEMS * factor, num_items), min(TILE_POSITIONS * factor, positions)
+    kept_bytes = min(limits.kept_bytes, all_bytes)
+    tile_items, tile_positions = min(limits.items, num_items), min(limits.positions, positions)
     scores = len(step.sizes) * tile_positions * (kept_bytes < all_bytes)  # else kept, every one of them
     tile = FLOAT * tile_items * (scores + 2 * rows + step.num_features)
     return kept_bytes + tile, kept_bytes / max(all_bytes, 1)
@@ -201,16 +202,8 @@ def recommend(
 def table(costs: dict[str, Cost], seconds: Callable[[Cost], float] | None) -> str:
     """Markdown: a row a loss."""
     parts = list(next(iter(costs.values())).memory)
-    head = [
-        "loss",
-        "memory, GiB",
-        *parts,
-        "in validation",
-        "TFLOP",
-        "MB sent",
-        "GB read",
-        *(["seconds"] if seconds else []),
-    ]
+    head = ["loss", "memory, GiB", *parts, "in validation", "TFLOP", "MB sent", "GB read"]
+    head += ["seconds"] if seconds else []
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for loss, cost in costs.items():
         numbers = (cost.num_bytes, *cost.memory.values(), cost.validation_bytes)
@@ -281,8 +274,13 @@ def main(argv: list[str]) -> None:
     )
     memory_bytes = int(arguments.memory_gib * 2**30)
     step = step_of(
-        *(config, arguments.items, num_ranks, arguments.feature_dims, positions),
-        *(arguments.gpus is not None, memory_bytes),
+        config,
+        num_items=arguments.items,
+        num_ranks=num_ranks,
+        num_features=arguments.feature_dims,
+        positions=positions,
+        on_gpu=arguments.gpus is not None,
+        memory_bytes=memory_bytes,
     )
     costs = {loss: predict(step, loss) for loss in LOSSES if loss != "split" or num_ranks > 1}
 

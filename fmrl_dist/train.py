@@ -53,6 +53,7 @@ from fmrl_dist.training.checks import check_inline, check_something_tells_items_
 from fmrl_dist.training.demo_store import build_missing_demo_store
 from fmrl_dist.training.learner import Learner, prepare_learner, save
 from fmrl_dist.training.logbook import Logbook
+from fmrl_dist.training.module import TrainingModule
 from fmrl_dist.training.optimizer import learning_rate
 from fmrl_dist.training.rank_monitor import RankMonitor
 from fmrl_dist.training.run import Run
@@ -145,7 +146,7 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest) ->
         RankMonitor(runtime, run.folder, state.step, timer, config.train.hang_timeout_s) as monitor,
         closing(timer),
     ):
-        runtime.say(describe_start(run, model, state.step))
+        runtime.say(describe_start(run, learner.module, state.step))
         if state.validation_is_due:  # the previous job saved, but had no time left for it
             stopped = not note_validation(run, learner, state, logbook, progress, stop)
             if not stopped:
@@ -307,13 +308,14 @@ def seed_dropout(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
 
 
-def describe_start(run: Run, model: torch.nn.Module, step: int) -> str:
-    """What is about to run: processes, engine, parameters, sizes, config hash."""
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+def describe_start(run: Run, module: TrainingModule, step: int) -> str:
+    """What is about to run: processes, engine, parameters, sizes, loss, config hash."""
+    num_parameters = sum(parameter.numel() for parameter in module.model.parameters())
     manifest = run.store.manifest
     return (
         f"{run.folder}: {run.runtime.describe()}\n"
-        f"  config {run.config.hash}, {num_parameters:,} parameters, sizes {list(run.config.model.sizes)}\n"
+        f"  config {run.config.hash}, {num_parameters:,} parameters, sizes {list(run.config.model.sizes)}, "
+        f"loss {module.settings.impl}\n"
         f"  {manifest.num_users:,} users, {manifest.num_items:,} items, {run.order.steps_per_epoch} steps per epoch, "
         f"from step {step} to at most {run.total_steps}"
     )

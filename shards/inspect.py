@@ -1,4 +1,4 @@
-"""``python -m shards.inspect STORE``: what is inside, in one screen (reads the manifest only)."""
+"""``python -m shards.inspect STORE``: what is inside, on one screen (reads only the manifest)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fmrl_dist.data.store.reader import Store
 
 
 def main(argv: list[str]) -> None:
-    parser = CommandParser(prog="python -m shards.inspect", description="Say what is inside a shard store.")
+    parser = CommandParser(prog="python -m shards.inspect", description="Show what is inside a shard store.")
     parser.add_argument("store", help="folder or URL of the store")
     print(describe(Store.open(parser.parse_args(argv).store)))
 

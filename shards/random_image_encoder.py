@@ -1,8 +1,8 @@
 """``python -m shards.random_image_encoder``: weights for an image encoder that has learned nothing.
 
-Writes the weights with which open_clip initialises a model, drawn from a seed. They carry no knowledge: such an encoder
-is a fixed random projection of the pixels. It serves to try a pipeline, or as the lower bound of a comparison, where no
-pretrained weights are to be had.
+Writes the weights that open_clip initialises a model with, drawn from a seed. They carry no knowledge: such an encoder
+is a fixed random projection of the pixels. Where no pretrained weights are available, it serves to try a pipeline, or
+as the lower bound of a comparison.
 
     python -m shards.random_image_encoder --config configs/clip-random-small.json --seed 0 --output FILE.safetensors
 """
@@ -25,9 +25,11 @@ def main(argv: list[str]) -> None:
         description="Write seeded random weights of an open_clip model. They carry no knowledge.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", required=True, help="JSON file of an open_clip model config, or a name it knows")
+    parser.add_argument(
+        "--config", required=True, help="JSON file of an open_clip model config, or a name that open_clip knows"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, required=True, help="a .safetensors file that is not there yet")
+    parser.add_argument("--output", type=Path, required=True, help="a .safetensors file that does not exist yet")
     parser.add_argument("--version", action="version", version=f"fmrl-dist {__version__}")
     arguments = parser.parse_args(argv)
     num_weights = write_random_encoder(arguments.config, arguments.seed, arguments.output)
@@ -35,10 +37,10 @@ def main(argv: list[str]) -> None:
 
 
 def write_random_encoder(model: str, seed: int, output: Path) -> int:
-    """Write the weights of ``model`` (a name or a JSON file) to ``output``; returns how many there are.
+    """Write the weights of ``model`` (a name or a JSON file) to ``output``; returns their number.
 
     Raises:
-        UserError: no such model, ``output`` exists or is no .safetensors file, or open_clip is not installed.
+        UserError: no such model, ``output`` exists or is not a .safetensors file, or open_clip is not installed.
     """
     require(output.suffix == ".safetensors", f"output {output} ends in {output.suffix!r}; expected .safetensors")
     require(not output.exists(), f"output {output} exists; remove it, or choose another")

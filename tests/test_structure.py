@@ -20,7 +20,7 @@ PACKAGES = ("fmrl_dist", "shards", "launch")
 FOLDERS = ("base", "model", "config", "distributed", "losses", "data", "checkpoint", "evaluation", "training")
 SUBFOLDERS = {
     "fmrl_dist": {*FOLDERS, "data/store"},
-    "shards": {"tables", "encoders", "demo"},
+    "shards": {"tables", "encoders", "store", "demo"},
     "launch": {"slurm", "sweeps"},
     "benchmarks": {"gpu"},
 }

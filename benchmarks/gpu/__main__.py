@@ -32,7 +32,7 @@ POLL_S = 0.05
 
 
 @dataclass(frozen=True)
-class Stage:
+class GpuStage:
     """A module of this folder."""
 
     name: str
@@ -41,16 +41,16 @@ class Stage:
 
 
 STAGES = (
-    Stage("machine", 40, "Rates of the machine"),
-    Stage("tests", 80, "Tests marked `gpu`"),
-    Stage("equality", 70, "One training step: CPU against GPU"),
-    Stage("loss", 95, "The loss: forward and backward"),
-    Stage("scan", 45, "The scan: forward and backward"),
-    Stage("step", 60, "A training step, and the price of nesting"),
-    Stage("catalogue", 50, "A training step by the size of the catalogue"),
-    Stage("training", 100, "A short training, killed and resumed"),
+    GpuStage("machine", 14, "Rates of the machine"),
+    GpuStage("tests", 85, "Tests marked `gpu`"),
+    GpuStage("equality", 55, "One training step: CPU against GPU"),
+    GpuStage("loss", 100, "The loss: forward and backward"),
+    GpuStage("scan", 35, "The scan: forward and backward"),
+    GpuStage("step", 65, "A training step, and the price of nesting"),
+    GpuStage("catalogue", 60, "A training step by the size of the catalogue"),
+    GpuStage("training", 80, "A short training, killed and resumed"),
 )
-assert sum(stage.limit_s for stage in STAGES) <= 9 * 60
+assert sum(stage.limit_s for stage in STAGES) <= 500, "with what starting and ending takes, nine minutes"
 
 
 def main(argv: list[str]) -> None:

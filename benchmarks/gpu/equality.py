@@ -33,7 +33,7 @@ BF16_FACTOR = 2.0
 
 
 @dataclass(frozen=True)
-class StepResult:
+class LossesAndGradients:
     """What one step gives, on the CPU."""
 
     losses: Tensor  # [S]
@@ -51,13 +51,13 @@ def main(argv: list[str]) -> None:
 
         def result(
             device: torch.device, precision: str, impl: str, batch: Packed = batch, columns: Tensor = columns
-        ) -> StepResult:
+        ) -> LossesAndGradients:
             typed = columns.to(device, DTYPES[precision] or torch.float32)
             module = make_module(typed, feature_dim, sizes, impl, precision)
             losses = module(batch.to(device))
             losses.sum().backward()
             gradients = {n: p.grad.cpu() for n, p in module.model.named_parameters() if p.grad is not None}
-            return StepResult(losses.detach().cpu(), gradients)
+            return LossesAndGradients(losses.detach().cpu(), gradients)
 
         reference = result(cpu, "fp32", "tiled")
         for precision in DTYPES:
@@ -68,7 +68,9 @@ def main(argv: list[str]) -> None:
     run.finish()
 
 
-def compare(run: StageRun, name: str, found: StepResult, reference: StepResult, on_cpu: StepResult) -> None:
+def compare(
+    run: StageRun, name: str, found: LossesAndGradients, reference: LossesAndGradients, on_cpu: LossesAndGradients
+) -> None:
     """Record the largest errors, and refuse what exceeds its tolerance; ``on_cpu`` is of the same precision."""
     if set(found.gradients) != set(reference.gradients):
         run.refuse(f"{name}: other parameters have gradients: {set(found.gradients) ^ set(reference.gradients)}")

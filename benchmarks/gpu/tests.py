@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import subprocess
 import sys
 import tempfile
@@ -13,6 +15,8 @@ from benchmarks.gpu.stage import StageRun
 from fmrl_dist.base.errors import run_command
 
 MARK = "mark.gpu"
+PROCESSES = 8
+SLOWEST = 10  # tests that are named with their seconds
 
 
 def main(argv: list[str]) -> None:
@@ -22,12 +26,18 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", f"--junit-xml={report}"]
+        command += ["--verbose", "--tb=short", "--durations=15"]
+        if importlib.util.find_spec("xdist") is not None:  # most of the time is Triton's compiler
+            command += ["--numprocesses", str(min(os.cpu_count() or 1, PROCESSES))]
         code = subprocess.run([*command, *map(str, modules)], cwd=REPOSITORY, check=False).returncode
         suite = ElementTree.parse(report).getroot().find("testsuite")
     assert suite is not None
     counts = {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}
     run.record(**counts, seconds=float(suite.attrib["time"]))
-    for case in suite.iter("testcase"):
+    cases = sorted(suite.iter("testcase"), key=lambda case: -float(case.attrib["time"]))
+    for case in cases[:SLOWEST]:
+        run.record(slow_test=case.attrib["name"], seconds=float(case.attrib["time"]))
+    for case in cases:
         for problem in (*case.iter("failure"), *case.iter("error")):
             run.refuse(f"{case.attrib['classname']}.{case.attrib['name']}: {problem.attrib.get('message', '')[:300]}")
     if code != 0 and not run.problems:

@@ -54,9 +54,9 @@ def main(argv: list[str]) -> None:
 def options(folder: Path, is_dry_run: bool) -> list[str]:
     """The configuration's keys on the command line."""
     sizes = (4, 8, 16) if is_dry_run else SIZES
-    demo = "{users: 150, items: 100}" if is_dry_run else "{users: 3000, items: 2000}"
-    features = "{text: {source: tfidf, dim: 16}}"
-    steps = 12 if is_dry_run else 120
+    demo = "{users: 150, items: 100}" if is_dry_run else "{users: 2000, items: 1500}"
+    features = f"{{text: {{source: tfidf, dim: {16 if is_dry_run else 96}}}}}"
+    steps = 12 if is_dry_run else 60
     values: dict[str, Any] = {
         "data.demo": demo,
         "data.root": folder / "data",
@@ -69,7 +69,8 @@ def options(folder: Path, is_dry_run: bool) -> list[str]:
         "train.checkpoint_every_steps": steps // 6,
         "train.log_every_steps": 1,
     }
-    values |= {"data.features": features, "run.tensorboard": "false", "train.workers": 0} if is_dry_run else {}
+    values |= {"data.features": features, "run.tensorboard": "false"}
+    values |= {"train.workers": 0} if is_dry_run else {}
     words = [word for key, value in values.items() for word in (f"--{key}", str(value))]
     return ["--config", str(REPOSITORY / "configs" / "demo.yaml"), *words]
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fmrl_dist.data.batches import Packed, SampledBatch
+from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.training.module import TrainingModule
 
@@ -62,14 +63,12 @@ def with_negatives(batch: Packed, num_items: int, num_negatives: int = NUM_NEGAT
     )
 
 
-def make_module(
-    columns: Tensor, feature_dim: int, sizes: tuple[int, ...], impl: str, precision: str, scan: str | None = None
-) -> TrainingModule:
+def make_module(columns: Tensor, feature_dim: int, sizes: tuple[int, ...], impl: str, precision: str) -> TrainingModule:
     """A training module with seeded weights on the columns' device; ``columns`` [V, C] are what its encoder takes."""
     torch.manual_seed(0)
     dtype = DTYPES[precision]
     model = FMRLRec(sizes, 2, {"text": feature_dim}, matmul_dtype=dtype).to(columns.device)
-    return TrainingModule(model, columns, None, False, impl, dtype)
+    return TrainingModule(model, columns, LossSettings(sizes, impl=impl, dtype=dtype))
 
 
 def num_columns_of(feature_dim: int) -> int:

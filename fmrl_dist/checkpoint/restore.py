@@ -104,7 +104,11 @@ def build_recommender(
 
 
 def construct_model(
-    config: ModelConfig, feature_dims: dict[str, int], num_items: int, matmul_dtype: torch.dtype | None
+    config: ModelConfig,
+    feature_dims: dict[str, int],
+    num_items: int,
+    matmul_dtype: torch.dtype | None,
+    scan: str = "auto",
 ) -> FMRLRec:
     return FMRLRec(
         sizes=config.sizes,
@@ -116,4 +120,5 @@ def construct_model(
         r_min=config.r_min,
         r_max=config.r_max,
         matmul_dtype=matmul_dtype,
+        scan=scan,
     )

@@ -31,7 +31,7 @@ class HelpConfig(argparse.Action):
 
 
 def command_parser(program: str, description: str) -> CommandParser:
-    """The parser that every config-driven command starts from: ``--config`` and what tells about configs."""
+    """The parser that every config-driven command starts from: ``--config``, and options that describe configs."""
     parser = CommandParser(
         prog=f"python -m {program}",
         description=description,

@@ -24,7 +24,7 @@ class NpyFeature:
     dim: NonNegativeInt = 0  # columns of the array, checked; 0: as many as the file has
 
     def check(self, key: str) -> None:
-        """Refuse an impossible combination; ``key`` is where in the config this feature stands."""
+        """Refuse an impossible combination; ``key`` is this feature's place in the config."""
         _require_path(self, key, self.path)
 
 

@@ -30,14 +30,19 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     name = path.stem if path.name != "config.yaml" else path.resolve().parent.name
     _set_default(raw, "store", "path", f"stores/{name}")
     _set_default(raw, "run", "dir", f"runs/{name}")
-    return config_from_dict(raw)
+    return _build_config(raw)
 
 
 def config_from_dict(raw: dict[str, Any]) -> Config:
-    """The inverse of :meth:`Config.to_dict`.
+    """The inverse of :meth:`Config.to_dict`, also for what older versions have recorded."""
+    loss = raw.get("loss")
+    if isinstance(loss, dict) and loss.get("impl") == "compiled":  # removed since; "tiled" computes the same
+        raw = raw | {"loss": loss | {"impl": "tiled"}}
+    return _build_config(raw)
 
-    ``model.width``, which configs recorded by version 0.1.0 have, is accepted where it is the last of ``model.sizes``.
-    """
+
+def _build_config(raw: dict[str, Any]) -> Config:
+    """``model.width``, once a key, is accepted where it is the last of ``model.sizes``."""
     model, width = raw.get("model"), None
     if isinstance(model, dict) and "width" in model:
         model = dict(model)

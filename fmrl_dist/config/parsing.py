@@ -24,7 +24,7 @@ from fmrl_dist.base.yaml_text import parse_yaml, shown
 
 @dataclass(frozen=True)
 class Limits:
-    """Between which numbers a value lies."""
+    """The smallest and largest number that a value may be."""
 
     low: float
     high: float = math.inf
@@ -59,9 +59,9 @@ def field_types(section: type) -> dict[str, Any]:
 
 
 def check_fields(section: object, where: str) -> None:
-    """Hold each field of a dataclass against its annotation, as :func:`build` does, whoever constructs it.
+    """Check each field of a dataclass against its annotation, as :func:`build` does for YAML.
 
-    Fields that hold dataclasses are left out: those have checked themselves.
+    Fields that hold dataclasses are skipped: those have checked themselves.
     """
     for name, kind in field_types(type(section)).items():
         value = getattr(section, name)
@@ -76,7 +76,7 @@ def _holds_dataclasses(kind: Any) -> bool:
 
 
 def describe(*kinds: Any, quote: Callable[[str], str] = str) -> str:
-    """Which values annotations take, in words; ``quote`` is applied to values that are written as they stand."""
+    """Which values annotations take, in words; ``quote`` is applied to literal values."""
     *others, last = [words for kind in kinds for words in _alternatives(kind, quote)]
     return f"{', '.join(others)} or {last}" if others else last
 
@@ -102,7 +102,7 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
     """Write each ``--section.key value`` (or ``--section.key=value``) into ``raw``, its value read as YAML.
 
     Raises:
-        UserError: a word is no override, a value is missing or not YAML, or a section's name holds a value.
+        UserError: a word is not an override, a value is missing or not YAML, or a section's name holds a value.
     """
     words = iter(overrides)
     for word in words:
@@ -184,7 +184,7 @@ def _build_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
 
 
 def _tagged(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
-    """The dataclass that ``value`` asks for: their first field is a literal that tells them apart."""
+    """The dataclass that ``value`` asks for: their first field is a literal that distinguishes them."""
     tag = dataclasses.fields(kinds[0])[0]
     by_name = {dataclasses.fields(kind)[0].default: kind for kind in kinds}
     name = value.get(tag.name, tag.default) if isinstance(value, dict) else tag.default

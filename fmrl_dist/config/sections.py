@@ -1,9 +1,9 @@
-"""One YAML file drives build, train and evaluate; this file says what may stand in it.
+"""One YAML file drives build, train and evaluate; this file defines its keys.
 
 Every section is a frozen dataclass. A field's annotation says which values it takes, and the comment beside it (or
 right above it) says what they mean: docs/config.md and ``--help-config`` are made from both
 (:mod:`fmrl_dist.config.reference`). An unknown key, a wrong value or an impossible combination is a
-:class:`~fmrl_dist.base.errors.UserError` at construction, with the mend in its message. Any key can be overridden on
+:class:`~fmrl_dist.base.errors.UserError` at construction, whose message says what to fix. Any key can be overridden on
 the command line as ``--section.key value`` (the value is read as YAML).
 """
 
@@ -30,7 +30,6 @@ from fmrl_dist.config.parsing import (
     PositiveFloat,
     PositiveInt,
     check_fields,
-    require_choice,
 )
 
 FEATURE_NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -146,6 +145,8 @@ class ModelConfig:
     r_max: float = 0.1  # outer radius of that ring, at most 1
     features: tuple[str, ...] | None = None  # names of features to read; null: every feature of the store
     id_table: bool = False  # a trained embedding per item (the paper's "w/o Lang. & Image" is features: [] and this)
+    # how the recurrence is computed in training: auto: by device | doubling | triton | plain: one event at a time
+    scan: Literal["auto", "doubling", "triton", "plain"] = "auto"
     # none: features as they are | a number: features times it | standardize: mean 0, and mean variance 1
     feature_scale: Literal["none", "standardize"] | PositiveFloat = "none"
 
@@ -160,7 +161,7 @@ class ModelConfig:
         require(len(set(names)) == len(names), f"model.features {list(names)} name a feature twice; name each once")
         require(
             self.features != () or self.id_table,
-            "model.features is empty and model.id_table is off: nothing would tell items apart; turn one on",
+            "model.features is empty and model.id_table is off: nothing would distinguish items; turn one on",
         )
 
     @property
@@ -186,7 +187,8 @@ def check_sizes(sizes: tuple[int, ...]) -> None:
 class LossConfig:
     """Nested cross-entropy (paper eq. 14), over the whole catalogue or over sampled items."""
 
-    impl: str = "tiled"  # tiled | compiled: with torch.compile | triton: a GPU's kernels | plain: all scores at once
+    # how the loss is computed: auto: by device | tiled | triton: a GPU's kernels | plain: all scores at once
+    impl: Literal["auto", "tiled", "triton", "plain"] = "auto"
     predict_first: bool = True  # a start position predicts the first item of a whole history
     size_weights: tuple[float, ...] | None = None  # weight c_m of each size's loss; null: 1
     temperatures: tuple[PositiveFloat, ...] | None = None  # τ_m by which each size's scores are divided; null: 1
@@ -203,7 +205,6 @@ class LossConfig:
     scope: Literal["lane", "batch"] = "lane"
 
     def __post_init__(self) -> None:
-        require_choice("loss.impl", self.impl, ("tiled", "compiled", "triton", "plain"))
         check_fields(self, "loss")
         weights = self.size_weights
         require(
@@ -254,7 +255,7 @@ class TrainConfig:
     patience: NonNegativeInt = 10  # evaluations without gain before early stopping; 0: never stop early
     log_every_steps: PositiveInt = 10  # steps between two records in metrics.jsonl
     checkpoint_every_steps: NonNegativeInt = 0  # steps between checkpoints, besides those at every evaluation; 0: none
-    checkpoint_every_minutes: NonNegativeFloat = 0.0  # minutes after a checkpoint to the next, likewise; 0: none
+    checkpoint_every_minutes: NonNegativeFloat = 0.0  # minutes between checkpoints, besides the others; 0: none
     keep_checkpoints: PositiveInt = 2  # number of newest checkpoints to keep; the best is always kept
 
     def __post_init__(self) -> None:

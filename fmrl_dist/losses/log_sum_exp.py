@@ -2,8 +2,7 @@
 
 N positions, V items, F feature columns, D width, S sizes. The score of size m_j is the score of m_{j-1} plus the
 product of chunk j alone, so one pass over D yields the scores of all sizes. Here is what is computed, and the plain
-form that says so; how it is computed without ever holding the scores is in :mod:`fmrl_dist.losses.tiled_log_sum_exp`
-and :mod:`fmrl_dist.losses.triton_log_sum_exp`.
+form that says so; :mod:`fmrl_dist.losses.tiled_log_sum_exp` computes it without ever holding the scores.
 """
 
 from __future__ import annotations
@@ -13,7 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fmrl_dist.losses.tiled_log_sum_exp import Correction, RowMatrix, Settings, TiledLogSumExp, back_projected
+from fmrl_dist.losses.item_tiles import RowMatrix, TilePlan, back_projected
+from fmrl_dist.losses.settings import Correction, LossSettings
+from fmrl_dist.losses.tiled_log_sum_exp import TiledLogSumExp
 from fmrl_dist.model.nested import chunks, matmul_linear
 
 
@@ -24,50 +25,30 @@ def nested_scores(z: Tensor, items: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def nested_log_sum_exp(
-    z: Tensor,
-    items: Tensor,
-    sizes: Sequence[int],
-    temperatures: Sequence[float] | None = None,
-    correction: Correction | None = None,
-    impl: str = "tiled",
-    dtype: torch.dtype | None = None,
+    z: Tensor, items: Tensor, settings: LossSettings, correction: Correction | None = None
 ) -> Tensor:
     """log Σ_v exp(z_:m · items_v,:m / τ_m + offset_v) for every size m and position.
 
     Args:
         z: outputs [N, D], float32 or float64.
         items: embeddings [V, D], of the same dtype.
-        sizes: trained sizes, the last one D.
-        temperatures: τ of each size; None for 1.
+        settings: how scores are made, and by which implementation.
         correction: of sampled items; None where items are the whole catalogue. -inf where it leaves no item.
-        impl: "tiled"; "compiled", the same with its element-wise part compiled; "triton", kernels of their own, float32
-            sums; or "plain" (all scores at once; the specification).
-        dtype: of the products' inputs, z's own if None; exponentials and sums stay in z's dtype.
 
     Returns:
         [S, N], differentiable in z and items.
-    """
-    inverse = _inverse(temperatures, sizes)
-    if impl == "plain":
-        return _plain(z, items, sizes, inverse, correction, dtype)
-    if impl == "triton":
-        from fmrl_dist.losses.triton_log_sum_exp import TritonLogSumExp
 
-        three = (correction.offsets, correction.item_ids, correction.target_ids) if correction else (None,) * 3
-        return TritonLogSumExp.apply(z, items, sizes, inverse, *three, dtype or z.dtype)
-    settings = Settings(tuple(sizes), inverse, correction, dtype or z.dtype, impl == "compiled", (False,) * len(sizes))
-    return TiledLogSumExp.apply(z, None, items, None, settings)
+    Raises:
+        ValueError: Triton is to compute in float64.
+    """
+    if settings.impl == "plain":
+        return _plain(z, items, settings, correction)
+    never_back = (False,) * len(settings.sizes)
+    return TiledLogSumExp.apply(z, None, items, None, _plan(z, settings, correction, never_back))
 
 
 def catalogue_log_sum_exp(
-    z: Tensor,
-    features: RowMatrix,
-    weight: Tensor,
-    table: Tensor | None,
-    sizes: Sequence[int],
-    temperatures: Sequence[float] | None = None,
-    impl: str = "tiled",
-    dtype: torch.dtype | None = None,
+    z: Tensor, features: RowMatrix, weight: Tensor, table: Tensor | None, settings: LossSettings
 ) -> Tensor:
     """:func:`nested_log_sum_exp` over the items that ``weight`` projects from ``features``.
 
@@ -76,38 +57,47 @@ def catalogue_log_sum_exp(
         features: [V, F], frozen, read a tile of rows at a time.
         weight: W_proj [D, F].
         table: [V, D], added to the projected embeddings; None for nothing.
-        sizes, temperatures, impl, dtype: as in :func:`nested_log_sum_exp`.
+        settings: as in :func:`nested_log_sum_exp`.
 
     Returns:
         [S, N], differentiable in z, weight and table.
+
+    Raises:
+        ValueError: Triton is to compute in float64.
     """
-    inverse, dtype = _inverse(temperatures, sizes), dtype or z.dtype
-    if impl in ("plain", "triton"):  # the catalogue's embeddings whole
-        items = matmul_linear(features[:].to(z.dtype), weight, dtype)
-        return nested_log_sum_exp(z, items if table is None else items + table, sizes, temperatures, None, impl, dtype)
-    # A table's rows are added to the embeddings, so there they are needed.
-    back = back_projected(sizes, len(z), features.shape[1]) if table is None else (False,) * len(sizes)
-    return TiledLogSumExp.apply(
-        z, weight, table, features, Settings(tuple(sizes), inverse, None, dtype, impl == "compiled", back)
+    if settings.impl == "plain":  # the catalogue's embeddings whole
+        items = matmul_linear(features[:].to(z.dtype), weight, settings.product_dtype(z))
+        return nested_log_sum_exp(z, items if table is None else items + table, settings)
+    # A table's rows are added to the embeddings, and a kernel reads embeddings: so there they are needed.
+    if table is None and settings.impl == "tiled":
+        back = back_projected(settings.sizes, len(z), int(features.shape[1]))
+    else:
+        back = (False,) * len(settings.sizes)
+    return TiledLogSumExp.apply(z, weight, table, features, _plan(z, settings, None, back))
+
+
+def _plan(z: Tensor, settings: LossSettings, correction: Correction | None, back: tuple[bool, ...]) -> TilePlan:
+    if settings.impl == "triton" and z.dtype == torch.float64:
+        raise ValueError("the Triton kernels of the loss sum in float32, and z is float64; choose impl tiled or plain")
+    return TilePlan(
+        sizes=settings.sizes,
+        inverse=settings.inverse_temperatures,
+        correction=correction,
+        dtype=settings.product_dtype(z),
+        impl=settings.impl,
+        back=back,
     )
 
 
-def _inverse(temperatures: Sequence[float] | None, sizes: Sequence[int]) -> tuple[float, ...]:
-    return tuple(1 / t for t in temperatures) if temperatures is not None else (1.0,) * len(sizes)
-
-
-def _plain(
-    z: Tensor,
-    items: Tensor,
-    sizes: Sequence[int],
-    inverse: Sequence[float],
-    correction: Correction | None,
-    dtype: torch.dtype | None,
-) -> Tensor:
-    scores = torch.stack(
-        [matmul_linear(z[:, :m], items[:, :m], dtype) * factor for m, factor in zip(sizes, inverse, strict=True)]
-    )
+def _plain(z: Tensor, items: Tensor, settings: LossSettings, correction: Correction | None) -> Tensor:
+    scores = all_scores(z, items, settings)
     if correction is not None:
         hits = correction.target_ids[:, None] == correction.item_ids
         scores = (scores + correction.offsets).masked_fill(hits, -torch.inf)
     return scores.logsumexp(2)
+
+
+def all_scores(z: Tensor, items: Tensor, settings: LossSettings) -> Tensor:
+    """Scores of every size, divided by its temperature, [S, N, V], by one product a size."""
+    factors = zip(settings.sizes, settings.inverse_temperatures, strict=True)
+    return torch.stack([matmul_linear(z[:, :m], items[:, :m], settings.dtype) * factor for m, factor in factors])

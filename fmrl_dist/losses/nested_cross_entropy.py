@@ -13,40 +13,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmrl_dist.losses.log_sum_exp import catalogue_log_sum_exp, nested_log_sum_exp, nested_scores
+from fmrl_dist.losses.item_tiles import RowMatrix
+from fmrl_dist.losses.log_sum_exp import all_scores, catalogue_log_sum_exp, nested_log_sum_exp, nested_scores
+from fmrl_dist.losses.settings import Correction, LossSettings
 from fmrl_dist.losses.split_catalogue import CatalogueSlice, split_log_sum_exp
-from fmrl_dist.losses.tiled_log_sum_exp import Correction, RowMatrix
-from fmrl_dist.model.nested import matmul_linear
 
 
-def nested_cross_entropy(
-    z: Tensor,
-    items: Tensor,
-    targets: Tensor,
-    sizes: Sequence[int],
-    temperatures: Sequence[float] | None = None,
-    impl: str = "tiled",
-    dtype: torch.dtype | None = None,
-) -> Tensor:
+def nested_cross_entropy(z: Tensor, items: Tensor, targets: Tensor, settings: LossSettings) -> Tensor:
     """Cross-entropy of each size over the full catalogue, summed over positions.
 
     Args:
         z: outputs [N, D], float32 or float64.
         items: item embeddings [V, D], of the same dtype.
         targets: int64 [N], the right item of each position.
-        sizes: trained sizes, the last one D.
-        temperatures: by which the scores of each size are divided; None for 1.
-        impl: "tiled", or "plain" (all logits at once; the specification).
-        dtype: of the products' inputs, z's own if None; log-sum-exp and sums stay in z's dtype.
+        settings: how scores are made, and by which implementation.
 
     Returns:
         [S], differentiable in z and items.
     """
-    if impl == "plain":
-        scores = _all_scores(z, items, sizes, temperatures, dtype)
+    if settings.impl == "plain":
+        scores = all_scores(z, items, settings)
         return torch.stack([F.cross_entropy(scores_NV, targets, reduction="sum") for scores_NV in scores])
-    own_SN = _divide(nested_scores(z, items[targets], sizes), temperatures)
-    return (nested_log_sum_exp(z, items, sizes, temperatures, None, impl, dtype) - own_SN).sum(1)
+    return (nested_log_sum_exp(z, items, settings) - _own_scores(z, items[targets], settings)).sum(1)
 
 
 def catalogue_cross_entropy(
@@ -55,10 +43,7 @@ def catalogue_cross_entropy(
     columns: RowMatrix | CatalogueSlice,
     projection: Tensor,
     table: Tensor | None,
-    sizes: Sequence[int],
-    temperatures: Sequence[float] | None = None,
-    impl: str = "tiled",
-    dtype: torch.dtype | None = None,
+    settings: LossSettings,
 ) -> Tensor:
     """:func:`nested_cross_entropy` over items that are projected from their features where they are scored.
 
@@ -69,39 +54,37 @@ def catalogue_cross_entropy(
             the ranks share the catalogue.
         projection: [D, C].
         table: id table [V, D], or None.
-        sizes, temperatures, impl, dtype: as in :func:`nested_cross_entropy`.
+        settings: as in :func:`nested_cross_entropy`.
 
     Returns:
         [S], differentiable in z, target_items, projection and table.
     """
-    own_SN = _divide(nested_scores(z, target_items, sizes), temperatures)
     if isinstance(columns, CatalogueSlice):
-        lse_SN = split_log_sum_exp(z, columns, projection, table, sizes, temperatures, impl, dtype)
+        lse_SN = split_log_sum_exp(z, columns, projection, table, settings)
     else:
-        lse_SN = catalogue_log_sum_exp(z, columns, projection, table, sizes, temperatures, impl, dtype)
-    return (lse_SN - own_SN).sum(1)
+        lse_SN = catalogue_log_sum_exp(z, columns, projection, table, settings)
+    return (lse_SN - _own_scores(z, target_items, settings)).sum(1)
 
 
 def cosine_per_size(
-    loss: Callable[..., Tensor], embeddings: Sequence[Tensor], sizes: Sequence[int], temperatures: Sequence[float]
+    loss: Callable[[Sequence[Tensor], LossSettings], Tensor], embeddings: Sequence[Tensor], settings: LossSettings
 ) -> Tensor:
     """A loss over cosines: each size's prefixes divided by their own lengths, and so each size a pass of its own.
 
     The lengths differ from size to size, so nothing is shared among sizes: 2·D channels are multiplied instead of D.
 
     Args:
-        loss: takes prefixes of ``embeddings``, sizes and temperatures, and gives [1].
+        loss: takes prefixes of ``embeddings`` and the settings of one size, and gives [1].
         embeddings: rows [·, D] each, of outputs or items.
-        sizes: trained sizes.
-        temperatures: one for each size.
+        settings: of all sizes.
 
     Returns:
         [S].
     """
     return torch.cat(
         [
-            loss(*(F.normalize(rows[:, :size], dim=1) for rows in embeddings), (size,), (temperature,))
-            for size, temperature in zip(sizes, temperatures, strict=True)
+            loss([F.normalize(rows[:, : one.sizes[0]], dim=1) for rows in embeddings], one)
+            for one in settings.of_each_size()
         ]
     )
 
@@ -120,10 +103,7 @@ def sampled_cross_entropy(
     targets: Tensor,
     negative_items: Tensor,
     negatives: Negatives,
-    sizes: Sequence[int],
-    temperatures: Sequence[float] | None = None,
-    impl: str = "tiled",
-    dtype: torch.dtype | None = None,
+    settings: LossSettings,
 ) -> Tensor:
     """Sampled softmax of each size, summed over positions: -s_y + log(e^{s_y} + Σ_k 1[i_k ≠ y] e^{s_{i_k} - log(K q)}).
 
@@ -137,28 +117,22 @@ def sampled_cross_entropy(
         targets: int64 [N], their ids.
         negative_items: embeddings [K, D].
         negatives: their ids and expected counts; every position sees the same ones.
-        sizes, temperatures, impl, dtype: as in :func:`nested_cross_entropy`.
+        settings: as in :func:`nested_cross_entropy`.
 
     Returns:
         [S], differentiable in z, target_items and negative_items.
     """
-    own_SN = _divide(nested_scores(z, target_items, sizes), temperatures)
-    if impl == "plain":
-        others = _all_scores(z, negative_items, sizes, temperatures, dtype) - negatives.log_expected
+    own_SN = _own_scores(z, target_items, settings)
+    if settings.impl == "plain":
+        others = all_scores(z, negative_items, settings) - negatives.log_expected
         others = others.masked_fill(targets[:, None] == negatives.ids, -torch.inf)
         return (torch.cat((own_SN[..., None], others), 2).logsumexp(2) - own_SN).sum(1)
     correction = Correction(-negatives.log_expected.to(z.dtype), negatives.ids, targets)
-    others_SN = nested_log_sum_exp(z, negative_items, sizes, temperatures, correction, impl, dtype)
+    others_SN = nested_log_sum_exp(z, negative_items, settings, correction)
     return (torch.logaddexp(own_SN, others_SN) - own_SN).sum(1)
 
 
-def _all_scores(
-    z: Tensor, items: Tensor, sizes: Sequence[int], temperatures: Sequence[float] | None, dtype: torch.dtype | None
-) -> Tensor:
-    """[S, N, V], by one product a size."""
-    scores = torch.stack([matmul_linear(z[:, :m], items[:, :m], dtype) for m in sizes])
-    return scores if temperatures is None else scores / scores.new_tensor(temperatures)[:, None, None]
-
-
-def _divide(scores_SN: Tensor, temperatures: Sequence[float] | None) -> Tensor:
-    return scores_SN if temperatures is None else scores_SN / scores_SN.new_tensor(temperatures)[:, None]
+def _own_scores(z: Tensor, target_items: Tensor, settings: LossSettings) -> Tensor:
+    """Each position's score of its own target at every size, [S, N]."""
+    scores_SN = nested_scores(z, target_items, settings.sizes)
+    return scores_SN * scores_SN.new_tensor(settings.inverse_temperatures)[:, None]

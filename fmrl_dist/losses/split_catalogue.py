@@ -22,7 +22,6 @@ with any number of positions; sums are in rank order, so two runs give the same 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +31,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fmrl_dist.distributed.collectives import exchange_counts, exchange_rows
+from fmrl_dist.losses.item_tiles import RowMatrix
 from fmrl_dist.losses.log_sum_exp import catalogue_log_sum_exp
-from fmrl_dist.losses.tiled_log_sum_exp import RowMatrix
+from fmrl_dist.losses.settings import LossSettings
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,7 @@ class CatalogueSlice:
 
 
 def split_log_sum_exp(
-    z: Tensor,
-    part: CatalogueSlice,
-    weight: Tensor,
-    table: Tensor | None,
-    sizes: Sequence[int],
-    temperatures: Sequence[float] | None = None,
-    impl: str = "tiled",
-    dtype: torch.dtype | None = None,
+    z: Tensor, part: CatalogueSlice, weight: Tensor, table: Tensor | None, settings: LossSettings
 ) -> Tensor:
     """Log-sum-exp over all ranks' items for this rank's positions. Every rank has to call it, forward and backward.
 
@@ -65,7 +58,7 @@ def split_log_sum_exp(
         part: this rank's items.
         weight: W_proj [D, C], the same on all ranks.
         table: id table [V, D] of the whole catalogue, the same on all ranks; None for nothing.
-        sizes, temperatures, impl, dtype: as in :func:`fmrl_dist.losses.log_sum_exp.nested_log_sum_exp`.
+        settings: as in :func:`fmrl_dist.losses.log_sum_exp.nested_log_sum_exp`.
 
     Returns:
         [S, N], differentiable in z, weight and table; the gradients of weight and table are this rank's summands.
@@ -74,9 +67,9 @@ def split_log_sum_exp(
     counts = exchange_counts(own, z.device)
     everyones_z = _Exchange.apply(z.repeat(num_ranks, 1), own, counts)
     rows = None if table is None else part.rows_of(table)
-    partial_SP = catalogue_log_sum_exp(everyones_z, part.columns, weight, rows, sizes, temperatures, impl, dtype)
+    partial_SP = catalogue_log_sum_exp(everyones_z, part.columns, weight, rows, settings)
     partials = _Exchange.apply(partial_SP.T, counts, own)  # [W·N, S]
-    whole_NS: Tensor = partials.view(num_ranks, len(z), len(sizes)).logsumexp(0)
+    whole_NS: Tensor = partials.view(num_ranks, len(z), len(settings.sizes)).logsumexp(0)
     return whole_NS.T
 
 

@@ -27,7 +27,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fmrl_dist.base.errors import UserError
-from fmrl_dist.model.nested import NestedLayerNorm, NestedLinear, init_nested, matmul_linear, nested_linear
+from fmrl_dist.model.nested import (
+    MatmulModule,
+    NestedLayerNorm,
+    NestedLinear,
+    init_nested,
+    matmul_linear,
+    nested_linear,
+)
 from fmrl_dist.model.scan import packed_scan, scan_step
 
 FORMAT_VERSION = 1  # of the folder that from_pretrained reads
@@ -37,14 +44,14 @@ COLUMN_MULTIPLE = 16  # widths of which matrix products are fastest
 RING_MARGIN = 1e-3  # keeps |Λ| off the ring's edges: at 0 the gradient of ν is NaN
 
 
-class ItemEncoder(nn.Module):
+class ItemEncoder(MatmulModule):
     """Item embeddings from frozen features (eq. 7), a stand-in for each missing one, and an optional id table.
 
     Args:
         width: D.
         feature_dims: name → dim of each feature, in the order of the feature matrix's columns.
         num_items: rows of the trained id table; 0 for none.
-        matmul_dtype: of the projection's inputs; None keeps float32.
+        matmul_dtype: of the projection's inputs in training; None keeps float32.
     """
 
     feature_shift: Tensor
@@ -53,9 +60,8 @@ class ItemEncoder(nn.Module):
     def __init__(
         self, width: int, feature_dims: Mapping[str, int], num_items: int = 0, matmul_dtype: torch.dtype | None = None
     ) -> None:
-        super().__init__()
+        super().__init__(matmul_dtype)
         self.feature_dims = dict(feature_dims)
-        self.matmul_dtype = matmul_dtype
         total = sum(self.feature_dims.values())
         bound = 1 / math.sqrt(max(total, 1))
         self.weight = nn.Parameter(torch.empty(width, total).uniform_(-bound, bound))
@@ -98,25 +104,32 @@ class ItemEncoder(nn.Module):
             present: bool [n, M], which features each item has.
             ids: int64 [n], rows of the id table; None for the whole catalogue in order. Unused without an id table.
         """
-        embeddings = matmul_linear(features, self.weight, self.matmul_dtype) + self.bias
+        embeddings = matmul_linear(features, self.weight, self.product_dtype) + self.bias
         embeddings = embeddings + (~present).to(embeddings.dtype) @ self.stand_ins
         if self.id_table is not None:
             embeddings = embeddings + (self.id_table if ids is None else self.id_table[ids])
         return embeddings
 
 
-class LRU(nn.Module):
+class LRU(MatmulModule):
     """Linear recurrent unit (eq. 8-9): h_k = Λ h_{k-1} + γ⊙(B x_k + b), y_k = Re(C h_k + c).
 
     ``B``, ``C`` [2, D, D] and ``b`` [2, D] hold real and imaginary parts; Λ = exp(-exp(ν) + i·exp(θ)) on a ring
     r_min ≤ |Λ| ≤ r_max at initialisation; γ starts at sqrt(1 - |Λ|²) and is free from then on. Λ and the states are
-    float32 whatever the products' dtype.
+    float32 whatever the products' dtype. ``scan`` is an implementation of :func:`packed_scan`.
     """
 
-    def __init__(self, sizes: Sequence[int], r_min: float, r_max: float, matmul_dtype: torch.dtype | None) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        r_min: float,
+        r_max: float,
+        matmul_dtype: torch.dtype | None = None,
+        scan: str = "auto",
+    ) -> None:
+        super().__init__(matmul_dtype)
         width = sizes[-1]
-        self.sizes, self.matmul_dtype = tuple(sizes), matmul_dtype
+        self.sizes, self.scan = tuple(sizes), scan
         self.B = nn.Parameter(init_nested(2, width, width, sizes=sizes))
         self.C = nn.Parameter(init_nested(2, width, width, sizes=sizes))
         self.b = nn.Parameter(init_nested(2, width, sizes=sizes))
@@ -134,7 +147,7 @@ class LRU(nn.Module):
 
     def forward(self, x: Tensor, starts: Tensor) -> Tensor:
         """x [P, D] packed rows, starts int64 [·+1] → y [P, D]."""
-        return self._read(packed_scan(self.decay(), self._drive(x), starts))
+        return self._read(packed_scan(self.decay(), self._drive(x), starts, self.scan))
 
     def step(self, state: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """One event: state [B, 2, D], x [B, D] → new state, y [B, D]."""
@@ -143,13 +156,13 @@ class LRU(nn.Module):
 
     def _drive(self, x: Tensor) -> Tensor:
         """γ⊙(B x + b), [P, 2, D]."""
-        driven = nested_linear(x[:, None], self.B[:, None], self.b, self.sizes, self.matmul_dtype)
+        driven = nested_linear(x[:, None], self.B[:, None], self.b, self.sizes, self.product_dtype)
         return driven * torch.exp(self.gamma_log)
 
     def _read(self, states: Tensor) -> Tensor:
         """Re(C h + c), [P, D]."""
         conjugate = states * states.new_tensor((1.0, -1.0))[:, None]  # Re(C h) = Re C · Re h - Im C · Im h
-        return nested_linear(conjugate, self.C[None], self.c[None], self.sizes, self.matmul_dtype)[:, 0]
+        return nested_linear(conjugate, self.C[None], self.c[None], self.sizes, self.product_dtype)[:, 0]
 
 
 class FeedForward(nn.Module):
@@ -177,11 +190,12 @@ class ResidualBlock(nn.Module):
         lru_dropout: float,
         r_min: float,
         r_max: float,
-        matmul_dtype: torch.dtype | None,
+        matmul_dtype: torch.dtype | None = None,
+        scan: str = "auto",
     ) -> None:
         super().__init__()
         self.lru_norm = NestedLayerNorm(sizes)
-        self.lru = LRU(sizes, r_min, r_max, matmul_dtype)
+        self.lru = LRU(sizes, r_min, r_max, matmul_dtype, scan)
         self.lru_dropout = nn.Dropout(lru_dropout)
         self.ffn_norm = NestedLayerNorm(sizes)
         self.ffn = FeedForward(sizes, dropout, matmul_dtype)
@@ -207,7 +221,8 @@ class FMRLRec(nn.Module):
         dropout: rate on the input embeddings and in the FFN.
         lru_dropout: rate after the LRU.
         r_min, r_max: ring of |Λ| at initialisation.
-        matmul_dtype: of the products' inputs; None keeps the parameters' own.
+        matmul_dtype: of the products' inputs in training mode; None keeps the parameters' own, and so does evaluation.
+        scan: an implementation of :func:`fmrl_dist.model.scan.packed_scan`.
     """
 
     def __init__(
@@ -221,17 +236,18 @@ class FMRLRec(nn.Module):
         r_min: float = 0.0,
         r_max: float = 0.1,
         matmul_dtype: torch.dtype | None = None,
+        scan: str = "auto",
     ) -> None:
         super().__init__()
         self.sizes = tuple(sizes)
         self.depth, self.num_items = depth, num_items
         self.rates = {"dropout": dropout, "lru_dropout": lru_dropout}
         self.ring = {"r_min": r_min, "r_max": r_max}
-        self.matmul_dtype = matmul_dtype
+        self.matmul_dtype, self.scan = matmul_dtype, scan
         self.encoder = ItemEncoder(self.width, feature_dims, num_items, matmul_dtype)
         self.input_dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
-            ResidualBlock(self.sizes, dropout, lru_dropout, r_min, r_max, matmul_dtype) for _ in range(depth)
+            ResidualBlock(self.sizes, dropout, lru_dropout, r_min, r_max, matmul_dtype, scan) for _ in range(depth)
         )
 
     @property
@@ -284,7 +300,7 @@ class FMRLRec(nn.Module):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What the constructor was given, but for ``matmul_dtype``, as values that JSON can carry."""
+        """What defines the model, as JSON can carry it; ``matmul_dtype`` and ``scan`` say how to compute it."""
         return {
             "sizes": list(self.sizes),
             "depth": self.depth,
@@ -303,7 +319,8 @@ class FMRLRec(nn.Module):
         if size not in self.sizes:
             raise UserError(f"size {size} was not trained; the trained sizes are {list(self.sizes)}")
         sizes = self.sizes[: self.sizes.index(size) + 1]
-        small = FMRLRec(**self.arguments | {"sizes": sizes}, matmul_dtype=self.matmul_dtype).to(self.encoder.weight)
+        computed = {"matmul_dtype": self.matmul_dtype, "scan": self.scan}
+        small = FMRLRec(**self.arguments | {"sizes": sizes} | computed).to(self.encoder.weight)
         full = self.state_dict()
         small.load_state_dict({k: full[k][tuple(map(slice, v.shape))] for k, v in small.state_dict().items()})
         return small.train(self.training)

@@ -163,18 +163,35 @@ def init_nested(*shape: int, sizes: Sequence[int]) -> Tensor:
     return values
 
 
-class NestedLinear(nn.Module):
+class MatmulModule(nn.Module):
+    """A module whose products take their inputs in ``matmul_dtype`` while it trains, and in float32 in evaluation.
+
+    Ranking is thus float32 whatever the training's precision: validation within a run finds what an evaluation of its
+    checkpoint finds.
+    """
+
+    def __init__(self, matmul_dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.matmul_dtype = matmul_dtype
+
+    @property
+    def product_dtype(self) -> torch.dtype | None:
+        """Dtype of the products' inputs now; None leaves them as they are."""
+        return self.matmul_dtype if self.training else None
+
+
+class NestedLinear(MatmulModule):
     """D → D nested linear layer; ``weight`` [D, D], ``bias`` [D]."""
 
-    def __init__(self, sizes: Sequence[int], dtype: torch.dtype | None = None) -> None:
-        super().__init__()
+    def __init__(self, sizes: Sequence[int], matmul_dtype: torch.dtype | None = None) -> None:
+        super().__init__(matmul_dtype)
         width = sizes[-1]
-        self.sizes, self.matmul_dtype = tuple(sizes), dtype
+        self.sizes = tuple(sizes)
         self.weight = nn.Parameter(init_nested(width, width, sizes=sizes))
         self.bias = nn.Parameter(init_nested(width, sizes=sizes))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = nested_linear(x[:, None], self.weight[None, None], self.bias[None], self.sizes, self.matmul_dtype)
+        y = nested_linear(x[:, None], self.weight[None, None], self.bias[None], self.sizes, self.product_dtype)
         return y[:, 0]
 
 

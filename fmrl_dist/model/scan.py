@@ -3,35 +3,46 @@
 N packed rows, D channels; complex values as real pairs [N, 2, D] (real, imaginary), because complex parameters break
 NCCL, ZeRO, bfloat16 and ONNX. ``starts`` [B+1] holds each sequence's first row and, last, N.
 
-The parallel version doubles its reach each round: after round r a row has summed its last 2^r predecessors, and a row
-without a predecessor that far back is left alone, so a short history costs few rounds and a neighbour's NaN is never
-touched. Powers of Λ come by squaring: no division, which |Λ| near 0.1 would not survive.
+Three implementations, chosen by ``impl``:
+
+    plain     one event at a time; the specification
+    doubling  after round r a row has summed its last 2^r predecessors; powers of Λ by squaring, without a division,
+              which |Λ| near 0.1 would not survive
+    triton    a kernel that walks each sequence (:mod:`fmrl_dist.model.triton_scan`)
+
+A row without a predecessor that far back is left alone, so a neighbour's NaN never reaches it. The doubling scan needs
+as many rounds as the longest sequence or the memory of Λ asks for, whichever is less. On the CPU, each round gathers
+just the rows that take part. On a GPU, the number of rounds is read once, and each round masks all rows: gathering
+would make the host wait for the device in every round.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+SCAN_IMPLS = ("auto", "doubling", "triton", "plain")
 ScanRows = Callable[[Tensor, Tensor, Tensor, bool], Tensor]  # decay, x, starts, whether newest first → states
 
 
-def packed_scan(decay: Tensor, x: Tensor, starts: Tensor, impl: str = "doubling") -> Tensor:
+def packed_scan(decay: Tensor, x: Tensor, starts: Tensor, impl: str = "auto") -> Tensor:
     """All states h of the recurrence, state zero before each start.
 
     Args:
         decay: Λ [2, D], float32 or float64.
         x: [N, 2, D], of the same dtype.
         starts: int64 [B+1], non-decreasing; empty sequences are allowed.
-        impl: "doubling"; "triton", a kernel that walks each sequence; or "plain" (one event at a time; the
-            specification).
+        impl: one of ``SCAN_IMPLS``; "auto" chooses by x's device and dtype.
 
     Returns:
-        h [N, 2, D].
+        h [N, 2, D], differentiable in decay and x; "triton" gives no second gradients.
     """
+    impl = _resolve(impl, x)
     if impl == "plain":
         return _plain(decay, x, starts)
     return _Scan.apply(decay, x, starts, _walk_rows if impl == "triton" else _double_rows)
@@ -46,6 +57,15 @@ def complex_mul(a: Tensor, b: Tensor) -> Tensor:
     """Product of complex numbers kept as pairs in the last but one dimension; a [2, D], b [..., 2, D]."""
     b_re, b_im = b.unbind(-2)
     return torch.stack((a[0] * b_re - a[1] * b_im, a[0] * b_im + a[1] * b_re), -2)
+
+
+def _resolve(impl: str, x: Tensor) -> str:
+    """The Triton kernel sums in float32, so float64 takes the doubling scan everywhere."""
+    assert impl in SCAN_IMPLS, impl
+    if impl != "auto":
+        return impl
+    has_kernel = x.is_cuda and x.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
+    return "triton" if has_kernel else "doubling"
 
 
 def _plain(decay: Tensor, x: Tensor, starts: Tensor) -> Tensor:
@@ -69,16 +89,18 @@ class _Scan(torch.autograd.Function):
         decay, states, starts = ctx.saved_tensors
         conjugate = torch.stack((decay[0], -decay[1]))
         grad_x = ctx.scan_rows(conjugate, grad_states, starts, True)
-        rows = _rows_before(starts, len(states)).ge(1).nonzero().squeeze(1)
-        g_re, g_im = grad_x[rows].unbind(1)
-        h_re, h_im = states[rows - 1].unbind(1)
-        grad_decay = torch.stack(((g_re * h_re + g_im * h_im).sum(0), (g_im * h_re - g_re * h_im).sum(0)))
+        has_previous = _rows_before(starts, len(states)).ge(1)[1:, None]
+        g_re, g_im = grad_x[1:].unbind(1)
+        h_re, h_im = states[:-1].unbind(1)
+        grads = (g_re * h_re + g_im * h_im, g_im * h_re - g_re * h_im)  # a masked row may hold a neighbour's NaN
+        grad_decay = torch.stack([torch.where(has_previous, grad, 0.0).sum(0) for grad in grads])
         return grad_decay.to(decay.dtype), grad_x, None, None
 
 
 def _rows_before(starts: Tensor, num_rows: int) -> Tensor:
     """Of each row, how many of its sequence stand before it, int64 [N]."""
-    return torch.arange(num_rows, device=starts.device) - starts[:-1].repeat_interleave(starts.diff())
+    firsts = starts[:-1].repeat_interleave(starts.diff(), output_size=num_rows)
+    return torch.arange(num_rows, device=starts.device) - firsts
 
 
 def _walk_rows(decay: Tensor, x: Tensor, starts: Tensor, newest_first: bool) -> Tensor:
@@ -89,9 +111,16 @@ def _walk_rows(decay: Tensor, x: Tensor, starts: Tensor, newest_first: bool) -> 
 
 def _double_rows(decay: Tensor, x: Tensor, starts: Tensor, newest_first: bool) -> Tensor:
     """Doubling scan; a row may use as many neighbours, earlier or later ones, as its sequence has there."""
-    before = _rows_before(starts, len(x))
-    lengths = starts.diff()
-    reach, direction = (lengths.repeat_interleave(lengths) - 1 - before, 1) if newest_first else (before, -1)
+    reach = _rows_before(starts, len(x))
+    if newest_first:
+        lengths = starts.diff()
+        reach = lengths.repeat_interleave(lengths, output_size=len(x)) - 1 - reach
+    double = _double_masked_rows if x.is_cuda else _double_gathered_rows
+    return double(decay, x, reach, 1 if newest_first else -1)
+
+
+def _double_gathered_rows(decay: Tensor, x: Tensor, reach: Tensor, direction: int) -> Tensor:
+    """Each round gathers the rows that still reach that far; stops when there are none, or Λ's power has vanished."""
     states = x.clone()
     power, distance = decay, 1
     rows = reach.ge(1).nonzero().squeeze(1)
@@ -100,6 +129,33 @@ def _double_rows(decay: Tensor, x: Tensor, starts: Tensor, newest_first: bool) -
         power, distance = _flush(complex_mul(power, power)), 2 * distance
         rows = rows[reach[rows] >= distance]
     return states
+
+
+def _double_masked_rows(decay: Tensor, x: Tensor, reach: Tensor, direction: int) -> Tensor:
+    """The same with all rows in each round; the host waits for the device once, to learn the number of rounds."""
+    states, power = x, decay
+    for distance in [2**r for r in range(_num_rounds(decay, reach))]:
+        own, other = slice(distance, None), slice(None, -distance)
+        if direction == 1:
+            own, other = other, own
+        added = torch.where((reach[own] >= distance)[:, None, None], complex_mul(power, states[other]), 0.0)
+        states = states.clone()  # what the other rows read
+        states[own] += added
+        power = _flush(complex_mul(power, power))
+    return states if states is not x else x.clone()
+
+
+def _num_rounds(decay: Tensor, reach: Tensor) -> int:
+    """Rounds until no row reaches further, or until the largest |Λ|^distance is flushed to zero."""
+    if len(reach) == 0:
+        return 0
+    longest, modulus = torch.stack((reach.max().double(), decay.double().square().sum(0).max().sqrt())).tolist()
+    rounds = int(longest).bit_length()
+    if not modulus < 1:
+        return rounds
+    smallest = math.sqrt(torch.finfo(decay.dtype).tiny)
+    memory = math.log(smallest) / math.log(modulus) if modulus > smallest else 1.0  # events
+    return min(rounds, math.floor(math.log2(memory)) + 1)
 
 
 def _flush(power: Tensor) -> Tensor:

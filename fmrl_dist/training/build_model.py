@@ -17,7 +17,8 @@ from fmrl_dist.model.fmrlrec import FMRLRec
 def build_model(config: ModelConfig, table: ItemTable, matmul_dtype: torch.dtype | None = None) -> FMRLRec:
     """A freshly initialised model for the items of ``table``."""
     sums = feature_sums(table.dims, table_parts(table)) if config.feature_scale == "standardize" else None
-    return _with_scale(construct_model(config, dict(table.dims), len(table.values), matmul_dtype), config, sums)
+    model = construct_model(config, dict(table.dims), len(table.values), matmul_dtype, config.scan)
+    return _with_scale(model, config, sums)
 
 
 def build_inline_model(
@@ -32,7 +33,8 @@ def build_inline_model(
     if config.feature_scale == "standardize":
         mine = [blocks[number] for number in runtime.my_share(len(blocks))]
         sums = runtime.sum(feature_sums(dims, block_parts(store, mine, dims)).to(runtime.device)).cpu()
-    return _with_scale(construct_model(config, dims, store.manifest.num_items, matmul_dtype), config, sums)
+    model = construct_model(config, dims, store.manifest.num_items, matmul_dtype, config.scan)
+    return _with_scale(model, config, sums)
 
 
 def _with_scale(model: FMRLRec, config: ModelConfig, sums: Tensor | None) -> FMRLRec:

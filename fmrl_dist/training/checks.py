@@ -1,10 +1,10 @@
-"""Whether the loss can run here in the way that ``loss.impl`` and ``loss.catalogue`` ask for."""
+"""Whether the loss and the scan can run here in the way that the configuration asks for."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
-import shutil
+
+import torch
 
 from fmrl_dist.base.errors import require
 from fmrl_dist.config.sections import Config
@@ -15,26 +15,39 @@ SPLIT_ZERO_STAGES = (1, 2)
 REPLICATED_TABLE_BYTES = 4 * 2**30  # float32; with its gradient and moments four times as much, on every rank
 
 
-def check_loss_impl(impl: str, runtime: Runtime) -> None:
-    """Refuse what cannot run on this machine, and announce what makes the first steps wait.
+def resolve_loss_impl(impl: str, device: torch.device) -> str:
+    """The implementation of the loss that ``loss.impl`` asks for on ``device``; "auto" chooses.
 
     Raises:
-        UserError: Triton without a GPU or the package, or a compiled loss without a compiler.
+        UserError: Triton without a GPU or the package.
+    """
+    if impl == "auto":  # benchmarks/results/h100-2026-11-26: Triton takes 0.2 … 0.9 of the time of tiles
+        return "triton" if _has_triton(device) else "tiled"
+    if impl == "triton":
+        _require_triton("loss.impl", device, "choose tiled or auto")
+    return impl
+
+
+def check_scan_impl(impl: str, device: torch.device) -> None:
+    """Refuse a ``model.scan`` that cannot run on ``device``.
+
+    Raises:
+        UserError: Triton without a GPU or the package.
     """
     if impl == "triton":
-        require(
-            runtime.device.type == "cuda" and importlib.util.find_spec("triton") is not None,
-            f"loss.impl is triton, which needs a CUDA device and the extra fmrl-dist[triton]; this process runs on "
-            f"{runtime.device}: choose tiled",
-        )
-    if impl == "compiled":
-        compiler = os.environ.get("CXX", "g++")
-        require(
-            runtime.device.type == "cuda" or shutil.which(compiler) is not None,
-            f"loss.impl is compiled, which needs a C++ compiler; {compiler} is not on the PATH: install one, or choose "
-            "tiled",
-        )
-        runtime.say("loss.impl is compiled: the first steps wait for the compiler, up to a minute")
+        _require_triton("model.scan", device, "choose doubling or auto")
+
+
+def _require_triton(key: str, device: torch.device, mend: str) -> None:
+    require(
+        _has_triton(device),
+        f"{key} is triton, which needs a CUDA device and the extra fmrl-dist[triton]; this process runs on {device}: "
+        f"{mend}",
+    )
+
+
+def _has_triton(device: torch.device) -> bool:
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def splits_catalogue(config: Config, runtime: Runtime, num_items: int) -> bool:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fmrl_dist.data.item_table import ItemTable
+from fmrl_dist.losses.item_tiles import RowMatrix
 from fmrl_dist.losses.split_catalogue import CatalogueSlice
-from fmrl_dist.losses.tiled_log_sum_exp import RowMatrix
 from fmrl_dist.model.fmrlrec import ItemEncoder
 
 RESIDENT_BYTES = 2 * 2**30  # on the CPU, for each process

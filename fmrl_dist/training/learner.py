@@ -13,10 +13,11 @@ from fmrl_dist.checkpoint.folder import Checkpoint, TrainState, load_checkpoint
 from fmrl_dist.checkpoint.restore import load_weights
 from fmrl_dist.checkpoint.writer import CheckpointWriter
 from fmrl_dist.data.item_table import ItemTable, load_item_table
-from fmrl_dist.losses.tiled_log_sum_exp import RowMatrix
+from fmrl_dist.losses.item_tiles import RowMatrix
+from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.training.build_model import build_inline_model, build_model
-from fmrl_dist.training.checks import check_loss_impl, splits_catalogue
+from fmrl_dist.training.checks import check_scan_impl, resolve_loss_impl, splits_catalogue
 from fmrl_dist.training.engine import Engine, prepare_engine
 from fmrl_dist.training.item_columns import TableColumns, catalogue_columns, catalogue_slice
 from fmrl_dist.training.module import TrainingModule
@@ -38,7 +39,13 @@ class Learner:
 def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
     """Model, loss and optimiser, initialised from the seed or from a checkpoint."""
     config, runtime = run.config, run.runtime
-    check_loss_impl(config.loss.impl, runtime)
+    check_scan_impl(config.model.scan, runtime.device)
+    settings = LossSettings(
+        sizes=config.model.sizes,
+        temperatures=config.loss.temperatures,
+        impl=resolve_loss_impl(config.loss.impl, runtime.device),
+        dtype=runtime.matmul_dtype,
+    )
     torch.manual_seed(config.train.seed)
     table = load_item_table(run.store, config.model.features) if not run.inline else None
     if table is not None:
@@ -58,15 +65,7 @@ def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
         part = catalogue_slice(model.encoder, table, dtype, runtime.rank, runtime.world_size)
     elif table is not None:
         columns = catalogue_columns(model.encoder, table, dtype)
-    module = TrainingModule(
-        model,
-        columns,
-        temperatures=config.loss.temperatures,
-        normalize=config.loss.normalize,
-        loss_impl=config.loss.impl,
-        matmul_dtype=runtime.matmul_dtype,
-        part=part,
-    )
+    module = TrainingModule(model, columns, settings, normalize=config.loss.normalize, part=part)
     optimizer = build_optimizer(
         model,
         lr=config.train.lr,

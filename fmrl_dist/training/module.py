@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fmrl_dist.data.batches import Packed, SampledBatch
+from fmrl_dist.losses.item_tiles import RowMatrix
 from fmrl_dist.losses.nested_cross_entropy import (
     Negatives,
     catalogue_cross_entropy,
@@ -19,8 +20,8 @@ from fmrl_dist.losses.nested_cross_entropy import (
     nested_cross_entropy,
     sampled_cross_entropy,
 )
+from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.losses.split_catalogue import CatalogueSlice
-from fmrl_dist.losses.tiled_log_sum_exp import RowMatrix
 from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.model.nested import matmul_linear
 
@@ -32,10 +33,9 @@ class TrainingModule(nn.Module):
         model: the model.
         columns: [V, C], the catalogue as the model's item encoder takes it, of the products' dtype; None where
             batches bring the features of their items.
-        temperatures: of each size's scores; None for 1.
-        normalize: score by cosines, of each size's prefixes; the catalogue's embeddings are then held whole.
-        loss_impl: of :mod:`fmrl_dist.losses.nested_cross_entropy`.
-        matmul_dtype: of the products' inputs; None keeps float32.
+        settings: of the loss; its sizes are the model's.
+        normalize: score by cosines, of each size's prefixes; the catalogue's embeddings are then held whole. Needs
+            temperatures.
         part: the items that this rank scores for all ranks; None for all items, for its own positions. Not with
             ``normalize``.
     """
@@ -44,23 +44,24 @@ class TrainingModule(nn.Module):
         self,
         model: FMRLRec,
         columns: RowMatrix | None,
-        temperatures: Sequence[float] | None,
-        normalize: bool,
-        loss_impl: str,
-        matmul_dtype: torch.dtype | None,
+        settings: LossSettings,
+        normalize: bool = False,
         part: CatalogueSlice | None = None,
     ) -> None:
         super().__init__()
+        assert settings.sizes == model.sizes
+        assert settings.temperatures is not None or not normalize, "the configuration asks for them"
         self.model = model
         # A plain attribute, not a buffer: DDP would broadcast it, a checkpoint would hold it, and it may lie on disk.
         self.columns, self.part = columns, part
-        self.temperatures, self.normalize = temperatures, normalize
-        self.loss_impl, self.matmul_dtype = loss_impl, matmul_dtype
+        self.settings, self.normalize = settings, normalize
 
     def forward(self, batch: Packed) -> Tensor:
         """Loss of each size, summed over the batch's targets, [S]; zero for an empty batch."""
         projection, table = self.model.encoder.projection(), self.model.encoder.id_table
-        needed = [batch.items, batch.targets, *([batch.negatives] if isinstance(batch, SampledBatch) else [])]
+        needed = [batch.items, batch.targets]
+        if isinstance(batch, SampledBatch):
+            needed.append(batch.negatives)
         ids, places = torch.cat(needed).unique(return_inverse=True)
         items = self._embed(self._columns(ids, batch), projection, None if table is None else table[ids])
         inputs, targets, *negatives = places.split([len(part) for part in needed])
@@ -68,17 +69,14 @@ class TrainingModule(nn.Module):
         if isinstance(batch, SampledBatch):
             return self._sampled(batch, z, items[targets], items[negatives[0]])
         assert self.columns is not None, "the full softmax reads a table"
-        impl, dtype, right = self.loss_impl, self.matmul_dtype, batch.targets
         if self.normalize:
-            catalogue = self._embed(self.columns[:], projection, table)
+            right = batch.targets
             return self._of_every_size(
-                lambda z, rows, sizes, taus: nested_cross_entropy(z, rows, right, sizes, taus, impl, dtype),
-                *(z, catalogue),
+                lambda rows, settings: nested_cross_entropy(rows[0], rows[1], right, settings),
+                [z, self._embed(self.columns[:], projection, table)],
             )
         scored = self.columns if self.part is None else self.part
-        return catalogue_cross_entropy(
-            *(z, items[targets], scored, projection, table, self.model.sizes, self.temperatures, impl, dtype)
-        )
+        return catalogue_cross_entropy(z, items[targets], scored, projection, table, self.settings)
 
     def _columns(self, ids: Tensor, batch: Packed) -> Tensor:
         """Columns of the batch's distinct items, [n, C]."""
@@ -86,15 +84,19 @@ class TrainingModule(nn.Module):
             return self.columns[ids]
         encoder, values, present = self.model.encoder, batch.feature_values, batch.feature_present
         assert values is not None and present is not None and len(values) == len(ids), "the stream brings just these"
-        return encoder.columns(encoder.normalize(values, present), present).to(self.matmul_dtype or torch.float32)
+        return encoder.columns(encoder.normalize(values, present), present).to(self.settings.dtype or torch.float32)
 
     def _sampled(self, batch: SampledBatch, z: Tensor, target_items: Tensor, negative_items: Tensor) -> Tensor:
         """Sum over the groups, each against its own negatives."""
         position_counts = batch.position_starts.diff().tolist()
         negative_counts = batch.negative_starts.diff().tolist()
         groups = zip(
-            *(part.split(position_counts) for part in (z, target_items, batch.targets)),
-            *(part.split(negative_counts) for part in (negative_items, batch.negatives, batch.log_expected)),
+            z.split(position_counts),
+            target_items.split(position_counts),
+            batch.targets.split(position_counts),
+            negative_items.split(negative_counts),
+            batch.negatives.split(negative_counts),
+            batch.log_expected.split(negative_counts),
             strict=True,
         )
         losses = [
@@ -107,21 +109,19 @@ class TrainingModule(nn.Module):
         return torch.stack(losses).sum(0)
 
     def _group(self, z: Tensor, own: Tensor, targets: Tensor, others: Tensor, negatives: Negatives) -> Tensor:
-        impl, dtype = self.loss_impl, self.matmul_dtype
         return self._of_every_size(
-            lambda z, own, others, sizes, taus: sampled_cross_entropy(
-                z, own, targets, others, negatives, sizes, taus, impl, dtype
-            ),
-            *(z, own, others),
+            lambda rows, settings: sampled_cross_entropy(rows[0], rows[1], targets, rows[2], negatives, settings),
+            [z, own, others],
         )
 
-    def _of_every_size(self, loss: Callable[..., Tensor], *embeddings: Tensor) -> Tensor:
-        """``loss(*embeddings, sizes, temperatures)``, or of cosines size by size."""
-        if not self.normalize:
-            return loss(*embeddings, self.model.sizes, self.temperatures)
-        assert self.temperatures is not None, "the configuration asks for them"
-        return cosine_per_size(loss, embeddings, self.model.sizes, self.temperatures)
+    def _of_every_size(
+        self, loss: Callable[[Sequence[Tensor], LossSettings], Tensor], embeddings: Sequence[Tensor]
+    ) -> Tensor:
+        """``loss(embeddings, settings)``, or of cosines size by size."""
+        if self.normalize:
+            return cosine_per_size(loss, embeddings, self.settings)
+        return loss(embeddings, self.settings)
 
     def _embed(self, columns: Tensor, projection: Tensor, table_rows: Tensor | None) -> Tensor:
-        embeddings = matmul_linear(columns.to(projection.dtype), projection, self.matmul_dtype)
+        embeddings = matmul_linear(columns.to(projection.dtype), projection, self.settings.dtype)
         return embeddings if table_rows is None else embeddings + table_rows

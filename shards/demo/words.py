@@ -1,4 +1,4 @@
-"""The words of the demo's invented shop: categories, brands, and what its titles are made of."""
+"""The words of the demo's invented shop: categories, brands, and the parts of its titles."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ CATEGORIES: dict[str, dict[str, tuple[str, str, str, str]]] = {
     },
 }
 LEAF_PATHS = [(d, g, leaf) for d, groups in CATEGORIES.items() for g, leaves in groups.items() for leaf in leaves]
-# One row a price tier, from cheap to dear.
+# One row per price tier, from cheap to expensive.
 BRANDS = (
     ("Zubbly", "Pennok", "Thrimbo", "Wexlet", "Okkadee", "Dobbrin", "Flunt", "Jarrowip"),
     ("Harvemund", "Quistel", "Ombrecht", "Tavvory", "Lindquay", "Esperholt", "Norvick Dale", "Calderune"),

@@ -1,1 +1,1 @@
-"""From item texts and images to feature rows."""
+"""Item features: a precomputed array, or what an encoder makes of the items' texts or images."""

@@ -1,4 +1,4 @@
-"""Where the pretrained encoders run, and at which precision."""
+"""The device and the precision that the pretrained encoders run at."""
 
 from __future__ import annotations
 
@@ -19,18 +19,21 @@ class Compute:
     device: torch.device
     dtype: torch.dtype
 
+    def __str__(self) -> str:
+        return f"{self.precision} on {self.device}"
+
     @property
     def precision(self) -> str:
-        """fp32 or bf16, as a recipe of an encoding names it."""
+        """fp32 or bf16, as the recipe of an encoding names it."""
         return "bf16" if self.dtype == torch.bfloat16 else "fp32"
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Context of a forward pass: casts the inputs of matrix products where ``dtype`` is bfloat16."""
+        """Context of a forward pass: casts the inputs of matrix products if ``dtype`` is bfloat16."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
 
 def choose_compute(precision: Precision) -> Compute:
-    """The GPU where there is one, otherwise the CPU; ``auto`` is bf16 where the hardware multiplies it."""
+    """The GPU if there is one, otherwise the CPU; ``auto`` is bf16 if the hardware multiplies it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if precision == "auto":
         precision = "bf16" if _multiplies_bf16(device) else "fp32"

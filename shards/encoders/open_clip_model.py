@@ -1,8 +1,8 @@
 """Which open_clip model an image feature names: its architecture, its preprocessing and a file of safe weights.
 
     model       a name that open_clip knows, or a JSON file: a model config as in open_clip's folder ``model_configs``,
-                or the ``open_clip_config.json`` that stands beside published weights (it tells the preprocessing too)
-    pretrained  a tag that open_clip knows for the named model, or a file of weights of the whole model
+                or the ``open_clip_config.json`` published with the weights (it holds the preprocessing too)
+    pretrained  a tag that open_clip knows for the named model, or a file with the weights of the whole model
 
 Only safetensors are fetched and read: other formats of weights are pickles, which can run code.
 """
@@ -45,12 +45,12 @@ class Architecture:
 
     name: str
     config: dict[str, Any]
-    preprocessing: dict[str, Any] | None  # of images; None for a name, which does not say
+    preprocessing: dict[str, Any] | None  # of images; None for a name, which does not specify it
 
 
 @dataclass(frozen=True)
 class ImageModel:
-    """A model whose weights are here."""
+    """A model whose weights are on this machine."""
 
     encoder: str  # as the manifest names it
     config: dict[str, Any]
@@ -69,11 +69,11 @@ class ImageModel:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def find_model(model: str, pretrained: str) -> ImageModel:
-    """The model that a config names; weights of a tag are downloaded where they are not in the hub's cache.
+def find_image_model(model: str, pretrained: str) -> ImageModel:
+    """The model that a config names; a tag's weights are downloaded unless the hub's cache has them.
 
     Raises:
-        UserError: neither a known name nor a sound JSON file; neither a known tag nor a file; weights that are a pickle
+        UserError: neither a known name nor a valid JSON file; neither a known tag nor a file; weights that are a pickle
             or cannot be fetched; a tag that was trained with another activation.
     """
     architecture = read_architecture(model)
@@ -91,7 +91,7 @@ def find_model(model: str, pretrained: str) -> ImageModel:
         return _image_model(architecture, weights.name, preprocessing, weights)
     require(
         not model.endswith(".json"),
-        f"image model {model} is a file but its weights {pretrained!r} are none; expected a .safetensors file",
+        f"image model {model} is a file but its weights {pretrained!r} are not; expected a .safetensors file",
     )
     tag = _find_tag(architecture.name, pretrained)
     if tag.get("quick_gelu") and not architecture.config.get("quick_gelu"):
@@ -111,7 +111,7 @@ def read_architecture(model: str) -> Architecture:
     if not model.endswith(".json"):
         names = open_clip.list_models()
         close = difflib.get_close_matches(model, names, 1)
-        hint = f"; did you mean {close[0]!r}?" if close else "; open_clip.list_models() names them"
+        hint = f"; did you mean {close[0]!r}?" if close else "; open_clip.list_models() lists them"
         require(model in names, f"open_clip knows no image model {model!r}{hint}")
         return Architecture(model, open_clip.get_model_config(model), None)
     path = Path(model)
@@ -124,19 +124,19 @@ def read_architecture(model: str) -> Architecture:
         config, preprocessing = found.get("model_cfg", found), found.get("preprocess_cfg", {})
         if isinstance(config, dict) and isinstance(preprocessing, dict) and all(key in config for key in CONFIG_KEYS):
             return Architecture(path.stem, config, preprocessing)
-    raise UserError(f"image model {path} is no open_clip model config; expected the keys {', '.join(CONFIG_KEYS)}")
+    raise UserError(f"image model {path} is not an open_clip model config; expected the keys {', '.join(CONFIG_KEYS)}")
 
 
 def load_tower(model: ImageModel) -> torch.nn.Module:
-    """The image tower with its weights, float32 on the CPU, for inference; the text tower is let go.
+    """The image tower with its weights, float32 on the CPU, for inference; the text tower is dropped.
 
     Raises:
-        UserError: the weights are not safetensors, or of another model.
+        UserError: the weights are not safetensors, or belong to another model.
     """
     try:
         with _folder(model.config, model.preprocessing, model.weights) as name:
             clip = open_clip.create_model(name, pretrained_text=False)
-    except Exception as error:  # noqa: BLE001 - a foreign file or config makes open_clip raise what it likes
+    except Exception as error:  # noqa: BLE001 - a foreign file or config can make open_clip raise anything
         raise UserError(
             f"{model.encoder} cannot be loaded from {model.weights}: {_one_line(error)}; expected safetensors of all "
             "its weights, text tower included"
@@ -146,13 +146,13 @@ def load_tower(model: ImageModel) -> torch.nn.Module:
 
 
 def make_transform(preprocessing: dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
-    """The model's preparation of an RGB image for inference: float32 [3, height, width]."""
+    """How the model prepares an RGB image for inference: as float32 [3, height, width]."""
     transform: Callable[[Image.Image], torch.Tensor] = image_transform_v2(PreprocessCfg(**preprocessing), False)
     return transform
 
 
 def draw_weights(architecture: Architecture, seed: int) -> dict[str, torch.Tensor]:
-    """Weights of a whole model as open_clip initialises them, from a seed.
+    """Weights of a whole model, as open_clip initialises them from a seed.
 
     Raises:
         UserError: open_clip cannot build this architecture.
@@ -174,9 +174,9 @@ def _image_model(architecture: Architecture, weights_name: str, own: dict[str, A
 
 
 def _agreed_preprocessing(name: str) -> dict[str, Any]:
-    """How images are prepared for a named model whose weights come as a file: as for its published weights.
+    """How images are prepared for a named model with weights from a file: as for its published weights.
 
-    open_clip itself would take its defaults, which are wrong for SigLIP.
+    open_clip itself would use its defaults, which are wrong for SigLIP.
     """
     tags = open_clip.list_pretrained_tags_by_model(name)
     known = [merge_preprocess_dict({}, open_clip.get_pretrained_cfg(name, tag)) for tag in tags]
@@ -193,19 +193,19 @@ def _find_tag(name: str, tag: str) -> dict[str, Any]:
     expected = f"expected one of: {', '.join(tags)}; or" if tags else "expected"
     require(
         open_clip.is_pretrained_cfg(name, tag),
-        f"image weights {tag!r} are no tag that open_clip knows for {name!r}; {expected} a .safetensors file",
+        f"image weights {tag!r} are not a tag that open_clip knows for {name!r}; {expected} a .safetensors file",
     )
     found: dict[str, Any] = open_clip.get_pretrained_cfg(name, tag)
     return found
 
 
 def _fetch(name: str, tag: str, config: dict[str, Any]) -> Path:
-    """Weights of a tag, as safetensors: open_clip's own download would fall back to a pickle."""
+    """Weights of a tag, as safetensors; open_clip's own download would fall back to a pickle."""
     repository, _, file = config["hf_hub"].rpartition("/")
     file = Path(file).with_suffix(".safetensors").name if file else HF_SAFE_WEIGHTS_NAME
     try:
         return Path(download_pretrained_from_hf(repository, filename=file))
-    except Exception as error:  # noqa: BLE001 - the hub's client and the network raise what they like
+    except Exception as error:  # noqa: BLE001 - the hub's client and the network can raise anything
         raise UserError(
             f"weights {tag!r} of image model {name!r} cannot be fetched: {_one_line(error)}; without a network, "
             "name a .safetensors file as pretrained"
@@ -214,9 +214,9 @@ def _fetch(name: str, tag: str, config: dict[str, Any]) -> Path:
 
 @contextmanager
 def _folder(config: dict[str, Any], preprocessing: dict[str, Any], weights: Path | None) -> Iterator[str]:
-    """A model as published, config and weights in one folder: the one way into open_clip that says everything.
+    """A model as it is published, config and weights in one folder: only from such a folder open_clip takes everything.
 
-    What it logs meanwhile, such as that a model has no weights, is known here.
+    Its log is silenced meanwhile: that a model has no weights, say, is known here.
     """
     with tempfile.TemporaryDirectory() as folder:
         content = {"model_cfg": copy.deepcopy(config), "preprocess_cfg": preprocessing}

@@ -1,8 +1,8 @@
-"""A pixel descriptor that needs no weights: what an image looks like in colour, layout and edges.
+"""A pixel descriptor that needs no weights: an image's colours, layout and edges.
 
-Three parts, each L2-normalised so that none drowns another: an 8 x 8 thumbnail (192 values, centred), a histogram over
-hue, saturation and value (8 x 4 x 4 = 128) and histograms of gradient orientation in a 4 x 4 grid (9 x 16 = 144; Dalal
-and Triggs 2005, without block normalisation). The whole is L2-normalised.
+Three parts, each L2-normalised so that none outweighs another: an 8 x 8 thumbnail (192 values, centred), a histogram
+over hue, saturation and value (8 x 4 x 4 = 128) and histograms of gradient orientation in a 4 x 4 grid (9 x 16 = 144;
+Dalal and Triggs 2005, without block normalisation). The whole is L2-normalised.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from fmrl_dist.base.progress import Progress
 from fmrl_dist.config.features import PixelsFeature
-from shards.encoders.encoding import Encoded
-from shards.encoders.images import ImageTable, decode_image, describe_unused, read_image
-from shards.tables.tables import ItemIds
+from shards.encoders.item_feature import ItemFeature
+from shards.encoders.item_images import ImageTable, decode_image, describe_unused, read_image
+from shards.tables.item_ids import ItemIds
 
 SIDE = 64  # pixels per side at which gradients are taken
 THUMBNAIL = 8
@@ -28,8 +28,8 @@ REVISION = "1"
 BATCH_IMAGES = 256
 
 
-def encode_images(config: PixelsFeature, root: Path, ids: ItemIds) -> Encoded:
-    """Descriptors of all items; an item's first good image counts.
+def encode_images(name: str, config: PixelsFeature, root: Path, ids: ItemIds) -> ItemFeature:
+    """Descriptors of all items; an item's first readable image counts.
 
     Raises:
         UserError: missing file or column, or a column that holds no images.
@@ -38,21 +38,23 @@ def encode_images(config: PixelsFeature, root: Path, ids: ItemIds) -> Encoded:
     rows = np.zeros((len(ids.external), DIM), np.float16)
     present = np.zeros(len(rows), bool)
     unreadable = 0
-    with tqdm(total=len(table.items), desc="images", unit="image", disable=None) as progress:
-        for batch in table.rows(BATCH_IMAGES):
-            for item, image in zip(batch.items.tolist(), batch.images, strict=True):
-                progress.update()
-                if item >= 0 and not present[item]:
-                    vector = encode_image(read_image(table.folder, image))
-                    if vector is None:
-                        unreadable += 1
-                    else:
-                        rows[item], present[item] = vector, True
-    return Encoded(rows, present, "pixels", REVISION, describe_unused(unreadable, table.num_unknown))
+    progress = Progress("image", len(table.items), name=name)
+    for batch in table.rows(BATCH_IMAGES):
+        for item, image in zip(batch.items.tolist(), batch.images, strict=True):
+            if item >= 0 and not present[item]:
+                vector = encode_image(read_image(table.folder, image))
+                if vector is None:
+                    unreadable += 1
+                else:
+                    rows[item], present[item] = vector, True
+        progress.advance(len(batch.images))
+    progress.close()
+    note = describe_unused(unreadable, table.num_unknown)
+    return ItemFeature(name, rows, present, "pixels", REVISION, note)
 
 
 def encode_image(data: bytes | None) -> np.ndarray | None:
-    """Descriptor float32 [464] of one encoded image, L2-normalised; None where there is none that can be decoded."""
+    """Descriptor float32 [464] of one encoded image, L2-normalised; None where it cannot be decoded."""
     image = decode_image(data, SIDE)
     if image is None:
         return None
@@ -74,7 +76,7 @@ def _colours(image: Image.Image) -> np.ndarray:
     hsv = np.asarray(image.convert("HSV")).reshape(-1, 3).astype(np.int64)
     hue, saturation, value = (hsv[:, i] * bins // 256 for i, bins in enumerate(HSV_BINS))
     index = (hue * HSV_BINS[1] + saturation) * HSV_BINS[2] + value
-    # The root tames a large plain background, as in RootSIFT.
+    # The square root damps a large plain background, as in RootSIFT.
     return np.sqrt(np.bincount(index, minlength=int(np.prod(HSV_BINS)))).astype(np.float32)
 
 

@@ -1,6 +1,7 @@
-"""Latent semantic vectors of the item texts: TF-IDF, then a truncated SVD (Deerwester et al. 1990). No weights needed.
+"""Latent semantic vectors of the item texts: TF-IDF, then a truncated SVD (Deerwester et al. 1990). Needs no weights.
 
-Holds a sparse matrix of items by at most ``MAX_TERMS`` terms; equal texts give equal vectors at the same versions.
+Holds a sparse matrix of items by at most ``MAX_TERMS`` terms in memory. Equal texts give equal vectors at the same
+versions.
 """
 
 from __future__ import annotations
@@ -11,25 +12,28 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from fmrl_dist.base.errors import UserError
-from shards.encoders.encoding import Encoded
+from shards.encoders.item_feature import ItemFeature
+from shards.encoders.item_text import ItemTexts
 
 SVD_SEED = 0
 MAX_TERMS = 100_000
 
 
-def encode_texts(name: str, dim: int, texts: list[str], has_text: np.ndarray) -> Encoded:
-    """L2-normalised vectors of the texts of feature ``name``, fitted on those where ``has_text`` (bool [V]).
+def encode_texts(name: str, dim: int, items: ItemTexts) -> ItemFeature:
+    """L2-normalised vectors of the texts, fitted on the items that have one.
 
-    An item is present where its text holds a term.
+    An item whose text holds no term is absent.
 
     Raises:
         UserError: no words at all, or fewer items or terms than ``dim``.
     """
-    chosen = np.flatnonzero(has_text)
+    chosen = np.flatnonzero(items.present)
     if len(chosen) == 0:
         raise UserError(f"feature {name!r}: no item has a text; check data.text against the item table")
     try:
-        terms = TfidfVectorizer(sublinear_tf=True, max_features=MAX_TERMS).fit_transform([texts[i] for i in chosen])
+        terms = TfidfVectorizer(sublinear_tf=True, max_features=MAX_TERMS).fit_transform(
+            [items.texts[i] for i in chosen]
+        )
     except ValueError:  # scikit-learn: "empty vocabulary"
         raise UserError(f"feature {name!r}: the item texts hold no words; check data.text") from None
     if dim > min(terms.shape):
@@ -39,8 +43,8 @@ def encode_texts(name: str, dim: int, texts: list[str], has_text: np.ndarray) ->
         )
     dense = TruncatedSVD(dim, random_state=SVD_SEED).fit_transform(terms)
     norms = np.linalg.norm(dense, axis=1, keepdims=True)
-    rows = np.zeros((len(texts), dim), np.float16)
+    rows = np.zeros((len(items.texts), dim), np.float16)
     rows[chosen] = dense / np.where(norms > 0, norms, 1)
-    present = np.zeros(len(texts), bool)
+    present = np.zeros(len(rows), bool)
     present[chosen] = norms[:, 0] > 0
-    return Encoded(rows, present, "tfidf+svd", f"scikit-learn {sklearn.__version__}")
+    return ItemFeature(name, rows, present, "tfidf+svd", f"scikit-learn {sklearn.__version__}")

@@ -1,8 +1,8 @@
-"""``torchvision`` built for CUDA beside a CPU PyTorch: it cannot load its operators, nor be imported without them.
+"""Makes a ``torchvision`` that was built for CUDA importable beside a CPU PyTorch.
 
-``open_clip`` needs it, and ``transformers`` imports it wherever it is installed. Neither uses its operators here, but
-torchvision describes the shapes of two of them (``nms``, ``qnms``) as it is imported and fails if they do not exist
-("operator torchvision::nms does not exist").
+Such a torchvision cannot load its operators, and fails on import: it describes the shapes of two of them (``nms``,
+``qnms``) and finds that they do not exist ("operator torchvision::nms does not exist"). ``open_clip`` needs
+torchvision, and ``transformers`` imports it if it is installed; neither uses these operators here.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ SCHEMAS = (
 def make_torchvision_importable() -> torch.library.Library | None:
     """Declare the two operators, without code, if the installed torchvision cannot load its own.
 
-    To be called before anything imports torchvision. The result is kept in the cache: the declarations live as long.
+    Call it before anything imports torchvision. The cache keeps the result, and so the declarations, alive.
 
     Returns:
-        The library that declares them, None where they are not needed.
+        The library that declares them; None where it is not needed.
     """
     if torch.version.cuda is not None or _has_own_operators():
         return None
@@ -37,7 +37,7 @@ def make_torchvision_importable() -> torch.library.Library | None:
 
 
 def _has_own_operators() -> bool:
-    """Whether torchvision is absent, or loads its operators as it would do on import, or someone declared them."""
+    """Whether torchvision is absent, can load its operators as on import, or has had them declared by someone else."""
     if hasattr(torch.ops.torchvision, "nms"):
         return True
     spec = importlib.util.find_spec("torchvision")

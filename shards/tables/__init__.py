@@ -1,1 +1,1 @@
-"""Raw tables in, histories and shards out."""
+"""Raw tables, as users have them: items, histories and their ids."""

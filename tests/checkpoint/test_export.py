@@ -29,7 +29,7 @@ from fmrl_dist.data.item_table import load_item_table
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.evaluation.metrics import CUTOFF
 from fmrl_dist.model.fmrlrec import CONFIG_FILE, MODEL_FILE, FMRLRec
-from shards.build import build
+from shards.store.builder import build_store
 from tests.fixtures.ranking import target_ranks
 from tests.fixtures.training import (
     contents,
@@ -58,7 +58,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     values = shop_values(root)
     values["data"]["items"] = {"title": "title"}
     (root / "shop.yaml").write_text(yaml.safe_dump(values))
-    build(load_config(root / "shop.yaml"))
+    build_store(load_config(root / "shop.yaml"))
     return root / "shop.yaml"
 
 

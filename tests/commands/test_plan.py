@@ -16,6 +16,7 @@ from fmrl_dist import plan
 from fmrl_dist.config.loading import load_config
 from fmrl_dist.data.batches import Packed, SampledBatch
 from fmrl_dist.data.item_table import ItemTable
+from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.plan import Cost, Step, predict, recommend
 from fmrl_dist.training.item_columns import TableColumns, catalogue_columns, catalogue_slice
@@ -65,12 +66,12 @@ def make_module(step: Step, loss: str) -> TrainingModule:
     table = ItemTable({"features": step.num_features}, values, torch.ones(len(values), 1, dtype=torch.bool))
     products = torch.bfloat16 if step.itemsize == 2 else None
     model = FMRLRec(step.sizes, step.depth, table.dims, step.num_items * step.id_table, matmul_dtype=products)
-    dtype = products or torch.float32
+    dtype, settings = products or torch.float32, LossSettings(step.sizes, dtype=products)
     if loss != "split":
         columns = catalogue_columns(model.encoder, table, dtype)
-        return TrainingModule(model, columns, None, False, "tiled", products)
+        return TrainingModule(model, columns, settings)
     part = catalogue_slice(model.encoder, table, dtype, dist.get_rank(), step.num_ranks)
-    return TrainingModule(model, TableColumns(model.encoder, table, dtype), None, False, "tiled", products, part)
+    return TrainingModule(model, TableColumns(model.encoder, table, dtype), settings, part=part)
 
 
 def make_batch(step: Step, loss: str) -> Packed:
@@ -155,8 +156,7 @@ def counted_operations(step: Step, loss: str) -> int:
 )
 def test_operations_are_as_counted(step: Step, loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if step.num_items == 30_000:
-        for module in ("fmrl_dist.plan", "fmrl_dist.losses.tiled_log_sum_exp"):
-            monkeypatch.setattr(f"{module}.KEPT_BYTES", 64 * 2**20)
+        monkeypatch.setattr("fmrl_dist.losses.tiled_log_sum_exp.KEPT_BYTES", 64 * 2**20)
         assert step.num_items * (4 * step.positions + 256) * 4 > 64 * 2**20
     assert predict(step, loss).operations == pytest.approx(counted_operations(step, loss), rel=0.1)
 

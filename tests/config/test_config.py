@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from fmrl_dist.checkpoint.folder import TrainState, save_checkpoint
 from fmrl_dist.checkpoint.run_folder import open_run
 from fmrl_dist.config.features import NpyFeature
 from fmrl_dist.config.loading import DEMO_CONFIG, config_from_dict, load_config
-from fmrl_dist.config.sections import Config, ModelConfig, RunConfig, TrainConfig
+from fmrl_dist.config.sections import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
 from tests.fixtures.processes import REPOSITORY
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -126,7 +127,24 @@ def test_impossible_value(raw: Any, message: str, tmp_path: Path) -> None:
     assert refusal(tmp_path, raw).startswith(message)
 
 
-def test_file_that_is_no_config(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TrainConfig(epochs=0), "train.epochs is 0; expected at least 1"),
+        (
+            lambda: TrainConfig(precision="fp16"),  # type: ignore[arg-type]
+            "train.precision is 'fp16'; expected one of: fp32, bf16",
+        ),
+        (lambda: ModelConfig(dropout=1.0), "model.dropout is 1.0; expected 0 <= value < 1"),
+        (lambda: DataConfig(features={"text": NpyFeature(path="a.npy", dim=-1)}), "data.features.text.dim is -1"),
+    ],
+)
+def test_values_are_checked_in_python_too(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        make()
+
+
+def test_a_file_that_is_not_a_config(tmp_path: Path) -> None:
     missing, text, binary = tmp_path / "missing.yaml", tmp_path / "text.yaml", tmp_path / "binary.yaml"
     text.write_text("train: [1,\nmodel: }")
     binary.write_bytes(b"\xff\xfe\x00")
@@ -205,10 +223,12 @@ def test_width_follows_from_sizes(tmp_path: Path) -> None:
     )
 
 
-def test_a_checkpoint_that_records_width_is_resumed(tmp_path: Path) -> None:
+def test_a_checkpoint_of_an_older_version_is_resumed(tmp_path: Path) -> None:
     config = Config(run=RunConfig(dir=str(tmp_path)))
     recorded = config.to_dict()
     recorded["model"]["width"] = config.model.width
+    recorded["loss"]["impl"] = "compiled"
+    assert refusal(tmp_path, recorded) == "loss.impl is 'compiled'; expected one of: auto, tiled, triton, plain"
     facts = {"config": recorded, "features": {}, "num_items": 1, "manifest_sha256": "0" * 64}
     save_checkpoint(tmp_path / "checkpoints", TrainState(step=3), {}, {}, facts)
     checkpoint = open_run(config, "auto", "0" * 64)

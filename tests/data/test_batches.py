@@ -18,7 +18,7 @@ from fmrl_dist.data.store.manifest import Block
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.train_stream import TrainStream
 from fmrl_dist.data.windows import WindowRule, target_windows
-from shards.build import build
+from shards.store.builder import build_store
 from tests.fixtures.stores import tiny_config, write_histories, write_items
 
 NUM_ITEMS = 40
@@ -45,7 +45,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     write_items(root / "items.parquet", list(range(NUM_ITEMS)))
     write_histories(root / "sequences.parquet", {f"u{i}": history for i, history in enumerate(raw_histories())})
     config = tiny_config(root, root / "store", features={})
-    return build(replace(config, store=replace(config.store, users_per_block=USERS_PER_BLOCK)))[0]
+    return build_store(replace(config, store=replace(config.store, users_per_block=USERS_PER_BLOCK)))[0]
 
 
 def reference_windows(history: list[int], max_length: int, windows: str, predict_first: bool) -> list[Window]:

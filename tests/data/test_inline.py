@@ -41,13 +41,14 @@ from fmrl_dist.distributed.processes import start_runtime
 from fmrl_dist.distributed.signals import StopRequest
 from fmrl_dist.evaluation.catalogue import EmbeddedCatalogue, StreamedCatalogue
 from fmrl_dist.evaluation.ranker import ranker_of_checkpoint
+from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.training.build_model import build_inline_model, build_model
 from fmrl_dist.training.checks import check_inline
 from fmrl_dist.training.item_columns import catalogue_columns
 from fmrl_dist.training.module import TrainingModule
-from shards.build import build
 from shards.inspect import describe
-from shards.verify import verify
+from shards.store.builder import build_store
+from shards.store.problems import store_problems
 from tests.fixtures.processes import run_processes
 from tests.fixtures.ranking import histograms
 from tests.fixtures.training import (
@@ -87,7 +88,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     values["loss"] = {"softmax": "sampled", "negatives": "mixed", "num_negatives": NUM_DRAWN}
     config = root / "inline.yaml"
     config.write_text(yaml.safe_dump(values, sort_keys=False))
-    build(load_config(config))
+    build_store(load_config(config))
     return config
 
 
@@ -109,12 +110,14 @@ def test_a_block_carries_the_features_of_its_items(store: Store) -> None:
             values = np.concatenate([arrays[name] for name in DIMS], 1)
             assert np.array_equal(values, table.values[ids].numpy())
             assert np.array_equal(arrays["words.mask"], table.present[ids, 2].numpy())
-    assert list(verify(store)) == []
+    assert list(store_problems(store)) == []
     assert "inline" in describe(store)
 
 
 def test_item_shards_are_those_of_a_table_store(shop: Path, store: Store, tmp_path: Path) -> None:
-    other, _ = build(load_config(shop, ["--store.feature_mode", "table", "--store.path", str(tmp_path / "table")]))
+    other, _ = build_store(
+        load_config(shop, ["--store.feature_mode", "table", "--store.path", str(tmp_path / "table")])
+    )
     assert [block.sha256 for block in other.manifest.items] == [block.sha256 for block in store.manifest.items]
     assert other.manifest.sha256 != store.manifest.sha256
     assert set(other.read_block(other.manifest.splits["train"][0])) == {"users", "starts", "items"}
@@ -157,11 +160,9 @@ FORGED = ["unsorted", "another item", "one more", "matrix", "no features", "wide
 @pytest.mark.parametrize("kind", [*FORGED, "not absent", "negative count", "plain"])
 def test_a_forged_block_is_refused(kind: str, store: Store) -> None:
     block = store.manifest.splits["train"][0]
-    features = {feature.name: (feature.dim, feature.masked) for feature in store.manifest.features}
     arrays = store.read_block(block)
-    facts = (block.count, block.events, "train", store.manifest.num_users, NUM_ITEMS, features)
-    assert list(user_problems(arrays, *facts)) == []
-    assert list(user_problems(forge(arrays, kind), *facts)) != []
+    assert list(user_problems(arrays, block, store.manifest)) == []
+    assert list(user_problems(forge(arrays, kind), block, store.manifest)) != []
 
 
 @st.composite
@@ -275,7 +276,8 @@ def test_losses_and_gradients_are_those_of_a_table(
     torch.manual_seed(0)
     model = build_model(config.model, table, dtype)
     columns = catalogue_columns(model.encoder, table, dtype or torch.float32)
-    modules = [TrainingModule(model, c, None, False, "tiled", dtype) for c in (None, columns)]
+    settings = LossSettings(model.sizes, dtype=dtype)
+    modules = [TrainingModule(model, c, settings) for c in (None, columns)]
     for step in (0, 3, STEPS_PER_EPOCH - 1):
         for lanes in (range(16), range(1, 16, 3), [7]):
             results = []
@@ -415,7 +417,9 @@ def test_evaluate_and_export(run: Path, shop: Path, tmp_path: Path, capsys: pyte
 
 
 def test_a_store_without_features_in_it_is_evaluated_by_a_table(run: Path, shop: Path, tmp_path: Path) -> None:
-    other, _ = build(load_config(shop, ["--store.feature_mode", "table", "--store.path", str(tmp_path / "table")]))
+    other, _ = build_store(
+        load_config(shop, ["--store.feature_mode", "table", "--store.path", str(tmp_path / "table")])
+    )
     checkpoint, config = load_checkpoint(run), load_config(shop)
     assert isinstance(
         ranker_of_checkpoint(checkpoint, config, other, start_runtime(1, lanes=None)).catalogue, EmbeddedCatalogue
@@ -445,7 +449,7 @@ def test_resuming_with_another_feature_mode_is_refused(run: Path, shop: Path) ->
 
 def test_a_damaged_item_shard_stops_training(shop: Path, tmp_path: Path) -> None:
     config = load_config(shop, ["--store.path", str(tmp_path / "store")])
-    store, _ = build(config)
+    store, _ = build_store(config)
     for block in store.manifest.items:
         with (store.path / block.shard).open("r+b") as file:
             file.seek(block.offset + block.num_bytes // 2)

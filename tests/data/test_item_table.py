@@ -20,7 +20,7 @@ from fmrl_dist.config.loading import load_config
 from fmrl_dist.config.sections import StoreConfig
 from fmrl_dist.data.item_table import load_item_table
 from fmrl_dist.data.store.reader import Store
-from shards.build import build
+from shards.store.builder import build_store
 from tests.fixtures.processes import REPOSITORY
 from tests.fixtures.stores import write_histories, write_items
 from tests.fixtures.training import make_shop
@@ -59,7 +59,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["--data.root", str(root), "--store.path", str(root / "store"), "--model.feature_scale", "none"]
     words += ["--data.demo", "null", "--data.sequences.path", "sequences.parquet", "--data.items.path", "items.parquet"]
     words += ["--data.sequences.times", "''", "--data.items.title", "''"]
-    build(load_config(None, [*words, "--data.features", "{vector: {source: npy, path: vector.npy}}"]))
+    build_store(load_config(None, [*words, "--data.features", "{vector: {source: npy, path: vector.npy}}"]))
     return root / "store"
 
 

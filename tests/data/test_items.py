@@ -15,7 +15,7 @@ from fmrl_dist.base.errors import UserError
 from fmrl_dist.data.feature_scale import feature_affine, feature_sums, table_parts
 from fmrl_dist.data.item_table import ItemTable, load_item_table
 from fmrl_dist.data.store.reader import Store
-from shards.build import build
+from shards.store.builder import build_store
 from tests.fixtures.stores import ITEMS, png, tiny_config, write_raw
 
 PICTURED = {"a": (200, 10, 10), "d": (10, 200, 10), "e": (10, 10, 200)}
@@ -40,7 +40,7 @@ def store(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
         "picture": {"source": "pixels", "path": "images.parquet"},
         "short": {"source": "npy", "path": "short.npy"},
     }
-    return build(tiny_config(raw, tmp_path_factory.mktemp("built") / "store", features=features))[0]
+    return build_store(tiny_config(raw, tmp_path_factory.mktemp("built") / "store", features=features))[0]
 
 
 def precomputed(raw: Path, name: str) -> torch.Tensor:
@@ -88,7 +88,7 @@ def test_an_unknown_feature_is_named_with_the_known_ones(store: Store) -> None:
 
 
 def test_a_store_without_features_says_so(raw: Path, tmp_path: Path) -> None:
-    store = build(tiny_config(raw, tmp_path / "store", features={}))[0]
+    store = build_store(tiny_config(raw, tmp_path / "store", features={}))[0]
     assert load_item_table(store, None).values.shape == (len(ITEMS), 0)
     with pytest.raises(UserError, match="has: none$"):
         load_item_table(store, ("vector",))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.train_stream import TrainStream
 from fmrl_dist.data.windows import WindowRule
 from fmrl_dist.losses import nested_cross_entropy as losses
+from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.model.embed_catalogue import embed_catalogue
 from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.training.module import TrainingModule
@@ -307,7 +309,7 @@ def test_size_weights_and_temperatures_from_the_config(shop: Path, tmp_path: Pat
 
 def test_temperatures_divide_the_scores() -> None:
     z, items, targets = torch.randn(5, 8), torch.randn(11, 8), torch.arange(5)
-    found = losses.nested_cross_entropy(z, items, targets, (4, 8), (2.0, 0.5))
+    found = losses.nested_cross_entropy(z, items, targets, LossSettings((4, 8), (2.0, 0.5)))
     expected = [
         torch.nn.functional.cross_entropy(z[:, :m] @ items[:, :m].T / t, targets, reduction="sum")
         for m, t in ((4, 2.0), (8, 0.5))
@@ -356,7 +358,7 @@ def test_cosines_learn_and_rank_alike_in_run_and_export(softmax: list[str], shop
 
 def test_cosine_losses_are_those_of_the_formula(shop: Path, store: Store) -> None:
     module = make_module(shop, store)
-    module.normalize, module.temperatures = True, (0.1, 0.2)
+    module.normalize, module.settings = True, replace(module.settings, temperatures=(0.1, 0.2))
     order = Order([block.count for block in store.manifest.splits["train"]], 16, 16, 0)
     batch = TrainStream(store, order, WindowRule(50, "last", True)).batch(0, 0, range(16))
     items = item_embeddings(module, store)

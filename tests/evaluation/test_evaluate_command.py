@@ -12,7 +12,7 @@ import yaml
 from fmrl_dist import evaluate
 from fmrl_dist.config.loading import load_config
 from fmrl_dist.evaluation.report import size_table
-from shards.build import build
+from shards.store.builder import build_store
 from tests.fixtures.training import (
     contents,
     evaluation,
@@ -114,7 +114,7 @@ def other_store(root: Path, num_items: int, dim: int) -> Path:
     np.save(root / "raw" / "vector.npy", np.ones((num_items, dim), np.float32))
     values = shop_values(root)
     (root / "config.yaml").write_text(yaml.safe_dump(values))
-    build(load_config(root / "config.yaml"))
+    build_store(load_config(root / "config.yaml"))
     return Path(values["store"]["path"])
 
 
@@ -140,7 +140,7 @@ def test_store_without_the_feature(shop: Path, run: Path, tmp_path: Path) -> Non
     values["data"]["features"].pop("colour")
     values["store"]["path"] = str(tmp_path / "store")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
-    build(load_config(tmp_path / "config.yaml"))
+    build_store(load_config(tmp_path / "config.yaml"))
     line = refusal(evaluate.main, "--checkpoint", run, "--store", tmp_path / "store")
     assert f"'colour'; the store {tmp_path / 'store'} has: vector" in line
 

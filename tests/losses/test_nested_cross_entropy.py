@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from fmrl_dist.losses import tiled_log_sum_exp
 from fmrl_dist.losses.nested_cross_entropy import nested_cross_entropy
+from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.losses.tiled_log_sum_exp import TILE_ITEMS, TILE_POSITIONS
 from tests.fixtures.numerics import TOLERANCE, assert_relatively_close
 
@@ -49,7 +50,7 @@ def losses_and_gradients(
     z: Tensor, items: Tensor, targets: Tensor, sizes: Sequence[int], weights: Sequence[float], **options: Any
 ) -> list[Tensor]:
     """Losses [S], and the gradients of their weighted sum with respect to z and items."""
-    losses = nested_cross_entropy(z, items, targets, sizes, **options)
+    losses = nested_cross_entropy(z, items, targets, LossSettings(tuple(sizes), **options))
     weighted = (losses * torch.tensor(weights, dtype=losses.dtype)).sum()
     return [losses.detach(), *torch.autograd.grad(weighted, (z, items))]
 
@@ -78,13 +79,15 @@ def test_any_sizes(sizes: tuple[int, ...]) -> None:
 
 def test_gradients_equal_finite_differences() -> None:
     z, items, targets = make_inputs(5, 7, width=6)
-    assert torch.autograd.gradcheck(lambda z, items: nested_cross_entropy(z, items, targets, (2, 3, 6)), (z, items))
+    assert torch.autograd.gradcheck(
+        lambda z, items: nested_cross_entropy(z, items, targets, LossSettings((2, 3, 6))), (z, items)
+    )
 
 
 def test_second_gradients_are_refused_rather_than_wrong() -> None:
     z, items, targets = make_inputs(5, 7, width=6)
     weights = torch.ones(2, dtype=torch.float64, requires_grad=True)
-    loss = (nested_cross_entropy(z, items, targets, (2, 6)) * weights).sum()
+    loss = (nested_cross_entropy(z, items, targets, LossSettings((2, 6))) * weights).sum()
     (grad,) = torch.autograd.grad(loss, z, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
@@ -92,7 +95,7 @@ def test_second_gradients_are_refused_rather_than_wrong() -> None:
 
 def test_losses_are_each_sizes_own_cross_entropy() -> None:
     z, items, targets = make_inputs(9, 31)
-    losses = nested_cross_entropy(z, items, targets, SIZES)
+    losses = nested_cross_entropy(z, items, targets, LossSettings(SIZES))
     for size, loss in zip(SIZES, losses, strict=True):
         scores = z[:, :size] @ items[:, :size].T
         torch.testing.assert_close(loss, -F.log_softmax(scores, 1)[torch.arange(9), targets].sum(), rtol=1e-12, atol=0)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fmrl_dist.losses.log_sum_exp import nested_log_sum_exp
 from fmrl_dist.losses.nested_cross_entropy import Negatives, nested_cross_entropy, sampled_cross_entropy
-from fmrl_dist.losses.tiled_log_sum_exp import TILE_ITEMS, TILE_POSITIONS, Correction
+from fmrl_dist.losses.settings import Correction, LossSettings
+from fmrl_dist.losses.tiled_log_sum_exp import TILE_ITEMS, TILE_POSITIONS
 from tests.fixtures.numerics import TOLERANCE, assert_relatively_close
 
 SIZES = (4, 9, 16, 35)
@@ -41,7 +42,7 @@ def make_inputs(
 
 def losses_and_gradients(inputs: tuple[Any, ...], weights: Sequence[float], **options: Any) -> list[Tensor]:
     z, target_items, targets, negative_items, negatives = inputs
-    losses = sampled_cross_entropy(z, target_items, targets, negative_items, negatives, SIZES, **options)
+    losses = sampled_cross_entropy(z, target_items, targets, negative_items, negatives, LossSettings(SIZES, **options))
     weighted = (losses * torch.tensor(weights, dtype=losses.dtype)).sum()
     return [losses.detach(), *torch.autograd.grad(weighted, (z, target_items, negative_items))]
 
@@ -65,7 +66,8 @@ def test_tiled_equals_its_plain_twin(
 def test_loss_word_by_word() -> None:
     """-s_y + log(e^{s_y} + Σ_k 1[i_k ≠ y] exp(s_{i_k} - log(K q))), one position and size at a time."""
     z, target_items, targets, negative_items, negatives = make_inputs(5, 60)
-    losses = sampled_cross_entropy(z, target_items, targets, negative_items, negatives, SIZES, TEMPERATURES).detach()
+    settings = LossSettings(SIZES, TEMPERATURES)
+    losses = sampled_cross_entropy(z, target_items, targets, negative_items, negatives, settings).detach()
     z, target_items, negative_items = z.detach(), target_items.detach(), negative_items.detach()
     hits = 0
     for size, temperature, loss in zip(SIZES, TEMPERATURES, losses, strict=True):
@@ -100,7 +102,7 @@ def test_log_sum_exp_equals_its_plain_twin_with_a_gradient_of_its_own_per_positi
     grad = torch.randn(len(SIZES), 63, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     correction = Correction(-negatives.log_expected, negatives.ids, targets)
     found, expected = (
-        nested_log_sum_exp(z, items, SIZES, temperatures, correction, impl) for impl in ("tiled", "plain")
+        nested_log_sum_exp(z, items, LossSettings(SIZES, temperatures, impl), correction) for impl in ("tiled", "plain")
     )
     assert_relatively_close(found, expected, 1e-12)
     for result, twin in zip(
@@ -118,13 +120,14 @@ def full_and_sampled(num_negatives: int, num_draws: int, popular: bool) -> tuple
     targets = torch.randint(num_items, (num_positions,), generator=generator)
     law = torch.arange(1.0, num_items + 1) if popular else torch.ones(num_items)
     law = law / law.sum()
-    full = nested_cross_entropy(z, table, targets, SIZES).sum()
+    full = nested_cross_entropy(z, table, targets, LossSettings(SIZES)).sum()
     (full_grad,) = torch.autograd.grad(full, z)
     mean, mean_grad = 0.0, torch.zeros_like(z)
     for _ in range(num_draws):
         ids = torch.multinomial(law, num_negatives, replacement=True, generator=generator)
         negatives = Negatives(ids, (num_negatives * law[ids]).log())
-        loss = sampled_cross_entropy(z, table[targets], targets, table[ids], negatives, SIZES, impl="plain").sum()
+        settings = LossSettings(SIZES, impl="plain")
+        loss = sampled_cross_entropy(z, table[targets], targets, table[ids], negatives, settings).sum()
         mean += loss.item() / num_draws
         mean_grad += torch.autograd.grad(loss, z)[0] / num_draws
     return abs(mean / full.item() - 1), float((mean_grad - full_grad).norm() / full_grad.norm())

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fmrl_dist.losses.nested_cross_entropy import catalogue_cross_entropy
+from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.losses.split_catalogue import CatalogueSlice, exchanged_bytes
 from fmrl_dist.losses.tiled_log_sum_exp import TILE_ITEMS
 from tests.fixtures.numerics import assert_relatively_close
@@ -86,9 +87,9 @@ def loss_sums(tensors: dict[str, Tensor], catalogue: Tensor | CatalogueSlice, ca
     targets = tensors["targets"]
     items = tensors["columns"][targets] @ projection.T
     items = items if table is None else items + table[targets]
-    temperatures = TEMPERATURES[: len(case.sizes)]
+    settings = LossSettings(case.sizes, TEMPERATURES[: len(case.sizes)], impl)
     z = tensors["inputs"] @ tensors["mixer"]
-    return catalogue_cross_entropy(z, items, catalogue, projection, table, case.sizes, temperatures, impl)
+    return catalogue_cross_entropy(z, items, catalogue, projection, table, settings)
 
 
 def gradients(loss: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

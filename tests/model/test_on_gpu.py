@@ -1,26 +1,30 @@
-"""The model's and the loss's operators on a GPU against their plain twins in float64 on the CPU."""
+"""The model's and the loss's operators on a GPU against their plain twins in float64."""
 
 from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from fmrl_dist.losses.log_sum_exp import catalogue_log_sum_exp
+from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.model.nested import nested_linear
 from fmrl_dist.model.scan import packed_scan
+from tests.fixtures.triton_cases import EVEN_SIZES, SIZES, check_catalogue, check_log_sum_exp, check_scan
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 
-SIZES = (4, 9, 35, 70)
 FEATURES = 23
 # float64 on a GPU sums in another order; float32 also multiplies in float32
 BUDGET = {torch.float64: 1e-10, torch.float32: 5e-6}
 SCAN_BUDGET = 3e-5  # float32, powers of the decay by squaring
-TRITON_SHAPES = [(1, 1), (33, 70), (5, 131), (130, 4200)]  # positions, items: below and beyond a block
+TRITON_DTYPES = [torch.float32, torch.bfloat16]
 
 
 def draw(*shape: int) -> Tensor:
@@ -32,10 +36,10 @@ def on_gpu(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 def check(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], budget: float) -> None:
-    for result, twin in zip(found, expected, strict=True):
+    for part, (result, twin) in enumerate(zip(found, expected, strict=True)):
         assert result.is_cuda
         error = (result.double().cpu() - twin).norm() / twin.norm().clamp_min(1e-300)
-        assert error <= budget
+        assert error <= budget, f"part {part}"
 
 
 @pytest.mark.parametrize("dtype", BUDGET)
@@ -49,30 +53,81 @@ def test_tiled_loss(num_positions: int, num_items: int, with_table: bool, dtype:
 
     def results(impl: str, tensors: list[Tensor], features: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
         z, weight, *table = tensors
-        lse = catalogue_log_sum_exp(z, features, weight, table[0] if table else None, SIZES, impl=impl)
+        settings = LossSettings(SIZES, impl=impl)
+        lse = catalogue_log_sum_exp(z, features, weight, table[0] if table else None, settings)
         return lse.detach(), *torch.autograd.grad((lse * weights).sum(), tensors)
 
     expected = results("plain", given, features, weights)
     check(results("tiled", on_gpu(given, dtype), *on_gpu([features, weights], dtype)), expected, BUDGET[dtype])
 
 
-@pytest.mark.parametrize("impl", ["doubling", "triton"])
-@pytest.mark.parametrize("modulus", [0.05, 0.9, 0.999])
-@pytest.mark.parametrize("lengths", [[1], [3, 0, 1, 17], [5, 200, 64]])
-def test_scan(lengths: list[int], modulus: float, impl: str) -> None:
+@pytest.mark.parametrize("dtype", TRITON_DTYPES)
+@pytest.mark.parametrize("corrected", [False, True], ids=["catalogue", "corrected"])
+@pytest.mark.parametrize(("num_positions", "num_items"), [(1, 1), (33, 70), (130, 4200)])
+def test_triton_loss(num_positions: int, num_items: int, corrected: bool, dtype: torch.dtype) -> None:
+    if (num_items, corrected) != (1, True):  # a hit would leave no item
+        check_log_sum_exp(num_positions, num_items, dtype, corrected, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", TRITON_DTYPES)
+def test_triton_loss_of_even_sizes(dtype: torch.dtype) -> None:
+    check_log_sum_exp(130, 520, dtype, False, device="cuda", sizes=EVEN_SIZES)
+
+
+@pytest.mark.parametrize("dtype", TRITON_DTYPES)
+@pytest.mark.parametrize("with_table", [False, True], ids=["features", "features and ids"])
+def test_triton_loss_over_a_catalogue(with_table: bool, dtype: torch.dtype) -> None:
+    check_catalogue(35, 131, dtype, with_table, device="cuda")
+
+
+def scan_inputs(lengths: list[int], modulus: float) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Decay and x, starts, and the gradient of the states; the decay is what float32 holds."""
     phase = 6 * torch.rand(70, dtype=torch.float64)
+    decay = (modulus * torch.stack((phase.cos(), phase.sin()))).float().double()
     starts = torch.tensor([0, *lengths]).cumsum(0)
-    given = [(modulus * torch.stack((phase.cos(), phase.sin()))).float().double(), draw(int(starts[-1]), 2, 70)]
-    given = [tensor.requires_grad_() for tensor in given]
-    upstream = draw(int(starts[-1]), 2, 70)
+    given = [decay.requires_grad_(), draw(int(starts[-1]), 2, 70).requires_grad_()]
+    return given, starts, draw(int(starts[-1]), 2, 70)
 
-    def results(impl: str, tensors: list[Tensor], starts: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
-        states = packed_scan(tensors[0], tensors[1], starts, impl)
-        return states.detach(), *torch.autograd.grad(states, tensors, upstream)
 
+def scan_and_gradients(impl: str, tensors: list[Tensor], starts: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
+    states = packed_scan(tensors[0], tensors[1], starts, impl)
+    return states.detach(), *torch.autograd.grad(states, tensors, upstream)
+
+
+@pytest.mark.parametrize("impl", ["auto", "doubling", "triton"])
+@pytest.mark.parametrize("modulus", [0.05, 0.9, 0.999])
+@pytest.mark.parametrize("lengths", [[2], [3, 0, 1, 17], [5, 200, 64]])
+def test_scan(lengths: list[int], modulus: float, impl: str) -> None:
+    given, starts, upstream = scan_inputs(lengths, modulus)
     dtype = torch.float32
-    found = results(impl, on_gpu(given, dtype), starts.cuda(), *on_gpu([upstream], dtype))
-    check(found, results("plain", given, starts, upstream), SCAN_BUDGET)
+    found = scan_and_gradients(impl, on_gpu(given, dtype), starts.cuda(), *on_gpu([upstream], dtype))
+    check(found, scan_and_gradients("plain", given, starts, upstream), SCAN_BUDGET)
+
+
+def test_triton_scan_in_float16() -> None:
+    for lengths, width in (([2], 1), ([3, 0, 1, 17], 70), ([5], 64)):
+        check_scan(lengths, width, torch.float16, modulus=0.9, device="cuda")
+
+
+@pytest.mark.parametrize(("impl", "allowed"), [("doubling", 2), ("triton", 0)])
+def test_the_host_waits_for_the_device_at_most_once_in_a_scan(impl: str, allowed: int) -> None:
+    """Of the doubling scan, once forward and once backward."""
+    given, starts, upstream = scan_inputs([5, 200, 64], 0.9)
+    tensors, (upstream,), starts = on_gpu(given, torch.float32), on_gpu([upstream], torch.float32), starts.cuda()
+    scan_and_gradients(impl, tensors, starts, upstream)  # compiles
+    assert count_waits(lambda: scan_and_gradients(impl, tensors, starts, upstream)) <= allowed
+
+
+def count_waits(work: Callable[[], object]) -> int:
+    """Synchronising operations, as PyTorch notices them."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(warning.message) for warning in caught)
 
 
 @pytest.mark.parametrize("dtype", BUDGET)
@@ -87,22 +142,3 @@ def test_nested_linear(dtype: torch.dtype) -> None:
         return y.detach(), *torch.autograd.grad(y, tensors, upstream)
 
     check(results(on_gpu(given, dtype), *on_gpu([upstream], dtype)), results(given, upstream), BUDGET[dtype])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("corrected", [False, True], ids=["catalogue", "corrected"])
-@pytest.mark.parametrize(("num_positions", "num_items"), TRITON_SHAPES)
-def test_triton_loss(num_positions: int, num_items: int, corrected: bool, dtype: torch.dtype) -> None:
-    from tests.fixtures.triton_cases import check_log_sum_exp
-
-    if corrected and num_items == 1:
-        pytest.skip("a hit would leave no item")
-    check_log_sum_exp(num_positions, num_items, dtype, corrected, device="cuda")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_triton_scan_in_its_dtypes(dtype: torch.dtype) -> None:
-    from tests.fixtures.triton_cases import check_scan
-
-    for lengths, width in (([2], 1), ([3, 0, 1, 17], 70), ([5], 64)):
-        check_scan(lengths, width, dtype, modulus=0.9, device="cuda")

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from fmrl_dist.losses.nested_cross_entropy import nested_cross_entropy
+from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.model.fmrlrec import FMRLRec
 
 Array = NDArray[np.float64]
@@ -140,7 +141,7 @@ def test_scores_and_loss_are_the_papers(
     targets = []
     for history, flagged in zip(histories, flags, strict=True):
         targets += history if flagged else history[1:]
-    losses = nested_cross_entropy(z, embeddings, torch.tensor(targets), sizes)
+    losses = nested_cross_entropy(z, embeddings, torch.tensor(targets), LossSettings(tuple(sizes)))
 
     np.testing.assert_allclose(embeddings.detach().numpy(), items, rtol=0, atol=1e-10)
     for size in sizes:

@@ -24,7 +24,7 @@ from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.evaluation.catalogue import EmbeddedCatalogue
 from fmrl_dist.evaluation.metrics import CUTOFF, metrics_from_histogram
-from shards.build import build
+from shards.store.builder import build_store
 from tests.fixtures.ranking import histograms
 from tests.fixtures.training import evaluation, train_here
 
@@ -43,7 +43,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Build a small demo store; return the options that select it and the settings."""
     root = tmp_path_factory.mktemp("demo")
     words = [*SETTINGS, "--data.root", str(root / "data"), "--store.path", str(root / "store")]
-    build(load_config(DEMO_CONFIG, words))
+    build_store(load_config(DEMO_CONFIG, words))
     return words
 
 

@@ -18,6 +18,7 @@ from fmrl_dist.data.order import Order
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.train_stream import TrainStream
 from fmrl_dist.data.windows import WindowRule
+from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.training.module import TrainingModule
 from tests.fixtures.negatives import loaded, make_module, sampled
 from tests.fixtures.training import STEPS_PER_EPOCH, evaluation, figures, make_shop, train_here
@@ -114,7 +115,7 @@ def test_a_lane_of_one_position_has_no_in_batch_negatives(impl: str, shop: Path,
     stream = TrainStream(store, order, WindowRule(1, "last", True), sampler)
     batch = stream.batch(0, 0, [3])
     assert len(batch.targets) == 1
-    alone = TrainingModule(module.model, module.columns, None, False, impl, None)
+    alone = TrainingModule(module.model, module.columns, LossSettings(module.model.sizes, impl=impl))
     losses = alone(batch)
     assert losses.tolist() == [0, 0]
     assert not flat_gradient(alone, losses.sum()).any()

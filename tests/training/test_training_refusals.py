@@ -15,7 +15,7 @@ from fmrl_dist import train
 from fmrl_dist.config.loading import load_config
 from fmrl_dist.data.store.manifest import Block
 from fmrl_dist.data.store.reader import Store
-from shards.build import build
+from shards.store.builder import build_store
 from tests.fixtures.checkpoints import reseal
 from tests.fixtures.training import (
     contents,
@@ -127,7 +127,7 @@ def test_checkpoint_of_another_store(shop: Path, copied_run: Path, tmp_path: Pat
     values["store"]["path"] = str(tmp_path / "other")
     other = tmp_path / "other.yaml"
     other.write_text(yaml.safe_dump(values))
-    build(load_config(other))
+    build_store(load_config(other))
     before = contents(copied_run)
     line = refusal(train.main, "--config", other, "--run.dir", copied_run, "--resume", "auto")
     assert "has the store's manifest " in line
@@ -153,7 +153,7 @@ def test_store_without_users_to_validate_on(shop: Path, tmp_path: Path) -> None:
     )
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(values))
-    build(load_config(config))
+    build_store(load_config(config))
     line = refusal(train.main, "--config", config, "--run.dir", tmp_path / "run")
     assert "has no validation and test users; expected histories of 3 events or more" in line
     assert not (tmp_path / "run").exists()

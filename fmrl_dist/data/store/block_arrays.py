@@ -1,8 +1,8 @@
-"""One tar sample as arrays: parsed without a copy from checked bytes, then held against what the manifest says of it.
+"""One tar sample as arrays: parsed without a copy from checked bytes, then compared with the manifest.
 
-A hash only says that bytes are those that somebody wrote. Here everything is refused that is no plain file, no plain
-array, or not of the dtype, shape and range that its reader relies on. Nothing is unpickled, and a header that promises
-more bytes than there are allocates nothing. Arrays are read-only views of the bytes.
+A hash only proves that bytes are those that somebody wrote. Here everything is refused that is not a plain file, not a
+plain array, or not of the dtype, shape and range that its reader relies on. Nothing is unpickled, and a header that
+claims more bytes than there are allocates nothing. Arrays are read-only views of the bytes.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from __future__ import annotations
 import math
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.data.store.manifest import Block, Manifest
 
 MEMBER_NAME = re.compile(r"(\d{6,})\.([a-z][a-z0-9_]*(?:\.mask)?)\.npy", re.ASCII)
-NPY_HEADER = re.compile(  # what np.save writes of the dtypes that a store may hold; no general parser is needed
+NPY_HEADER = re.compile(  # what np.save writes for the dtypes that a store may hold; no general parser is needed
     rb"\x93NUMPY\x01\x00(..)\{'descr': '([<|][bif][1248])', 'fortran_order': False, "
     rb"'shape': \(((?:\d{1,18}, ?)*(?:\d{1,18})?)\), \} *\n",
     re.DOTALL,
@@ -28,7 +29,7 @@ Expected = Mapping[str, tuple[str, tuple[int, ...]]]  # dtype and shape by field
 
 
 def parse_block(data: bytes, where: str) -> dict[str, np.ndarray]:
-    """Arrays of one tar sample by field name; ``where`` names it in messages.
+    """Arrays of one tar sample by field name; messages call it ``where``.
 
     Raises:
         UserError: a member is not a plain file ``<block>.<field>.npy`` of one block, or not a plain array.
@@ -57,15 +58,15 @@ def _array(data: bytes, offset: int, num_bytes: int) -> np.ndarray:
     """The ``.npy`` file at ``offset``, as a view.
 
     Raises:
-        ValueError: it is none as NumPy writes it, is cut, or holds no plain numbers in C order.
+        ValueError: it is not a file as NumPy writes it, is cut, or holds something other than numbers in C order.
     """
     if num_bytes < 0 or offset + num_bytes > len(data):
-        raise ValueError(f"a member of {num_bytes} bytes where {len(data) - offset} are left")
+        raise ValueError(f"a member of {num_bytes} bytes, but only {len(data) - offset} are left")
     header = NPY_HEADER.match(data, offset, offset + num_bytes)
     if header is None:
-        raise ValueError("a member is no .npy file of version 1.0 with plain numbers in C order")
+        raise ValueError("a member is not a .npy file of version 1.0 with plain numbers in C order")
     if offset + 10 + int.from_bytes(header[1], "little") != header.end():
-        raise ValueError("a .npy header of another length than it says")
+        raise ValueError("a .npy header is not as long as it says")
     dtype = np.dtype(header[2].decode())
     shape = tuple(int(length) for length in header[3].split(b",") if length.strip())
     if header.end() + math.prod(shape) * dtype.itemsize != offset + num_bytes:
@@ -73,86 +74,65 @@ def _array(data: bytes, offset: int, num_bytes: int) -> np.ndarray:
     return np.frombuffer(data, dtype, math.prod(shape), header.end()).reshape(shape)
 
 
-def item_problems(
-    arrays: Mapping[str, np.ndarray], count: int, features: Mapping[str, tuple[int, bool]], num_items: int
-) -> Iterator[str]:
-    """What is wrong with a block of items.
-
-    Args:
-        arrays: of the block.
-        count: items that it should hold.
-        features: dim of each feature, and whether it has a mask.
-        num_items: V.
-    """
-    problems = field_problems(arrays, {"ids": ("int64", (count,))} | _feature_fields(features, count))
+def item_problems(arrays: Mapping[str, np.ndarray], block: Block, manifest: Manifest) -> Iterator[str]:
+    """What is wrong with the arrays of a block of items."""
+    problems = _field_problems(arrays, {"ids": ("int64", (block.count,))} | _feature_fields(manifest, block.count))
     yield from problems
     if problems:
         return
     ids = arrays["ids"]
-    if ((ids < 0) | (ids >= num_items)).any():
-        yield f"item ids outside 0 ... {num_items - 1}"
-    elif len(np.unique(ids)) < count:
-        yield "an item stands twice in it"
-    yield from _feature_problems(arrays, features)
+    if ((ids < 0) | (ids >= manifest.num_items)).any():
+        yield f"item ids outside 0 ... {manifest.num_items - 1}"
+    elif len(np.unique(ids)) < block.count:
+        yield "an item occurs twice in it"
+    yield from _feature_problems(arrays, manifest)
 
 
-def user_problems(
-    arrays: Mapping[str, np.ndarray],
-    count: int,
-    events: int,
-    split: str,
-    num_users: int,
-    num_items: int,
-    inline: Mapping[str, tuple[int, bool]] | None = None,
-) -> Iterator[str]:
-    """What is wrong with a block of users, in CSR form.
-
-    Args:
-        arrays: of the block.
-        count, events: users and events that it should hold.
-        split: of :data:`MIN_EVENTS`.
-        num_users, num_items: of the whole store.
-        inline: of an inline store the features that ride with the block, as in :func:`item_problems`; else None.
-    """
-    expected: dict[str, tuple[str, tuple[int, ...]]] = {"users": ("int64", (count,)), "starts": ("int64", (count + 1,))}
+def user_problems(arrays: Mapping[str, np.ndarray], block: Block, manifest: Manifest) -> Iterator[str]:
+    """What is wrong with the arrays of a block of users, in CSR form."""
+    split, events = block.split, block.events
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {
+        "users": ("int64", (block.count,)),
+        "starts": ("int64", (block.count + 1,)),
+    }
     for name in ("items", "times") if "times" in arrays else ("items",):
         expected[name] = ("int64", (events,))
-    if inline is not None:
+    if manifest.inline:
         num_distinct = min(arrays["block_items"].size, events) if "block_items" in arrays else 0
         expected |= dict.fromkeys(("block_items", "block_counts"), ("int64", (num_distinct,)))
-        expected |= _feature_fields(inline, num_distinct)
-    problems = field_problems(arrays, expected)
+        expected |= _feature_fields(manifest, num_distinct)
+    problems = _field_problems(arrays, expected)
     yield from problems
     if problems:
         return
     starts, items, users = arrays["starts"], arrays["items"], arrays["users"]
     if starts[0] != 0 or starts[-1] != events or (np.diff(starts) < MIN_EVENTS[split]).any():
         yield f"starts do not rise from 0 to {events} by at least {MIN_EVENTS[split]}"
-    if ((items < 0) | (items >= num_items)).any():
-        yield f"item ids outside 0 ... {num_items - 1}"
-    if ((users < 0) | (users >= num_users)).any():
-        yield f"user ids outside 0 ... {num_users - 1}"
-    if len(np.unique(users)) < count:
-        yield f"a user stands twice in {split}"
-    if inline is not None:
+    if ((items < 0) | (items >= manifest.num_items)).any():
+        yield f"item ids outside 0 ... {manifest.num_items - 1}"
+    if ((users < 0) | (users >= manifest.num_users)).any():
+        yield f"user ids outside 0 ... {manifest.num_users - 1}"
+    if len(np.unique(users)) < block.count:
+        yield f"a user occurs twice in {split}"
+    if manifest.inline:
         if not np.array_equal(arrays["block_items"], np.unique(items)):
             yield "block_items are not its distinct items, sorted"
         if (arrays["block_counts"] < 0).any():
             yield "block_counts are negative"
-        yield from _feature_problems(arrays, inline)
+        yield from _feature_problems(arrays, manifest)
 
 
-def _feature_fields(features: Mapping[str, tuple[int, bool]], count: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _feature_fields(manifest: Manifest, count: int) -> dict[str, tuple[str, tuple[int, ...]]]:
     fields: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name, (dim, masked) in features.items():
-        fields[name] = ("float16", (count, dim))
-        if masked:
-            fields[f"{name}.mask"] = ("bool", (count,))
+    for feature in manifest.features:
+        fields[feature.name] = ("float16", (count, feature.dim))
+        if feature.masked:
+            fields[f"{feature.name}.mask"] = ("bool", (count,))
     return fields
 
 
-def _feature_problems(arrays: Mapping[str, np.ndarray], features: Iterable[str]) -> Iterator[str]:
-    for name in features:
+def _feature_problems(arrays: Mapping[str, np.ndarray], manifest: Manifest) -> Iterator[str]:
+    for name in (feature.name for feature in manifest.features):
         rows, mask = arrays[name], arrays.get(f"{name}.mask", np.True_)
         if not np.isfinite(rows).all():
             yield f"{name} holds NaN or infinity"
@@ -160,7 +140,7 @@ def _feature_problems(arrays: Mapping[str, np.ndarray], features: Iterable[str])
             yield f"{name} is not zero where its mask is false"
 
 
-def field_problems(arrays: Mapping[str, np.ndarray], expected: Expected) -> list[str]:
+def _field_problems(arrays: Mapping[str, np.ndarray], expected: Expected) -> list[str]:
     """Fields that are missing, unknown, or of another dtype or shape."""
     if set(arrays) != set(expected):
         return [f"fields {sorted(arrays)}, expected {sorted(expected)}"]

@@ -1,12 +1,13 @@
 """A bounded folder of checked byte ranges, shared by all processes of a machine.
 
-A range is kept under its sha256, which is checked at every read: the cache needs no list of where a range came from,
-copies of a store share it, and a damaged file is only a file less. Ranges are written aside and renamed, so a reader
-never sees half of one. The folder's total is kept beside the ranges and changed under a lock; when a new range would
-exceed the limit, the ranges that were not read for longest go first.
+A range is kept under its sha256, which is checked at every read. So the cache needs no record of where a range came
+from, copies of a store share it, and a damaged file only means one fetch more. Ranges are written aside and renamed: a
+reader never sees half of one. The folder's total is kept beside the ranges and changed under a lock. When a new range
+would exceed the limit, the least recently read ranges go first.
 
-A cache smaller than what an epoch reads is of little use: the epoch's first ranges are gone when the next one wants
-them. Cost: one hash per read; one lock and two small writes per new range; a listing of the folder when it is full.
+A cache smaller than what an epoch reads is of little use: the epoch's first ranges are evicted before the next epoch
+reads them. Cost: one hash per read; one lock and two small writes per new range; a listing of the folder when it is
+full.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ from fmrl_dist.base.locks import lock_file
 from fmrl_dist.data.store.files import checked_range
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
-LOW_WATER = 0.9  # share of the limit that is left when ranges are evicted: so the folder is seldom listed
-LOCK_S = 5.0  # then the range is not kept, rather than wait for a process that was stopped
-STALE_S = 3600.0  # a file aside of this age is of a process that was killed
+LOW_WATER = 0.9  # share of the limit that eviction goes down to, so that the folder is rarely listed
+LOCK_S = 5.0  # after that the range is not kept: the process that holds the lock may have been stopped
+STALE_S = 3600.0  # a file aside that is older was left by a process that was killed
 
 
 class RangeCache:
     """Byte ranges by sha256.
 
     Args:
-        folder: made if it is missing, for this user only.
-        limit_bytes: of all ranges together. Files aside, one per writing process, come on top.
+        folder: created if it is missing, for this user only.
+        limit_bytes: for all ranges together; files aside, one per writing process, are not counted.
 
     Raises:
         UserError: the folder cannot be made or written.
@@ -50,25 +51,25 @@ class RangeCache:
         except OSError as error:
             raise UserError(
                 f"store.cache_dir {folder} cannot be written ({error.strerror}); choose another, "
-                "or turn the cache off by --store.cache_gb 0"
+                "or turn the cache off with --store.cache_gb 0"
             ) from None
 
     def get(self, sha256: str, num_bytes: int) -> bytes | None:
-        """The range, or None where it is not held whole."""
+        """The range, or None if the cache does not hold it whole."""
         path = self._path(sha256)
         try:
             data = checked_range(path.read_bytes(), num_bytes, sha256)
-            os.utime(path)  # eviction goes by the time of the last read
+            os.utime(path)  # eviction sorts by the time of the last read
         except UserError:
             with contextlib.suppress(OSError):
                 path.unlink()
             return None
-        except OSError:  # not there, evicted meanwhile, or on a disk that fails: there is another source
+        except OSError:  # absent, evicted meanwhile, or on a failing disk: the range can be fetched again
             return None
         return data
 
     def put(self, sha256: str, data: bytes) -> None:
-        """Keep a range. Where that fails, say so: the run goes on, but fetches the range each time."""
+        """Keep a range. If that fails, warn: the run continues, but fetches the range each time."""
         if len(data) > self._limit_bytes:
             return
         aside = self._folder / f"aside-{uuid.uuid4().hex}"
@@ -80,7 +81,9 @@ class RangeCache:
                     aside.replace(self._path(sha256))
         except OSError as error:
             reason = error.strerror or error
-            warnings.warn(f"the cache {self._folder} does not keep blocks ({reason}); they are fetched", stacklevel=2)
+            warnings.warn(
+                f"the cache {self._folder} does not keep blocks ({reason}); they are fetched each time", stacklevel=2
+            )
         finally:
             aside.unlink(missing_ok=True)
 
@@ -96,10 +99,10 @@ class RangeCache:
             lock_file(descriptor, patience_s=LOCK_S, poll_s=0.01)
             yield descriptor
         finally:
-            os.close(descriptor)  # and so unlocks it
+            os.close(descriptor)  # which unlocks it
 
     def _make_room(self, descriptor: int, num_bytes: int) -> None:
-        """Evict until ``num_bytes`` more fit; count them already, so that a kill leaves the total too high at worst."""
+        """Evict until ``num_bytes`` more fit, and count them already: after a kill the total is at worst too high."""
         text = os.pread(descriptor, 32, 0)
         total = int(text) if text.isdigit() else None
         if total is None or total + num_bytes > self._limit_bytes:
@@ -108,7 +111,7 @@ class RangeCache:
         os.pwrite(descriptor, str(total + num_bytes).encode(), 0)
 
     def _evict(self, num_bytes: int) -> int:
-        """List the folder and, if it is too full, drop what was read longest ago; returns the bytes that are left."""
+        """List the folder; if it is too full, drop the least recently read ranges. Returns the bytes that remain."""
         ranges, total = [], 0
         for entry in os.scandir(self._folder):
             with contextlib.suppress(FileNotFoundError):

@@ -1,7 +1,7 @@
-"""Where the bytes of a store come from: the seam between the store's reader and a folder, or a URL.
+"""Where the bytes of a store come from: the interface between the store's reader and a folder or a URL.
 
-:class:`LocalFiles` reads a folder; :class:`fmrl_dist.data.store.remote.RemoteFiles` fetches from a URL. Both open
-only names of a store's own kinds of file, so that no manifest can make a reader open anything else.
+:class:`LocalFiles` reads a folder; :class:`fmrl_dist.data.store.remote.RemoteFiles` fetches from a URL. Both open only
+file names that a store can have, so that no manifest can make a reader open anything else.
 """
 
 from __future__ import annotations
@@ -22,29 +22,31 @@ T = TypeVar("T")
 
 
 class SourceError(UserError):
-    """Where a store comes from does not answer: it may be as good as ever, and nothing of it is to be left out."""
+    """The source of a store does not answer. The store itself may be intact, so none of its blocks may be skipped."""
 
 
 class StoreFiles(Protocol):
-    """The files of one store, by name. Every method raises FileNotFoundError where there is no such file, and
-    :class:`UserError` where it cannot be read."""
+    """The files of one store, by name.
 
-    location: str  # folder or URL, as it may be shown and recorded: without credentials
+    Every method raises FileNotFoundError if there is no such file, and :class:`UserError` if it cannot be read.
+    """
+
+    location: str  # folder or URL without credentials, to be shown and recorded
 
     def read(self, name: str, parse: Callable[[bytes], T]) -> T:
-        """What ``parse`` makes of a whole file; it raises :class:`UserError` on one that is damaged."""
+        """A whole file, parsed; ``parse`` raises :class:`UserError` if it is damaged."""
 
     def read_range(self, name: str, offset: int, num_bytes: int, sha256: str) -> bytes:
-        """A byte range, checked; otherwise a :class:`UserError` that says what the range is."""
+        """A byte range, checked; a :class:`UserError` says what is wrong with it."""
 
     def size(self, name: str) -> int:
-        """Bytes of a file."""
+        """Size of a file in bytes."""
 
     def stream(self, name: str, num_bytes: int) -> Iterator[bytes]:
-        """The first ``num_bytes`` of a file, in pieces; unchecked."""
+        """The first ``num_bytes`` of a file, in pieces, unchecked."""
 
     def names(self) -> list[str] | None:
-        """What lies in the folder, or None where that cannot be known."""
+        """All names in the folder; None for a URL, which cannot be listed."""
 
 
 class LocalFiles:
@@ -83,13 +85,16 @@ class LocalFiles:
 
 
 def checked_name(name: str) -> str:
-    """``name`` if it is a plain name of a store's file: no path, no URL, no ``pipe:``."""
-    require(FILE_NAME.fullmatch(name) is not None, f"{name!r} is no file of a store; expected train-000000.tar or such")
+    """``name`` if it is a plain name that a store's file can have: no path, no URL, no ``pipe:``."""
+    require(
+        FILE_NAME.fullmatch(name) is not None,
+        f"{name!r} is not a file of a store; expected a name such as train-000000.tar",
+    )
     return name
 
 
 def checked_range(data: bytes, num_bytes: int, sha256: str) -> bytes:
-    """``data`` if it has this length and hash; otherwise a :class:`UserError` that says what it is."""
+    """``data`` if it has this length and hash; otherwise a :class:`UserError` says what is wrong."""
     require(len(data) == num_bytes, f"is truncated: {len(data)} of {num_bytes} bytes")
     found = hashlib.sha256(data).hexdigest()
     require(found == sha256, f"is damaged: its sha256 is not the manifest's {sha256[:12]}")

@@ -1,4 +1,4 @@
-"""The manifest of a shard store: its schema, and what is checked before anything in it is believed.
+"""The manifest of a shard store: its schema, and the checks before anything in it is trusted.
 
 A store is a folder of plain tar shards with a ``manifest.json`` that indexes every block (one tar sample) by shard,
 byte range and sha256. ``docs/format.md`` describes the files; ``shards.build`` writes them and
@@ -24,7 +24,7 @@ MANIFEST_FILE = "manifest.json"
 VOCAB_FILE = "vocab.parquet"
 USERS_FILE = "users.parquet"
 SPLITS = ("train", "valid", "test")
-ROW_BYTES = 8  # of an id: the least that an item, a user or an event takes
+ROW_BYTES = 8  # of an id: every item, user or event takes at least as many
 SHARD_NAME = re.compile(r"[a-z]+-\d{6}\.tar", re.ASCII)
 
 T = TypeVar("T")
@@ -40,6 +40,11 @@ class Block:
     sha256: str  # of that byte range
     count: int  # items or users in it
     events: int  # sum of its histories' lengths; 0 for items
+
+    @property
+    def split(self) -> str:
+        """items, train, valid or test."""
+        return self.shard.partition("-")[0]
 
 
 @dataclass(frozen=True)
@@ -62,17 +67,17 @@ class Feature:
     dim: int
     dtype: str  # "float16"
     encoder: str  # what made it
-    revision: str  # which version of that, or the sha256 of the array it was taken from
+    revision: str  # of the encoder's weights or code, or the sha256 of the array that it was taken from
     present: int  # items that have it
-    masked: bool  # blocks carry "<name>.mask", since some items lack it
+    masked: bool  # blocks carry "<name>.mask", because some items lack it
 
 
 @dataclass(frozen=True)
 class Manifest:
     """Index of a store. Two stores with the same ``sha256`` hold the same bytes in their shards.
 
-    ``num_events`` counts the whole histories of the ``num_users`` users kept; ``num_dropped_users`` had fewer than 2
-    events. ``tables`` maps each Parquet file to the digest of its rows.
+    ``num_events`` counts the whole histories of the ``num_users`` users that were kept; ``num_dropped_users`` had fewer
+    than 2 events. ``tables`` maps each Parquet file to the digest of its rows.
     """
 
     schema_version: int
@@ -100,7 +105,7 @@ class Manifest:
         """Parse and check a manifest.
 
         Raises:
-            UserError: not a manifest, another schema version, changed since it was written, or not consistent.
+            UserError: not a manifest, another schema version, changed since it was written, or inconsistent.
         """
         try:
             raw = json.loads(text)
@@ -157,7 +162,7 @@ def _parse_list(kind: type[T], raw: Any, where: str) -> tuple[T, ...]:
 
 
 def _check_fields(kind: type, raw: Any, where: str) -> dict[str, Any]:
-    """``raw`` if it has exactly the fields of dataclass ``kind``, its scalars of their types and not negative."""
+    """``raw`` if it has exactly the fields of dataclass ``kind``, with scalars of their types and not negative."""
     names = {f.name: f.type for f in fields(kind)}
     if not isinstance(raw, dict) or set(raw) != set(names):
         raise UserError(f"the manifest's {where} does not have the fields {', '.join(names)}")
@@ -172,7 +177,7 @@ def _check_fields(kind: type, raw: Any, where: str) -> dict[str, Any]:
 
 
 def _check_consistency(manifest: Manifest) -> None:
-    """Refuse names that could leave the folder, blocks outside their shard, and sums that do not agree."""
+    """Refuse names that could leave the folder, blocks outside their shard, and totals that do not agree."""
     for feature in manifest.features:
         if FEATURE_NAME.fullmatch(feature.name) is None or feature.dtype != "float16":
             raise UserError(

@@ -4,8 +4,8 @@ The manifest (:mod:`fmrl_dist.data.store.manifest`) indexes every block by shard
 therefore fetches exactly the blocks it wants, checks them before it parses them, and never scans a shard.
 
 Shards are opened by checked plain file names, in a folder or at a URL (:mod:`fmrl_dist.data.store.files`), and parsed
-from memory: handing a manifest's name to webdataset's ``gopen`` would let a manifest that says ``pipe:...`` run a
-shell. Arrays are read without pickle.
+from memory: webdataset's ``gopen`` would run a shell for a manifest that names ``pipe:...``. Arrays are read without
+pickle.
 
 Cost: one open (or request), one read and one sha256 (about 1 GB/s) per block.
 """
@@ -41,19 +41,19 @@ class Store:
 
     @property
     def location(self) -> str:
-        """The store's folder or URL, as it may be shown and recorded: without credentials."""
+        """The store's folder or URL without credentials, to be shown and recorded."""
         return self.files.location
 
     @property
     def path(self) -> Path:
         """The folder of a local store."""
         if not isinstance(self.files, LocalFiles):
-            raise UserError(f"store {self.location} is no local folder; copy it to one")
+            raise UserError(f"store {self.location} is not a local folder; copy it to one")
         return self.files.folder
 
     @property
     def skips_damaged(self) -> bool:
-        """Whether users of damaged blocks are left out; else damage ends the run."""
+        """Whether users of damaged blocks are left out; otherwise damage ends the run."""
         return self._access.on_bad_shard == "skip"
 
     @property
@@ -63,7 +63,7 @@ class Store:
 
     @property
     def derived_folder(self) -> Path:
-        """Where what is made of this store once is kept, under names that carry the manifest's hash."""
+        """Folder for what is computed from this store once, under names that carry the manifest's hash."""
         if not self._access.cache_dir and isinstance(self.files, LocalFiles):
             beside = Path(f"{self.files.folder}.derived")
             if os.access(beside if beside.exists() else beside.parent, os.W_OK):
@@ -76,11 +76,11 @@ class Store:
 
         Args:
             path: a folder or a URL (http, https, s3, gs, file, memory).
-            access: how to read from a URL (time, tries, cache), and what to do about damage. Its own ``path`` is not
-                looked at.
+            access: how to read from a URL (time, tries, cache), and what to do about damage. Its own ``path`` is
+                ignored.
 
         Raises:
-            UserError: nothing is there, it is not a store, or its manifest is refused.
+            UserError: there is nothing at ``path``, it is not a store, or its manifest is refused.
         """
         access = access or StoreConfig()
         files = _open_files(path, access)
@@ -105,31 +105,24 @@ class Store:
             ``<feature>.mask`` bool [n] (true: present). Users: ``users`` int64 [n], ``starts`` int64 [n + 1],
             ``items`` int64 [events] and, where the raw data has them, ``times`` int64 [events]. Users of an inline
             store: also ``block_items`` int64 [k], the distinct items sorted, ``block_counts`` int64 [k], how often each
-            stands in all training histories, and their features as of items.
+            occurs in all training histories, and their features, as in a block of items.
 
         Raises:
             UserError: the shard is missing, its bytes are not those that were written, or not what the manifest says.
         """
         where = f"{self.location}/{block.shard} at byte {block.offset}"
         arrays = parse_block(self.read_bytes(block), where)
-        kind, manifest = block.shard.partition("-")[0], self.manifest
-        features = {feature.name: (feature.dim, feature.masked) for feature in manifest.features}
-        if kind == "items":
-            problems = item_problems(arrays, block.count, features, manifest.num_items)
-        else:
-            sizes = (manifest.num_users, manifest.num_items)
-            inline = features if manifest.inline else None
-            problems = user_problems(arrays, block.count, block.events, kind, *sizes, inline)
-        for problem in problems:
+        find_problems = item_problems if block.split == "items" else user_problems
+        for problem in find_problems(arrays, block, self.manifest):
             raise UserError(f"block {where}: {problem}; build the store again")
         return arrays
 
     def read_or_skip(self, block: Block) -> dict[str, np.ndarray] | None:
-        """:meth:`read_block`; None of a damaged block where the store was opened with ``on_bad_shard: skip``.
+        """:meth:`read_block`; None for a damaged block if the store was opened with ``on_bad_shard: skip``.
 
         Raises:
-            SourceError: the store cannot be reached, whatever is asked for damaged blocks.
-            UserError: the block is damaged, and not to be skipped.
+            SourceError: the store cannot be reached; such a block is never skipped.
+            UserError: the block is damaged, and damaged blocks are not to be skipped.
         """
         try:
             return self.read_block(block)
@@ -141,10 +134,10 @@ class Store:
             return None
 
     def read_each(self, blocks: Sequence[Block]) -> Iterator[dict[str, np.ndarray] | None]:
-        """:meth:`read_or_skip` of each block, in order; from a URL several are fetched at once, to hide its latency.
+        """:meth:`read_or_skip` for each block, in order; from a URL several are fetched at once, to hide its latency.
 
         Raises:
-            UserError: a block cannot be read, and is not to be skipped; no further ones are fetched.
+            UserError: a block cannot be read, and is not to be skipped; no more blocks are fetched.
         """
         if isinstance(self.files, LocalFiles):
             yield from map(self.read_or_skip, blocks)
@@ -164,7 +157,7 @@ class Store:
             return self.files.read_range(block.shard, block.offset, block.num_bytes, block.sha256)
         except FileNotFoundError:
             if isinstance(self.files, LocalFiles) and not (self.files.folder / MANIFEST_FILE).exists():
-                raise SourceError(f"store {self.location} is gone; mount it again, then go on") from None
+                raise SourceError(f"store {self.location} is gone; mount it again, then resume") from None
             raise UserError(f"{where}: no such shard; {mend}") from None
         except SourceError as error:
             raise SourceError(f"{where} {error}") from None
@@ -172,10 +165,10 @@ class Store:
             raise UserError(f"{where} {error}; {mend}") from None
 
     def read_table(self, name: str) -> bytes:
-        """The Parquet file of the vocabulary or of the users, as it is.
+        """The bytes of the Parquet file of the vocabulary or of the users.
 
-        Let pyarrow decode it with ``use_threads=False``: a thread of its pool that still holds these bytes, which are
-        Python's, while Python ends takes the process down (apache/arrow#34314).
+        Let pyarrow decode them with ``use_threads=False``. These bytes belong to Python: a thread of pyarrow's pool
+        that still holds them while Python exits crashes the process (apache/arrow#34314).
 
         Raises:
             UserError: it is missing or cannot be fetched.

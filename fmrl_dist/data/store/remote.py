@@ -1,17 +1,18 @@
 """Fetching checked byte ranges from a URL, through a local cache.
 
 The protocols are http, https, s3, gs, and memory (of this process, for tests); fsspec moves the bytes (``file:`` is a
-folder and needs none of this). That list is closed on purpose. fsspec knows others that unpack archives, open local
-files or start remote shells, and its chained URLs (``simplecache::…``, ``zip://…::…``) nest any of them: whoever may
-say which store is read should not thereby say what runs.
+folder and needs none of this). The list is closed on purpose. fsspec has other protocols, which unpack archives, open
+local files or start remote shells, and its chained URLs (``simplecache::…``, ``zip://…::…``) nest any of them: whoever
+chooses the store must not thereby choose what runs.
 
-Credentials are for the environment: what the protocol's own library reads (AWS_…, GOOGLE_APPLICATION_CREDENTIALS), or
-fsspec's settings, such as ``FSSPEC_HTTP='{"headers": {"Authorization": "…"}}'``. A URL that carries them works, but
-they are neither shown nor recorded. Nor is the text of a library's error, which may quote them: only its kind.
+Credentials belong into the environment: variables that the protocol's own library reads (AWS_…,
+GOOGLE_APPLICATION_CREDENTIALS), or fsspec's settings, such as ``FSSPEC_HTTP='{"headers": {"Authorization": "…"}}'``. A
+URL with credentials works, but they are neither shown nor recorded. The text of a library's error may quote them, so
+only its kind is shown.
 
-Everything fetched has one limit of time for all its tries together; a try gets its even share of what is left, so a
-source that stalls once is asked again. Pauses between tries double, with jitter, so that many ranks do not return in
-step. Cost: a request per range that the cache does not hold. Processes that want one range at once each fetch it.
+All tries for a file or range share one time limit. Each try gets an even share of the time that remains, so a source
+that stalls once is asked again. Pauses between tries double, with jitter, so that many ranks do not retry in step.
+Cost: one request per range that the cache does not hold. Processes that want the same range at once each fetch it.
 """
 
 from __future__ import annotations
@@ -36,19 +37,19 @@ PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", 
 PROTOCOLS = ("file", *PACKAGES)
 OPTIONS: dict[str, dict[str, Any]] = dict.fromkeys(("http", "https"), {"encoded": True})  # a signature covers the URL
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 8.0
-PASSING_STATUSES = (408, 429)  # of the 4xx, those worth another try
+TEMPORARY_STATUSES = (408, 429)  # the 4xx that are worth another try
 
 T = TypeVar("T")
-Fetch = Callable[[float], T]  # from the seconds that it may take
+Fetch = Callable[[float], T]  # its argument: the seconds that it may take
 
 
 class RemoteFiles:
     """A store at a URL.
 
     Args:
-        url: of the store's folder, one that :func:`checked_url` accepts.
+        url: of the store's folder, as :func:`checked_url` accepts it.
         timeout_s: for one file or range, all tries and pauses included.
-        retries: tries after the first.
+        retries: tries after the first one.
         cache: of ranges, or None.
     """
 
@@ -56,7 +57,7 @@ class RemoteFiles:
         self.location = hide_credentials(url)
         self._url, self._protocol = url, url.partition("://")[0].lower()
         self._timeout_s, self._retries, self._cache = timeout_s, retries, cache
-        self._file_system()  # so that a missing package is told at once
+        self._file_system()  # reports a missing package at once
 
     def read(self, name: str, parse: Callable[[bytes], T]) -> T:
         return self._retry(name, f"{name}: ", lambda limit_s: parse(self._fetch(name, limit_s)))
@@ -75,7 +76,7 @@ class RemoteFiles:
         def ask(limit_s: float) -> int:
             size = self._call("info", name, limit_s).get("size")
             if not isinstance(size, int):
-                raise FinalError("is of unknown length: the source does not say it")
+                raise FinalError("has an unknown length: the source does not report it")
             return size
 
         return self._retry(name, f"{name}: ", ask)
@@ -95,23 +96,25 @@ class RemoteFiles:
         return data
 
     def _fetch(self, name: str, limit_s: float, begin: int | None = None, end: int | None = None) -> bytes:
-        data: bytes = self._call("cat_file", name, limit_s, start=begin, end=end)  # by name: s3fs has them elsewhere
+        data: bytes = self._call(
+            "cat_file", name, limit_s, start=begin, end=end
+        )  # by keyword: s3fs orders them differently
         if begin is not None and end is not None and len(data) > end - begin:
             raise FinalError(
-                f"cannot be fetched: {len(data)} bytes came for a range of {end - begin}; serve it by ranges"
+                f"cannot be fetched: {len(data)} bytes came for a range of {end - begin}; the server must serve ranges"
             )
         return data
 
     def _call(self, method: str, name: str, limit_s: float, **arguments: Any) -> Any:
-        """A method of fsspec's file system on one file of the store, ended after ``limit_s`` seconds."""
+        """Call a method of fsspec's file system on one file of the store, for at most ``limit_s`` seconds."""
         file_system = self._file_system()
         limit = {"timeout": limit_s} if isinstance(file_system, AsyncFileSystem) else {}
-        folder, mark, query = self._url.partition("?")  # a signature, say, for all files of the folder
+        folder, mark, query = self._url.partition("?")  # such as a signature, which is for all files of the folder
         url = f"{folder.rstrip('/')}/{name}{mark}{query}"
         return getattr(file_system, method)(url, **arguments, **limit)
 
     def _file_system(self) -> Any:
-        """fsspec's, which keeps one for each process: it must not be carried over a fork."""
+        """fsspec's own, which keeps one for each process: none may be carried over a fork."""
         try:
             return fsspec.filesystem(self._protocol, **OPTIONS.get(self._protocol, {}))
         except ImportError:
@@ -121,8 +124,10 @@ class RemoteFiles:
             ) from None
 
     def _retry(self, name: str, subject: str, fetch: Fetch[T]) -> T:
-        """What ``fetch`` gives, tried until it succeeds, is hopeless, or the time is over; ``subject`` begins the
-        message."""
+        """The result of ``fetch``, tried until it succeeds, a retry cannot help, or the time is over.
+
+        ``subject`` begins the message of the error.
+        """
         checked_name(name)
         begin = time.monotonic()
         deadline, problem, tries = begin + self._timeout_s, "", 0
@@ -138,9 +143,9 @@ class RemoteFiles:
                 return fetch(left_s / (self._retries + 2 - tries))
             except FileNotFoundError:
                 raise FileNotFoundError(f"{self.location}: {name}") from None
-            except Exception as error:  # each protocol's library has errors of its own
+            except Exception as error:  # each protocol's library has its own errors
                 problem = _describe(error)
-                # What came is not what was written, or nothing came; the latter says nothing of the store.
+                # The bytes are not those that were written, or none came; the latter says nothing about the store.
                 kind = UserError if isinstance(error, UserError) and not isinstance(error, FinalError) else SourceError
                 if _is_final(error):
                     break
@@ -151,14 +156,14 @@ class RemoteFiles:
 
 
 class FinalError(UserError):
-    """A problem that another try would meet again."""
+    """A problem that a retry cannot solve."""
 
 
 def checked_url(url: str) -> str:
     """``url`` if it may name a store.
 
     Raises:
-        UserError: it is chained, of another protocol, or not written as a URL is.
+        UserError: it is chained, has another protocol, or is not written as a URL.
     """
     shown = hide_credentials(url)
     require("::" not in url, f"store {shown} is a chained URL; give the URL of the store itself")
@@ -169,36 +174,36 @@ def checked_url(url: str) -> str:
     )
     require(
         HIDDEN not in rest,
-        f"store {shown} was recorded without its credentials; give it again by --store or --store.path, "
+        f"store {shown} was recorded without its credentials; give it again with --store or --store.path, "
         "or put them into the environment",
     )
     require(
         url.isascii() and url.isprintable() and " " not in url,
-        f"store {protocol}://… holds a character that a URL cannot; write it as %XX",
+        f"store {protocol}://… holds a character that a URL cannot hold; write it as %XX",
     )
     host, behind = re.fullmatch(r"([^/?#]*)(.*)", rest).groups()  # type: ignore[union-attr]
-    require("@" not in behind, f"store {shown} has an @ behind its host; write it as %40")
+    require("@" not in behind, f"store {shown} has an @ after its host; write it as %40")
     require("#" not in behind, f"store {shown} has a #; write it as %23")
     require(
         (host == "" and behind.startswith("/")) if protocol.lower() == "file" else (host + behind).strip("/") != "",
-        f"store {shown} names no place; expected such as http://host/folder, s3://bucket/folder or file:///folder",
+        f"store {shown} names no folder; expected a URL such as http://host/folder, s3://bucket/folder or file:///folder",
     )
     return url
 
 
 def default_cache_folder(environment: dict[str, str]) -> Path:
-    """Where ranges are kept unless ``store.cache_dir`` says so: the user's cache."""
+    """Where ranges are kept if ``store.cache_dir`` is empty: in the user's cache."""
     return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fmrl-dist"
 
 
 def _is_final(error: Exception) -> bool:
     status = getattr(error, "status", None)
-    refused = isinstance(status, int) and 400 <= status < 500 and status not in PASSING_STATUSES
+    refused = isinstance(status, int) and 400 <= status < 500 and status not in TEMPORARY_STATUSES
     return refused or isinstance(error, PermissionError | FinalError)
 
 
 def _describe(error: Exception) -> str:
-    """What may be said of an error: never a library's own text, which may quote the URL."""
+    """What may be shown of an error: never a library's own text, which may quote the URL."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, TimeoutError):

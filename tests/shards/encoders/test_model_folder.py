@@ -1,4 +1,4 @@
-"""Where a model is looked for: folders, installed packages, the hub; and what is refused."""
+"""Where models are searched: folders, installed packages, the hub; and what is refused."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from fmrl_dist.base.errors import UserError
-from shards.encoders.model_folder import find_model
+from shards.encoders.model_folder import find_text_model
 
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An installed package with a model, that must not be run to look into it."""
+    """An installed package with a model; looking into it must not run it."""
     site = tmp_path / "site"
     (site / "some_model" / "weights").mkdir(parents=True)
     (site / "some_model" / "__init__.py").write_text("raise SystemExit('was run')")
@@ -26,10 +26,10 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_package_is_looked_into_but_not_run(package: Path) -> None:
-    folder, revision = find_model("package:some_model/weights", "")
+    folder, revision = find_text_model("package:some_model/weights", "")
     assert folder == package / "weights"
     assert "some_model" not in sys.modules
-    assert find_model(str(package / "weights"), "") == (folder, revision)
+    assert find_text_model(str(package / "weights"), "") == (folder, revision)
 
 
 @pytest.mark.parametrize(
@@ -44,12 +44,12 @@ def test_a_package_is_looked_into_but_not_run(package: Path) -> None:
         ("package:some_model", "malformed"),
         ("package:os.path/x", "malformed"),
         ("package:/x", "malformed"),
-        ("./no/such/folder", "no folder and no hub id"),
+        ("./no/such/folder", "neither a folder nor a hub id"),
     ],
 )
 def test_refusals(package: Path, name: str, words: str) -> None:
     with pytest.raises(UserError, match=words) as refused:
-        find_model(name, "")
+        find_text_model(name, "")
     assert "\n" not in str(refused.value)
 
 
@@ -57,19 +57,19 @@ def test_the_revision_is_of_the_content(tmp_path: Path) -> None:
     files = {"config.json": "{}", "model.safetensors": "weights", "vocab.txt": "a"}
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    first = find_model(str(tmp_path), "")[1]
+    first = find_text_model(str(tmp_path), "")[1]
     (tmp_path / "README.md").write_text("says nothing about the rows")
-    assert find_model(str(tmp_path), "")[1] == first
+    assert find_text_model(str(tmp_path), "")[1] == first
     for name, text in files.items():
         (tmp_path / name).write_text(text + " ")
-        assert find_model(str(tmp_path), "")[1] != first
+        assert find_text_model(str(tmp_path), "")[1] != first
         (tmp_path / name).write_text(text)
-    assert find_model(str(tmp_path), "")[1] == first
+    assert find_text_model(str(tmp_path), "")[1] == first
 
 
 def test_a_folder_has_no_revision(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="only a hub model has revisions"):
-        find_model(str(tmp_path), "main")
+        find_text_model(str(tmp_path), "main")
 
 
 def test_a_hub_model_that_cannot_be_fetched_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +78,7 @@ def test_a_hub_model_that_cannot_be_fetched_is_refused(monkeypatch: pytest.Monke
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody answers
     monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", "http://127.0.0.1:9")
     with pytest.raises(UserError, match="cannot be fetched from the hub") as refused:
-        find_model("nobody/has-this-model", "")
+        find_text_model("nobody/has-this-model", "")
     assert "\n" not in str(refused.value)
 
 
@@ -93,4 +93,4 @@ def test_a_cached_hub_model_is_taken_from_the_cache(tmp_path: Path, monkeypatch:
     (repository / "snapshots" / commit / "config.json").write_text("{}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", "http://127.0.0.1:9")
-    assert find_model("some/model", "") == (repository / "snapshots" / commit, commit)
+    assert find_text_model("some/model", "") == (repository / "snapshots" / commit, commit)

@@ -16,12 +16,13 @@ from transformers import AutoModel, AutoTokenizer
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.config.features import TransformersFeature
 from shards.encoders import text_encoder
-from shards.encoders.encoding import Encoded
+from shards.encoders.item_feature import ItemFeature
+from shards.encoders.item_text import ItemTexts
 from shards.encoders.text_encoder import encode_texts, load_encoder, pool, token_batches
 from tests.fixtures.text_model import DIM, MAX_POSITIONS, random_texts, write_text_model
 
 Pooling = Literal["cls", "mean"]
-# Two float32 results that differ by rounding can fall to neighbouring float16 values: at most 1, so 2^-11 apart.
+# Float32 results that differ by rounding can become neighbouring float16 values, 2^-11 apart below 1.
 FLOAT16_STEP = 2.0**-11 + 1e-6
 
 
@@ -41,8 +42,9 @@ def config(model: Path, pooling: Pooling = "cls", max_tokens: int = 32, batch_to
     )
 
 
-def encode(feature: TransformersFeature, texts: list[str], folder: Path, has: np.ndarray | None = None) -> Encoded:
-    return encode_texts("text", feature, texts, np.ones(len(texts), bool) if has is None else has, folder)
+def encode(feature: TransformersFeature, texts: list[str], folder: Path, has: np.ndarray | None = None) -> ItemFeature:
+    present = np.ones(len(texts), bool) if has is None else has
+    return encode_texts("text", feature, ItemTexts(texts, present), folder)
 
 
 def plain_rows(model: Path, texts: list[str], pooling: Pooling, max_tokens: int) -> np.ndarray:
@@ -68,9 +70,7 @@ def test_equals_a_plain_loop(
     expected = plain_rows(model, texts, pooling, max_tokens)
     assert encoded.rows.dtype == np.float16 and encoded.present.all()
     np.testing.assert_allclose(encoded.rows.astype(np.float32), expected, rtol=0, atol=FLOAT16_STEP)
-    assert (
-        np.abs(expected - np.roll(expected, 1, axis=0)).max() > 0.1
-    )  # rows that could not be told apart prove nothing
+    assert np.abs(expected - np.roll(expected, 1, axis=0)).max() > 0.1  # equal rows would prove nothing
     assert encoded.encoder == f"transformers:{model} {pooling} {max_tokens}"
 
 
@@ -131,7 +131,7 @@ def test_finished_blocks_are_taken_over(
     (folder / "000001.npz").unlink()
     kept = (folder / "000000.npz").stat().st_mtime_ns
     capsys.readouterr()
-    again = encode(config(model, batch_tokens=64), texts, tmp_path)  # a smaller batch is what helps when memory ran out
+    again = encode(config(model, batch_tokens=64), texts, tmp_path)  # a smaller batch helps when memory ran out
     assert "2 of 3 blocks were done before" in capsys.readouterr().out
     assert (folder / "000000.npz").stat().st_mtime_ns == kept
     np.testing.assert_allclose(again.rows.astype(np.float32), undisturbed, rtol=0, atol=FLOAT16_STEP)

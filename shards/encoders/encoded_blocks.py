@@ -1,11 +1,11 @@
-"""What an encoder hands over, and what it has done so far: hours of encoding survive an interruption.
+"""The finished blocks of an encoding, kept on disk: hours of encoding survive an interruption.
 
-    <store>.encoding/<feature>-<key>/encoding.json     what is being encoded, by which encoder: the key is its hash
-                                     000000.npz        ids int64 [n], rows float16 [n, dim] of one block, and
+    <store>.encoding/<feature>-<key>/encoding.json     the recipe: what is encoded, and how; the key is its hash
+                                     000000.npz        ids int64 [n] and rows float16 [n, dim] of one block, and
                                                        failed int64: how many inputs could not be encoded
 
-A block's file is whole or not there. Anything that changes the figures (encoder, revision, settings, input) changes the
-key, and with it the folder: rows of another encoding are never taken for ours.
+A block's file is complete or absent. Anything that changes the rows (encoder, revision, settings, input) changes the
+key, and so the folder: rows of another encoding are never mistaken for ours.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,50 +22,46 @@ from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.files import write_atomically
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """One feature of all V items."""
-
-    rows: np.ndarray  # float16 [V, dim]; zero where absent
-    present: np.ndarray  # bool [V]
-    encoder: str  # which, as the manifest names it
-    revision: str  # of its weights or its code
-    note: str = ""  # what the summary should say about absent items
-
-
 def encoding_folder(store: Path) -> Path:
-    """Where the encodings of a store that is being built are kept until it stands."""
+    """Where the encodings of a store are kept until the store is complete."""
     return store.with_name(f"{store.name}.encoding")
 
 
 class EncodedBlocks:
-    """The blocks of one feature, some of them done.
+    """The blocks of one feature, some of which are finished.
 
     Args:
         parent: :func:`encoding_folder` of the store.
         feature: its name.
-        recipe: everything that the rows depend on, as JSON takes it.
-        num_blocks: in which the work is cut.
+        recipe: everything that the rows depend on, as JSON values.
+        num_blocks: that the work is cut into.
     """
 
     def __init__(self, parent: Path, feature: str, recipe: dict[str, Any], num_blocks: int) -> None:
         text = json.dumps({"feature": feature, "num_blocks": num_blocks, **recipe}, indent=1, sort_keys=True)
+        self.feature = feature
         self.folder = parent / f"{feature}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         self.num_blocks = num_blocks
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / "encoding.json", text.encode())
 
+    def announce(self, encoder: str) -> None:
+        """Print which encoder starts, and how many blocks an earlier build has finished."""
+        print(f"feature {self.feature!r}: {encoder}", flush=True)
+        if finished := self.num_blocks - len(self.missing()):
+            print(f"feature {self.feature!r}: {finished} of {self.num_blocks} blocks were done before", flush=True)
+
     def missing(self) -> list[int]:
-        """Numbers of the blocks that are yet to do."""
+        """Numbers of the blocks that are not finished."""
         return [block for block in range(self.num_blocks) if not self._path(block).exists()]
 
     def save(self, block: int, ids: np.ndarray, rows: np.ndarray, num_failed: int = 0) -> None:
-        """Keep a finished block: ids int64 [n] of the items that got a row, and their rows float16 [n, dim].
+        """Keep a finished block.
 
         Args:
             block: its number.
-            ids: each once.
-            rows: in the same order.
+            ids: int64 [n], of the items that have a row, each once.
+            rows: float16 [n, dim], in the same order.
             num_failed: inputs of the block that could not be encoded.
         """
         buffer = io.BytesIO()
@@ -76,10 +71,10 @@ class EncodedBlocks:
     def gather(self, num_items: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
         """All blocks together: float16 [V, dim], memory-mapped, and bool [V], true for the items that have a row.
 
-        An item that several blocks have keeps the row of the first.
+        An item that occurs in several blocks keeps the row of the first.
 
         Raises:
-            UserError: a block's file is damaged, or of another dim.
+            UserError: a block's file is damaged, or has another dim.
         """
         rows = np.lib.format.open_memmap(self.folder / "rows.npy", "w+", np.float16, (num_items, dim))
         present = np.zeros(num_items, np.bool_)
@@ -104,7 +99,7 @@ class EncodedBlocks:
         try:
             with np.load(self._path(block), allow_pickle=False) as arrays:
                 return arrays["ids"], arrays["rows"], int(arrays["failed"])
-        except Exception as error:  # noqa: BLE001 - a damaged archive makes zipfile and NumPy raise what they like
+        except Exception as error:  # noqa: BLE001 - a damaged archive can make zipfile and NumPy raise anything
             raise self._damaged(block, error) from None
 
     def _damaged(self, block: int, what: object) -> UserError:

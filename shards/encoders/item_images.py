@@ -1,7 +1,7 @@
 """Images of items, from a Parquet table of item ids and encoded bytes or file names.
 
-Images come from strangers: only raster formats are opened, the size is checked before any pixel is decoded, a file name
-may not leave the table's folder, and what cannot be read or decoded is no image rather than an error.
+Images are not trusted: only raster formats are opened, the size is checked before any pixel is decoded, and a file name
+must not leave the table's folder. An image that cannot be read or decoded counts as missing; it is not an error.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from PIL import Image
 
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.config.features import ImageFeature
-from shards.tables.tables import BATCH_ROWS, ItemIds, as_ids, iter_table, open_parquet, read_table
+from shards.tables.item_ids import ItemIds, as_ids
+from shards.tables.raw_tables import BATCH_ROWS, open_parquet, read_batches, read_table
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 64_000_000
@@ -46,7 +47,7 @@ class ImageTable:
 
     @classmethod
     def open(cls, config: ImageFeature, root: Path, ids: ItemIds) -> ImageTable:
-        """Look at the table, and read its ids.
+        """Check the table's columns, and read its ids.
 
         Raises:
             UserError: missing file or column, or a column that holds neither bytes nor file names.
@@ -72,14 +73,14 @@ class ImageTable:
         return int((self.items < 0).sum())
 
     def rows(self, rows_at_once: int) -> Iterator[ImageRows]:
-        """All rows, ``rows_at_once`` at a time (fewer only in the end)."""
+        """All rows, ``rows_at_once`` at a time; the last piece may be smaller."""
         low = 0
-        for batch in iter_table(self.path, [self.column], rows_at_once=rows_at_once):
+        for batch in read_batches(self.path, [self.column], rows_at_once=rows_at_once).batches:
             yield ImageRows(self.items[low : low + batch.num_rows], batch[self.column].to_pylist())
             low += batch.num_rows
 
     def sha256(self) -> str:
-        """Digest of which item has which image: of the table, and of the sizes of the files that it names."""
+        """Digest of which item has which image: covers the table, and the sizes of the files that it names."""
         with self.path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256")
         digest.update(self.items.tobytes())
@@ -92,7 +93,7 @@ class ImageTable:
 
 
 def read_image(folder: Path, image: bytes | str | None) -> bytes | None:
-    """Encoded bytes of an image that is given as such or by its file name; None where there are none."""
+    """Encoded bytes of an image, which is given as bytes or by its file name; None where there are none."""
     return read_image_file(folder, image) if isinstance(image, str) else image
 
 
@@ -106,20 +107,20 @@ def read_image_file(folder: Path, name: str) -> bytes | None:
 
 
 def _file_below(folder: Path, name: str) -> Path | None:
-    """The file that a name leads to, links followed; None where it is missing or elsewhere."""
+    """The file that a name leads to, with links followed; None where it is missing or elsewhere."""
     try:
         path = (folder / name).resolve()
         return path if path.is_relative_to(folder.resolve()) and path.is_file() else None
-    except (OSError, ValueError, RuntimeError):  # too long a name, a zero byte in it, a circle of links
+    except (OSError, ValueError, RuntimeError):  # the name is too long or holds a zero byte, or links form a circle
         return None
 
 
 def decode_image(data: bytes | None, side: int | None = None) -> Image.Image | None:
-    """An RGB image of encoded bytes, of an animation the first frame; None where there is none that can be decoded.
+    """An RGB image from encoded bytes, the first frame of an animation; None where they cannot be decoded.
 
     Args:
         data: a file's content.
-        side: a JPEG may be decoded at a fraction of its size, if both sides remain at least this long; None: never.
+        side: a JPEG may be decoded at a fraction of its size if both sides remain at least this long; None: never.
     """
     if not data:
         return None
@@ -134,11 +135,11 @@ def decode_image(data: bytes | None, side: int | None = None) -> Image.Image | N
             if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip instead of scale
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image.convert("RGB")
-    except Exception:  # noqa: BLE001 - Pillow's decoders raise whatever a malformed file leads them to
+    except Exception:  # noqa: BLE001 - a malformed file can make Pillow's decoders raise anything
         return None
 
 
 def describe_unused(unreadable: int, unknown: int) -> str:
-    """Note on images that were not used; "" if all were."""
+    """A note on images that were not used; "" if all were."""
     notes = [f"{unreadable} images unreadable"] * (unreadable > 0) + [f"{unknown} of unknown items"] * (unknown > 0)
     return ", ".join(notes)

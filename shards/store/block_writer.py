@@ -1,13 +1,14 @@
 """Tar shards on disk: blocks of arrays in, the manifest's index entries out.
 
-Written with webdataset's ``TarWriter`` to files opened here, from bytes encoded here (nothing is pickled), without
-times or owners: the same arrays always give the same bytes.
+webdataset's ``TarWriter`` writes to files that are opened here, bytes that are encoded here: nothing is pickled. Times
+and owners are left out, so the same arrays always give the same bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -18,8 +19,21 @@ from webdataset import TarWriter
 from fmrl_dist.data.store.manifest import Block, Shard, block_sha256
 
 
+@dataclass(frozen=True)
+class _PendingBlock:
+    """A block whose hash is not known yet."""
+
+    offset: int
+    num_bytes: int
+    count: int
+    events: int
+
+
 class BlockWriter:
-    """Writes the blocks of one split, ``blocks_per_shard`` to a tar. Close it (``with``), then read its lists."""
+    """Writes the blocks of one split, ``blocks_per_shard`` to a tar.
+
+    A context manager: ``blocks`` and ``shards`` are complete once it is closed.
+    """
 
     def __init__(self, folder: Path, split: str, blocks_per_shard: int) -> None:
         self.blocks: list[Block] = []
@@ -30,17 +44,17 @@ class BlockWriter:
         self._num_blocks = 0
         self._file: BinaryIO | None = None
         self._tar: TarWriter | None = None
-        self._pending: list[tuple[int, int, int, int]] = []  # offset, bytes, count, events of the open shard's blocks
+        self._pending: list[_PendingBlock] = []  # of the open shard
 
     def write(self, arrays: dict[str, np.ndarray], count: int, events: int) -> None:
-        """Append one block; ``arrays`` by field name, ``count`` items or users, ``events`` in it."""
+        """Append one block: ``arrays`` by field name, which hold ``count`` items or users and ``events`` events."""
         if self._tar is None:
             self._file = (self._folder / self._shard_name()).open("wb")
             self._tar = TarWriter(self._file, encoder=False, mtime=0, user="", group="")
         start = self._tar.tarstream.offset
         members = {f"{field}.npy": _npy_bytes(array) for field, array in arrays.items()}
         self._tar.write({"__key__": f"{self._num_blocks:06d}", **members})
-        self._pending.append((start, self._tar.tarstream.offset - start, count, events))
+        self._pending.append(_PendingBlock(start, self._tar.tarstream.offset - start, count, events))
         self._num_blocks += 1
         if len(self._pending) == self._blocks_per_shard:
             self._finish_shard()
@@ -63,14 +77,22 @@ class BlockWriter:
         name = self._shard_name()
         whole = hashlib.sha256()
         with (self._folder / name).open("rb") as file:
-            for offset, num_bytes, count, events in self._pending:
-                data = file.read(num_bytes)
+            for pending in self._pending:
+                data = file.read(pending.num_bytes)
                 whole.update(data)
-                self.blocks.append(Block(name, offset, num_bytes, block_sha256(data), count, events))
+                self.blocks.append(Block(shard=name, sha256=block_sha256(data), **asdict(pending)))
             whole.update(file.read())
             size = file.tell()
-        counts, events_of = (sum(block[i] for block in self._pending) for i in (2, 3))
-        self.shards.append(Shard(name, size, whole.hexdigest(), len(self._pending), counts, events_of))
+        self.shards.append(
+            Shard(
+                name=name,
+                num_bytes=size,
+                sha256=whole.hexdigest(),
+                samples=len(self._pending),
+                count=sum(pending.count for pending in self._pending),
+                events=sum(pending.events for pending in self._pending),
+            )
+        )
         self._tar = self._file = None
         self._pending = []
 

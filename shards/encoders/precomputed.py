@@ -1,0 +1,64 @@
+"""A feature that was computed elsewhere: a ``.npy`` array [V, dim], taken as it is. It stays on disk, memory-mapped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.base.files import file_sha256
+from fmrl_dist.config.features import NpyFeature
+from shards.encoders.item_feature import ItemFeature
+
+FLOAT16_MAX = 65_504.0
+VALUES_AT_ONCE = 1 << 22  # that are checked together
+
+
+def read_precomputed(name: str, config: NpyFeature, root: Path, num_items: int) -> ItemFeature:
+    """The array of feature ``name``; row = internal id.
+
+    Raises:
+        UserError: the file cannot be read, does not fit the items or ``config.dim``, or holds numbers that are not
+            finite or overflow float16.
+    """
+    path = root / config.path
+    if not path.is_file():
+        raise UserError(f"feature {name!r}: {path} does not exist; check data.root and data.features.{name}.path")
+    try:
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise UserError(
+            f"feature {name!r}: {path} is not a plain .npy array ({error}); save it with numpy.save"
+        ) from None
+    if not isinstance(rows, np.ndarray) or rows.ndim != 2 or rows.dtype.kind != "f" or rows.shape[1] == 0:
+        found = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, np.ndarray) else "an archive"
+        raise UserError(f"feature {name!r}: {path} holds {found}; expected floats [items, dim]")
+    if len(rows) != num_items:
+        raise UserError(
+            f"feature {name!r}: {path} has {len(rows)} rows but there are {num_items} items; expected a row for each"
+        )
+    if config.dim not in (0, rows.shape[1]):
+        raise UserError(
+            f"feature {name!r}: {path} has {rows.shape[1]} columns but its dim is {config.dim}; make them equal, or "
+            "set dim to 0"
+        )
+    _check_values(name, path, rows)
+    return ItemFeature(name, rows, np.ones(num_items, bool), "npy", file_sha256(path))
+
+
+def _check_values(name: str, path: Path, rows: np.ndarray) -> None:
+    step = max(1, VALUES_AT_ONCE // rows.shape[1])
+    for low in range(0, len(rows), step):
+        part = rows[low : low + step]
+        finite = np.isfinite(part).all(axis=1)
+        if not finite.all():
+            row = low + int(np.argmin(finite))
+            raise UserError(f"feature {name!r}: {path} row {row} holds NaN or infinity; expected finite numbers")
+        largest = np.abs(part).max(axis=1)
+        if (largest > FLOAT16_MAX).any():
+            row = int(np.argmax(largest))
+            raise UserError(
+                f"feature {name!r}: {path} row {low + row} holds {largest[row]:g}, which overflows float16 "
+                f"(at most {FLOAT16_MAX:g}); scale the array down"
+            )

@@ -1,0 +1,1 @@
+"""Writing shard stores, and checking them byte by byte."""

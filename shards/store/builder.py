@@ -1,0 +1,208 @@
+"""Building a shard store from the raw tables that a config names.
+
+Items, then features, then histories are written into a folder beside the store, which is renamed in the end. A build
+that fails leaves nothing but the blocks that its encoders have finished (``shards.encoders.encoded_blocks``); the next
+build reuses them. The same input gives the same shards and the same manifest hash.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.base.files import replaced_folder
+from fmrl_dist.base.progress import Progress
+from fmrl_dist.base.urls import hide_credentials, is_url
+from fmrl_dist.config.features import TextFeature
+from fmrl_dist.config.sections import Config, DataConfig
+from fmrl_dist.data.store.manifest import MANIFEST_FILE, SCHEMA_VERSION, SPLITS, USERS_FILE, VOCAB_FILE, Manifest
+from fmrl_dist.data.store.reader import Store
+from shards.encoders.encoded_blocks import encoding_folder
+from shards.encoders.item_feature import ItemFeature
+from shards.encoders.item_text import template_columns
+from shards.encoders.sources import make_feature
+from shards.store.block_writer import BlockWriter
+from shards.store.leave_one_out import LeaveOneOutWriter, SplitBlocks, train_counts
+from shards.store.parquet_tables import rows_sha256, users_table, vocab_table
+from shards.store.user_blocks import BlockFields, UserBlocks
+from shards.tables.histories import Histories, read_histories
+from shards.tables.item_ids import ItemIds, as_ids, check_unique
+from shards.tables.raw_tables import read_table
+
+ITEM_ORDER_SEED = 0
+
+
+def build_store(config: Config, overwrite: bool = False) -> tuple[Store, list[ItemFeature]]:
+    """Build the store at ``config.store.path``.
+
+    Raises:
+        UserError: the raw data are refused, or something is already there and ``overwrite`` is off.
+    """
+    require(
+        not is_url(config.store.path),
+        f"store {hide_credentials(config.store.path)} is a URL; build into a folder (--store.path), then copy it",
+    )
+    target = Path(config.store.path).resolve()
+    _check_target(target, overwrite)
+    _make_demo_data(config.data)
+    with replaced_folder(target) as aside:
+        features = _write_store(config, aside, encoding_folder(target))
+    shutil.rmtree(encoding_folder(target), ignore_errors=True)
+    return Store.open(target), features
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not (target / MANIFEST_FILE).is_file():
+        raise UserError(f"{target} exists and is not a store; choose another --store.path")
+    if not overwrite:
+        raise UserError(f"store {target} exists; keep it, or build it again with --overwrite")
+
+
+def _make_demo_data(data: DataConfig) -> None:
+    """Generate the demo's raw tables; those of the same size and seed are kept."""
+    if data.demo is not None:
+        from shards.demo.folder import write_demo  # needs Pillow, which other builds do without
+
+        write_demo(Path(data.root), data.demo.users, data.demo.items, data.demo.seed)
+
+
+@dataclass(frozen=True)
+class _RawData:
+    """The item table, and where the histories are."""
+
+    config: DataConfig
+    items: pa.Table
+    ids: ItemIds
+
+    @classmethod
+    def read(cls, config: DataConfig) -> _RawData:
+        path = Path(config.root) / config.items.path
+        items = read_table(path, _item_columns(config))
+        where = f"column {config.items.id!r} of {path}"
+        ids = ItemIds(as_ids(items[config.items.id], where))
+        check_unique(ids.external, where)
+        return cls(config, items, ids)
+
+    @property
+    def num_items(self) -> int:
+        return len(self.ids.external)
+
+    @property
+    def titles(self) -> pa.ChunkedArray | None:
+        return self.items[self.config.items.title] if self.config.items.title else None
+
+    @property
+    def history_path(self) -> Path:
+        return Path(self.config.root) / self.config.sequences.path
+
+    def histories(self, purpose: str) -> Iterator[Histories]:
+        """All histories, batch by batch; ``purpose`` names the progress that is shown."""
+        found = read_histories(self.history_path, self.config.sequences, self.ids)
+        progress = Progress("user", found.num_users, name=purpose)
+        for batch in found.batches:
+            yield batch
+            progress.advance(len(batch.users))
+        progress.close()
+
+
+def _item_columns(data: DataConfig) -> list[str]:
+    """Columns of the item table that this build reads."""
+    columns = [data.items.id, *([data.items.title] if data.items.title else [])]
+    for feature in data.features.values():
+        if isinstance(feature, TextFeature):
+            columns += template_columns(feature.text or data.text)
+    return columns
+
+
+def _write_store(config: Config, folder: Path, encoding: Path) -> list[ItemFeature]:
+    """Write all files of the store into ``folder``; encoders keep finished blocks in the folder ``encoding``."""
+    raw = _RawData.read(config.data)
+    features = [make_feature(name, config.data, raw.items, raw.ids, encoding) for name in config.data.features]
+    inline = config.store.feature_mode == "inline"
+    with ExitStack() as stack:
+        writers = {
+            split: stack.enter_context(BlockWriter(folder, split, config.store.blocks_per_shard))
+            for split in ("items", *SPLITS)
+        }
+        _write_items(writers["items"], raw.num_items, features, config.store.items_per_block)
+        item_fields = partial(_inline_fields, features, _train_counts(raw)) if inline else None
+        blocks = {split: UserBlocks(writers[split], config.store.users_per_block, item_fields) for split in SPLITS}
+        histories, users = _write_histories(raw, SplitBlocks(**blocks))
+    tables = {
+        VOCAB_FILE: vocab_table(raw.ids.external, histories.train_count, raw.titles),
+        USERS_FILE: users_table(users),
+    }
+    for name, table in tables.items():
+        pq.write_table(table, folder / name)
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        num_items=raw.num_items,
+        num_users=histories.num_users,
+        num_dropped_users=histories.num_dropped_users,
+        num_events=histories.num_events,
+        inline=inline,
+        features=tuple(feature.manifest_entry for feature in features),
+        items=tuple(writers["items"].blocks),
+        splits={split: tuple(writers[split].blocks) for split in SPLITS},
+        shards=tuple(shard for writer in writers.values() for shard in writer.shards),
+        tables={name: rows_sha256(table) for name, table in tables.items()},
+    )
+    (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+    return features
+
+
+def _write_items(writer: BlockWriter, num_items: int, features: Sequence[ItemFeature], items_per_block: int) -> None:
+    """Item blocks in permuted order, so that any run of them is a uniform sample of the catalogue."""
+    order = np.random.default_rng(ITEM_ORDER_SEED).permutation(num_items)
+    progress = Progress("item", num_items, name="item blocks")
+    for low in range(0, num_items, items_per_block):
+        ids = order[low : low + items_per_block]
+        fields = {"ids": ids}
+        for feature in features:
+            fields |= feature.block_fields(ids)
+        writer.write(fields, count=len(ids), events=0)
+        progress.advance(len(ids))
+    progress.close()
+
+
+def _write_histories(raw: _RawData, blocks: SplitBlocks) -> tuple[LeaveOneOutWriter, pa.Array]:
+    """Write the blocks of all splits; returns the writer with its counts, and the external ids of the users."""
+    writer = LeaveOneOutWriter(blocks, raw.num_items)
+    for batch in raw.histories("histories"):
+        writer.add(batch)
+    users = writer.finish()
+    check_unique(users, f"column {raw.config.sequences.user!r} of {raw.history_path}")
+    require(
+        writer.num_users > 0,
+        f"table {raw.history_path}: none of its {writer.num_dropped_users} histories has 2 events; "
+        "there is nothing to train on",
+    )
+    return writer, users
+
+
+def _train_counts(raw: _RawData) -> np.ndarray:
+    """Train events of each item, int64 [V]: inline blocks carry them, which takes a first pass over the histories."""
+    counts = np.zeros(raw.num_items, np.int64)
+    for batch in raw.histories("train counts"):
+        counts += train_counts(batch, len(counts))
+    return counts
+
+
+def _inline_fields(features: Sequence[ItemFeature], train_count: np.ndarray, items: np.ndarray) -> BlockFields:
+    """What an inline block carries about its distinct items."""
+    ids = np.unique(items)
+    fields = {"block_items": ids, "block_counts": train_count[ids]}
+    for feature in features:
+        fields |= feature.block_fields(ids)
+    return fields

@@ -1,0 +1,79 @@
+"""Ids of items and users: checked columns, and from an item's external id to its row.
+
+Ids are compared in the item table's type (integers as int64, anything else as text), so a CSV and a Parquet file with
+the same rows give the same store.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fmrl_dist.base.errors import UserError
+
+
+def as_ids(column: pa.ChunkedArray | pa.Array, where: str) -> pa.Array:
+    """``column`` as int64 or large_string without nulls.
+
+    Raises:
+        UserError: nulls, or a type that is neither integer nor text.
+    """
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if column.null_count:
+        raise UserError(f"{where} holds {column.null_count} null ids; remove or fill these rows")
+    if pa.types.is_integer(kind):
+        target: pa.DataType = pa.int64()
+    elif pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        target = pa.large_string()
+    else:
+        raise UserError(f"{where} holds ids of type {kind}; expected integers or text")
+    try:
+        column = column.cast(kind).cast(target)
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{where} holds ids that do not fit int64 ({error}); store them as text") from None
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+
+
+def check_unique(ids: pa.Array, where: str) -> None:
+    """Refuse an id that occurs more than once."""
+    counts = pc.value_counts(ids)
+    if len(counts) == len(ids):
+        return
+    twice = counts.filter(pc.greater(counts.field("counts"), 1))
+    raise UserError(
+        f"{where} holds {len(twice)} ids more than once, the first is {twice.field('values')[0].as_py()!r}; "
+        "expected one row for each id"
+    )
+
+
+@dataclass(frozen=True)
+class ItemIds:
+    """External item ids in table order: the internal id of an item is its row."""
+
+    external: pa.Array  # [V], int64 or large_string
+
+    def find(self, values: pa.Array) -> np.ndarray:
+        """Internal ids, int64; -1 where the item is unknown. One pass over the catalogue per call."""
+        try:
+            rows = pc.index_in(values.cast(self.external.type), value_set=self.external)
+        except pa.ArrowInvalid:  # text that is not a number, among integer ids
+            rows = pc.index_in(values.cast(pa.large_string()), value_set=self.external.cast(pa.large_string()))
+        return rows.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+
+    def lookup(self, values: pa.Array, where: str) -> np.ndarray:
+        """Internal ids, int64.
+
+        Raises:
+            UserError: an item is not in the table.
+        """
+        rows = self.find(values)
+        unknown = np.flatnonzero(rows < 0)
+        if len(unknown):
+            raise UserError(
+                f"{where} names items that are not in the item table, the first is {values[unknown[0]].as_py()!r}; "
+                "add them there, or remove these events"
+            )
+        return rows

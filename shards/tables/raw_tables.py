@@ -1,0 +1,113 @@
+"""Raw tables: Parquet or CSV files, read whole or in batches of rows, with their columns checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from fmrl_dist.base.errors import UserError
+
+BATCH_ROWS = 65_536
+
+
+def read_table(path: Path, columns: Sequence[str], text: Sequence[str] = ()) -> pa.Table:
+    """Read ``columns`` of a whole table. In a CSV, the columns of ``text`` are read as text; other types are guessed.
+
+    Raises:
+        UserError: missing file, neither Parquet nor CSV, missing column, no rows.
+    """
+    columns = list(dict.fromkeys(columns))
+    try:
+        if _ending(path) == ".parquet":
+            with open_parquet(path, columns) as file:
+                return file.read(columns=columns)
+        table = _read_csv(path, columns, text)
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(path, error) from None
+    if table.num_rows == 0:
+        raise UserError(f"table {path} is empty; expected at least one row")
+    return table
+
+
+class TableBatches(NamedTuple):
+    """A table that is read a batch of rows at a time."""
+
+    num_rows: int  # of the whole table
+    batches: Iterator[pa.Table]
+
+
+def read_batches(
+    path: Path, columns: Sequence[str], text: Sequence[str] = (), rows_at_once: int = BATCH_ROWS
+) -> TableBatches:
+    """Like :func:`read_table`, ``rows_at_once`` rows at a time. A CSV is one batch, since its types are guessed."""
+    if _ending(path) == ".csv":
+        table = read_table(path, columns, text)
+        return TableBatches(table.num_rows, iter([table]))
+    with open_parquet(path, columns) as file:
+        num_rows = file.metadata.num_rows
+    return TableBatches(num_rows, _parquet_batches(path, columns, rows_at_once))
+
+
+def _parquet_batches(path: Path, columns: Sequence[str], rows_at_once: int) -> Iterator[pa.Table]:
+    with open_parquet(path, columns) as file:
+        try:
+            for batch in file.iter_batches(rows_at_once, columns=list(columns)):
+                yield pa.Table.from_batches([batch])
+        except (pa.ArrowException, OSError) as error:
+            raise _unreadable(path, error) from None
+
+
+def open_parquet(path: Path, columns: Sequence[str]) -> pq.ParquetFile:
+    """Open a Parquet file that must have rows and these columns.
+
+    Raises:
+        UserError: missing file, not Parquet, missing column, no rows.
+    """
+    if _ending(path) != ".parquet":
+        raise UserError(f"table {path} is a CSV; expected Parquet")
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(path, error) from None
+    _check_columns(path, file.schema_arrow.names, columns)
+    if file.metadata.num_rows == 0:
+        raise UserError(f"table {path} is empty; expected at least one row")
+    return file
+
+
+def _ending(path: Path) -> str:
+    if not path.is_file():
+        raise UserError(f"table {path} does not exist; check data.root and the path in the config")
+    if path.suffix not in (".parquet", ".csv"):
+        raise UserError(f"table {path} ends in {path.suffix!r}; expected .parquet or .csv")
+    return path.suffix
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"table {path} cannot be read: {' '.join(str(error).split())}; is the file complete, and in that format?"
+    )
+
+
+def _check_columns(path: Path, found: Sequence[str], columns: Sequence[str]) -> None:
+    for column in columns:
+        if column not in found:
+            raise UserError(f"table {path} has no column {column!r}; it has: {', '.join(found)}")
+
+
+def _read_csv(path: Path, columns: list[str], text: Sequence[str]) -> pa.Table:
+    parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
+    with pyarrow.csv.open_csv(path, parse_options=parse) as reader:
+        _check_columns(path, reader.schema.names, columns)
+    convert = pyarrow.csv.ConvertOptions(
+        include_columns=columns,
+        column_types={column: pa.large_string() for column in text},
+        null_values=[""],  # an item called "NA" is an item
+        strings_can_be_null=True,
+    )
+    return pyarrow.csv.read_csv(path, parse_options=parse, convert_options=convert)
