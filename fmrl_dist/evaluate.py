@@ -35,7 +35,7 @@ from fmrl_dist.evaluation.parts import (
     write_part,
 )
 from fmrl_dist.evaluation.ranker import Ranker, ranker_of_checkpoint, ranker_of_export
-from fmrl_dist.evaluation.report import figures, num_users_in, print_and_write
+from fmrl_dist.evaluation.report import EvaluatedModel, figures, num_users_in, print_and_write
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class ModelSource:
     """A checkpoint or an export to evaluate, before its catalogue is read."""
 
     build: Callable[[Runtime], Ranker]
-    sha256: Callable[[], str]  # identifies the checkpoint or export
+    model: Callable[[], EvaluatedModel]
     sizes: list[int]
     store: Store  # of the users
     folder: Path  # of the report
@@ -80,7 +80,8 @@ def evaluate(source: ModelSource, protocol: EvaluationProtocol, runtime: Runtime
     if not runtime.is_main:
         return
     if part is None:
-        print_and_write(figures(histograms, source.sizes, protocol), source.folder)
+        model = source.model()
+        print_and_write(figures(histograms, source.sizes, protocol, model), source.folder, model)
     else:
         save_part(source, protocol, part, ComputeSetting(torch.get_num_threads(), runtime.device.type), histograms)
 
@@ -89,22 +90,24 @@ def save_part(
     source: ModelSource, protocol: EvaluationProtocol, part: Part, setting: ComputeSetting, histograms: Tensor
 ) -> None:
     """Write one part, and print its path."""
-    identity = identity_of(source, protocol)
-    path = write_part(parts_folder(source.folder, identity), part, identity, setting, histograms)
+    model = source.model()
+    identity = identity_of(source, protocol, model)
+    path = write_part(parts_folder(source.folder, identity, model.manifest_sha256), part, identity, setting, histograms)
     print(f"{protocol.split}, part {part}: {int(histograms[0].sum()):,} users\nwritten: {path}", flush=True)
 
 
 def join(source: ModelSource, protocol: EvaluationProtocol) -> None:
     """Join all parts into one report, and remove them."""
-    identity = identity_of(source, protocol)
-    folder = parts_folder(source.folder, identity)
-    print_and_write(figures(join_parts(folder, identity), source.sizes, protocol), source.folder)
+    model = source.model()
+    identity = identity_of(source, protocol, model)
+    folder = parts_folder(source.folder, identity, model.manifest_sha256)
+    print_and_write(figures(join_parts(folder, identity), source.sizes, protocol, model), source.folder, model)
     shutil.rmtree(folder)
 
 
-def identity_of(source: ModelSource, protocol: EvaluationProtocol) -> EvaluationIdentity:
+def identity_of(source: ModelSource, protocol: EvaluationProtocol, model: EvaluatedModel) -> EvaluationIdentity:
     return EvaluationIdentity(
-        checkpoint_sha256=source.sha256(),
+        checkpoint_sha256=model.sha256,
         manifest_sha256=source.store.manifest.sha256,
         split=protocol.split,
         mask_seen=protocol.mask_seen,
@@ -120,7 +123,7 @@ def open_checkpoint(path: Path, store_path: str | None, split: str) -> ModelSour
     store = open_store(store_path or config.store.path, split, config.store)
     return ModelSource(
         build=partial(ranker_of_checkpoint, checkpoint, config, store),
-        sha256=lambda: checkpoint.sha256,
+        model=lambda: EvaluatedModel(checkpoint.state.step, checkpoint.sha256, checkpoint.manifest_sha256),
         sizes=list(config.model.sizes),
         store=store,
         folder=run_of_best(checkpoint) or checkpoint.path,
@@ -130,7 +133,8 @@ def open_checkpoint(path: Path, store_path: str | None, split: str) -> ModelSour
 def open_export(path: Path, store_path: str | None, split: str) -> ModelSource:
     """An export, with its own item embeddings."""
     recommender = read_export(path)
-    store = open_store(store_path or recommender.origin.store, split)
+    origin = recommender.origin
+    store = open_store(store_path or origin.store, split)
     num_items = store.manifest.num_items
     require(
         len(recommender.items) == num_items,
@@ -138,7 +142,7 @@ def open_export(path: Path, store_path: str | None, split: str) -> ModelSource:
     )
     return ModelSource(
         build=lambda runtime: ranker_of_export(recommender.to(runtime.device)),
-        sha256=partial(export_sha256, path),
+        model=lambda: EvaluatedModel(origin.step, export_sha256(path), origin.manifest_sha256),
         sizes=list(recommender.model.sizes),
         store=store,
         folder=path,

@@ -24,8 +24,10 @@ from fmrl_dist.base.files import json_sha256
 from fmrl_dist.base.progress import Progress
 from fmrl_dist.checkpoint.folder import Checkpoint, TrainState, load_checkpoint
 from fmrl_dist.checkpoint.run_folder import (
+    FINAL_EVALUATION,
     claimed_run_folder,
-    final_evaluation,
+    is_finished,
+    mark_finished,
     open_run,
     out_of_patience,
     schedule_epochs,
@@ -47,7 +49,7 @@ from fmrl_dist.distributed.processes import Runtime, start_runtime
 from fmrl_dist.distributed.signals import Stopped, StopRequest, ask_for_requeue, forget_requeue
 from fmrl_dist.evaluation.histograms import EvaluationProtocol, count_target_ranks
 from fmrl_dist.evaluation.ranker import ranker_of_checkpoint
-from fmrl_dist.evaluation.report import figures, print_and_write
+from fmrl_dist.evaluation.report import EvaluatedModel, figures, print_and_write
 from fmrl_dist.training.agreement import StepResult, agree, count_targets, stop_if_not_finite
 from fmrl_dist.training.checks import check_inline, check_something_tells_items_apart
 from fmrl_dist.training.demo_store import build_missing_demo_store
@@ -114,7 +116,7 @@ def train_and_evaluate(config: Config, runtime: Runtime, resume: str | None, sto
     if checkpoint is None or not training_is_over(config, checkpoint, total_steps):
         _train_steps(Run(config, runtime, folder, store, order, total_steps), checkpoint, stop)
         runtime.accelerator.wait_for_everyone()
-    elif final_evaluation(folder).exists():
+    elif is_finished(folder) and (folder / FINAL_EVALUATION).exists():
         runtime.say(f"{folder} is finished (step {checkpoint.state.step}); nothing to do")
         return
     _evaluate_best(config, runtime, store, folder, stop)
@@ -333,12 +335,15 @@ def load_best(folder: Path, runtime: Runtime) -> Checkpoint:
 
 
 def _evaluate_best(config: Config, runtime: Runtime, store: Store, folder: Path, stop: StopRequest) -> None:
-    stop.raise_together(runtime, stop.requested)  # the next calls may take a while before they check again
-    ranker = ranker_of_checkpoint(load_best(folder, runtime), config, store, runtime)
+    stop.raise_together(runtime, stop.requested)  # what comes next can take a while before it listens
+    best = load_best(folder, runtime)
+    ranker = ranker_of_checkpoint(best, config, store, runtime)
     protocol = EvaluationProtocol(store, "test", mask_seen=False)
     histograms = count_target_ranks(ranker, protocol, runtime, stop)
     if runtime.is_main:
-        print_and_write(figures(histograms, ranker.model.sizes, protocol), folder)
+        model = EvaluatedModel(best.state.step, best.sha256, best.manifest_sha256)
+        print_and_write(figures(histograms, ranker.model.sizes, protocol, model), folder, model)
+        mark_finished(folder, best)
 
 
 def main(argv: list[str]) -> None:

@@ -208,6 +208,13 @@ def linked_checkpoint(folder: Path, link: str) -> Path | None:
     return next((path.resolve() for path, record in records if record["state"]["step"] == best_step), None)
 
 
+def latest_sha256(folder: Path) -> str:
+    """Hash of the record of a run's latest checkpoint; "" if there is none, or it is damaged."""
+    latest = linked_checkpoint(folder, "latest")
+    record = None if latest is None else _record(latest)
+    return "" if record is None else str(record["sha256"])
+
+
 def _records(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     """Checkpoints of a run with their records, newest first, but for those whose record cannot be read."""
     pairs = [(path, _record(path)) for path in newest_first(folder)]

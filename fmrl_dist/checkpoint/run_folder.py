@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import socket
@@ -16,6 +17,7 @@ from fmrl_dist.base.locks import lock_file
 from fmrl_dist.checkpoint.folder import (
     Checkpoint,
     TrainState,
+    latest_sha256,
     linked_checkpoint,
     load_checkpoint,
     load_newest_whole,
@@ -26,6 +28,8 @@ from fmrl_dist.config.sections import Config
 from fmrl_dist.distributed.processes import Runtime
 
 LOCK_FILE = ".lock"
+FINISHED_FILE = "finished.json"
+FINAL_EVALUATION = "evaluation.json"  # on test, seen items not masked
 RESTART_PATIENCE_S = 150.0
 # Settings that must equal the checkpoint's, or the losses would not be those of a single run.
 FIXED = {
@@ -158,18 +162,43 @@ def claimed_run_folder(folder: Path, config: Config, runtime: Runtime) -> Iterat
             raise UserError(refusal or f"another run is training into {folder}")
         if runtime.is_main:
             write_atomically(folder / "config.yaml", config.to_yaml().encode())
-            final_evaluation(folder).unlink(missing_ok=True)
+            (folder / FINISHED_FILE).unlink(missing_ok=True)
+            (folder / FINAL_EVALUATION).unlink(missing_ok=True)
         yield
 
 
-def evaluation_file(split: str, mask_seen: bool) -> str:
-    """File name without extension: evaluation[-valid][-masked]."""
-    return "evaluation" + ("-valid" if split == "valid" else "") + ("-masked" if mask_seen else "")
+def evaluation_file(split: str, mask_seen: bool, other_manifest: str = "") -> str:
+    """File name without extension: evaluation[-valid][-masked][-on-MANIFEST].
+
+    Args:
+        split: valid or test.
+        mask_seen: whether the items of a user's history were left out.
+        other_manifest: sha256 of the store's manifest, where that is not the store of the run or export.
+    """
+    parts = ["evaluation"] + ["valid"] * (split == "valid") + ["masked"] * mask_seen
+    return "-".join(parts + ([f"on-{other_manifest[:12]}"] if other_manifest else []))
 
 
-def final_evaluation(folder: Path) -> Path:
-    """The last file that a finished run writes."""
-    return folder / f"{evaluation_file('test', mask_seen=False)}.json"
+def mark_finished(folder: Path, best: Checkpoint) -> None:
+    """Record that the run has trained to its end and evaluated its best checkpoint."""
+    record = {
+        "latest_sha256": latest_sha256(folder / "checkpoints"),
+        "best_step": best.state.step,
+        "best_sha256": best.sha256,
+    }
+    write_atomically(folder / FINISHED_FILE, json.dumps(record, indent=1).encode() + b"\n")
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run's own record says that it is finished, and nothing was trained since.
+
+    An ``evaluation.json`` does not say so: ``fmrl_dist.evaluate`` writes one for a run that still trains.
+    """
+    try:
+        record = json.loads((folder / FINISHED_FILE).read_text())
+        return bool(record["latest_sha256"] == latest_sha256(folder / "checkpoints"))
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def schedule_epochs(config: Config) -> int:

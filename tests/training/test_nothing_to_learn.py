@@ -13,7 +13,7 @@ from fmrl_dist import evaluate, export, train
 from fmrl_dist.checkpoint.folder import load_checkpoint
 from fmrl_dist.config.loading import load_config
 from fmrl_dist.data.store.reader import Store
-from shards.build import build
+from shards.store.builder import build_store
 from tests.fixtures.checkpoints import reseal
 from tests.fixtures.training import STEPS_PER_EPOCH, figures, make_shop, records, refusal, run_here, train_here
 
@@ -41,7 +41,7 @@ def damaged_store(shop: Path, folder: Path, split: str, keep: int) -> Path:
 
 def test_no_feature_and_no_id_table(shop: Path, tmp_path: Path) -> None:
     config = load_config(shop, ["--data.features", "{}", "--store.path", str(tmp_path / "bare")])
-    build(config)
+    build_store(config)
     words = ["--config", shop, "--store.path", tmp_path / "bare", "--run.dir", tmp_path / "run"]
     line = refusal(train.main, *words)
     assert "has no features and model.id_table is off: nothing would tell items apart" in line
