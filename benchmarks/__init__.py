@@ -1,4 +1,4 @@
-"""Measurements: each prints a table with versions, hardware and commits, and none reports figures that disagree."""
+"""Measurements: each prints versions, hardware, commit and a table, and refuses to report where results disagree."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def describe_setting() -> dict[str, str]:
 
 
 def checkout_commit(folder: Path) -> str:
-    """The commit that a git checkout is at, marked where its files differ; said so where ``folder`` is none."""
+    """The commit of a git checkout, marked if files differ; a note if ``folder`` is not a checkout."""
     if not (folder / ".git").exists():  # git would answer for a repository around it
         return "no git checkout"
     command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
@@ -30,7 +30,7 @@ def checkout_commit(folder: Path) -> str:
 
 
 def processor_name() -> str:
-    """The processor, as far as the system tells it."""
+    """The processor's name, as the system reports it."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -1,6 +1,6 @@
 """What the catalogue's size costs: the full softmax from 10 thousand to 1 million items, the sampled to 10 million.
 
-Features of 384 dimensions are written to disk on the fly and read through a memory map, never resident. A step is
+Features of 384 dimensions are written to disk and read through a memory map, never resident. A step is
 forward, backward and AdamW at width 512 with two blocks, on histories of 8 items. Anonymous resident memory is sampled
 during the steps: the mapped file's pages, which the system may drop, are not in it. The sampled softmax takes 1,024
 negatives by popularity, from a memory-mapped alias table, for the whole batch.
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
     given = [f"--{key}={getattr(arguments, key)}" for key in ("histories", "rounds", "threads")]
     given += [f"--folder={arguments.folder}"] if arguments.folder else []
     for softmax in arguments.softmax:
-        for num_items in CATALOGUES[softmax]:  # each in a process of its own, whose memory nothing else has touched
+        for num_items in CATALOGUES[softmax]:  # each in a fresh process, for its memory
             print(in_child("benchmarks.catalogue", *given, "--case", softmax, str(num_items)), end="", flush=True)
 
 

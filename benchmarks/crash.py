@@ -1,10 +1,10 @@
-"""``python -m benchmarks.crash``: a training run killed (SIGKILL) again and again, resumed each time, against one that
-nobody disturbs.
+"""``python -m benchmarks.crash``: a training run killed (SIGKILL) again and again, and resumed, against an undisturbed
+one.
 
-The run saves every few steps, so that kills also fall amid saving. Launcher, ranks and reading processes are all killed
-at once, at an instant drawn after the run's first new step; then ``--resume auto`` goes on. In the end every loss in
-``metrics.jsonl`` and the final evaluation must be those of the undisturbed run, to the last bit. Reported: kills, how
-many fell amid a save, and the steps that had to be done again after each.
+The run saves every few steps, so that kills also fall during saving. Launcher, ranks and reading processes are all
+killed at once, at a random instant after the run's first new step; then ``--resume auto`` resumes. In the end every
+loss in ``metrics.jsonl`` and the final evaluation must be those of the undisturbed run, to the last bit. Reported:
+kills, how many fell during a save, and the steps that had to be repeated after each.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ START_S = 180.0  # longest wait for a run's first new step
 
 @dataclass
 class CrashReport:
-    """What came of one run with its kills."""
+    """The outcome of one run with its kills."""
 
     kills: int = 0
-    amid_save: int = 0  # something half-written lay in the run's folder
+    during_save: int = 0  # something half-written lay in the run's folder
     steps_lost: list[int] = field(default_factory=list)
     same: bool = False  # figures and evaluation of the undisturbed run, bit by bit
 
@@ -73,7 +73,7 @@ def crash(config: Path, folder: Path, ranks: int, kills: int, seed: int, words: 
         kill_tree(process)
         report.kills += 1
         checkpoints = disturbed / "checkpoints"
-        report.amid_save += any(checkpoints.glob(".*"))
+        report.during_save += any(checkpoints.glob(".*"))
         latest = checkpoints / "latest" / "state.json"
         saved = json.loads(latest.read_text())["state"]["step"] if latest.exists() else 0
         report.steps_lost.append(max(last_step(disturbed) - saved, 0))
@@ -82,7 +82,7 @@ def crash(config: Path, folder: Path, ranks: int, kills: int, seed: int, words: 
 
 
 def start(config: Path, run: Path, ranks: int, words: Sequence[str]) -> subprocess.Popen[bytes]:
-    """The training command through the launcher, in a process group of its own."""
+    """Start the training command through the launcher."""
     launcher = [str(Path(sys.executable).with_name("accelerate-launch")), "--main_process_port", "0"]
     launcher += ["--num_processes", str(ranks), "--num_machines", "1", "--mixed_precision", "no"]
     launcher += ["--dynamo_backend", "no", *(["--multi_gpu"] if ranks > 1 else [])]
@@ -111,7 +111,7 @@ def last_step(run: Path) -> int:
 
 
 def figures(run: Path) -> list[dict[str, Any]]:
-    """All records of a run but for what a clock tells."""
+    """All records of a run without the timings."""
     records = [json.loads(line) for line in whole_lines(run)]
     return [{name: value for name, value in record.items() if name not in CLOCK_FIGURES} for record in records]
 
@@ -159,7 +159,7 @@ def main(argv: list[str]) -> None:
             report = crash(config, folder / f"ranks-{ranks}", ranks, arguments.kills, arguments.seed, words)
             lost = report.steps_lost
             print(
-                f"{ranks} rank(s): {report.kills} kills, {report.amid_save} amid a save; steps done again "
+                f"{ranks} rank(s): {report.kills} kills, {report.during_save} during a save; steps repeated "
                 f"{min(lost)} … {max(lost)}, {sum(lost)} in all; "
                 f"losses and evaluation {'bit-equal' if report.same else 'DIFFERENT'}",
                 flush=True,

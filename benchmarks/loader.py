@@ -9,7 +9,7 @@ Histories are generated, built into a store, and read once by each of several re
 
 all in one process; then ours, batches, and webdataset with one and two processes that read ahead (``--workers``), as
 in training. The batches do more than the others: shuffling and packing are what they leave to their user. With
-``--memory`` one epoch of ours is read by itself in a fresh process, and the growth of its anonymous memory is told
+``--memory`` one epoch of ours is read in a fresh process, which reports the growth of its anonymous memory
 from a tenth of the epoch on, when the pools of all lanes are full; likewise that of the build.
 """
 

@@ -109,7 +109,7 @@ def load_reference(path: Path) -> ModuleType:
     """The authors' model module, from a checkout.
 
     Raises:
-        UserError: ``path`` is no checkout.
+        UserError: ``path`` is not a checkout.
     """
     source = path / "model" / "lru.py"
     require(
@@ -142,7 +142,7 @@ def compare(module: ModuleType, case: Case) -> Result:
     for name, parameter in ours.named_parameters():
         expected = their_gradients.get(
             name, torch.zeros_like(parameter)
-        )  # stand-ins: theirs has none, no row lacks any
+        )  # stand-ins: their model has no such parameters, and no item lacks a feature
         errors[name] = relative_errors(gradient(parameter), expected)
     return Result(num_targets, their_loss.item(), our_loss.item(), errors)
 

@@ -2,7 +2,7 @@
 
 W processes meet over gloo on this machine. In a round, rank 0 first works alone, over the whole catalogue and the whole
 batch, while the others wait; then all work together, the catalogue split, the same batch dealt out. What one process
-could gain at best from sharing this machine is told by one plain product [N, D] · [D, V], alone and in W parts.
+could gain at best from sharing this machine is measured by a plain product [N, D] · [D, V], alone and in W parts.
 
     loss      outputs → losses → gradients of outputs and projection, with the exchange, without the model
     step      forward, backward, reduction of the gradients, AdamW
@@ -152,7 +152,7 @@ class Side:
         self.module = TrainingModule(model, columns, LossSettings(SIZES), part=part)
         self._scored: RowMatrix | CatalogueSlice = columns if part is None else part
         self._wrapped = DistributedDataParallel(self.module) if split else self.module
-        self._optimizer = build_optimizer(model, 0.0, (0.9, 0.999), 1e-8, 0.01)  # all rounds meet the same weights
+        self._optimizer = build_optimizer(model, 0.0, (0.9, 0.999), 1e-8, 0.01)  # all rounds have the same weights
         self._projection = model.encoder.projection().detach().requires_grad_()
 
     def loss(self, batch: Packed) -> Tensor:
@@ -169,7 +169,7 @@ class Side:
 
 
 def same_losses(together: Side, table: ItemTable, batch: Packed, mine: Packed) -> bool:
-    """Whether the ranks' losses add up to those of one rank over the same catalogue; told on rank 0."""
+    """Whether the ranks' losses add up to those of one rank over the same catalogue; rank 0 knows."""
     losses = together.module(mine).detach()
     dist.all_reduce(losses)
     same = True

@@ -2,7 +2,7 @@
 
 Batches of Beauty histories; random features of 1,024 + 1,024; sizes 8 … 1024, two blocks, dropout 0. Both sides get a
 row 0 of zero features, since the authors' softmax counts their padding row, and AdamW with a learning rate of 0, so
-that all batches meet the same weights: the arithmetic is the same. With bf16 our products' inputs are bfloat16, theirs
+that all batches have the same weights: the arithmetic is the same. With bf16 our products' inputs are bfloat16, theirs
 stay float32. Nothing is reported if the losses (fp32: 1e-5, bf16: 2e-3) or the gradients (fp32: 1e-4) differ.
 """
 
@@ -211,7 +211,7 @@ def check(sides: Sides, histories: list[list[int]], precision: str) -> None:
 
 
 def refuse(equal: bool, problem: str) -> None:
-    """No figures of things that are not the same."""
+    """End without figures unless the two sides are equal."""
     if not equal:
         print(f"NOT EQUAL: {problem}; nothing is reported", file=sys.stderr)
         sys.exit(1)

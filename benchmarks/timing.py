@@ -1,4 +1,4 @@
-"""Interleaved timing: one run of each side a round, so that what else the machine does meets both alike."""
+"""Interleaved timing: each round runs every side once, so that other load on the machine affects all sides alike."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def interleave(sides: Mapping[str, Callable[[int], object]], rounds: int, warm_u
 
 
 def forget_peak() -> None:
-    """Let :func:`peak_resident_bytes` start from what is resident now (Linux)."""
+    """Make :func:`peak_resident_bytes` start from what is resident now (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -64,6 +64,6 @@ def peak_resident_bytes() -> int:
 
 
 def in_child(module: str, *arguments: str) -> str:
-    """What ``python -m module arguments`` prints, in a process whose memory nothing else has touched."""
+    """What ``python -m module arguments`` prints, run in a fresh process."""
     command = [sys.executable, "-m", module, *arguments]
     return subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout

@@ -6,10 +6,12 @@
 
 Bytes and floating-point operations are counted from the operators' shapes, in the terms below. Three constants are
 measured, on a CPU: what a block keeps of each position and channel for its backward pass, the copies that the parts of
-a step hold at once, and the share of the machine's matmul rate that a step reaches. Tests hold the predicted memory
-against the measured peak of small steps. On a GPU nothing of this was measured. Not in the memory: the process itself
-(about half a GiB on a CPU; the context on a GPU), and a memory-mapped item table. Micro-batches are taken to be as
-large as the largest of them.
+a step hold at once, and the share of the machine's matmul rate that a step reaches. Tests compare the predicted memory
+with the measured peak of small steps on a CPU. Memory excludes the process itself (about half a GiB on a CPU; the
+context on a GPU) and a memory-mapped item table. All micro-batches count as large as the largest of them.
+
+On a GPU the loss runs as Triton tiles (``loss.impl: auto``), and a step reaches another share of the matmul rate:
+``GPU_RATE_SHARE``, from one H100 (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -39,13 +41,14 @@ BLOCK_FLOATS = 14  # of each position and channel, that a block keeps for its ba
 DROPOUT_FLOATS = 3.5  # the same, more with dropout
 PASSING_FLOATS = 16  # the same, of the one block that is at work
 BLOCK_PRODUCTS = 7 * 2 / 3  # D² multiplications of a position in a block: B and C complex, three in the FFN; nested: ⅔
-RATE_SHARE = 0.6  # of the machine's matmul rate; measured: 0.53 … 0.67 (docs/performance.md)
+RATE_SHARE = 0.6  # of a CPU's matmul rate; measured: 0.53 … 0.67 (docs/performance.md)
+GPU_RATE_SHARE = {2: 0.2, 4: 0.8}  # of a GPU's, by the products' itemsize; measured: 0.17 … 0.23 and 0.8
 FIT_SHARE = 0.9  # of a rank's memory that a plan may fill
 
 
 @dataclass(frozen=True)
 class Step:
-    """One training step, as far as its cost goes."""
+    """What the cost of a training step depends on."""
 
     sizes: tuple[int, ...]
     depth: int
@@ -122,18 +125,18 @@ def _full(step: Step, num_columns: int, split: bool) -> Cost:
     positions = step.positions * (step.num_ranks if split else 1)
     num_items = -(-step.num_items // step.num_ranks) if split else step.num_items
     back = back_projected(step.sizes, positions, num_columns)
-    if step.id_table:
+    if step.id_table or step.on_gpu:
         back = (False,) * len(back)
     widths = [high - low for low, high in chunks(step.sizes)]
     embedded = sum(compress(widths, [not b for b in back]))
     rows = sum(back) * positions + embedded  # that meet the columns: positions projected back, channels of items
-    memory, kept = _tiles(step, positions, num_items, rows)
+    tiles = _tiles(step, positions, num_items, rows)
+    memory = tiles.num_bytes
     memory += FLOAT * (2 * rows * num_columns + 4 * positions * step.width)  # projector; z by chunks, their gradients
     memory += FLOAT * 4 * positions * step.width * split  # repeated, everyone's, and the way back
-    passes = 2 - kept
     operations = num_items * (
-        2 * rows * num_columns * (passes + 1)  # what meets the columns, again, and its gradient
-        + 2 * positions * embedded * (passes + 2)
+        2 * rows * num_columns * (tiles.projections + 1)  # all factors of the columns, and their gradient
+        + 2 * positions * embedded * (tiles.scores + 2)
     )
     sent = exchanged_bytes(positions, step.num_ranks, step.width, len(step.sizes)) // step.num_ranks if split else 0
     return Cost({"loss": memory}, operations, sent, 0)
@@ -141,26 +144,48 @@ def _full(step: Step, num_columns: int, split: bool) -> Cost:
 
 def _sampled(step: Step, num_columns: int, split: bool) -> Cost:
     assert not split, "negatives are each rank's own"
-    memory, kept = _tiles(step, step.positions, step.negatives, step.width)
-    memory += FLOAT * (step.drawn * (num_columns + 3 * step.width) + 4 * step.positions * step.width)
+    tiles = _tiles(step, step.positions, step.negatives, step.width)
+    memory = tiles.num_bytes + FLOAT * (step.drawn * (num_columns + 3 * step.width) + 4 * step.positions * step.width)
     operations = 4 * step.drawn * step.width * num_columns + 2 * step.positions * step.negatives * step.width * (
-        2 - kept + 2
+        tiles.scores + 2
     )
     return Cost({"loss": memory}, operations, 0, 0)
 
 
-def _tiles(step: Step, positions: int, num_items: int, rows: int) -> tuple[int, float]:
-    """Bytes of the tiles that are there at once, and the share of all that is kept for the backward pass.
+@dataclass(frozen=True)
+class _Tiles:
+    """Memory of the loss's tiles, and what is computed again in the backward pass."""
+
+    num_bytes: int  # held at once, with what is kept
+    projections: float  # how often each item is projected, forward and backward
+    scores: float  # how often each score is computed, likewise
+
+
+def _tiles(step: Step, positions: int, num_items: int, rows: int) -> _Tiles:
+    """Tiles of PyTorch's operators, or of Triton kernels on a GPU.
 
     ``rows`` of each item are held once forward and once for the gradients: its channels, positions projected back.
     """
-    limits = tile_limits("tiled", step.on_gpu)
-    all_bytes = FLOAT * num_items * (len(step.sizes) * positions + step.width)
+    impl, num_sizes = ("triton" if step.on_gpu else "tiled"), len(step.sizes)
+    limits = tile_limits(impl, step.on_gpu)
+    items, tile_positions = min(limits.items, num_items), min(limits.positions, positions)
+    rows_bytes = FLOAT * items * (2 * rows + step.num_features)
+    if impl == "triton":  # keeps embeddings alone; subtracts each chunk from the scores after its gradient
+        all_bytes = FLOAT * num_items * step.width
+        kept = min(limits.kept_bytes / max(all_bytes, 1), 1.0)
+        kept_bytes = int(kept * step.itemsize * num_items * step.width)
+        gradients = step.itemsize * num_sizes * tile_positions * items
+        return _Tiles(kept_bytes + gradients + rows_bytes, projections=2 - kept, scores=3)
+    all_bytes = FLOAT * num_items * (num_sizes * positions + step.width)
     kept_bytes = min(limits.kept_bytes, all_bytes)
-    tile_items, tile_positions = min(limits.items, num_items), min(limits.positions, positions)
-    scores = len(step.sizes) * tile_positions * (kept_bytes < all_bytes)  # else kept, every one of them
-    tile = FLOAT * tile_items * (scores + 2 * rows + step.num_features)
-    return kept_bytes + tile, kept_bytes / max(all_bytes, 1)
+    scores = num_sizes * tile_positions * (kept_bytes < all_bytes)  # otherwise all of them are kept
+    passes = 2 - kept_bytes / max(all_bytes, 1)
+    return _Tiles(kept_bytes + rows_bytes + FLOAT * items * scores, projections=passes, scores=passes)
+
+
+def rate_share(step: Step) -> float:
+    """Share of the machine's matmul rate that a step reaches."""
+    return GPU_RATE_SHARE[step.itemsize] if step.on_gpu else RATE_SHARE
 
 
 def fitting(costs: dict[str, Cost], memory_bytes: int) -> list[str]:
@@ -285,7 +310,7 @@ def main(argv: list[str]) -> None:
     costs = {loss: predict(step, loss) for loss in LOSSES if loss != "split" or num_ranks > 1}
 
     def seconds(cost: Cost) -> float:
-        return cost.operations / (RATE_SHARE * teraflops * 1e12)
+        return cost.operations / (rate_share(step) * teraflops * 1e12)
 
     at_once = f"in each of {step.micro_batches} micro-batches" if step.micro_batches > 1 else "a step"
     print(

@@ -1,6 +1,6 @@
 """``python -m benchmarks.gpu``: tests and measurements on one NVIDIA GPU, in nine minutes at most.
 
-Each stage is a process with a time limit of its own. A stage that uses it up is ended, and the next one starts. Results
+Each stage is a process with its own time limit. A stage that reaches it is terminated, and the next one starts. Results
 are appended to ``gpu.jsonl`` as they come; ``gpu.md`` shows them as tables and is rewritten after each stage;
 ``gpu.log`` holds what the stages print. The most valuable stages come first.
 
@@ -94,7 +94,7 @@ def main(argv: list[str]) -> None:
 
 
 def run_stage(name: str, limit_s: float, records: Path, dry_run: bool, log: BinaryIO) -> str:
-    """Run one stage in a process group of its own; returns "done" or what went wrong."""
+    """Run one stage in its own process group; returns "done" or what went wrong."""
     command = stage_command(name, records, dry_run)
     log.write(f"\n===== {name}: {' '.join(command)}\n".encode())
     log.flush()
@@ -116,7 +116,7 @@ def stage_command(name: str, records: Path, dry_run: bool) -> list[str]:
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
-    """TERM, then KILL, to the process and all that it has started."""
+    """TERM, then KILL, to the process and all of its descendants in the group."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
         deadline = time.monotonic() + GRACE_S

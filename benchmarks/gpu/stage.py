@@ -47,7 +47,7 @@ class StageRun:
         print(fields, flush=True)
 
     def refuse(self, problem: str) -> None:
-        """Note that results disagree: they are not reported, and the stage fails in the end."""
+        """Note that results disagree: their timings are not reported, and the stage fails in the end."""
         self.problems.append(problem)
         write_record(self.records, self.name, {"problem": problem})
         print(f"NOT EQUAL: {problem}", file=sys.stderr, flush=True)
@@ -72,7 +72,7 @@ class StageRun:
         return time.perf_counter() - began
 
     def time(self, sides: Mapping[str, Callable[[], object]], budget_s: float) -> dict[str, Timing]:
-        """Interleaved rounds of all sides, as many as the budget allows; what runs first has run before."""
+        """Interleaved rounds of all sides, as many as the budget allows, after one round that is not timed."""
         once = sum(self.seconds(side) for side in sides.values())
         rounds = min(max(int(budget_s / max(once, 1e-6)), MIN_ROUNDS), MAX_ROUNDS)
         rounds = MIN_ROUNDS if self.is_dry_run else rounds

@@ -64,7 +64,7 @@ def with_negatives(batch: Packed, num_items: int, num_negatives: int = NUM_NEGAT
 
 
 def make_module(columns: Tensor, feature_dim: int, sizes: tuple[int, ...], impl: str, precision: str) -> TrainingModule:
-    """A training module with seeded weights on the columns' device; ``columns`` [V, C] are what its encoder takes."""
+    """A training module with seeded weights on the columns' device; ``columns`` [V, C] as its encoder takes them."""
     torch.manual_seed(0)
     dtype = DTYPES[precision]
     model = FMRLRec(sizes, 2, {"text": feature_dim}, matmul_dtype=dtype).to(columns.device)

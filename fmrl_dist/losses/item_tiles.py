@@ -51,12 +51,12 @@ class TilePlan:
     correction: Correction | None
     dtype: torch.dtype  # of the products' inputs
     impl: str  # tiled or triton
-    back: tuple[bool, ...]  # which chunks are projected back; none of them by Triton
+    back: tuple[bool, ...]  # which chunks are projected back; never any with Triton
 
 
 @dataclass(frozen=True)
 class ItemTile:
-    """Some items, with what the projection makes of them."""
+    """Some items and their projections."""
 
     columns: slice
     features: Tensor | None  # [v, F]
@@ -71,7 +71,7 @@ class ItemTile:
 class ItemTiles:
     """Makes the tiles of items.
 
-    All that meets the features is stacked, so that one product a tile does it:
+    All factors of the features are stacked, so that one product per tile computes everything:
     ``projector`` [B·N + w, F] = the B back-projected chunks of z, then the weight's chunks that are not projected back.
     """
 
@@ -99,7 +99,7 @@ class ItemTiles:
             )
 
     def tile(self, columns: slice, transposed: Tensor | None = None) -> ItemTile:
-        """The items of ``columns``; with the embeddings given only to pull them, not to score them."""
+        """The items of ``columns``; with given embeddings, only for the gradients, not to score them."""
         dtype = self.plan.dtype
         if self._features is None:
             return ItemTile(columns, None, None, given(self._table)[columns].to(dtype).T)
@@ -123,36 +123,38 @@ class Gradients:
         self._grad_z = torch.zeros_like(z)
         self._grad_projector = None if weight is None else torch.zeros_like(items.projector, dtype=z.dtype)
         self._grad_table = None if table is None else torch.zeros_like(table)
-        self._pulls = z.new_empty(0)
+        self._buffer = z.new_empty(0)
 
     def begin_items(self, tile: ItemTile) -> None:
-        """Start on the next items; the rows of ``_tile_pulls`` drive the rows of the projector."""
-        if self._pulls.numel() == 0:  # the first tile is the largest
+        """Start on the next items. ``_tile_grads``: gradients of the projector's products with their features."""
+        if self._buffer.numel() == 0:  # the first tile is the largest
             rows = self._items.back_rows + self._items.num_embedded
-            self._pulls = self._grad_z.new_empty(rows, tile.num_items)
-        self._tile_pulls = self._pulls[:, : tile.num_items]
-        self._tile_pulls[self._items.back_rows :] = 0
+            self._buffer = self._grad_z.new_empty(rows, tile.num_items)
+        self._tile_grads = self._buffer[:, : tile.num_items]
+        self._tile_grads[self._items.back_rows :] = 0
 
-    def add(self, rows: slice, tile: ItemTile, pulls: Tensor) -> None:
-        """One tile of positions × items: ``pulls`` [S, n, v] drive the gradients of the chunks."""
+    def add(self, rows: slice, tile: ItemTile, score_grads: Tensor) -> None:
+        """Add one tile of positions × items, from the gradients of each chunk's products [S, n, v]."""
         items, back_begin = self._items, 0
-        grad_embeddings = self._tile_pulls[items.back_rows :]
+        grad_embeddings = self._tile_grads[items.back_rows :]
         bounds = chunks(items.plan.sizes)
-        for (low, high), z_chunk, channels, pull in zip(bounds, items.z_chunks, items.embedded, pulls, strict=True):
+        for (low, high), z_chunk, channels, grad in zip(
+            bounds, items.z_chunks, items.embedded, score_grads, strict=True
+        ):
             if channels is None:
-                self._tile_pulls[back_begin + rows.start : back_begin + rows.stop] = pull
+                self._tile_grads[back_begin + rows.start : back_begin + rows.stop] = grad
                 back_begin += items.num_positions
             else:
-                pull_in = pull.to(self._dtype)
-                add_product(self._grad_z[rows, low:high], pull_in, tile.transposed[channels].T)
-                add_product(grad_embeddings[channels], z_chunk[rows].T, pull_in)
+                grad_in = grad.to(self._dtype)
+                add_product(self._grad_z[rows, low:high], grad_in, tile.transposed[channels].T)
+                add_product(grad_embeddings[channels], z_chunk[rows].T, grad_in)
 
     def end_items(self, tile: ItemTile) -> None:
-        """All positions have pulled these items: on to what the embeddings were made of."""
+        """All positions of these items are added: pass the gradients on to projector and table."""
         if self._grad_table is not None:
-            self._grad_table[tile.columns] = self._tile_pulls[self._items.back_rows :].T
+            self._grad_table[tile.columns] = self._tile_grads[self._items.back_rows :].T
         if self._grad_projector is not None:
-            add_product(self._grad_projector, self._tile_pulls.to(self._dtype), given(tile.features))
+            add_product(self._grad_projector, self._tile_grads.to(self._dtype), given(tile.features))
 
     def finish(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Gradients of z, weight and table."""
@@ -174,6 +176,6 @@ class Gradients:
 
 
 def given(tensor: Tensor | None) -> Tensor:
-    """The tensor, which the caller knows to be there."""
+    """The tensor, where the caller knows that there is one."""
     assert tensor is not None
     return tensor

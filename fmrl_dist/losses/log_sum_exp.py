@@ -1,8 +1,8 @@
 """Nested log-sum-exp: the normaliser of every size's softmax from one pass over the items (paper eq. 13-14).
 
 N positions, V items, F feature columns, D width, S sizes. The score of size m_j is the score of m_{j-1} plus the
-product of chunk j alone, so one pass over D yields the scores of all sizes. Here is what is computed, and the plain
-form that says so; :mod:`fmrl_dist.losses.tiled_log_sum_exp` computes it without ever holding the scores.
+product of chunk j alone, so one pass over D yields the scores of all sizes. This module defines the functions and
+their plain form, the specification; :mod:`fmrl_dist.losses.tiled_log_sum_exp` computes them without holding all scores.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ def nested_log_sum_exp(
     Args:
         z: outputs [N, D], float32 or float64.
         items: embeddings [V, D], of the same dtype.
-        settings: how scores are made, and by which implementation.
+        settings: how scores are computed, and by which implementation.
         correction: of sampled items; None where items are the whole catalogue. -inf where it leaves no item.
 
     Returns:
         [S, N], differentiable in z and items.
 
     Raises:
-        ValueError: Triton is to compute in float64.
+        ValueError: impl is triton and z is float64.
     """
     if settings.impl == "plain":
         return _plain(z, items, settings, correction)
@@ -63,12 +63,12 @@ def catalogue_log_sum_exp(
         [S, N], differentiable in z, weight and table.
 
     Raises:
-        ValueError: Triton is to compute in float64.
+        ValueError: impl is triton and z is float64.
     """
     if settings.impl == "plain":  # the catalogue's embeddings whole
         items = matmul_linear(features[:].to(z.dtype), weight, settings.product_dtype(z))
         return nested_log_sum_exp(z, items if table is None else items + table, settings)
-    # A table's rows are added to the embeddings, and a kernel reads embeddings: so there they are needed.
+    # Embeddings are needed where a table's rows are added to them, and where a kernel reads them.
     if table is None and settings.impl == "tiled":
         back = back_projected(settings.sizes, len(z), int(features.shape[1]))
     else:

@@ -26,7 +26,7 @@ def nested_cross_entropy(z: Tensor, items: Tensor, targets: Tensor, settings: Lo
         z: outputs [N, D], float32 or float64.
         items: item embeddings [V, D], of the same dtype.
         targets: int64 [N], the right item of each position.
-        settings: how scores are made, and by which implementation.
+        settings: how scores are computed, and by which implementation.
 
     Returns:
         [S], differentiable in z and items.
@@ -45,7 +45,7 @@ def catalogue_cross_entropy(
     table: Tensor | None,
     settings: LossSettings,
 ) -> Tensor:
-    """:func:`nested_cross_entropy` over items that are projected from their features where they are scored.
+    """:func:`nested_cross_entropy` over items that are projected from their features while they are scored.
 
     Args:
         z: outputs [N, D], float32 or float64.
@@ -69,7 +69,7 @@ def catalogue_cross_entropy(
 def cosine_per_size(
     loss: Callable[[Sequence[Tensor], LossSettings], Tensor], embeddings: Sequence[Tensor], settings: LossSettings
 ) -> Tensor:
-    """A loss over cosines: each size's prefixes divided by their own lengths, and so each size a pass of its own.
+    """A loss over cosines: each size's prefixes divided by their own lengths, in a pass per size.
 
     The lengths differ from size to size, so nothing is shared among sizes: 2·D channels are multiplied instead of D.
 
@@ -91,10 +91,10 @@ def cosine_per_size(
 
 @dataclass(frozen=True)
 class Negatives:
-    """Items drawn for some positions to be told from their targets."""
+    """Items drawn for some positions, which the model learns to tell from their targets."""
 
     ids: Tensor  # int64 [K], with repetition
-    log_expected: Tensor  # float32 [K], log(K·q): how often each was to be drawn
+    log_expected: Tensor  # float32 [K], log(K·q): how often each was expected to be drawn
 
 
 def sampled_cross_entropy(
@@ -108,8 +108,8 @@ def sampled_cross_entropy(
     """Sampled softmax of each size, summed over positions: -s_y + log(e^{s_y} + Σ_k 1[i_k ≠ y] e^{s_{i_k} - log(K q)}).
 
     The sum over negatives estimates that over all items but the target without bias: each is drawn K·q times on
-    average and counts 1/(K·q). The target is always there by itself, so it gets no correction, and a negative that
-    happens to be the target is left out but counts in K. The logarithm leaves a bias that shrinks as K grows.
+    average and counts 1/(K·q). The target's own term is always there, so it needs no correction; a negative
+    that happens to be the target is left out but counts in K. The logarithm leaves a bias that shrinks as K grows.
 
     Args:
         z: outputs [N, D], float32 or float64.

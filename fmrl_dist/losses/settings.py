@@ -1,4 +1,4 @@
-"""What the forms of the nested loss are told alike: how scores are made, and by which implementation."""
+"""What all forms of the nested loss have in common: how scores are computed, and by which implementation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LOSS_IMPLS = ("tiled", "triton", "plain")
 
 @dataclass(frozen=True)
 class LossSettings:
-    """How the scores of all sizes are made and normalised.
+    """How the scores of all sizes are computed and normalised.
 
     Args:
         sizes: trained sizes m_1 < … < m_S; the last one is the width D.
@@ -40,7 +40,7 @@ class LossSettings:
         return self.dtype or z.dtype
 
     def of_each_size(self) -> list[LossSettings]:
-        """The same for each size alone."""
+        """The settings of each size alone."""
         temperatures = self.temperatures or (1.0,) * len(self.sizes)
         return [
             replace(self, sizes=(size,), temperatures=(temperature,))
@@ -50,12 +50,12 @@ class LossSettings:
 
 @dataclass(frozen=True)
 class Correction:
-    """What is added to the scores of sampled items, and which of them a position may not see."""
+    """What is added to the scores of sampled items, and which of them a position does not see."""
 
     offsets: Tensor  # [V], added to every size's score; no gradient
     item_ids: Tensor  # int64 [V]
     target_ids: Tensor  # int64 [N]; an item with a position's target's id is left out for that position
 
     def of_tile(self, rows: slice, columns: slice) -> Correction:
-        """Of some positions and items."""
+        """The correction of some positions and items."""
         return Correction(self.offsets[columns], self.item_ids[columns], self.target_ids[rows])

@@ -1,4 +1,4 @@
-"""The full softmax with the catalogue split over the ranks: each scores its own items for everybody's positions.
+"""The full softmax with the catalogue split over the ranks: each scores its own items for the positions of all ranks.
 
 W ranks, N positions of this rank, P of all together, V items, v of them this rank's, D width, S sizes. One process'
 :func:`fmrl_dist.losses.log_sum_exp.catalogue_log_sum_exp` is the specification; the result is the same, to rounding:
@@ -8,12 +8,13 @@ W ranks, N positions of this rank, P of all together, V items, v of them this ra
     3. return        each partial goes to the rank whose position it is          [P, S]  →  [W, N, S]
     4. whole         log-sum-exp of the W partials                                       →  [S, N]
 
-Backward, each exchange is the same one the other way round. Step 4 tells each partial its share of the softmax, step 2
-gives the gradients of what the rank's items are made of, and step 1 adds up what all ranks' items pull at a position.
+Backward, each exchange runs in the other direction. Step 4 gives each partial its share of the softmax, step 2 the
+gradients of projection and id table from the rank's items, and step 1 sums the gradients of an output over all ranks'
+items.
 
 A rank's gradient of the projection and the id table comes from its items, for the positions of all ranks. The
-training loop multiplies losses by W and data parallelism averages gradients over the ranks: so the summands of all
-ranks' items are added up, as are those of their own positions.
+training loop multiplies losses by W and data parallelism averages gradients over the ranks, so the result is the sum
+over all ranks' items and positions.
 
 Cost: a rank projects, and holds, a W-th of the catalogue instead of all of it. A step sends (W - 1)·P·(D + S) numbers
 forward and as many backward, over all ranks. The exchange is one ``all_to_all``, which gloo and NCCL have, for ranks
@@ -38,7 +39,7 @@ from fmrl_dist.losses.settings import LossSettings
 
 @dataclass(frozen=True)
 class CatalogueSlice:
-    """The items that this rank scores: consecutive ones, none at all if need be. Every item is some one rank's."""
+    """The consecutive items that this rank scores, possibly no items. Every item belongs to exactly one rank."""
 
     columns: RowMatrix  # [v, C], what the projection maps
     begin: int  # the first of them in the catalogue
@@ -51,7 +52,7 @@ class CatalogueSlice:
 def split_log_sum_exp(
     z: Tensor, part: CatalogueSlice, weight: Tensor, table: Tensor | None, settings: LossSettings
 ) -> Tensor:
-    """Log-sum-exp over all ranks' items for this rank's positions. Every rank has to call it, forward and backward.
+    """Log-sum-exp over all ranks' items for this rank's positions. Every rank must call it, forward and backward.
 
     Args:
         z: outputs [N, D] of this rank, float32 or float64, the same dtype on all; N may be 0 and differ.
@@ -65,16 +66,16 @@ def split_log_sum_exp(
     """
     num_ranks, own = dist.get_world_size(), [len(z)] * dist.get_world_size()
     counts = exchange_counts(own, z.device)
-    everyones_z = _Exchange.apply(z.repeat(num_ranks, 1), own, counts)
+    gathered_z = _Exchange.apply(z.repeat(num_ranks, 1), own, counts)
     rows = None if table is None else part.rows_of(table)
-    partial_SP = catalogue_log_sum_exp(everyones_z, part.columns, weight, rows, settings)
+    partial_SP = catalogue_log_sum_exp(gathered_z, part.columns, weight, rows, settings)
     partials = _Exchange.apply(partial_SP.T, counts, own)  # [W·N, S]
     whole_NS: Tensor = partials.view(num_ranks, len(z), len(settings.sizes)).logsumexp(0)
     return whole_NS.T
 
 
 def exchanged_bytes(num_positions: int, num_ranks: int, width: int, num_sizes: int, itemsize: int = 4) -> int:
-    """What all ranks together send in one step, forward and backward, for P positions; see the module's docstring."""
+    """Bytes that all ranks together send in one step, forward and backward, for P positions (module's docstring)."""
     return 2 * (num_ranks - 1) * num_positions * (width + num_sizes) * itemsize
 
 

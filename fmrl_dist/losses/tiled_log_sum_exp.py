@@ -1,8 +1,9 @@
 """The nested log-sum-exp tile by tile, forward and backward; :mod:`fmrl_dist.losses.log_sum_exp` is the specification.
 
 N positions, n of a tile; V items, v of a tile; D width, S sizes. Scores exist only as one tile of positions × items at
-a time, whose log-sum-exp is merged into a running one of each size. In the backward pass size i pulls chunk j whenever
-i ≥ j, so the gradient of chunk j is driven by the sum of the weighted softmaxes of all sizes i ≥ j.
+a time, whose log-sum-exp is merged into a running one of each size. The score of size i
+contains the products of all chunks j ≤ i, so the gradient of chunk j's products is the sum of the weighted softmaxes of
+all sizes i ≥ j.
 
 A tile is computed by PyTorch's operators (:class:`TorchSoftmax`) or by Triton kernels (:class:`TritonSoftmax`). Tiles
 are kept for the backward pass until their bytes are spent; the others are computed again there. Memory beyond inputs
@@ -23,8 +24,8 @@ from fmrl_dist.losses.item_tiles import Gradients, ItemTile, ItemTiles, RowMatri
 TILE_POSITIONS = 512  # on the CPU, where a tile of every size should stay in the cache
 TILE_ITEMS = 1024
 KEPT_BYTES = 128 * 2**20
-GPU_FACTOR = 4  # by which each of them is larger on a GPU: few kernels of much work
-TRITON_POSITIONS = 4096  # scores stay in registers, so a tile's size is that of what drives the gradients
+GPU_FACTOR = 4  # each of them is larger on a GPU by this factor: few kernels with much work each
+TRITON_POSITIONS = 4096  # scores stay in registers, so a tile is as large as its gradients in memory
 TRITON_ITEMS = 8192
 LEFT_OUT = torch.finfo(torch.float32).min  # score of an item that a position may not see; its exponential is 0
 
@@ -51,13 +52,13 @@ class TileSoftmax(Protocol):
     kept: dict[tuple[int, int], Any]
 
     def kept_bytes(self, tile: ItemTile) -> int:
-        """To keep a tile of items and all positions, besides its embeddings."""
+        """Bytes that keeping a tile of items and all positions takes, in addition to its embeddings."""
 
     def log_sum_exp(self, rows: slice, tile: ItemTile, keep: bool) -> Tensor:
-        """Of each size over the tile's items, [S, n]; with ``keep``, :meth:`pulls` will not compute it again."""
+        """Of each size over the tile's items, [S, n]; with ``keep``, :meth:`score_grads` will not compute it again."""
 
-    def pulls(self, rows: slice, tile: ItemTile, lse_Sn: Tensor, weights_Sn: Tensor) -> Tensor:
-        """Σ_{i ≥ j} weights_i · softmax_i for each chunk j, [S, n, v]; ``lse_Sn`` is over all items."""
+    def score_grads(self, rows: slice, tile: ItemTile, lse_Sn: Tensor, weights_Sn: Tensor) -> Tensor:
+        """Gradients of each chunk's products, Σ_{i ≥ j} weights_i · softmax_i, [S, n, v]; ``lse_Sn`` of all items."""
 
 
 class TiledLogSumExp(torch.autograd.Function):
@@ -102,7 +103,7 @@ class TiledLogSumExp(torch.autograd.Function):
             tile = items.tile(columns, kept_embeddings.pop(columns.start, None))
             gradients.begin_items(tile)
             for rows in _ranges(len(z), limits.positions):
-                gradients.add(rows, tile, softmax.pulls(rows, tile, lse_SN[:, rows], weights_SN[:, rows]))
+                gradients.add(rows, tile, softmax.score_grads(rows, tile, lse_SN[:, rows], weights_SN[:, rows]))
             gradients.end_items(tile)
         grad_z, grad_weight, grad_table = gradients.finish()
         return grad_z, grad_weight, grad_table, None, None
@@ -129,14 +130,14 @@ class TorchSoftmax:
             self.kept[tile.columns.start, rows.start] = shares, log_sum_exp
         return log_sum_exp
 
-    def pulls(self, rows: slice, tile: ItemTile, lse_Sn: Tensor, weights_Sn: Tensor) -> Tensor:
+    def score_grads(self, rows: slice, tile: ItemTile, lse_Sn: Tensor, weights_Sn: Tensor) -> Tensor:
         kept = self.kept.pop((tile.columns.start, rows.start), None)
         shares, log_sum_exp = kept if kept is not None else self._softmax(rows, tile, reuse=True)
         factors = weights_Sn * (log_sum_exp - lse_Sn).exp()
-        pulls = shares.mul_(factors[..., None])
-        for j in range(len(pulls) - 2, -1, -1):
-            pulls[j] += pulls[j + 1]
-        return pulls
+        grads = shares.mul_(factors[..., None])
+        for j in range(len(grads) - 2, -1, -1):
+            grads[j] += grads[j + 1]
+        return grads
 
     def _softmax(self, rows: slice, tile: ItemTile, reuse: bool) -> tuple[Tensor, Tensor]:
         """Softmax of a tile by itself [S, n, v], and its log-sum-exp [S, n].
@@ -183,7 +184,7 @@ class TorchSoftmax:
 
 
 class TritonSoftmax:
-    """Tiles by Triton kernels, which keep scores in registers: nothing but embeddings is kept for the backward pass."""
+    """Tiles by Triton kernels, whose scores stay in registers: only embeddings are kept for the backward pass."""
 
     def __init__(self, z: Tensor, plan: TilePlan) -> None:
         from fmrl_dist.losses.triton_tiles import TritonTiles
@@ -198,9 +199,9 @@ class TritonSoftmax:
     def log_sum_exp(self, rows: slice, tile: ItemTile, keep: bool) -> Tensor:
         return self._tiles.log_sum_exp(self._z[rows], tile.transposed.T, self._correction_of(rows, tile))
 
-    def pulls(self, rows: slice, tile: ItemTile, lse_Sn: Tensor, weights_Sn: Tensor) -> Tensor:
+    def score_grads(self, rows: slice, tile: ItemTile, lse_Sn: Tensor, weights_Sn: Tensor) -> Tensor:
         correction = self._correction_of(rows, tile)
-        return self._tiles.pulls(self._z[rows], tile.transposed.T, correction, lse_Sn, weights_Sn)
+        return self._tiles.score_grads(self._z[rows], tile.transposed.T, correction, lse_Sn, weights_Sn)
 
     def _correction_of(self, rows: slice, tile: ItemTile) -> Any:
         return None if self._correction is None else self._correction.of_tile(rows, tile.columns)

@@ -18,7 +18,7 @@ def embed_catalogue(
 
     Args:
         encoder: of the model; in evaluation mode, so that products are float32.
-        values: raw features [V, F] of the whole catalogue, perhaps a mapped file.
+        values: raw features [V, F] of the whole catalogue; may be a memory-mapped file.
         present: bool [V, M], which features each item has.
         first, last: run of items; to the end if ``last`` is None.
     """

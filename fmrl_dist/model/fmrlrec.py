@@ -1,4 +1,4 @@
-"""fMRLRec (paper section 3.3): frozen item features, nested LRU blocks, tied scores; every prefix a model of its own.
+"""fMRLRec (paper section 3.3): frozen item features, nested LRU blocks, tied scores; every prefix is a model, too.
 
 B histories, N packed items, P positions (items and start positions), V items, D width, F features' total dim, M
 features. The model knows plain tensors and values only: no rank, no config object, no file but the two that
@@ -50,7 +50,7 @@ class ItemEncoder(MatmulModule):
     Args:
         width: D.
         feature_dims: name → dim of each feature, in the order of the feature matrix's columns.
-        num_items: rows of the trained id table; 0 for none.
+        num_items: rows of the trained id table; 0 for no table.
         matmul_dtype: of the projection's inputs in training; None keeps float32.
     """
 
@@ -116,7 +116,7 @@ class LRU(MatmulModule):
 
     ``B``, ``C`` [2, D, D] and ``b`` [2, D] hold real and imaginary parts; Λ = exp(-exp(ν) + i·exp(θ)) on a ring
     r_min ≤ |Λ| ≤ r_max at initialisation; γ starts at sqrt(1 - |Λ|²) and is free from then on. Λ and the states are
-    float32 whatever the products' dtype. ``scan`` is an implementation of :func:`packed_scan`.
+    float32 at any dtype of the products. ``scan`` is an implementation of :func:`packed_scan`.
     """
 
     def __init__(
@@ -217,7 +217,7 @@ class FMRLRec(nn.Module):
         sizes: Matryoshka sizes m_1 < … < m_S; the last is the width D.
         depth: number of blocks.
         feature_dims: name → dim of each frozen feature.
-        num_items: rows of the trained id table; 0 for none.
+        num_items: rows of the trained id table; 0 for no table.
         dropout: rate on the input embeddings and in the FFN.
         lru_dropout: rate after the LRU.
         r_min, r_max: ring of |Λ| at initialisation.

@@ -3,8 +3,8 @@
 N rows, D width, S sizes m_1 < … < m_S = D; chunk j holds the channels m_{j-1} … m_j.
 
 A nested weight is block lower triangular in torch's [out, in] layout: chunk j of the output reads the input prefix of
-m_j channels. So cutting every weight to its m prefix leaves a model of its own whose output is the prefix of the large
-one's. An ordinary layer-norm over D would break that; here each chunk is normalised by itself.
+m_j channels. So cutting every weight to its m prefix leaves a stand-alone model whose output is the prefix of the large
+one's. An ordinary layer-norm over D would break that; here each chunk is normalised separately.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def nested_linear(
     more of them and be slower (``benchmarks.nesting``).
 
     Args:
-        x: [N, K, D]; K inputs side by side (2 for real and imaginary parts, else 1), whose products are added.
+        x: [N, K, D]; K inputs side by side (2: real and imaginary parts; otherwise 1), whose products are added.
         weight: [G, K, D, D], each D×D block nested; what lies outside of the mask is not read and gets no gradient.
         bias: [G, D].
         sizes: trained sizes, the last one D.
@@ -103,7 +103,7 @@ def _blocks(num_outputs: int, sizes: tuple[int, ...]) -> list[tuple[int, int, in
 
 @lru_cache(maxsize=32)
 def chunk_groups(sizes: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Runs of chunks of at least ``GROUP_WIDTH`` channels (the last one perhaps less)."""
+    """Runs of chunks of at least ``GROUP_WIDTH`` channels (the last one may have fewer)."""
     groups, begin = [], 0
     for size in sizes:
         if size - begin >= GROUP_WIDTH or size == sizes[-1]:
@@ -144,7 +144,7 @@ def add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def nested_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Layer-norm of each chunk by itself; x [N, D], weight and bias [D]."""
+    """Layer-norm of each chunk separately; x [N, D], weight and bias [D]."""
     parts = [
         F.layer_norm(x[:, low:high], (high - low,), weight[low:high], bias[low:high], LAYER_NORM_EPS)
         for low, high in chunks(sizes)
@@ -166,8 +166,8 @@ def init_nested(*shape: int, sizes: Sequence[int]) -> Tensor:
 class MatmulModule(nn.Module):
     """A module whose products take their inputs in ``matmul_dtype`` while it trains, and in float32 in evaluation.
 
-    Ranking is thus float32 whatever the training's precision: validation within a run finds what an evaluation of its
-    checkpoint finds.
+    So ranking is float32 at any precision of the training, and validation within a run gives the figures that an
+    evaluation of its checkpoint gives.
     """
 
     def __init__(self, matmul_dtype: torch.dtype | None) -> None:

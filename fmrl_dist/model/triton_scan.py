@@ -1,8 +1,8 @@
 """The packed scan as a Triton kernel: a program walks one sequence, oldest or newest event first, over some channels.
 
-Sequences are short and many, so they are what runs side by side; the state stays in registers, in float32. The
-backward pass is the same walk with the conjugate of Λ, from the newest event on (see :mod:`fmrl_dist.model.scan`).
-Not measured on a GPU.
+Sequences are short and many, so programs walk them in parallel; the state stays in registers, in float32. The backward
+pass is the same walk with the conjugate of Λ, from the newest event on (see :mod:`fmrl_dist.model.scan`). On an H100,
+forward and backward move 0.4 … 0.8 TB/s, 1.3 … 10 times as fast as the doubling scan (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def walk(decay: Tensor, x: Tensor, starts: Tensor, newest_first: bool) -> Tensor
         [N, 2, D], of x's dtype; the running state is float32.
 
     Raises:
-        RuntimeError: second gradients are asked for.
+        RuntimeError: called with gradients on, as for second gradients, which it does not have.
     """
     if torch.is_grad_enabled() and x.requires_grad:
         raise RuntimeError("the Triton scan has no second gradients; use impl='doubling'")

@@ -51,7 +51,7 @@ def _has_triton(device: torch.device) -> bool:
 
 
 def splits_catalogue(config: Config, runtime: Runtime, num_items: int) -> bool:
-    """Whether each rank is to score a slice of the items; a process of its own scores them all, whatever is asked.
+    """Whether each rank scores a slice of the items. A single process always scores all of them.
 
     Raises:
         UserError: an engine under which this is not supported, or an id table that is too large for every rank.

@@ -1,8 +1,8 @@
-"""The catalogue as the loss reads it: every item's columns (:meth:`ItemEncoder.columns`), resident or made on demand.
+"""The catalogue as the loss reads it: all columns (:meth:`ItemEncoder.columns`), resident or computed on demand.
 
 V items, C columns. A table that fits the device is normalised once and stays there, in the dtype of the products. A
-larger one stays where it is, float16 and perhaps memory-mapped, and only the rows asked for are normalised: the loss
-asks for a tile, the batch for its own items, so nothing that is held grows with V.
+larger one stays where it is, in float16 and possibly memory-mapped, and only requested rows are normalised: the loss
+requests a tile, the batch its own items. So the memory in use does not grow with V.
 
 Where the ranks share the catalogue (:mod:`fmrl_dist.losses.split_catalogue`), the same holds for each rank's slice.
 """
@@ -25,10 +25,10 @@ MADE_AT_ONCE = 4096  # items
 
 
 class TableColumns:
-    """Columns made from the table's rows when they are asked for.
+    """Columns computed from the table's rows when they are requested.
 
     Args:
-        encoder: on the device of the products; its feature scale is what the columns are made with.
+        encoder: on the device of the products; its feature scale normalises the columns.
         table: float16 values and masks, on the CPU.
         dtype: of the columns.
     """

@@ -1,4 +1,4 @@
-"""The script for a GPU, dry: every stage at toy size on the CPU; and how it ends a stage that takes too long."""
+"""The GPU script's dry run (every stage at toy size on the CPU), and how it ends a stage that takes too long."""
 
 from __future__ import annotations
 

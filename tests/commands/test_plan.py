@@ -161,6 +161,31 @@ def test_operations_are_as_counted(step: Step, loss: str, monkeypatch: pytest.Mo
     assert predict(step, loss).operations == pytest.approx(counted_operations(step, loss), rel=0.1)
 
 
+# Of whole steps on an H100 (benchmarks/results/h100-2026-11-26): positions, features, items, itemsize, seconds, GiB
+# beyond weights, moments and columns.
+ON_AN_H100 = [
+    (4096, 768, 1_000_000, 2, 0.287, 1.26),
+    (4096, 768, 10_000_000, 2, 2.67, 1.26),
+    (25_600, 2048, 100_000, 2, 0.209, 3.68),
+    (25_600, 2048, 100_000, 4, 0.675, 4.74),
+]
+H100_RATE = {2: 771e12, 4: 51.1e12}
+
+
+@pytest.mark.parametrize(("positions", "num_features", "num_items", "itemsize", "seconds", "gib"), ON_AN_H100)
+def test_a_gpu_takes_the_predicted_time_and_no_more_memory(
+    positions: int, num_features: int, num_items: int, itemsize: int, seconds: float, gib: float
+) -> None:
+    sizes = (8, 16, 32, 64, 128, 256, 512, 1024)
+    step = replace(BASE, sizes=sizes, depth=2, positions=positions, num_features=num_features, num_items=num_items)
+    step = replace(step, itemsize=itemsize, on_gpu=True, memory_bytes=80 * 2**30)
+    cost = predict(step, "whole")
+    assert cost.operations / (plan.rate_share(step) * H100_RATE[itemsize]) == pytest.approx(seconds, rel=0.2)
+    gradients = cost.memory["weights, gradients, moments"] / 4
+    found = (cost.memory["kept of blocks and batch"] + cost.memory["loss"] + gradients) / 2**30
+    assert gib <= found <= 1.5 * gib
+
+
 def test_split_divides_projection_and_columns() -> None:
     step = replace(BASE, num_ranks=8, num_items=10_000_000, memory_bytes=80 * 2**30, on_gpu=True)
     whole, split = predict(step, "whole"), predict(step, "split")
@@ -178,7 +203,7 @@ def test_what_does_not_fit_the_device_is_read_from_the_table() -> None:
 
 def test_validation_holds_the_ranked_embeddings() -> None:
     step = replace(BASE, num_ranks=8, num_items=10_000_000, memory_bytes=80 * 2**30, on_gpu=True)
-    for loss in ("whole", "split", "sampled"):  # of so many items, ranks share them whatever the loss
+    for loss in ("whole", "split", "sampled"):  # with so many items, ranks share the ranking at any loss
         cost = predict(step, loss)
         resting = cost.memory["weights, gradients, moments"] + cost.memory["item columns"]
         assert cost.validation_bytes == resting + 4 * 10_000_000 * 256 / 8

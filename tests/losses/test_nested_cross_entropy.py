@@ -9,14 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fmrl_dist.losses import tiled_log_sum_exp
 from fmrl_dist.losses.nested_cross_entropy import nested_cross_entropy
 from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.losses.tiled_log_sum_exp import TILE_ITEMS, TILE_POSITIONS
+from tests.fixtures.held_memory import HeldMemory
 from tests.fixtures.numerics import TOLERANCE, assert_relatively_close
 
 SIZES = (4, 9, 16, 35)
@@ -141,25 +139,6 @@ def test_huge_scores_do_not_overflow(impl: str) -> None:
     for result, truth in zip(results, truths, strict=True):
         assert result.isfinite().all()
         assert (result - truth).norm() <= 1e-5 * truth.norm()  # gaps between the scores are far above their rounding
-
-
-class HeldMemory(TorchDispatchMode):
-    """Peak of the bytes that operators' results hold at once, of all storages still alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak_bytes = 0
-        self._held: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                self._held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self._held = {key: held for key, held in self._held.items() if not held[0].expired()}
-        self.peak_bytes = max(self.peak_bytes, sum(num_bytes for _, num_bytes in self._held.values()))
-        return result
 
 
 def peak_floats(num_positions: int, num_items: int, sizes: Sequence[int], impl: str) -> float:

@@ -63,7 +63,7 @@ CASES_OF_RANKS = {
 
 
 def make_inputs(case: Case) -> dict[str, Tensor]:
-    """Everything of all ranks. ``inputs`` by ``mixer``, a parameter, are the outputs: so z's gradient goes on."""
+    """Everything of all ranks. The outputs are ``inputs`` times the parameter ``mixer``, so z has a gradient."""
     generator = torch.Generator().manual_seed(case.seed)
     num_positions, num_items = sum(case.positions), sum(case.items)
 

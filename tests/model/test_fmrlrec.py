@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fmrl_dist.model.fmrlrec import LRU, FeedForward, FMRLRec, ItemEncoder, ResidualBlock
+from fmrl_dist.model.scan import packed_scan
 from tests.fixtures.numerics import assert_relatively_close
 
 NUM_ITEMS = 11
@@ -412,9 +413,51 @@ def test_a_bfloat16_model_stays_close_to_its_float32_self() -> None:
         assert not torch.equal(found, right) or name == "encoder.stand_ins", name  # it did round
     for block, rounded_block in zip(exact.blocks, rounded.blocks, strict=True):
         assert isinstance(block, ResidualBlock) and isinstance(rounded_block, ResidualBlock)
-        assert torch.equal(rounded_block.lru.decay(), block.lru.decay())  # float32 whatever the products' dtype
+        assert torch.equal(rounded_block.lru.decay(), block.lru.decay())  # float32 at any dtype of the products
     dtypes = [module.matmul_dtype for module in rounded.truncate(8).modules() if hasattr(module, "matmul_dtype")]
     assert set(dtypes) == {torch.bfloat16}
+
+
+def test_evaluation_is_float32_at_any_precision_of_the_training() -> None:
+    """Encoder, whole histories and single events; training mode rounds again."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"sizes": (8, 64), "depth": 2, "feature_dims": {"text": 96}}
+    exact, rounded = FMRLRec(**options), FMRLRec(**options, matmul_dtype=torch.bfloat16)
+    rounded.load_state_dict(exact.state_dict())
+    features, present = torch.randn(30, 96), torch.ones(30, 1, dtype=torch.bool)
+
+    def results(model: FMRLRec) -> list[Tensor]:
+        embeddings = model.encoder(features, present)
+        z = model(embeddings, torch.tensor([0, 25, 30]), torch.tensor([True, False]))
+        state, z_next = model.step(model.initial_state(30), embeddings)
+        return [embeddings, z, state, z_next]
+
+    expected = results(exact.eval())
+    assert all(map(torch.equal, results(rounded.eval()), expected))
+    assert all(map(torch.equal, results(rounded.truncate(64)), expected))
+    assert not any(map(torch.equal, results(rounded.train()), expected))
+
+
+def test_the_scan_does_not_define_the_model() -> None:
+    """It is chosen where the model runs; the model of each size keeps it."""
+    model = FMRLRec((8, 16), 2, FEATURES, scan="plain")
+    assert "scan" not in model.arguments and "matmul_dtype" not in model.arguments
+    for copied, scan in ((model.truncate(8), "plain"), (FMRLRec(**model.arguments), "auto")):
+        assert copied.scan == scan
+        assert {module.scan for module in copied.modules() if isinstance(module, LRU)} == {scan}
+
+
+@pytest.mark.parametrize("impl", ["plain", "doubling"])
+def test_the_model_passes_its_scan_on(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+
+    def note(decay: Tensor, x: Tensor, starts: Tensor, impl: str) -> Tensor:
+        called.append(impl)
+        return packed_scan(decay, x, starts, impl)
+
+    monkeypatch.setattr("fmrl_dist.model.fmrlrec.packed_scan", note)
+    FMRLRec((8, 16), 2, FEATURES, scan=impl)(torch.randn(5, 16), torch.tensor([0, 5]), torch.tensor([True]))
+    assert called == [impl, impl]
 
 
 def test_an_encoder_without_features_is_its_id_table() -> None:

@@ -72,7 +72,7 @@ def test_nested_linear_equals_its_plain_twin(sizes: tuple[int, ...], num_rows: i
 
 
 def test_several_inputs_and_outputs_are_each_nested() -> None:
-    """[2, 3, D, D] weights: every D×D block by itself through the plain twin."""
+    """[2, 3, D, D] weights: every D×D block separately through the plain twin."""
     sizes, width = (4, 300, 600), 600
     x = random_tensor(5, 3, width, dtype=torch.float64, seed=1)
     weight = random_tensor(2, 3, width, width, dtype=torch.float64, seed=2)
@@ -105,7 +105,7 @@ def test_bfloat16_products_err_no_more_than_the_plain_twin_in_bfloat16() -> None
     exact = nested_linear_plain(x.double(), weight.double(), bias.double(), sizes)
     own_error = nested_linear_plain(x.bfloat16(), weight.bfloat16(), bias.bfloat16(), sizes).double() - exact
     assert found.dtype == torch.float32
-    assert 0 < (found.double() - exact).norm() <= 1.1 * own_error.norm()  # two orders of rounding: equal but for noise
+    assert 0 < (found.double() - exact).norm() <= 1.1 * own_error.norm()  # rounded in another order: equal up to noise
     assert all(grad.dtype == torch.float32 for grad in torch.autograd.grad(found.sum(), (x, weight, bias)))
 
 

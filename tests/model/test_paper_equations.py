@@ -31,7 +31,7 @@ def paper_linear(x: NDArray, weight: NDArray, bias: NDArray, sizes: list[int]) -
 
 
 def paper_layer_norm(x: Array, weight: Array, bias: Array, sizes: list[int]) -> Array:
-    """Each chunk normalised by itself, eps 1e-5."""
+    """Each chunk normalised separately, eps 1e-5."""
     y = np.zeros_like(x)
     low = 0
     for high in sizes:
@@ -90,7 +90,7 @@ def paper_scores_and_loss(
 ) -> tuple[dict[int, list[Array]], float]:
     """Scores per size (eq. 13), and the loss summed over sizes and positions (eq. 14), each history from scratch.
 
-    A flagged history is preceded by a position of its own (b_proj, no carried state), which predicts its first item.
+    A flagged history has a start position before it (b_proj, no carried state), which predicts its first item.
     """
     scores: dict[int, list[Array]] = {size: [] for size in sizes}
     loss = 0.0
@@ -106,7 +106,7 @@ def paper_scores_and_loss(
 
 
 def random_model(sizes: list[int], depth: int, r_max: float) -> FMRLRec:
-    """Every parameter away from its initial value, so that none can be forgotten; float64."""
+    """Every parameter away from its initial value, so that a forgotten one shows; float64."""
     model = FMRLRec(sizes, depth, {"language": 3, "image": 2}, r_min=0.0, r_max=r_max).double()
     with torch.no_grad():
         for parameter in model.parameters():

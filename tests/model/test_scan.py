@@ -1,19 +1,32 @@
-"""The doubling scan against the plain one: forward, every gradient, ugly lengths, broken neighbours, single steps."""
+"""The doubling scan against the plain one: forward, every gradient, ugly lengths, broken neighbours, single steps.
+
+Its rounds gather rows on the CPU and mask them on a GPU; here both run, on the CPU.
+"""
 
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fmrl_dist.model import scan
 from fmrl_dist.model.scan import complex_mul, packed_scan, scan_step
 from tests.fixtures.numerics import TOLERANCE, assert_relatively_close
 
 MODULI = [0.001, 0.1, 0.999]
+ROUNDS = {"gathered": scan._double_gathered_rows, "masked": scan._double_masked_rows}
+
+
+@pytest.fixture(params=ROUNDS)
+def rounds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The doubling scan does its rounds in one way, then in the other."""
+    monkeypatch.setattr(scan, "_double_gathered_rows", ROUNDS[request.param])
+    return str(request.param)
 
 
 def make_starts(lengths: list[int]) -> Tensor:
@@ -54,11 +67,13 @@ def assert_twins_agree(lengths: list[int], width: int, modulus: float, dtype: to
     [[], [0], [0, 0, 0], [1], [1, 1, 1], [0, 1, 0, 0, 3, 0], [2, 1, 63, 64, 65], list(range(68)), [507]],
     ids=["none", "empty", "empties", "one", "ones", "gaps", "powers", "1-67", "507"],
 )
+@pytest.mark.usefixtures("rounds")
 def test_doubling_equals_its_plain_twin(lengths: list[int], modulus: float, dtype: torch.dtype) -> None:
     assert_twins_agree(lengths, 5, modulus, dtype)
 
 
-@settings(max_examples=50)
+@pytest.mark.usefixtures("rounds")
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.integers(0, 20), max_size=8),
     width=st.integers(1, 9),
@@ -84,6 +99,8 @@ def test_states_are_the_sums_of_powers() -> None:
     torch.testing.assert_close(torch.complex(found[:, 0], found[:, 1]), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.usefixtures("rounds")
+@pytest.mark.usefixtures("rounds")
 @pytest.mark.parametrize("modulus", MODULI)
 def test_gradients_equal_finite_differences(modulus: float) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -100,6 +117,7 @@ def test_second_gradients_equal_finite_differences() -> None:
     assert torch.autograd.gradgradcheck(lambda decay, x: packed_scan(decay, x, make_starts([1, 4])), (decay, x))
 
 
+@pytest.mark.usefixtures("rounds")
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("lengths", [[5, 9, 1, 6], [1, 1, 3, 1], [0, 4, 0, 70]])
 def test_a_broken_sequence_leaves_its_neighbours_untouched(lengths: list[int], bad: float) -> None:
@@ -123,6 +141,7 @@ def test_a_broken_sequence_leaves_its_neighbours_untouched(lengths: list[int], b
         assert torch.equal(x.grad[others], clean_leaf.grad[others])
 
 
+@pytest.mark.usefixtures("rounds")
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_broken_upstream_gradient_stays_in_its_sequence(bad: float) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -137,6 +156,7 @@ def test_a_broken_upstream_gradient_stays_in_its_sequence(bad: float) -> None:
     assert torch.equal(grad[:5], clean_grad[:5]) and torch.equal(grad[9:], clean_grad[9:])
 
 
+@pytest.mark.usefixtures("rounds")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("modulus", MODULI)
 def test_one_event_at_a_time_gives_the_scans_states(modulus: float, dtype: torch.dtype) -> None:
@@ -164,3 +184,28 @@ def test_complex_mul_is_complex_multiplication() -> None:
     a, b = torch.randn(2, 3, 4, dtype=torch.complex128, generator=torch.Generator().manual_seed(0))
     found = complex_mul(torch.stack((a[0].real, a[0].imag)), torch.stack((b.real, b.imag), 1))
     torch.testing.assert_close(torch.complex(found[:, 0], found[:, 1]), a[0] * b, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("longest", "modulus", "rounds"),
+    [
+        (1, 0.9, 0),  # no row has a predecessor
+        (2, 0.9, 1),
+        (64, 0.9, 6),
+        (65, 0.9, 7),
+        (2000, 1.0, 11),
+        (2000, 0.1, 5),  # 0.1^32 is flushed
+        (2000, 0.0, 1),
+        (2000, math.nan, 11),
+    ],
+)
+def test_number_of_masked_rounds(longest: int, modulus: float, rounds: int) -> None:
+    decay = torch.tensor([[0.0, modulus, 0.0], [0.0, 0.0, 0.0]])
+    assert scan._num_rounds(decay, torch.arange(longest)) == rounds
+
+
+def test_auto_is_doubling_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, "_walk_rows", None)  # a kernel that cannot be called
+    x = torch.randn(3, 2, 4)
+    decay, starts = make_decay(4, 0.5, torch.Generator()).float(), make_starts([1, 2])
+    assert torch.equal(packed_scan(decay, x, starts), packed_scan(decay, x, starts, "doubling"))

@@ -28,7 +28,7 @@ def run(code: list[str]) -> subprocess.CompletedProcess[str]:
 def test_kernels_equal_their_plain_twins() -> None:
     result = run(["-m", "tests.fixtures.triton_cases"])
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("ok ") == 27, result.stdout
+    assert result.stdout.count("ok ") == 28, result.stdout
 
 
 def test_second_gradients_of_the_scan_are_refused_rather_than_wrong() -> None:
@@ -47,5 +47,7 @@ def test_second_gradients_of_the_scan_are_refused_rather_than_wrong() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there, so nothing is to be refused")
 def test_training_refuses_triton_without_a_gpu(tmp_path: Path) -> None:
     shop = make_shop(tmp_path)
-    line = refusal(train.main, "--config", shop, "--loss.impl", "triton")
-    assert "loss.impl is triton, which needs a CUDA device" in line
+    for key, other in (("loss.impl", "tiled or auto"), ("model.scan", "doubling or auto")):
+        line = refusal(train.main, "--config", shop, f"--{key}", "triton")
+        assert f"{key} is triton, which needs a CUDA device" in line
+        assert line.endswith(f"choose {other}")

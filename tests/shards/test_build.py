@@ -34,6 +34,7 @@ def test_a_whole_store_of_the_config_is_kept(tmp_path: Path, capsys: pytest.Capt
     assert "not the config's ['other']; build it again with --overwrite" in refusal(
         main, "--config", config, "--keep", *another
     )
+    assert "exists; keep it, or build it again with --overwrite" in refusal(main, "--config", config)
     assert "not allowed with" in refusal(main, "--config", config, "--keep", "--overwrite")
     assert contents(store) == before
     shard = next(iter(sorted(store.glob("train-*"))))

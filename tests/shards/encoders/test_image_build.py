@@ -79,7 +79,7 @@ def test_a_build_killed_at_work_is_resumed_to_the_same_store(
         process.wait()
     assert not (tmp_path / "store").exists()
     assert 1 <= num_blocks_done(tmp_path / "store") < 3
-    _, alive = psutil.wait_procs(workers, timeout=30)
+    _, alive = psutil.wait_procs(workers, timeout=3)  # by themselves they would notice after 5 s, if ever
     assert len(workers) >= 2 and not alive, "decoding processes outlive the build"
     capsys.readouterr()
     build_store(load_config(config, ["--data.features.image.workers", "0"]))

@@ -121,7 +121,8 @@ def test_compares_the_manifest_with_what_is_there(
         ("train", lambda a: {"starts": a["starts"][::-1].copy()}, "starts do not rise"),
         ("train", lambda a: {"items": a["items"] - 6}, "item ids outside 0 ... 5"),
         ("train", lambda a: {"items": (a["items"] + 1) % 6}, "train_count is not what the train blocks hold"),
-        ("train", lambda a: {"users": a["users"] * 0}, "occurs twice in train"),
+        ("train", lambda a: {"users": a["users"] * 0}, "train block 0 .* occurs twice in train"),
+        ("train", lambda a: {"users": a["users"] + 2}, "train block 1 .* occurs twice in train"),
         ("test", lambda a: {"users": a["users"] + 9}, "user ids outside 0 ... 3"),
     ],
 )
