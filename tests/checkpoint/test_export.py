@@ -340,3 +340,28 @@ def test_a_checkpoint_that_is_not_the_best(run: Path, tmp_path: Path) -> None:
     latest = (run / "checkpoints" / "latest").resolve()
     export_here(latest, 8, "--output", tmp_path / "latest")
     assert read_export(tmp_path / "latest").origin.step == load_checkpoint(latest).state.step
+
+
+@pytest.mark.parametrize("config", ['{"model_type": "bert"}', "[]", "not JSON"])
+def test_a_model_folder_of_others_is_never_replaced(config: str, run: Path, tmp_path: Path) -> None:
+    """Any model of the Hub has a config.json."""
+    others = tmp_path / "bert"
+    others.mkdir()
+    (others / "config.json").write_text(config)
+    (others / "model.safetensors").write_bytes(b"theirs")
+    before = contents(others)
+    line = refusal(export.main, "--checkpoint", run, "--size", 8, "--output", others, "--overwrite")
+    assert f"{others} exists and is not an export; choose another --output" in line
+    assert contents(others) == before
+
+
+def test_an_export_with_a_file_of_others_is_not_replaced(run: Path, tmp_path: Path) -> None:
+    exported = tmp_path / "export"
+    export_here(run, 8, "--output", exported)
+    run_here(evaluate.main, ["--checkpoint", exported, "--threads", 1])
+    export_here(run, 4, "--output", exported, "--overwrite")  # an evaluation's files are ours
+    (exported / "notes.md").write_text("mine")
+    before = contents(exported)
+    line = refusal(export.main, "--checkpoint", run, "--size", 8, "--output", exported, "--overwrite")
+    assert f"{exported} holds notes.md, which an export does not have; move it away" in line
+    assert contents(exported) == before
