@@ -3,11 +3,11 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 SHELL_SCRIPTS := .ci/run .ci/install-slurm $(wildcard launch/*.sh launch/*.slurm)
-BENCHMARKS := $(filter-out benchmarks/__init__.py,$(wildcard benchmarks/*.py))
+BENCHMARKS := $(filter-out benchmarks/__init__.py benchmarks/timing.py,$(wildcard benchmarks/*.py)) benchmarks/gpu/__main__.py
 
 EXTRAS := shards,text,minilm,deepspeed,triton,slurm,sweep,dev
 
-.PHONY: setup images train test test-all lint docs bench gpu clean
+.PHONY: help setup images train test test-all lint docs bench gpu clean
 
 setup: $(VENV)/installed  ## the virtual environment, with the versions of constraints.txt
 
@@ -27,10 +27,10 @@ train: setup  ## the demo: generate data, build its store, train, evaluate every
 		-m fmrl_dist.train --resume auto
 
 test: setup  ## the fast tests
-	$(BIN)/python -m pytest -m "not slow and not slurm"
+	$(BIN)/python -m tests.run -m "not slow and not slurm"
 
 test-all: setup  ## every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m tests.run
 
 lint: setup  ## style, types, shell scripts
 	$(BIN)/ruff check .
@@ -41,14 +41,17 @@ lint: setup  ## style, types, shell scripts
 docs: setup  ## docs/config.md, from the dataclasses of fmrl_dist/config
 	$(BIN)/python -m fmrl_dist.config.reference
 
-bench: setup  ## what can be measured, and the command that measures it (each needs inputs of its own)
+bench:  ## what can be measured, and the command that measures it (each needs inputs of its own)
 	@for script in $(BENCHMARKS); do \
-		echo "$(BIN)/python -m benchmarks.$$(basename $$script .py) --help"; \
+		echo "$(BIN)/python -m $$(echo $${script%.py} | sed 's,/__main__,,; s,/,.,g') --help"; \
 		sed -n '1s/^"""/    /; 1s/"""$$//; 1p' $$script; \
 	done
 
 gpu: setup  ## tests and measurements on an NVIDIA GPU, nine minutes; GPU_ARGS=--dry-run tries them on the CPU
 	$(BIN)/python -m benchmarks.gpu $(GPU_ARGS)
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST)
 
 clean:  ## what setup and the tools leave behind; data, stores and runs stay
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,5 +1,4 @@
-"""``python -m benchmarks.crash``: a training run killed (SIGKILL) again and again, and resumed, against an undisturbed
-one.
+"""``python -m benchmarks.crash``: a run killed (SIGKILL) again and again and resumed, against an undisturbed one.
 
 The run saves every few steps, so that kills also fall during saving. Launcher, ranks and reading processes are all
 killed at once, at a random instant after the run's first new step; then ``--resume auto`` resumes. In the end every

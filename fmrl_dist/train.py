@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import Tensor
 from fmrl_dist.base.errors import UserError, require, run_command
 from fmrl_dist.base.files import json_sha256
 from fmrl_dist.base.progress import Progress
-from fmrl_dist.checkpoint.folder import Checkpoint, TrainState, load_checkpoint
+from fmrl_dist.checkpoint.folder import Checkpoint, TrainState, linked_checkpoint, load_checkpoint
 from fmrl_dist.checkpoint.run_folder import (
     FINAL_EVALUATION,
     claimed_run_folder,
@@ -79,7 +79,7 @@ def train(config: Config, resume: str | None) -> None:
             train_and_evaluate(config, runtime, resume, stop)
         except Stopped:
             runtime.say("stopped by a signal; resume with --resume auto")
-            if runtime.is_main and stop.usr1:
+            if runtime.is_main and stop.requeue:
                 ask_for_requeue(Path(config.run.dir))
     runtime.leave()
 
@@ -114,15 +114,23 @@ def train_and_evaluate(config: Config, runtime: Runtime, resume: str | None, sto
     total_steps = min(total_steps, config.train.max_steps or total_steps)
 
     if checkpoint is None or not training_is_over(config, checkpoint, total_steps):
-        _train_steps(Run(config, runtime, folder, store, order, total_steps), checkpoint, stop)
-        runtime.accelerator.wait_for_everyone()
-    elif is_finished(folder) and (folder / FINAL_EVALUATION).exists():
+        with ExitStack() as claim:  # until the evaluation is written, the folder is this run's
+            _train_steps(Run(config, runtime, folder, store, order, total_steps), checkpoint, stop, claim)
+            runtime.accelerator.wait_for_everyone()
+            _evaluate_best(config, runtime, store, folder, stop)
+        return
+    require(
+        linked_checkpoint(folder / "checkpoints", "best") is not None,
+        f"checkpoint {checkpoint.path} has nothing left to train, and {folder} has none of its own; evaluate it with "
+        "python -m fmrl_dist.evaluate, or start a run that goes further, from its weights, with --train.init",
+    )
+    if is_finished(folder) and (folder / FINAL_EVALUATION).exists():
         runtime.say(f"{folder} is finished (step {checkpoint.state.step}); nothing to do")
         return
     _evaluate_best(config, runtime, store, folder, stop)
 
 
-def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest) -> None:
+def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest, claim: ExitStack) -> None:
     config, runtime, order = run.config, run.runtime, run.order
     learner = prepare_learner(run, resume_from)
     model = learner.module.model
@@ -140,9 +148,15 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest) ->
     stopped = False  # by a signal, as agreed by all processes
     result: StepResult | None = None
 
+    claim.enter_context(claimed_run_folder(run.folder, config, runtime))
     with (
-        claimed_run_folder(run.folder, config, runtime),
-        Logbook(run.folder, state.step, config.run.tensorboard, runtime.is_main) as logbook,
+        Logbook(
+            run.folder,
+            state.step,
+            config.run.tensorboard,
+            enabled=runtime.is_main,
+            repeats_validation=state.validation_is_due,
+        ) as logbook,
         CheckpointWriter(run.folder / "checkpoints", learner.facts, config.train.keep_checkpoints) as writer,
         make_feed(run, make_stream(run, sampler, state)) as feed,
         RankMonitor(runtime, run.folder, state.step, timer, config.train.hang_timeout_s) as monitor,
@@ -153,6 +167,8 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest) ->
             stopped = not note_validation(run, learner, state, logbook, progress, stop)
             if not stopped:
                 save(run, learner, state, writer)
+            timer.restart()
+            monitor.is_alive()
         for step in range(state.step, run.total_steps):
             if stopped or out_of_patience(config, state.evaluations_without_gain):
                 break
@@ -163,13 +179,13 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest) ->
                 agreed = agree(runtime, batches, damaged, clock.is_due(), stop, result)
             stop_if_not_finite(runtime, step, result, agreed.num_not_finite)
             if stopped := agreed.num_stop > 0:
-                stop.usr1 = agreed.num_requeue > 0  # whichever process was notified
-            num_targets = agreed.num_targets
-            if agreed.num_damaged:
+                stop.requeue = agreed.num_requeue > 0  # whichever process was notified
+            num_targets, num_damaged = agreed.num_targets, agreed.num_damaged
+            while num_damaged:
                 leave_out(run, state, damaged)
                 feed.change_stream(make_stream(run, sampler, state))
-                batches, _ = feed.batches(step)
-                (num_targets,) = runtime.agree(count_targets(batches))
+                batches, damaged = feed.batches(step)
+                num_targets, num_damaged = runtime.agree(count_targets(batches), len(damaged))
 
             result = learn(run, learner, step, batches, num_targets)
             step_metrics.add(result.loss_sums, num_targets)
@@ -179,9 +195,9 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest) ->
             state.step = step + 1
             evaluate_now = state.step % run.evaluate_every_steps == 0 or state.step == run.total_steps
             save_now = evaluate_now or is_save_step(config, state.step) or agreed.num_save_due > 0 or stopped
-            if state.step % config.train.log_every_steps == 0 or save_now:  # so a resumed run has the same records
+            if state.step % config.train.log_every_steps == 0 or save_now:  # sums since a record are in no checkpoint
                 record = step_metrics.record() | {"lr": result.lr, "grad_norm": float(result.grad_norm)}
-                # All processes have the same record: none saves a non-finite state.
+                # All processes see the same losses and norm here: none saves what is not finite.
                 stop_if_not_finite(runtime, state.step, result, not all(map(math.isfinite, record.values())))
                 logbook.write({"step": state.step, "epoch": epoch, "split": "train"} | record)
                 if slow_ranks := monitor.record(state.step):
@@ -191,6 +207,7 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest) ->
             state.validation_is_due = evaluate_now
             if state.validation_is_due and not stopped:  # a stopping run leaves it to the next job
                 stopped = not note_validation(run, learner, state, logbook, progress, stop)
+                monitor.is_alive()
             if save_now:
                 save(run, learner, state, writer)
                 clock.restart()
@@ -204,8 +221,8 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest) ->
 
 
 def make_negative_sampler(run: Run) -> NegativeSampler | None:
-    """The sampler, if the softmax is sampled; rank 0 computes the files that the others only read."""
-    with run.runtime.accelerator.main_process_first():
+    """The sampler, if the softmax is sampled; one process of each node computes the files that the others only read."""
+    with run.runtime.accelerator.local_main_process_first():
         return make_sampler(run.config, run.store)
 
 
@@ -324,12 +341,19 @@ def describe_start(run: Run, module: TrainingModule, step: int) -> str:
 
 
 def load_best(folder: Path, runtime: Runtime) -> Checkpoint:
-    """A run's best checkpoint, the same on all ranks."""
-    for _ in range(NEW_LINK_S):
-        checkpoint = load_checkpoint(folder, with_optimizer=False)
-        if runtime.have_same(checkpoint.sha256):
+    """A run's best checkpoint, the same on all ranks; a network file system may show a new one late."""
+    for tries_left in reversed(range(NEW_LINK_S)):
+        checkpoint, problem = None, ""
+        try:
+            checkpoint = load_checkpoint(folder, with_optimizer=False)
+        except UserError as error:
+            problem = str(error)
+        if runtime.have_same(checkpoint.sha256 if checkpoint else "0" * 15):
             break
-        time.sleep(1)
+        if tries_left:
+            time.sleep(1)
+    require(checkpoint is not None, problem)
+    assert checkpoint is not None
     runtime.require_same("best checkpoint", checkpoint.sha256)
     return checkpoint
 

@@ -1,1 +1,1 @@
-"""Commands that put training and all around it onto SLURM, or onto this machine, through submitit."""
+"""Commands that run training and everything around it on SLURM, or on this machine."""

@@ -1,81 +1,55 @@
 """``python -m launch.submit --config C``: shards → train → evaluate → export, as dependent SLURM jobs or right here.
 
-Each job is one of launch/*.slurm with its own words; SLURM starts a stage when the one before has completed, and
-cancels it where that has failed.
+Each job is one of launch/*.slurm with its own arguments. SLURM starts a stage when the previous one has completed, and
+cancels it if that failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import re
 import shlex
-import signal
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fmrl_dist.base.errors import UserError, require, run_command
+from fmrl_dist.base.errors import require, run_command
 from fmrl_dist.config.command_line import command_parser, parse_command
-from launch.slurm.chain import JOIN, STAGES, Chain, Stage, parse_sizes, parse_stages
-from launch.slurm.follow import (
-    Submitted,
+from fmrl_dist.config.sections import Config
+from launch.local.processes import LocalJob, end_jobs
+from launch.local.signals import ENDING, EndedBySignal, SignalListener, ending_signals_raise, listening
+from launch.slurm.chain import JOB_STAGES, STAGES, JobChain, parse_sizes, parse_stages
+from launch.slurm.follow import fail, follow, summary
+from launch.slurm.job_states import cancel, import_submitit, require_slurm, states
+from launch.slurm.jobs import sbatch_text, submit
+from launch.slurm.options import add_sbatch_option, parse_sbatch
+from launch.slurm.record import (
+    SubmittedStage,
     all_jobs,
     cancel_recorded,
-    fail,
-    follow,
     read_record,
     require_ended,
-    summary,
     write_record,
 )
-from launch.slurm.jobs import cancel, import_submitit, require_slurm, sbatch_text, states, submit
 
-SBATCH_WORD = re.compile(r"(?:([a-z]+):)?([a-z][a-z0-9-]*)(?:=(.+))?")
-OURS = ("array", "chdir", "dependency", "error", "job-name", "kill-on-invalid-dep", "output", "parsable", "wrap")
 LOCAL_POLL_S = 0.2
 
 
 def main(argv: list[str]) -> None:
-    parser = command_parser("launch.submit", "Submit shards, train, evaluate, export as a chain of jobs.")
-    parser.add_argument("--stages", default=",".join(STAGES), help="some of them, in this order (default: %(default)s)")
-    parser.add_argument("--sizes", help="to export, such as 8,64 (default: all trained sizes)")
-    parser.add_argument("--parts", type=int, default=1, help="tasks of an array that share the evaluation (default: 1)")
-    parser.add_argument("--cluster", choices=("slurm", "local"), default="slurm", help="local: here, one by one")
-    parser.add_argument("--processes", type=int, default=1, help="of a local training (default: 1)")
-    parser.add_argument(
-        "--sbatch",
-        metavar="[STAGE:]OPTION[=VALUE]",
-        action="append",
-        default=[],
-        help="of sbatch, by long name, for all stages or for one (shards, train, evaluate, join, export); repeatable",
-    )
-    actions = parser.add_mutually_exclusive_group()
-    actions.add_argument("--dry-run", action="store_true", help="print what would be submitted, and do nothing")
-    actions.add_argument(
-        "--status", action="store_true", help="say what has become of the chain; with --wait, follow it"
-    )
-    actions.add_argument("--cancel", action="store_true", help="cancel what waits or runs of the chain")
-    parser.add_argument("--wait", action="store_true", help="follow until the chain ends; exit code 1 if a stage fails")
+    parser = submit_parser()
     arguments, config = parse_command(parser, argv)
-    overrides = parser.parse_known_args(argv)[1]
-    words = ([str(arguments.config)] if arguments.config else []) + overrides
-    stages = parse_stages(arguments.stages)
-    chain = Chain(
-        config, tuple(words), stages, parse_sizes(arguments.sizes, config), arguments.parts, arguments.processes
-    )
-    options = parse_sbatch(arguments.sbatch)
+    chain = make_chain(arguments, config, overrides=parser.parse_known_args(argv)[1])
+    options = parse_sbatch(arguments.sbatch, JOB_STAGES)
     require(Path("launch/train.slurm").is_file(), f"{Path.cwd()} is not the repository's root; submit from there")
 
     if arguments.cluster == "local":
         check_local(arguments)
         if arguments.dry_run:
-            print_commands(chain.on_this_machine())
+            print_commands(chain)
         else:
             run_here(chain)
     elif arguments.dry_run:
-        print_texts(chain, options)
+        print_batch_scripts(chain, options)
     elif arguments.status and not arguments.wait:
         print_status(read_record(chain.folder))
     elif arguments.cancel:
@@ -86,84 +60,90 @@ def main(argv: list[str]) -> None:
             follow_until_interrupted(submitted)
 
 
-def parse_sbatch(words: Sequence[str]) -> dict[str, dict[str, str]]:
-    """sbatch's options for each stage; ``train:nodes=4`` is for one, and wins over ``nodes=2`` for all."""
-    of_all: dict[str, str] = {}
-    of_one: dict[str, dict[str, str]] = {stage: {} for stage in (*STAGES, JOIN)}
-    for word in words:
-        match = SBATCH_WORD.fullmatch(word)
-        require(
-            match is not None and match[1] in (None, *of_one),
-            f"--sbatch {word}: expected [STAGE:]OPTION[=VALUE] with a long option of sbatch, such as time=120 or "
-            "train:nodes=4",
-        )
-        assert match is not None
-        stage, name, value = match.groups(default="")
-        require(name not in OURS, f"--sbatch {word}: the chain sets {name} itself; leave it out")
-        (of_one[stage] if stage else of_all)[name] = value
-    return {stage: of_all | own for stage, own in of_one.items()}
+def submit_parser() -> argparse.ArgumentParser:
+    parser = command_parser("launch.submit", "Submit shards, train, evaluate, export as a chain of jobs.")
+    parser.add_argument("--stages", default=",".join(STAGES), help="some of them, in this order (default: %(default)s)")
+    parser.add_argument("--sizes", help="to export, such as 8,64 (default: all trained sizes)")
+    parser.add_argument("--parts", type=int, default=1, help="tasks of an array that share the evaluation (default: 1)")
+    parser.add_argument("--cluster", choices=("slurm", "local"), default="slurm", help="local: here, one by one")
+    parser.add_argument("--processes", type=int, default=1, help="of a local training (default: 1)")
+    add_sbatch_option(parser, JOB_STAGES)
+    actions = parser.add_mutually_exclusive_group()
+    actions.add_argument("--dry-run", action="store_true", help="print what would be submitted, and do nothing")
+    actions.add_argument("--status", action="store_true", help="print the jobs' states; with --wait, follow them")
+    actions.add_argument("--cancel", action="store_true", help="cancel the chain's jobs that wait or run")
+    parser.add_argument("--wait", action="store_true", help="follow until the chain ends; exit code 1 if a stage fails")
+    return parser
+
+
+def make_chain(arguments: argparse.Namespace, config: Config, overrides: Sequence[str]) -> JobChain:
+    """The chain that a command line asks for; ``overrides`` are its ``--section.key VALUE`` arguments."""
+    return JobChain(
+        config=config,
+        config_arguments=(*([str(arguments.config)] if arguments.config else []), *overrides),
+        stages=parse_stages(arguments.stages),
+        sizes=parse_sizes(arguments.sizes, config),
+        parts=arguments.parts,
+        processes=arguments.processes,
+    )
 
 
 def check_local(arguments: argparse.Namespace) -> None:
     """Refuse what only SLURM can do."""
-    asked = {"--sbatch": bool(arguments.sbatch), "--parts": arguments.parts > 1}
-    asked |= {"--status": arguments.status, "--cancel": arguments.cancel}
-    for word, given in asked.items():
-        require(not given, f"{word} is for SLURM; a local chain runs here, stage after stage, until it ends")
+    given = {"--sbatch": bool(arguments.sbatch), "--parts": arguments.parts > 1}
+    given |= {"--status": arguments.status, "--cancel": arguments.cancel}
+    for option, is_given in given.items():
+        require(not is_given, f"{option} needs SLURM; a local chain runs here, stage after stage, until it ends")
 
 
-def print_texts(chain: Chain, options: Mapping[str, dict[str, str]]) -> None:
-    """The batch script of each stage, and what its jobs run; ``TRAIN_JOB`` is the id of the job that it waits for."""
-    before: list[str] = []
-    for stage in chain.on_slurm():
-        print(f"### {stage.name}, {len(stage.scripts)} job{'s' * (len(stage.scripts) > 1)}")
-        for line in dict.fromkeys(shlex.join(("bash", script.path, *script.words)) for script in stage.scripts):
+def print_batch_scripts(chain: JobChain, options: Mapping[str, Mapping[str, str]]) -> None:
+    """The batch script of each stage and what its jobs run; ``TRAIN_JOB`` is the id of the job that it waits for."""
+    after = ""
+    for job in chain.jobs(options):
+        print(f"### {job.stage}, {len(job.scripts)} job{'s' * (len(job.scripts) > 1)}")
+        for line in dict.fromkeys(shlex.join(("bash", script.path, *script.arguments)) for script in job.scripts):
             print(f"### {line}")
-        name = chain.job_name(stage)
-        print(sbatch_text(stage.scripts, chain.folder, name, options[stage.name], before), flush=True)
-        before = [f"{stage.name.upper()}_JOB"]
+        print(sbatch_text(job, after), flush=True)
+        after = f"{job.stage.upper()}_JOB"
 
 
-def print_commands(stages: Sequence[Stage]) -> None:
-    for stage in stages:
-        for script in stage.scripts:
-            print(shlex.join(script.local))
+def print_commands(chain: JobChain) -> None:
+    """What a local chain runs, one command a line."""
+    for stage in chain.local_stages():
+        for command in stage.commands:
+            print(shlex.join(command))
 
 
-def submit_chain(chain: Chain, options: Mapping[str, dict[str, str]]) -> list[Submitted]:
-    """Submit all stages and record their jobs; where sbatch refuses one, none stays.
+def submit_chain(chain: JobChain, options: Mapping[str, Mapping[str, str]]) -> list[SubmittedStage]:
+    """Submit all stages and record their jobs; if that ends early, those already submitted are cancelled.
 
     Raises:
-        UserError: the chain is under way already, or sbatch refuses a stage.
+        UserError: the chain is in progress, or sbatch rejects a stage.
     """
     import_submitit()
     require_slurm()
     require_ended(chain.folder, f"the chain of {chain.config.run.dir}")
-    submitted: list[Submitted] = []
-    before: list[str] = []
+    submitted: list[SubmittedStage] = []
     try:
-        for stage in chain.on_slurm():
-            own = options[stage.name]
-            jobs = submit(stage.scripts, "slurm", chain.folder, chain.job_name(stage), own, before)
-            ids, logs = tuple(job.job_id for job in jobs), tuple(str(job.paths.stdout) for job in jobs)
-            submitted.append(Submitted(stage.name, ids, logs))
+        for job in chain.jobs(options):
+            submitted.append(submit(job, after=submitted[-1].number if submitted else ""))
             write_record(chain.folder, submitted)
-            before = [ids[0].split("_")[0]]  # all tasks of an array
-    except UserError:
+    except BaseException:
         if submitted:
             cancel(all_jobs(submitted))
         else:
-            with contextlib.suppress(OSError):  # there is an older record in it
+            with contextlib.suppress(OSError):  # it is not empty: it holds an older record
                 chain.folder.rmdir()
         raise
-    for entry in submitted:
-        tasks = f", {len(entry.jobs)} tasks" if len(entry.jobs) > 1 else ""
-        print(f"{entry.stage:<9} job {entry.jobs[0].split('_')[0]}{tasks}")
+    for stage in submitted:
+        tasks = f", {len(stage.jobs)} tasks" if len(stage.jobs) > 1 else ""
+        print(f"{stage.stage:<9} job {stage.number}{tasks}")
     print(f"record and logs: {chain.folder}", flush=True)
     return submitted
 
 
-def print_status(stages: Sequence[Submitted]) -> None:
+def print_status(stages: Sequence[SubmittedStage]) -> None:
+    """The state of each stage, and the logs of its jobs."""
     now = states(all_jobs(stages))
     for stage in stages:
         print(summary(stage, now))
@@ -172,35 +152,48 @@ def print_status(stages: Sequence[Submitted]) -> None:
                 print(f"          {job:<8} {log}")
 
 
-def follow_until_interrupted(stages: Sequence[Submitted]) -> None:
-    """The jobs do not depend on whoever follows them."""
+def follow_until_interrupted(stages: Sequence[SubmittedStage]) -> None:
+    """The jobs do not depend on this process: they continue when it is interrupted."""
     try:
-        follow(stages)
-    except KeyboardInterrupt:
-        print("\nno longer followed; the jobs go on: see --status and --cancel")
-        raise SystemExit(128 + signal.SIGINT) from None
+        with ending_signals_raise():
+            follow(stages)
+    except EndedBySignal:
+        print("\nno longer following; the jobs continue: see --status and --cancel")
+        raise
 
 
-def run_here(chain: Chain) -> None:
-    """One job after the other, each in processes of this machine; the first that fails ends the chain."""
-    chain.folder.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as an interrupt: the job ends with us
-    for stage in chain.on_this_machine():
-        for script in stage.scripts:
-            start = time.monotonic()
-            (job,) = submit([script], "local", chain.folder, chain.job_name(stage), {})
-            print(f"{stage.name:<9} {job.paths.stdout}", flush=True)
-            try:
-                while not job.done():
-                    time.sleep(LOCAL_POLL_S)
-            except KeyboardInterrupt:
-                print(f"{stage.name:<9} interrupted", flush=True)
-                raise SystemExit(128 + signal.SIGINT) from None
-            finally:
-                job.cancel()
-            if job.exception() is not None:
-                fail(stage.name, shlex.join(script.local), job.paths.stdout)
-            print(f"{stage.name:<9} done in {time.monotonic() - start:.0f} s", flush=True)
+def run_here(chain: JobChain) -> None:
+    """Run one command after another on this machine, until one fails; INT and TERM end it with all its processes.
+
+    Raises:
+        SystemExit: a command failed, or a signal arrived.
+    """
+    with listening(ENDING) as signals:
+        for stage in chain.local_stages():
+            for number, command in enumerate(stage.commands):
+                log = chain.folder / f"{chain.job_name(stage.name)}_{number}_log.out"
+                print(f"{stage.name:<9} {log}", flush=True)
+                run_local_job(stage.name, command, log, signals)
+
+
+def run_local_job(stage: str, command: Sequence[str], log: Path, signals: SignalListener) -> None:
+    """Run a stage's command to its end.
+
+    Raises:
+        SystemExit: it failed, or a signal arrived.
+    """
+    start = time.monotonic()
+    job = LocalJob(command, log)
+    while job.status is None and signals.received is None:
+        time.sleep(LOCAL_POLL_S)
+    if signals.received is not None:
+        print(f"{stage:<9} interrupted", flush=True)
+        with ending_signals_raise():  # a second signal ends the grace period
+            end_jobs([job])
+        raise EndedBySignal(signals.received)
+    if job.status != 0:
+        fail(stage, f"exit code {job.status}: {shlex.join(command)}", log)
+    print(f"{stage:<9} done in {time.monotonic() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,10 @@ from tests.fixtures.slurm_cluster import SlurmCluster, what_is_missing
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
 torch.set_num_threads(1)  # the tensors here are small: threads would only wait for each other
+
+# `make test &` has a shell ignore SIGINT for us, and so it would be ignored by what a test starts and interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("fmrl", deadline=None)  # a first call that compiles or warms up is no failure
 settings.load_profile("fmrl")

@@ -21,7 +21,7 @@ FOLDERS = ("base", "model", "config", "distributed", "losses", "data", "checkpoi
 SUBFOLDERS = {
     "fmrl_dist": {*FOLDERS, "data/store"},
     "shards": {"tables", "encoders", "store", "demo"},
-    "launch": {"slurm", "sweeps"},
+    "launch": {"slurm", "sweeps", "local"},
     "benchmarks": {"gpu"},
 }
 COMMANDS = {

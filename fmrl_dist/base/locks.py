@@ -14,6 +14,10 @@ from pathlib import Path
 from fmrl_dist.base.errors import UserError
 
 
+class LockHeldError(TimeoutError):
+    """Another process holds a lock."""
+
+
 def lock_file(
     descriptor: int,
     patience_s: float,
@@ -32,7 +36,7 @@ def lock_file(
         on_wait: called after each failed attempt with the seconds waited so far.
 
     Raises:
-        TimeoutError: another process still holds the lock.
+        LockHeldError: another process still holds the lock.
         OSError: the file system does not support locks.
     """
     lock = fcntl.lockf if across_machines else fcntl.flock
@@ -41,10 +45,14 @@ def lock_file(
         try:
             lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
-        except (BlockingIOError, PermissionError):  # both mean that another process holds it
+        except BlockingIOError:
+            waited_s = time.monotonic() - began
+        except PermissionError:  # a POSIX lock may also say so that another process holds it
+            if not across_machines:
+                raise
             waited_s = time.monotonic() - began
         if waited_s >= patience_s:
-            raise TimeoutError(f"locked by another process for {waited_s:.0f} s")
+            raise LockHeldError(f"locked by another process for {waited_s:.0f} s")
         if on_wait is not None:
             on_wait(waited_s)
         time.sleep(poll_s)
@@ -66,7 +74,7 @@ def only_writer(target: Path) -> Iterator[bool]:
         with path.open("a+") as file:
             try:
                 lock_file(file.fileno(), patience_s=0, across_machines=True)
-            except TimeoutError:
+            except LockHeldError:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
                 raise UserError(f"{holder} is writing {target}; wait until it ends, then try again") from None

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.files import write_atomically
-from fmrl_dist.base.locks import lock_file
+from fmrl_dist.base.locks import LockHeldError, lock_file
 from fmrl_dist.checkpoint.folder import (
     Checkpoint,
     TrainState,
@@ -71,7 +71,7 @@ def open_run(
     """The checkpoint to resume from, or None for a fresh run.
 
     The search for the best checkpoint restarts unless the run's folder holds one as good as the best that the
-    checkpoint knows of.
+    checkpoint knows of, validated on the same users.
 
     Args:
         config: of this run.
@@ -95,8 +95,9 @@ def open_run(
     else:
         checkpoint = load_checkpoint(Path(resume), "latest")
     best_step, known_best = _best_step(folder, say), checkpoint.state.best_step
+    other_users = config_from_dict(checkpoint.config).eval.users != config.eval.users  # whose figures do not compare
     # In this run, a later best is as good or better; another run's best says nothing about this one.
-    if best_step < known_best or (resume != "auto" and best_step != known_best):
+    if other_users or best_step < known_best or (resume != "auto" and best_step != known_best):
         none = TrainState()
         state = replace(
             checkpoint.state,
@@ -128,7 +129,7 @@ def locked(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
         try:
             patience_s = RESTART_PATIENCE_S if "SLURM_RESTART_COUNT" in os.environ else 0
             lock_file(file.fileno(), patience_s, poll_s=1, across_machines=True)
-        except TimeoutError:
+        except LockHeldError:
             file.seek(0)
             raise UserError(
                 f"{file.read().strip() or 'another process'} is training into {folder}; wait until it ends, or "

@@ -16,6 +16,9 @@ from fmrl_dist.config.sections import Config
 class CommandParser(argparse.ArgumentParser):
     """An argument parser whose complaint is a :class:`UserError`: one line, without the usage text."""
 
+    def format_help(self) -> str:
+        return super().format_help().replace("``", "")  # a module's docstring has marks of its own
+
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{message}; see --help")
 

@@ -33,11 +33,11 @@ class TfidfFeature:
     """TF-IDF and a truncated SVD of the item text. Needs no pretrained weights."""
 
     source: Literal["tfidf"] = "tfidf"  # TF-IDF and SVD
-    dim: NonNegativeInt = 0  # rank of the SVD, at least 1; required
+    dim: NonNegativeInt = 0  # dimensions that the SVD keeps, at least 1; required
     text: tuple[str, ...] = ()  # parts of the item text; [] for data.text
 
     def check(self, key: str) -> None:
-        require(self.dim > 0, f"{key} has no dim; source 'tfidf' needs the rank of its SVD, at least 1")
+        require(self.dim > 0, f"{key} has no dim; source 'tfidf' needs the dimensions that its SVD keeps, at least 1")
 
 
 @dataclass(frozen=True)

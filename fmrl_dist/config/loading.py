@@ -22,6 +22,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         UserError: the file is missing or not YAML, a key is unknown, a value has the wrong type or is impossible.
     """
     path = path or DEMO_CONFIG
+    require(not path.is_dir(), f"config {path} is a folder; expected a YAML file such as configs/demo.yaml")
     require(path.is_file(), f"config {path} does not exist; expected a YAML file such as configs/demo.yaml")
     raw = read_yaml(path, "config")
     raw = {} if raw is None else raw

@@ -202,7 +202,7 @@ def _build_dataclass(kind: Any, value: Any, where: str) -> Any:
     for key in value:
         if key not in hints:
             close = difflib.get_close_matches(str(key), hints, 1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(hints)}"
+            hint = f"did you mean {_join(where, close[0])!r}?" if close else f"known keys: {', '.join(hints)}"
             raise UserError(f"unknown config key {shown(_join(where, key))}; {hint}")
     return kind(**{key: build(hints[key], v, _join(where, key)) for key, v in value.items()})
 

@@ -28,6 +28,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.term = self.usr1 = False
+        self.requeue = False  # what all ranks have agreed on; a signal that comes later changes nothing
         self.cut_short = False  # until_requested() has dropped items
         self._before: dict[signal.Signals, object] = {}
 
@@ -48,11 +49,11 @@ class StopRequest:
         """End all ranks if any of them must end; all ranks must call it.
 
         Raises:
-            Stopped: on every rank; ``usr1`` then tells whether any rank received USR1.
+            Stopped: on every rank; ``requeue`` then tells whether any rank received USR1.
         """
         num_stopped, num_requeued = runtime.agree(mine, self.usr1)
         if num_stopped:
-            self.usr1 = num_requeued > 0
+            self.requeue = num_requeued > 0
             raise Stopped
 
     def _note(self, number: int, _: FrameType | None) -> None:

@@ -41,7 +41,8 @@ def count_target_ranks(
         ranker: on the runtime's device.
         protocol: whose targets are ranked, and among which items.
         runtime: this process and its group.
-        stop: a request ends the evaluation before the next tile of items, on all processes together.
+        stop: a process that got a signal stops before its next tile of items; the others finish theirs, and all end
+            together.
         part: of the split's user blocks.
 
     Returns:
@@ -81,9 +82,9 @@ def target_rank_histograms(
             users.append(TargetRanks(z, block.targets, hidden, model.sizes, ranker.normalize))
         catalogue.compare(users, stop)
         for target_ranks in users:
-            half_ranks = 2 * target_ranks.result()  # [S, U]
-            half_ranks = torch.where(half_ranks <= 2 * CUTOFF, half_ranks, 0).long()
-            histograms.scatter_add_(1, half_ranks, torch.ones_like(half_ranks))
+            doubled_ranks = 2 * target_ranks.result()  # [S, U]
+            doubled_ranks = torch.where(doubled_ranks <= 2 * CUTOFF, doubled_ranks, 0).long()
+            histograms.scatter_add_(1, doubled_ranks, torch.ones_like(doubled_ranks))
     return histograms
 
 

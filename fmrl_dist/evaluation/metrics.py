@@ -19,6 +19,7 @@ from torch import Tensor
 
 CUTOFF = 10
 METRICS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10", "mrr@10")
+assert all(int(metric.split("@")[1]) <= CUTOFF for metric in METRICS), "the histograms end at CUTOFF"
 
 
 def metrics_from_histogram(histogram: Tensor) -> dict[str, float]:

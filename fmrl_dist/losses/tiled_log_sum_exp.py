@@ -55,7 +55,10 @@ class TileSoftmax(Protocol):
         """Bytes that keeping a tile of items and all positions takes, in addition to its embeddings."""
 
     def log_sum_exp(self, rows: slice, tile: ItemTile, keep: bool) -> Tensor:
-        """Of each size over the tile's items, [S, n]; with ``keep``, :meth:`score_grads` will not compute it again."""
+        """Log-sum-exp of each size over the tile's items, [S, n].
+
+        With ``keep``, :meth:`score_grads` will not compute it again.
+        """
 
     def score_grads(self, rows: slice, tile: ItemTile, lse_Sn: Tensor, weights_Sn: Tensor) -> Tensor:
         """Gradients of each chunk's products, Σ_{i ≥ j} weights_i · softmax_i, [S, n, v]; ``lse_Sn`` of all items."""
@@ -78,11 +81,13 @@ class TiledLogSumExp(torch.autograd.Function):
         budget = limits.kept_bytes if any(ctx.needs_input_grad) else 0
         for columns in _ranges(items.num_items, limits.items):
             tile = items.tile(columns)
-            num_bytes = z.element_size() * tile.transposed.numel() + softmax.kept_bytes(tile)
+            projected_bytes = z.element_size() * tile.transposed.numel() if features is not None else 0
+            num_bytes = projected_bytes + softmax.kept_bytes(tile)
             keep = num_bytes <= budget
             if keep:
                 budget -= num_bytes
-                kept_embeddings[columns.start] = tile.transposed.clone()  # not what it was split from
+                if features is not None:  # a copy: a view would keep the back-projected scores alive
+                    kept_embeddings[columns.start] = tile.transposed.clone()
             for rows in _ranges(len(z), limits.positions):
                 lse_SN[:, rows] = torch.logaddexp(lse_SN[:, rows], softmax.log_sum_exp(rows, tile, keep))
         ctx.save_for_backward(z, weight, table, lse_SN)

@@ -1,4 +1,4 @@
-"""What all processes must know before a step, in one exchange: the only one per step that blocks them."""
+"""What all processes must know before a step, in one exchange: the only one of the training loop per step."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Agreement:
     """Sums over all processes."""
 
     num_targets: int  # of the global batch
-    num_damaged: int  # blocks that some process could not read
+    num_damaged: int  # reports of blocks that could not be read; two processes may report the same one
     num_save_due: int  # 1 if rank 0's clock says that a checkpoint is due
     num_stop: int  # processes that received a signal to stop
-    num_requeue: int  # those of them that must be submitted again
+    num_requeue: int  # processes that received USR1: the job asks to be requeued
     num_not_finite: int  # processes whose last step had a loss or gradient that is not finite
 
 
@@ -64,10 +64,11 @@ def count_targets(batches: Sequence[Packed]) -> int:
 
 
 def stop_if_not_finite(runtime: Runtime, step: int, last_step: StepResult | None, num_not_finite: int) -> None:
-    """End all processes, naming step and users, if the last step was not finite on any of them.
+    """End all processes if the last step was not finite on any; the message names the step and this process' users.
 
-    The optimiser has not changed the weights (:meth:`fmrl_dist.training.engine.Engine.clip_and_step`), and no
-    checkpoint has been saved since: saving follows the step's record, which reveals a non-finite loss.
+    No checkpoint has been saved since: saving follows the step's record, which reveals a loss that is not finite. Where
+    the gradient is not finite, the optimiser has left the weights as they were
+    (:meth:`fmrl_dist.training.engine.Engine.clip_and_step`).
 
     Args:
         runtime: this process and its group.

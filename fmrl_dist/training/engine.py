@@ -77,6 +77,7 @@ class DataParallelEngine:
 
     def clip_and_step(self) -> Tensor:
         norm = torch.nn.utils.clip_grad_norm_(self._module.parameters(), self._clip_norm)
+        assert all(group["fused"] for group in self._optimizer.param_groups), "no other kernel reads found_inf"
         # If this is 1, AdamW's fused kernel changes nothing; the host need not wait for the value.
         self._optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
         self._optimizer.step()

@@ -16,16 +16,19 @@ class Logbook:
     Args:
         folder: the run's folder.
         step: where the run resumes; later lines are removed, since their steps are repeated.
+        repeats_validation: the validation of this very step is repeated too.
         tensorboard: also write ``folder/tensorboard``.
         enabled: false on ranks other than 0, which write nothing.
     """
 
-    def __init__(self, folder: Path, step: int, tensorboard: bool, enabled: bool) -> None:
+    def __init__(
+        self, folder: Path, step: int, tensorboard: bool, enabled: bool, repeats_validation: bool = False
+    ) -> None:
         self._file, self._board = None, None
         if not enabled:
             return
         path = folder / "metrics.jsonl"
-        write_atomically(path, "".join(kept_lines(path, step)).encode())
+        write_atomically(path, "".join(kept_lines(path, step, repeats_validation)).encode())
         self._file = path.open("a")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -53,7 +56,13 @@ class Logbook:
                 sink.close()
 
 
-def kept_lines(path: Path, step: int) -> list[str]:
-    """The lines of a log up to ``step``; empty if there is no file."""
+def kept_lines(path: Path, step: int, repeats_validation: bool = False) -> list[str]:
+    """The lines of a log up to ``step``, perhaps without its validation; empty if there is no file."""
     lines = path.read_text().splitlines() if path.exists() else []
-    return [f"{line}\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    records = [(line, json.loads(line)) for line in lines if line.endswith("}")]  # the last one may be half-written
+    repeated = (step, "valid") if repeats_validation else None
+    return [
+        f"{line}\n"
+        for line, record in records
+        if record["step"] <= step and (record["step"], record.get("split")) != repeated
+    ]

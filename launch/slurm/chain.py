@@ -1,110 +1,133 @@
-"""What the chain is: shards → train → evaluate → export, each stage one job or an array, each after the one before.
+"""The chain of jobs for one config: shards → train → evaluate → export, each stage one job or one array.
 
-Evaluation in parts is two stages, the array that ranks and the job that joins its parts.
+Evaluation in parts is two stages: the array that ranks, and the job that joins its parts.
 """
 
 from __future__ import annotations
 
-import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from fmrl_dist.base.errors import require
 from fmrl_dist.config.sections import Config
-from launch.slurm.jobs import Script
+from launch.slurm.jobs import BatchJob, BatchScript, batch_script
 
 STAGES = ("shards", "train", "evaluate", "export")
-JOIN = "join"  # what follows an evaluation in parts
+JOIN = "join"  # follows an evaluation in parts
+JOB_STAGES = ("shards", "train", "evaluate", JOIN, "export")
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One job, or an array of several."""
+class ChainStage:
+    """What a stage runs: on SLURM a job with a task for each script, on this machine one command after another."""
 
-    name: str  # of STAGES, or JOIN
-    scripts: tuple[Script, ...]
+    name: str  # of JOB_STAGES
+    scripts: tuple[BatchScript, ...]
+    commands: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
-class Chain:
-    """What is to be done for one config."""
+class JobChain:
+    """What to run for one config.
+
+    Args:
+        config: of all stages.
+        config_arguments: what gives that config on a command line, [CONFIG] [--section.key VALUE …].
+        stages: some of :data:`STAGES`, in their order.
+        sizes: to export.
+        parts: tasks of the array that evaluates.
+        processes: of a training on this machine.
+    """
 
     config: Config
-    config_words: tuple[str, ...]  # [CONFIG] [--section.key VALUE …]
-    stages: tuple[str, ...]  # of STAGES, in their order
-    sizes: tuple[int, ...]  # to export
-    parts: int  # of the evaluation, each a task of an array
-    processes: int  # of a local training
+    config_arguments: tuple[str, ...]
+    stages: tuple[str, ...]
+    sizes: tuple[int, ...]
+    parts: int
+    processes: int
 
     def __post_init__(self) -> None:
-        run = Path(self.config.run.dir)
+        run = self.config.run.dir
         require(self.parts >= 1, f"--parts is {self.parts}; expected at least 1")
         require(self.processes >= 1, f"--processes is {self.processes}; expected at least 1")
         untrained = [size for size in self.sizes if size not in self.config.model.sizes]
-        require(not untrained, f"--sizes {untrained} are not trained; choose of {list(self.config.model.sizes)}")
+        require(not untrained, f"--sizes {untrained} are not trained; choose from {list(self.config.model.sizes)}")
         require(
-            self.stages[0] in ("shards", "train") or (run / "checkpoints").is_dir(),
-            f"--stages begin with {self.stages[0]} and run {run} has no checkpoints; begin with train",
+            self.stages[0] in ("shards", "train") or (Path(run) / "checkpoints").is_dir(),
+            f"--stages starts with {self.stages[0]}, but run {run} has no checkpoints; start with train",
         )
 
     @property
     def folder(self) -> Path:
-        """Of the record, the logs and submitit's files: beside the run, which training makes itself."""
+        """For the record, the logs and submitit's files: beside the run's folder, which training creates itself."""
         run = Path(self.config.run.dir)
         return run.with_name(f"{run.name}.jobs").absolute()
 
-    def job_name(self, stage: Stage) -> str:
-        return f"{Path(self.config.run.dir).name}-{stage.name}"
+    def job_name(self, stage: str) -> str:
+        """The name of a stage's job."""
+        return f"{Path(self.config.run.dir).name}-{stage}"
 
-    def on_slurm(self) -> list[Stage]:
-        """The stages as SLURM runs them."""
+    def jobs(self, options: Mapping[str, Mapping[str, str]]) -> list[BatchJob]:
+        """The jobs that SLURM runs, one after another.
+
+        Args:
+            options: of sbatch, for each of :data:`JOB_STAGES`.
+        """
         found = []
-        for stage in self.on_this_machine():
+        for stage in self.local_stages():
             if stage.name == "evaluate" and self.parts > 1:
-                script = stage.scripts[0]
-                join = self._script(script.path, ("--join", *script.words), (*script.local, "--join"))
-                found += [Stage(stage.name, stage.scripts * self.parts), Stage(JOIN, (join,))]
+                (evaluation,) = stage.scripts
+                join = batch_script(evaluation.path, "--join", *evaluation.arguments)
+                found += [(stage.name, stage.scripts * self.parts), (JOIN, (join,))]
             else:
-                found.append(stage)
-        return found
+                found.append((stage.name, stage.scripts))
+        return [
+            BatchJob(stage=name, name=self.job_name(name), scripts=scripts, folder=self.folder, options=options[name])
+            for name, scripts in found
+        ]
 
-    def on_this_machine(self) -> list[Stage]:
-        """The stages as processes of this machine: the evaluation in one piece."""
-        return [Stage(name, self._scripts(name)) for name in self.stages]
+    def local_stages(self) -> list[ChainStage]:
+        """The stages, with the evaluation in one piece."""
+        of_stage = {"shards": self._shards, "train": self._train, "evaluate": self._evaluate, "export": self._export}
+        return [of_stage[name]() for name in self.stages]
 
-    def _scripts(self, stage: str) -> tuple[Script, ...]:
-        run, words, python = self.config.run.dir, self.config_words, (sys.executable, "-m")
-        config = ("--config", *words) if words and not words[0].startswith("--") else words
-        if stage == "shards":
-            local = (*python, "shards.build", *config, "--keep")
-            return (self._script("launch/shards.slurm", words, local),)
-        if stage == "train":
-            local = (*self._launcher(), "-m", "fmrl_dist.train", *config, "--resume", "auto")
-            return (self._script("launch/train.slurm", words, local),)
-        if stage == "evaluate":
-            threads = self.config.train.threads  # as many as training's own evaluation has: the same figures
-            of_run = (run, *(() if threads == "auto" else ("--threads", str(threads))))
-            local = (*python, "fmrl_dist.evaluate", "--checkpoint", *of_run)
-            return (self._script("launch/eval.slurm", of_run, local),)
-        exports = [(run, "--size", str(size), "--overwrite") for size in self.sizes]
-        return tuple(
-            self._script("launch/export.slurm", of_size, (*python, "fmrl_dist.export", "--checkpoint", *of_size))
-            for of_size in exports
-        )
+    def _shards(self) -> ChainStage:
+        script = batch_script("launch/shards.slurm", *self.config_arguments)
+        command = (sys.executable, "-m", "shards.build", *self._config_options(), "--keep")
+        return ChainStage("shards", (script,), (command,))
+
+    def _train(self) -> ChainStage:
+        script = batch_script("launch/train.slurm", *self.config_arguments)
+        command = (*self._launcher(), "-m", "fmrl_dist.train", *self._config_options(), "--resume", "auto")
+        return ChainStage("train", (script,), (command,))
+
+    def _evaluate(self) -> ChainStage:
+        threads = self.config.train.threads  # as many as in training's own evaluation, for the same figures
+        arguments = (self.config.run.dir, *(() if threads == "auto" else ("--threads", str(threads))))
+        script = batch_script("launch/eval.slurm", *arguments)
+        command = (sys.executable, "-m", "fmrl_dist.evaluate", "--checkpoint", *arguments)
+        return ChainStage("evaluate", (script,), (command,))
+
+    def _export(self) -> ChainStage:
+        exports = [(self.config.run.dir, "--size", str(size), "--overwrite") for size in self.sizes]
+        scripts = tuple(batch_script("launch/export.slurm", *arguments) for arguments in exports)
+        export = (sys.executable, "-m", "fmrl_dist.export", "--checkpoint")
+        return ChainStage("export", scripts, tuple((*export, *arguments) for arguments in exports))
+
+    def _config_options(self) -> tuple[str, ...]:
+        """The config's arguments, with the option that the modules take it by."""
+        has_file = bool(self.config_arguments) and not self.config_arguments[0].startswith("--")
+        return ("--config", *self.config_arguments) if has_file else self.config_arguments
 
     def _launcher(self) -> tuple[str, ...]:
-        """As start_node.sh does it, for one node."""
+        """As start_node.sh starts it on a single node."""
         several = ("--multi_gpu", "--main_process_port", "0") if self.processes > 1 else ()
         return (
             *(str(Path(sys.executable).with_name("accelerate-launch")), "--num_machines", "1"),
             *("--num_processes", str(self.processes), "--mixed_precision", "no", "--dynamo_backend", "no", *several),
         )
-
-    def _script(self, path: str, words: tuple[str, ...], local: tuple[str, ...]) -> Script:
-        """With the variables that launch/environment.sh reads; ``FMRL_CHAIN``: the evaluation's join is ours."""
-        ours = {name: value for name, value in os.environ.items() if name.startswith("FMRL_")}
-        return Script(path, words, local, {"FMRL_VENV": sys.prefix, **ours, "FMRL_CHAIN": "1"})
 
 
 def parse_stages(text: str) -> tuple[str, ...]:
@@ -116,7 +139,7 @@ def parse_stages(text: str) -> tuple[str, ...]:
 
 
 def parse_sizes(text: str | None, config: Config) -> tuple[int, ...]:
-    """``8,64``; without a text, all trained sizes."""
+    """``8,64``; None gives all trained sizes."""
     if text is None:
         return config.model.sizes
     sizes = text.split(",")

@@ -1,1 +1,1 @@
-"""Hyperparameter sweeps: search space, study, and the workers."""
+"""Hyperparameter sweeps: search space, study, workers and report."""

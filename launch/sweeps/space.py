@@ -1,8 +1,8 @@
-"""The space of a sweep: a YAML file that says what varies, from where to where, over which config, and for how long.
+"""The search space of a sweep: a YAML file with the base config, what varies in which range, and the number of trials.
 
     base: configs/demo.yaml             # the config of every trial
     study: demo                         # names the sweep
-    trials: 8                           # how many, those that fail included
+    trials: 8                           # how many, including those that fail
     metric: ndcg@10@16                  # default: the base's eval.metric at its eval.size
     sampler: {seed: 0}                  # default 0
     fixed: {train.epochs: 3}            # keys in which all trials differ from the base
@@ -11,7 +11,7 @@
       model.depth: {low: 1, high: 3, step: 1}          # integers give integers
       loss.predict_first: {choices: [true, false]}
 
-A value is handed on as the word that stands after ``--section.key`` on a command line.
+A value is passed on as the argument that follows ``--section.key`` on a command line.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from fmrl_dist.config.loading import load_config
 from fmrl_dist.config.sections import Config
 
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-OWN_SECTIONS = ("run", "eval", "store")  # the sweep sets the first two; all trials read one store
+FIXED_SECTIONS = ("run", "eval", "store")  # the sweep sets the first two; all trials read one store
 SECTIONS = ("base", "study", "trials", "metric", "sampler", "fixed", "parameters")
 
 
 @dataclass(frozen=True)
-class Range:
-    """Numbers from ``low`` to ``high``, both included: integers, if both ends are."""
+class NumberRange:
+    """Numbers from ``low`` to ``high``, both included; integers if both ends are."""
 
     low: int | float
     high: int | float
@@ -54,44 +54,44 @@ class Range:
 
     @property
     def extremes(self) -> tuple[str, ...]:
-        return as_word(self.low), as_word(self.high)
+        return as_argument(self.low), as_argument(self.high)
 
 
 @dataclass(frozen=True)
-class Choices:
-    """One of several values, each as its word."""
+class ValueChoices:
+    """One of several values, each as an argument."""
 
-    words: tuple[str, ...]
+    arguments: tuple[str, ...]
 
     @property
     def extremes(self) -> tuple[str, ...]:
-        return self.words
+        return self.arguments
 
 
 @dataclass(frozen=True)
-class Space:
+class SearchSpace:
     """What a sweep searches."""
 
     base: Path
     study: str
     trials: int
     seed: int
-    fixed: Mapping[str, str]  # words by key; what follows from `metric` is among them
-    parameters: Mapping[str, Range | Choices]
-    raw: Mapping[str, Any]  # the file
+    fixed: Mapping[str, str]  # arguments by key, including those that follow from `metric`
+    parameters: Mapping[str, NumberRange | ValueChoices]  # by key
+    raw: Mapping[str, Any]  # the file's content
 
-    def config(self, words: Mapping[str, str] | None = None) -> Config:
-        """The config of a trial with these values of the parameters."""
-        return load_config(self.base, overrides({**self.fixed, **(words or {})}))
-
-
-def overrides(words: Mapping[str, str]) -> list[str]:
-    """``--section.key word`` for a command line."""
-    return [part for key, word in words.items() for part in (f"--{key}", word)]
+    def config(self, arguments: Mapping[str, str] | None = None) -> Config:
+        """The config of a trial whose parameters have these arguments, by key."""
+        return load_config(self.base, overrides({**self.fixed, **(arguments or {})}))
 
 
-def as_word(value: Any) -> str:
-    """What stands for a plain value on a command line, where it is read as YAML."""
+def overrides(arguments: Mapping[str, str]) -> list[str]:
+    """``--section.key argument`` for a command line."""
+    return [part for key, argument in arguments.items() for part in (f"--{key}", argument)]
+
+
+def as_argument(value: Any) -> str:
+    """A plain value as an argument of a command line, where it is read as YAML."""
     with contextlib.suppress(yaml.YAMLError, ValueError):
         if isinstance(value, str) and yaml.safe_load(value) == value:
             return value
@@ -103,11 +103,11 @@ def metric_of(config: Config) -> str:
     return f"{config.eval.metric}@{config.eval.size or config.model.width}"
 
 
-def read_space(path: Path) -> Space:
-    """Read a space file; every end of its ranges and every choice is a config that may be trained.
+def read_space(path: Path) -> SearchSpace:
+    """Read a space file, and check that both ends of every range and every choice give a valid config.
 
     Raises:
-        UserError: the file is missing or not YAML, or what it says is impossible; the message names the key.
+        UserError: the file is missing, not YAML or invalid; the message names the key.
     """
     require(path.is_file(), f"space {path} does not exist; expected a YAML file such as configs/sweeps/demo.yaml")
     raw = read_yaml(path, "space")
@@ -117,46 +117,49 @@ def read_space(path: Path) -> Space:
     except UserError as error:
         raise UserError(f"space {path}: {error}") from None
     for key, parameter in space.parameters.items():
-        for word in parameter.extremes:
+        for argument in parameter.extremes:
             try:
-                space.config({key: word})
+                space.config({key: argument})
             except UserError as error:
-                raise UserError(f"space {path}: parameters.{key} cannot be {word}: {error}") from None
+                raise UserError(f"space {path}: parameters.{key} cannot be {argument}: {error}") from None
     return space
 
 
-def _space(raw: Any) -> Space:
+def _space(raw: Any) -> SearchSpace:
     values = _mapping("a space", raw)
     _require_known("", values, SECTIONS)
     for key in ("base", "study", "trials", "parameters"):
         require(key in values, f"{key} is missing; expected base, study, trials and parameters")
     for key in ("base", "study"):
-        require(isinstance(values[key], str), f"{key} is {values[key]!r}; expected a text")
+        require(isinstance(values[key], str), f"{key} is {values[key]!r}; expected text")
     study = values["study"]
     require(STUDY_NAME.fullmatch(study) is not None, f"study is {study!r}; expected letters, digits and ._-")
     sampler = _mapping("sampler", values.get("sampler", {}))
     _require_known("sampler.", sampler, ("seed",))
     fixed = _mapping("fixed", values.get("fixed", {}))
-    require("run.dir" not in fixed, "fixed sets run.dir, of which each trial has its own; leave it out")
+    require("run.dir" not in fixed, "fixed sets run.dir, but each trial has its own; leave it out")
     parameters = _mapping("parameters", values["parameters"])
     require(bool(parameters), "parameters is empty; expected at least one key of the config")
     for key in parameters:
         section, dot, _ = str(key).partition(".")
-        require(bool(dot), f"parameter {key!r} is no key of the config; expected section.key, such as train.lr")
-        require(section not in OWN_SECTIONS, f"parameter {key!r} is not the model's or its training's; leave it out")
+        require(bool(dot), f"parameter {key!r} is not a key of the config; expected section.key, such as train.lr")
+        require(
+            section not in FIXED_SECTIONS,
+            f"parameter {key!r} is not of the model or its training; leave it out",
+        )
         require(key not in fixed, f"{key} is both fixed and a parameter; leave one out")
-    return Space(
-        Path(values["base"]),
-        study,
-        _at_least(1, "trials", values["trials"]),
-        _at_least(0, "sampler.seed", sampler.get("seed", 0)),
-        {str(key): as_word(value) for key, value in fixed.items()} | _metric_words(values.get("metric")),
-        {str(key): _parameter(f"parameters.{key}", value) for key, value in parameters.items()},
-        values,
+    return SearchSpace(
+        base=Path(values["base"]),
+        study=study,
+        trials=_at_least(1, "trials", values["trials"]),
+        seed=_at_least(0, "sampler.seed", sampler.get("seed", 0)),
+        fixed={str(key): as_argument(value) for key, value in fixed.items()} | _metric_keys(values.get("metric")),
+        parameters={str(key): _parameter(f"parameters.{key}", value) for key, value in parameters.items()},
+        raw=values,
     )
 
 
-def _metric_words(metric: Any) -> dict[str, str]:
+def _metric_keys(metric: Any) -> dict[str, str]:
     """The keys that make a run choose its best checkpoint by ``metric``."""
     if metric is None:
         return {}
@@ -168,7 +171,7 @@ def _metric_words(metric: Any) -> dict[str, str]:
     return {"eval.metric": name, "eval.size": size}
 
 
-def _parameter(where: str, raw: Any) -> Range | Choices:
+def _parameter(where: str, raw: Any) -> NumberRange | ValueChoices:
     values = _mapping(where, raw)
     if "choices" in values:
         _require_known(f"{where}.", values, ("choices",))
@@ -176,26 +179,26 @@ def _parameter(where: str, raw: Any) -> Range | Choices:
         require(
             isinstance(choices, list) and bool(choices), f"{where}.choices is {choices!r}; expected a list of values"
         )
-        words = tuple(as_word(choice) for choice in choices)
-        require(len(set(words)) == len(words), f"{where}.choices names a value twice; name each once")
-        return Choices(words)
+        arguments = tuple(as_argument(choice) for choice in choices)
+        require(len(set(arguments)) == len(arguments), f"{where}.choices contains a value twice; leave one out")
+        return ValueChoices(arguments)
     _require_known(f"{where}.", values, ("low", "high", "step", "log"))
     for key in ("low", "high"):
         require(key in values, f"{where}.{key} is missing; expected low and high, or choices")
     low, high = (_number(f"{where}.{key}", values[key]) for key in ("low", "high"))
-    require(low < high, f"{where} goes from {low} to {high}; expected low below high")
+    require(low < high, f"{where} has low {low} and high {high}; expected low below high")
     log = values.get("log", False)
     require(isinstance(log, bool), f"{where}.log is {log!r}; expected true or false")
-    require(not log or low > 0, f"{where}.low is {low}; a logarithmic range begins above 0")
+    require(not log or low > 0, f"{where}.low is {low}; a logarithmic range starts above 0")
     if values.get("step") is None:
-        return Range(low, high, None, log)
+        return NumberRange(low, high, None, log)
     step = _number(f"{where}.step", values["step"])
-    found = Range(low, high, step, log)
+    found = NumberRange(low, high, step, log)
     require(not log, f"{where} has both log and step; leave one out")
     require(step > 0, f"{where}.step is {step}; expected more than 0")
     require(isinstance(step, int) or not found.is_integer, f"{where}.step is {step}; expected an integer, as low is")
     steps = (Decimal(str(high)) - Decimal(str(low))) % Decimal(str(step))
-    require(steps == 0, f"{where}.step {step} does not lead from {low} to {high}; change one of them")
+    require(steps == 0, f"{where}.step {step} does not divide the range from {low} to {high}; change one of them")
     return found
 
 
@@ -220,7 +223,7 @@ def _at_least(low: int, where: str, value: Any) -> int:
 
 
 def _number(where: str, value: Any) -> int | float:
-    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a text
+    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
         try:
             value = float(value)
         except ValueError:

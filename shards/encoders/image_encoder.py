@@ -92,7 +92,7 @@ def encode_images(name: str, config: OpenClipFeature, root: Path, ids: ItemIds, 
             ) from None
     rows, present = blocks.gather(len(ids.external), model.dim)
     note = describe_unused(blocks.num_failed(), table.num_unknown)
-    return ItemFeature(name, rows, present, model.encoder, revision, note)
+    return ItemFeature(name, rows, present, encoder=model.encoder, revision=revision, note=note)
 
 
 def _encode_blocks(

@@ -50,7 +50,7 @@ def encode_images(name: str, config: PixelsFeature, root: Path, ids: ItemIds) ->
         progress.advance(len(batch.images))
     progress.close()
     note = describe_unused(unreadable, table.num_unknown)
-    return ItemFeature(name, rows, present, "pixels", REVISION, note)
+    return ItemFeature(name, rows, present, encoder="pixels", revision=REVISION, note=note)
 
 
 def encode_image(data: bytes | None) -> np.ndarray | None:

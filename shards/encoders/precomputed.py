@@ -44,7 +44,7 @@ def read_precomputed(name: str, config: NpyFeature, root: Path, num_items: int) 
             "set dim to 0"
         )
     _check_values(name, path, rows)
-    return ItemFeature(name, rows, np.ones(num_items, bool), "npy", file_sha256(path))
+    return ItemFeature(name, rows, np.ones(num_items, bool), encoder="npy", revision=file_sha256(path))
 
 
 def _check_values(name: str, path: Path, rows: np.ndarray) -> None:

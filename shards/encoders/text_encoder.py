@@ -100,7 +100,7 @@ def encode_texts(name: str, config: TransformersFeature, items: ItemTexts, encod
         progress.advance(len(ids))
     progress.close()
     rows, present = blocks.gather(len(items.texts), encoder.dim)
-    return ItemFeature(name, rows, present, described, encoder.revision)
+    return ItemFeature(name, rows, present, encoder=described, revision=encoder.revision)
 
 
 def load_encoder(config: TransformersFeature) -> TextEncoder:

@@ -47,4 +47,5 @@ def encode_texts(name: str, dim: int, items: ItemTexts) -> ItemFeature:
     rows[chosen] = dense / np.where(norms > 0, norms, 1)
     present = np.zeros(len(rows), bool)
     present[chosen] = norms[:, 0] > 0
-    return ItemFeature(name, rows, present, "tfidf+svd", f"scikit-learn {sklearn.__version__}")
+    revision = f"scikit-learn {sklearn.__version__}"
+    return ItemFeature(name, rows, present, encoder="tfidf+svd", revision=revision)

@@ -31,7 +31,7 @@ BASE = Step(
     sizes=(32, 64, 128, 256),
     depth=1,
     num_features=256,
-    num_items=60_000,
+    num_items=30_000,
     id_table=False,
     dropout=False,
     num_ranks=1,
@@ -99,7 +99,7 @@ def run_steps(step: Step, loss: str) -> None:
     module = make_module(step, loss)
     optimizer = build_optimizer(module.model, 1e-3, (0.9, 0.999), 1e-8, 0.01)
     wrapped = DistributedDataParallel(module) if step.num_ranks > 1 else module
-    for _ in range(3):
+    for _ in range(2):
         for _ in range(step.micro_batches):
             wrapped(make_batch(step, loss)).mean().backward()
         optimizer.step()

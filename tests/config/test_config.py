@@ -54,7 +54,7 @@ def test_no_path_is_the_demo() -> None:
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({"train": {"batchsize": 3}}, "unknown config key 'train.batchsize'; did you mean 'batch_size'?"),
+        ({"train": {"batchsize": 3}}, "unknown config key 'train.batchsize'; did you mean 'train.batch_size'?"),
         ({"modle": {}}, "unknown config key 'modle'; did you mean 'model'?"),
         ({"eval": {"zzz": 1}}, "unknown config key 'eval.zzz'; known keys: metric, size, every_steps, users"),
         ({"data": {"features": {"text": {"sauce": "npy"}}}}, "unknown config key 'data.features.text.sauce'; did you"),
@@ -174,7 +174,7 @@ def test_overrides(tmp_path: Path) -> None:
         (("train.epochs", "3"), "argument 'train.epochs' is not known"),
         (("--train.epochs.first", "3"), "override --train.epochs.first: 'epochs' holds a value, not a section"),
         (("--train.epochs", "[1"), "override --train.epochs: '[1' is not a YAML value"),
-        (("--train.epoch", "1"), "unknown config key 'train.epoch'; did you mean 'epochs'?"),
+        (("--train.epoch", "1"), "unknown config key 'train.epoch'; did you mean 'train.epochs'?"),
         (("--run.dir", "7"), "run.dir is 7; expected str"),
     ],
 )
@@ -280,7 +280,7 @@ def test_help_and_version() -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (("--train.epoch", "3"), "error: unknown config key 'train.epoch'; did you mean 'epochs'?"),
+        (("--train.epoch", "3"), "error: unknown config key 'train.epoch'; did you mean 'train.epochs'?"),
         (("--config",), "error: argument --config: expected one argument; see --help"),
     ],
 )

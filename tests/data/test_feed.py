@@ -35,7 +35,6 @@ from tests.fixtures.training import (
     make_shop,
     records,
     refusal,
-    run_module,
     train_here,
 )
 
@@ -195,18 +194,20 @@ def train_on_ranks(config: str, run: str, words: list[str]) -> None:
 
 
 @pytest.mark.multiproc
-def test_a_skipped_block_is_left_out_on_all_ranks(damaged: tuple[Path, list[Block]], tmp_path: Path) -> None:
+def test_a_skipped_block_is_left_out_on_all_ranks(
+    damaged: tuple[Path, list[Block]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """One and two ranks, with and without workers, whole and resumed: the same figures; the lost users are reported."""
     config, (block,) = damaged
     words = [*NO_DROPOUT, "--store.on_bad_shard", "skip"]
-    alone = run_module("fmrl_dist.train", "--config", config, "--run.dir", tmp_path / "alone", *words)
-    assert alone.returncode == 0, alone.stderr
-    assert f"1 damaged block(s) of {block.shard} left out: {block.count} of 113 training users are lost" in alone.stdout
+    train_here(config, tmp_path / "alone", *words)
+    said = capsys.readouterr().out
+    assert f"1 damaged block(s) of {block.shard} left out: {block.count} of 113 training users are lost" in said
     test = Store.open(load_config(config).store.path).manifest.splits["test"]
     lost = sum(other.count for other in test if other.shard == test[0].shard)
     result = evaluation(tmp_path / "alone")
     assert result["users_lost"] == lost and result["users"] == sum(other.count for other in test) - lost
-    assert f"({lost:,} more in damaged blocks)" in alone.stdout
+    assert f"({lost:,} more in damaged blocks)" in said
 
     for workers, run in ((0, "none"), (2, "two")):
         run_processes(2, train_on_ranks, str(config), str(tmp_path / run), [*words, "--train.workers", str(workers)])

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,33 +18,35 @@ from fmrl_dist.base.errors import UserError
 from fmrl_dist.config.loading import load_config
 from fmrl_dist.config.sections import StoreConfig
 from fmrl_dist.data.item_table import load_item_table
+from fmrl_dist.data.store.manifest import Block
 from fmrl_dist.data.store.reader import Store
 from shards.store.builder import build_store
-from tests.fixtures.processes import REPOSITORY
+from tests.fixtures.processes import REPOSITORY, run_processes
 from tests.fixtures.stores import write_histories, write_items
 from tests.fixtures.training import make_shop
 
 NUM_ITEMS, DIM = 40_000, 768  # 61 MB in float16
 
-# Prints the number of blocks read, the growth of its anonymous memory in MB, and the table's sum; may stop halfway.
-UNPACK = """
-import os, signal, sys
-from fmrl_dist.data.item_table import load_item_table
-from fmrl_dist.data.store.reader import Store
-def anonymous_mb():
+
+def anonymous_mb() -> float:
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1000
-store = Store.open(sys.argv[1])
-reads, before, read = 0, anonymous_mb(), store.read_block
-def note(block):
-    global reads
-    reads += 1
-    if reads == 2 and "stop" in sys.argv:
-        os.kill(os.getpid(), signal.SIGSTOP)
-    return read(block)
-store.read_block = note
-table = load_item_table(store, None)
-print(reads, anonymous_mb() - before, float(table.values.sum(dtype=__import__("torch").float64)), flush=True)
-"""
+
+
+def unpack(folder: str, stops: bool = False) -> list[float]:
+    """The number of blocks read, the growth of anonymous memory in MB, and the table's sum; may stop halfway."""
+    store, reads = Store.open(folder), 0
+    before, read = anonymous_mb(), store.read_block
+
+    def note(block: Block) -> dict[str, np.ndarray]:
+        nonlocal reads
+        reads += 1
+        if reads == 2 and stops:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return read(block)
+
+    store.read_block = note  # type: ignore[method-assign]
+    table = load_item_table(store, None)
+    return [reads, anonymous_mb() - before, float(table.values.sum(dtype=torch.float64))]
 
 
 @pytest.fixture(scope="module")
@@ -70,20 +71,20 @@ def store(large: Path, tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
-def start(store: Path, *words: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", UNPACK, str(store), *words]
-    return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+def start(store: Path, stops: bool = False) -> subprocess.Popen[str]:
+    program = f"from {__name__} import unpack; print(*unpack({str(store)!r}, {stops}))"
+    return subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
 
 
-def finish(processes: Sequence[subprocess.Popen[str]]) -> list[list[float]]:
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes)
-    return [[float(word) for word in output.splitlines()[-1].split()] for output in outputs]
+def finish(process: subprocess.Popen[str]) -> list[float]:
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    return [float(word) for word in output.splitlines()[-1].split()]
 
 
 @pytest.mark.multiproc
 def test_one_of_several_processes_unpacks_in_little_memory(store: Path) -> None:
-    results = finish([start(store) for _ in range(4)])
+    results = run_processes(4, unpack, str(store))
     num_blocks = len(Store.open(store).manifest.items)
     assert sorted(reads for reads, _, _ in results) == [0, 0, 0, num_blocks]
     expected = np.load(store.resolve().parent / "vector.npy").astype(np.float64).sum()
@@ -95,7 +96,7 @@ def test_one_of_several_processes_unpacks_in_little_memory(store: Path) -> None:
 
 @pytest.mark.multiproc
 def test_another_process_takes_over_from_one_that_is_killed(store: Path) -> None:
-    killed = start(store, "stop")
+    killed = start(store, stops=True)
     while psutil.Process(killed.pid).status() != psutil.STATUS_STOPPED:
         time.sleep(0.05)
     waiting = start(store)
@@ -104,7 +105,7 @@ def test_another_process_takes_over_from_one_that_is_killed(store: Path) -> None
     killed.kill()
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL
-    ((reads, _, total),) = finish([waiting])
+    reads, _, total = finish(waiting)
     assert reads == len(Store.open(store).manifest.items)
     assert total == pytest.approx(np.load(store.resolve().parent / "vector.npy").astype(np.float64).sum())
     derived = Path(f"{store}.derived")
@@ -114,7 +115,7 @@ def test_another_process_takes_over_from_one_that_is_killed(store: Path) -> None
         os.utime(path, (0, 0))
     for path in derived.glob("[!.]*.npy"):
         path.unlink()
-    finish([start(store)])
+    load_item_table(Store.open(store), None)
     assert len(list(derived.iterdir())) == 3
 
 

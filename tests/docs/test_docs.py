@@ -100,7 +100,7 @@ def test_the_quickstart_prints_the_best_titles(demo_folder: Path) -> None:
     (block,) = [block for block in PAGES["README.md"].blocks if block.language == "python"]
     best = [line.split("  ", 1) for line in run_python(block.text, demo_folder).splitlines()]
     recommender = read_export(demo_folder / "runs/demo/export-16")
-    history = re.search(r"torch.tensor\(\[(.*?)\]\)  # internal ids", block.text)
+    history = re.search(r"torch.tensor\(\[(.*?)\]\)\[-recommender.max_length :\]", block.text)
     assert history is not None
     items = recommender.items[[int(item) for item in history[1].split(",")]]
     with torch.no_grad():

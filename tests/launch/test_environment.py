@@ -1,4 +1,4 @@
-"""``launch/environment.sh``: what a job's processes get from SLURM's variables and from ours."""
+"""``launch/environment.sh``: the variables that a job's processes get from SLURM's and from ours."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def source(script: str | Path = "launch/environment.sh", **variables: str) -> di
     return dict(line.split("=", 1) for line in result.stdout.split("\0") if line)
 
 
-def test_programs_are_those_of_the_virtual_environment() -> None:
+def test_programs_come_from_the_virtual_environment() -> None:
     assert source()["PATH"] == f"{sys.prefix}/bin:{os.environ['PATH']}"
 
 
@@ -41,27 +41,27 @@ def test_processes_per_node(variables: dict[str, str], processes: str) -> None:
     assert source(**variables)["FMRL_PROCESSES_PER_NODE"] == processes
 
 
-def test_processes_that_follow_the_gpus_are_told_from_those_that_are_set() -> None:
+def test_a_number_of_processes_that_follows_the_gpus_differs_from_a_given_one() -> None:
     assert source(SLURM_GPUS_ON_NODE="4")["FMRL_GPUS_PER_NODE"] == "4"
     assert "FMRL_GPUS_PER_NODE" not in source(SLURM_GPUS_ON_NODE="4", FMRL_PROCESSES_PER_NODE="4")
 
 
-def test_a_step_gets_all_variables_whatever_sbatch_has_handed_on() -> None:
+def test_a_step_gets_all_variables_whatever_sbatch_passed_on() -> None:
     assert source(SLURM_EXPORT_ENV="NONE")["SLURM_EXPORT_ENV"] == "ALL"
 
 
-def test_deepspeed_file_that_is_not_there() -> None:
+def test_a_missing_deepspeed_file() -> None:
     with pytest.raises(subprocess.CalledProcessError) as refused:
         source(FMRL_DEEPSPEED="zero.json")
     assert refused.value.returncode == 2
     assert refused.value.stderr == (
-        f"error: FMRL_DEEPSPEED is zero.json, which is no file in {REPOSITORY}; "
+        f"error: FMRL_DEEPSPEED is zero.json, which is not a file in {REPOSITORY}; "
         "expected one such as launch/deepspeed/zero2.json\n"
     )
 
 
 def test_a_module_can_change_what_is_found_first(tmp_path: Path) -> None:
-    """In the marked place, a module may use what is not set, and comes behind the virtual environment."""
+    """In the marked place, a module may use unset variables, and comes after the virtual environment in PATH."""
     text = (REPOSITORY / "launch" / "environment.sh").read_text()
     loaded = "# module load python/3.12 cuda/12.8\n"
     assert loaded in text
@@ -70,11 +70,11 @@ def test_a_module_can_change_what_is_found_first(tmp_path: Path) -> None:
     assert source(script)["PATH"] == f"{sys.prefix}/bin:/module/bin:{os.environ['PATH']}"
 
 
-def test_a_task_gets_the_cores_that_the_job_asked_for() -> None:
+def test_a_task_gets_the_cores_that_the_job_requested() -> None:
     assert source(SLURM_CPUS_PER_TASK="6")["SRUN_CPUS_PER_TASK"] == "6"
 
 
-def test_network_interface_is_named_for_gloo_and_nccl_or_left_to_them() -> None:
+def test_the_network_interface_is_set_for_gloo_and_nccl_or_left_to_them() -> None:
     names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
     named, left = source(FMRL_INTERFACE="ib0"), source()
     assert [named[name] for name in names] == ["ib0", "ib0"]

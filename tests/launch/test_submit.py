@@ -1,24 +1,26 @@
-"""``launch.submit`` without a SLURM: what it would submit, what it refuses, and the whole chain on this machine."""
+"""``launch.submit`` without SLURM: what it would submit, what it refuses, and the whole chain on this machine."""
 
 from __future__ import annotations
 
 import json
 import shlex
+import signal
+import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from fmrl_dist.base.errors import UserError
-from launch.slurm.jobs import Script, script_options, submit
-from launch.submit import main, parse_sbatch
-from tests.fixtures.processes import REPOSITORY
-from tests.fixtures.training import contents, evaluation, refusal, run_module
-from tests.launch.slurm.test_launch import demo_words
+from launch.local.processes import is_alive
+from launch.slurm.follow import fail
+from launch.slurm.jobs import script_options
+from launch.submit import main
+from tests.fixtures.demo_runs import NUM_STEPS, SIZES, demo_arguments, ignoring, paused, trainers
+from tests.fixtures.processes import REPOSITORY, clean_environment
+from tests.fixtures.training import contents, evaluation, records, refusal, run_module
 
-GOLDEN = Path(__file__).parent / "golden"  # written by hand from what a review has found right; no test writes them
+GOLDEN = Path(__file__).parent / "golden"  # written by hand after a review; no test writes them
 
 
 @pytest.fixture(autouse=True)
@@ -42,24 +44,16 @@ def test_options_of_the_scripts_are_the_golden_ones() -> None:
 
 
 @pytest.mark.parametrize("line", ["#SBATCH -p gpu", "#SBATCH --time=5  # minutes", "#SBATCH --time 5", "#SBATCH"])
-def test_line_of_a_script_that_is_not_understood(line: str, tmp_path: Path) -> None:
+def test_a_line_of_a_script_in_another_form(line: str, tmp_path: Path) -> None:
     (tmp_path / "own.slurm").write_text(f"#!/bin/bash\n#SBATCH --nodes=2\n\n{line}\n")
-    with pytest.raises(UserError, match=r"own\.slurm, line 4: '#SBATCH.*' is not understood; expected #SBATCH --name"):
+    with pytest.raises(UserError, match=r"own\.slurm, line 4: cannot read '#SBATCH.*'; expected #SBATCH --name"):
         script_options(tmp_path / "own.slurm")
 
 
-def test_blank_lines_and_comments_stand_between_options_and_a_command_ends_them(tmp_path: Path) -> None:
+def test_blank_lines_and_comments_may_separate_options_and_a_command_ends_them(tmp_path: Path) -> None:
     lines = ["#!/bin/bash", "", "#SBATCH --nodes=2", " ", "# Why.", "#SBATCH --exclusive ", "true", "#SBATCH -p gpu"]
     (tmp_path / "own.slurm").write_text("\n".join(lines))
     assert script_options(tmp_path / "own.slurm") == {"nodes": "2", "exclusive": ""}
-
-
-def test_options_of_sbatch_for_all_stages_and_for_one() -> None:
-    options = parse_sbatch(["time=60", "requeue", "train:time=1-00:00:00", "join:mem=1G", "comment=a=b"])
-    of_all = {"time": "60", "requeue": "", "comment": "a=b"}
-    assert options["train"] == of_all | {"time": "1-00:00:00"}
-    assert options["join"] == of_all | {"mem": "1G"}
-    assert options["shards"] == options["evaluate"] == options["export"] == of_all
 
 
 def test_local_dry_run_prints_commands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,18 +72,16 @@ def test_local_dry_run_prints_commands(capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["--train.epoch", "3"], "unknown config key 'train.epoch'; did you mean 'epochs'?"),
+        (["--train.epoch", "3"], "unknown config key 'train.epoch'; did you mean 'train.epochs'?"),
         (["--stages", "train,shards"], "--stages is 'train,shards'; expected some of shards,train,evaluate,export"),
         (["--stages", ""], "--stages is ''; expected some of shards,train,evaluate,export, in this order"),
-        (["--stages", "evaluate"], "run has no checkpoints; begin with train"),
-        (["--sizes", "8,12"], "--sizes [12] are not trained; choose of [8, 16, 32, 64, 128]"),
+        (["--stages", "evaluate"], "run has no checkpoints; start with train"),
+        (["--sizes", "8,12"], "--sizes [12] are not trained; choose from [8, 16, 32, 64, 128]"),
         (["--sizes", "all"], "--sizes is 'all'; expected numbers such as 8,64"),
         (["--parts", "0"], "--parts is 0; expected at least 1"),
-        (["--sbatch=--time=3"], "--sbatch --time=3: expected [STAGE:]OPTION[=VALUE]"),
         (["--sbatch", "tarin:time=3"], "--sbatch tarin:time=3: expected [STAGE:]OPTION[=VALUE]"),
-        (["--sbatch", "array=0-3"], "--sbatch array=0-3: the chain sets array itself; leave it out"),
-        (["--cluster", "local", "--sbatch", "time=3"], "--sbatch is for SLURM"),
-        (["--cluster", "local", "--cancel"], "--cancel is for SLURM"),
+        (["--cluster", "local", "--sbatch", "time=3"], "--sbatch needs SLURM"),
+        (["--cluster", "local", "--cancel"], "--cancel needs SLURM"),
         (["--status"], "no jobs were submitted"),
         (["--cancel"], "no jobs were submitted"),
         ([], "no SLURM here: sbatch, scancel, squeue, srun, sacct not found"),
@@ -105,7 +97,7 @@ def test_mistakes_are_refused_with_one_line_and_nothing_is_written(
 
 
 def test_no_submitit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "submitit", None)  # how Python marks what is not there
+    monkeypatch.setitem(sys.modules, "submitit", None)  # how Python marks a module that is missing
     expected = "error: submitit is not installed; install it with pip install -e '.[slurm]'"
     assert refusal(main, "--dry-run") == refusal(main) == expected
 
@@ -116,43 +108,72 @@ def test_only_at_the_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
 
 def test_a_local_failure_ends_the_chain_with_the_end_of_its_log(tmp_path: Path) -> None:
-    words = [*demo_words(tmp_path, "run"), "--data.items.id", "number"]
-    result = run_module("launch.submit", *words, "--cluster", "local")
+    arguments = [*demo_arguments(tmp_path, "run"), "--data.items.id", "number"]
+    result = run_module("launch.submit", *arguments, "--cluster", "local")
     assert (result.returncode, result.stderr) == (1, "")
-    (log,) = (tmp_path / "run.jobs").glob("*_log.out")
-    assert f"shards failed: {sys.executable} -m shards.build" in result.stdout
+    log = tmp_path / "run.jobs" / "run-shards_0_log.out"
+    assert f"shards failed: exit code 2: {sys.executable} -m shards.build" in result.stdout
     assert f"its log is {log} and ends with" in result.stdout
     assert "has no column 'number'" in result.stdout
-    assert "train" not in result.stdout.replace("--train.", "").replace("shards.build", "")
+    assert [path.name for path in (tmp_path / "run.jobs").iterdir()] == [log.name]
     assert not (tmp_path / "run").exists()
 
 
-def test_a_cancelled_local_job_ends_with_all_that_it_has_started(tmp_path: Path) -> None:
-    command = ("bash", "-c", f"sleep 1000 & echo $! > {tmp_path}/pid; wait")
-    (job,) = submit([Script("", (), command, {})], "local", tmp_path / "jobs", "name", {})
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    sleeper = psutil.Process(int((tmp_path / "pid").read_text()))
-    job.cancel()
-    sleeper.wait(30)
-    assert not psutil.pid_exists(sleeper.pid)
+def test_the_cause_of_a_failure_is_shown_before_the_traceback_of_a_launcher(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "log"
+    log.write_text("start\nerror: block 3 is damaged\nTraceback\n" + "".join(f"line {n}\n" for n in range(25)))
+    with pytest.raises(SystemExit) as ended:
+        fail("train", "job 7 is FAILED", log)
+    assert ended.value.code == 1
+    first, *shown = capsys.readouterr().out.splitlines()
+    assert first == f"train failed: job 7 is FAILED; its log is {log} and ends with"
+    assert shown == ["    error: block 3 is damaged", "    …", *(f"    line {n}" for n in range(5, 25))]
+    log.write_text("error: no store\n")
+    for path, end in ((log, "error: no store"), (tmp_path / "none", "(no log: the job has not started)")):
+        with pytest.raises(SystemExit):
+            fail("train", "job 7 is FAILED", path)
+        assert capsys.readouterr().out.splitlines()[1:] == [f"    {end}"]
 
 
 @pytest.mark.slow
-def test_the_chain_on_this_machine_and_once_more(tmp_path: Path) -> None:
-    """The second time the store is kept, the run is found finished, and the evaluation is the same, byte for byte."""
-    words = [*demo_words(tmp_path, "run"), "--cluster", "local", "--sizes", "8,32"]
-    result = run_module("launch.submit", *words, "--stages", "shards,train")
+def test_an_interrupted_chain_on_this_machine_resumes(tmp_path: Path) -> None:
+    """Started with INT ignored, as in the background of a shell, it ends by INT with all its processes, after saving.
+
+    The second time the store is kept, training resumes, and the evaluation's figures are training's own, byte for byte.
+    """
+    arguments, run = [*demo_arguments(tmp_path, "run"), "--cluster", "local"], tmp_path / "run"
+    command = [*ignoring(signal.SIGINT), sys.executable, "-m", "launch.submit", *arguments]
+    process = subprocess.Popen(
+        [*command, "--stages", "shards,train"],
+        env=clean_environment() | {"CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        with paused(run, 20):
+            training = trainers(run)
+            process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert (process.returncode, output.splitlines()[-1]) == (130, "train     interrupted")
+    assert training and [trainer for trainer in training if is_alive(trainer)] == []
+    assert "stopped by a signal" in (tmp_path / "run.jobs" / "run-train_0_log.out").read_text()
+    saved, store = records(run)[-1]["step"], contents(tmp_path / "store")
+    assert 20 <= saved < NUM_STEPS
+
+    result = run_module("launch.submit", *arguments, "--stages", "shards,train")
     assert result.returncode == 0, result.stdout + result.stderr
-    store, run = contents(tmp_path / "store"), tmp_path / "run"
+    assert f"from step {saved} to at most {NUM_STEPS}" in (tmp_path / "run.jobs" / "run-train_0_log.out").read_text()
     by_training = (run / "evaluation.json").read_bytes()
     (run / "evaluation.json").unlink()
-    result = run_module("launch.submit", *words)
+    result = run_module("launch.submit", *arguments, "--stages", "evaluate,export", "--sizes", "8,32")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("done in") == 5
+    assert result.stdout.count("done in") == 3
     assert contents(tmp_path / "store") == store
     assert (run / "evaluation.json").read_bytes() == by_training
     assert sorted(path.name for path in run.glob("export-*")) == ["export-32", "export-8"]
-    assert list(evaluation(run)["sizes"]) == ["8", "16", "32", "64", "128"]
+    assert tuple(map(int, evaluation(run)["sizes"])) == SIZES

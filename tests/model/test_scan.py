@@ -157,6 +157,21 @@ def test_a_broken_upstream_gradient_stays_in_its_sequence(bad: float) -> None:
 
 
 @pytest.mark.usefixtures("rounds")
+@pytest.mark.usefixtures("rounds")
+def test_a_broken_sequence_of_one_row_leaves_the_gradient_of_the_decay_untouched() -> None:
+    """No state depends on the decay through it, but its state stands beside the next sequence's first row."""
+    starts = make_starts([5, 1, 6])
+    decay = make_decay(3, 0.5, torch.Generator().manual_seed(0)).requires_grad_()
+    clean = torch.randn(12, 2, 3, dtype=torch.float64)
+    upstream = torch.randn(12, 2, 3, dtype=torch.float64)
+    broken = clean.clone()
+    broken[5] = torch.nan
+    (expected,), (found,) = (
+        torch.autograd.grad(packed_scan(decay, x, starts), decay, upstream) for x in (clean, broken)
+    )
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("modulus", MODULI)
 def test_one_event_at_a_time_gives_the_scans_states(modulus: float, dtype: torch.dtype) -> None:

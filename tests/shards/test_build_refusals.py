@@ -165,7 +165,7 @@ CASES: dict[str, tuple[Spoil, str]] = {
     "no words": (text_feature("{item_id}"), "hold no words"),
     "feature name": (data(features={"ids": {"source": "npy", "path": "vectors.npy"}}), "feature name 'ids'"),
     "layout": (data(sequences={"layout": "wide"}), "data.sequences.layout is 'wide'"),
-    "unknown key": (data(itmes={}), "unknown config key 'data.itmes'; did you mean 'items'"),
+    "unknown key": (data(itmes={}), "unknown config key 'data.itmes'; did you mean 'data.items'"),
     "sizes do not rise": (model(sizes=[8, 8, 16], width=16), "do not increase"),
     "last size": (model(sizes=[8, 16], width=32), "last of model.sizes is 16 but model.width is 32"),
     "narrow chunk": (model(sizes=[8, 11], width=11), "chunk of 3 channels"),

@@ -1,20 +1,22 @@
-"""DeepSpeed ZeRO through the real launcher: the same run as without it, and the refused configurations."""
+"""DeepSpeed ZeRO: the same run as without it, under the real launcher and its variables; refused configurations."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from fmrl_dist import evaluate, train
 from fmrl_dist.distributed.deepspeed import checked_plugin
-from tests.fixtures.processes import REPOSITORY, launch
+from fmrl_dist.distributed.processes import start_runtime
+from tests.fixtures.engines import DDP, LAUNCHERS, train_under, zero
+from tests.fixtures.processes import REPOSITORY, launch, run_processes
 from tests.fixtures.training import (
     STEPS_PER_EPOCH,
     contents,
@@ -27,7 +29,6 @@ from tests.fixtures.training import (
 
 pytestmark = pytest.mark.multiproc
 
-LAUNCHERS = REPOSITORY / "launch" / "accelerate"
 ZERO2 = LAUNCHERS / "zero2-cpu-2.yaml"
 ZERO2_FILE = REPOSITORY / "launch" / "deepspeed" / "zero2.json"
 CLIP_NORM = 0.7
@@ -47,30 +48,16 @@ def one(shop: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def zero(shop: Path) -> tuple[Path, str]:
-    """The same run with ZeRO 2 in two processes, on a machine without a compiler: its folder and output."""
+def launched_zero(shop: Path) -> tuple[Path, str]:
+    """The same run with ZeRO 2 in two launched processes, without a compiler: its folder and output."""
     run, extensions = shop.parent / "zero", shop.parent / "extensions"
     extensions.mkdir()
     environment = {"PATH": "/nonexistent", "TORCH_EXTENSIONS_DIR": str(extensions)}
-    result = launch_training(shop, run, *WORDS, environment=environment)
-    assert list(extensions.iterdir()) == [], "DeepSpeed has built something"
-    return run, result.stdout
-
-
-def launch_training(
-    shop: Path,
-    run: Path,
-    *words: object,
-    launcher: Path = ZERO2,
-    options: tuple[str | Path, ...] = (),
-    environment: dict[str, str] | None = None,
-    num_processes: int = 2,
-) -> subprocess.CompletedProcess[str]:
-    """Train in ``num_processes`` processes; it must exit with 0 and without a traceback."""
-    result = launch(num_processes, [*options, *training(shop, run, *words)], environment, config_file=launcher)
+    result = launch(2, training(shop, run, *WORDS), environment, config_file=ZERO2)
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
-    return result
+    assert list(extensions.iterdir()) == [], "DeepSpeed has built something"
+    return run, result.stdout
 
 
 def training(shop: Path, run: Path, *words: object) -> list[str]:
@@ -100,66 +87,61 @@ def assert_equal_runs(found: Path, expected: Path) -> None:
 
 
 @pytest.mark.slow
-def test_zero_2_trains_as_one_process(zero: tuple[Path, str], one: Path) -> None:
+def test_zero_2_trains_as_one_process(launched_zero: tuple[Path, str], one: Path) -> None:
     norms = [record["grad_norm"] for record in records(one)]
     assert len(norms) >= 20 and min(norms) < CLIP_NORM < max(norms), "some steps are clipped, some are not"
-    assert_equal_runs(zero[0], one)
+    assert_equal_runs(launched_zero[0], one)
 
 
 @pytest.mark.slow
-def test_ddp_trains_as_one_process_and_as_zero_2(shop: Path, one: Path, zero: tuple[Path, str]) -> None:
-    launch_training(shop, shop.parent / "ddp", *WORDS, launcher=LAUNCHERS / "cpu-2.yaml")
+def test_ddp_trains_as_one_process_and_as_zero_2(shop: Path, one: Path, launched_zero: tuple[Path, str]) -> None:
+    train_under(DDP, shop, shop.parent / "ddp", *WORDS)
     assert_equal_runs(shop.parent / "ddp", one)
-    assert_equal_runs(shop.parent / "ddp", zero[0])
+    assert_equal_runs(shop.parent / "ddp", launched_zero[0])
 
 
 @pytest.mark.slow
-def test_the_start_line_names_the_engine(zero: tuple[Path, str]) -> None:
-    assert "2 process(es), engine deepspeed ZeRO 2, device cpu, 1 thread(s) each, precision fp32" in zero[1]
-    assert zero[1].count("whole catalogue ranked") == 1, "only one rank prints"
+def test_the_start_line_names_the_engine(launched_zero: tuple[Path, str]) -> None:
+    said = launched_zero[1]
+    assert "2 process(es), engine deepspeed ZeRO 2, device cpu, 1 thread(s) each, precision fp32" in said
+    assert said.count("whole catalogue ranked") == 1, "only one rank prints"
 
 
-@pytest.mark.slow
 def test_a_run_resumes_from_zero_2_in_one_process_and_back(shop: Path, one: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    launch_training(shop, run, *WORDS, "--train.max_steps", STEPS_PER_EPOCH)
+    train_under(zero(2), shop, run, *WORDS, "--train.max_steps", STEPS_PER_EPOCH)
     train_here(shop, run, *WORDS, "--train.max_steps", 2 * STEPS_PER_EPOCH, "--resume", "auto")
-    launch_training(shop, run, *WORDS, "--resume", "auto")
+    train_under(zero(2), shop, run, *WORDS, "--resume", "auto")
     assert_equal_runs(run, one)
 
 
-@pytest.mark.slow
 def test_zero_1_with_a_projection_of_no_features(shop: Path, tmp_path: Path) -> None:
     """Ids alone: the projection has no elements; DeepSpeed leaves it out, a checkpoint includes it."""
     words = [*WORDS, "--model.features", "[]", "--model.id_table", "true", "--train.max_steps", 5]
     file = write_config(tmp_path, {"zero_optimization": {"stage": 1}})
-    result = launch_training(shop, tmp_path / "zero", *words, options=("--deepspeed_config_file", file))
-    assert "engine deepspeed ZeRO 1" in result.stdout
+    said, _ = train_under(zero(1, file), shop, tmp_path / "zero", *words)
+    assert "engine deepspeed ZeRO 1" in said
     assert_equal_runs(tmp_path / "zero", train_here(shop, tmp_path / "one", *words))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
 def test_zero_1_and_3_train_as_one_process(stage: int, shop: Path, one: Path, tmp_path: Path) -> None:
     """In two halves: the second resumes from the first one's checkpoint and divides each batch into three."""
-    file = REPOSITORY / "launch" / "deepspeed" / f"zero{stage}.json"
     for words in (["--train.max_steps", 11], ["--resume", "auto", "--train.micro_batches", 3]):
-        result = launch_training(shop, tmp_path / "run", *WORDS, *words, options=("--deepspeed_config_file", file))
-        assert f"engine deepspeed ZeRO {stage}" in result.stdout
+        said, silent = train_under(zero(stage), shop, tmp_path / "run", *WORDS, *words)
+        assert f"engine deepspeed ZeRO {stage}" in said and silent == ""
     assert len(records(tmp_path / "run")) == len(records(one))
     assert_equal_runs(tmp_path / "run", one)
 
 
-@pytest.mark.slow
 def test_a_run_resumes_under_all_engines(shop: Path, one: Path, tmp_path: Path) -> None:
     """ZeRO 2 in two processes, one process, ZeRO 1 in two, ZeRO 3 in two, DDP in two."""
-    folder, run = REPOSITORY / "launch" / "deepspeed", tmp_path / "run"
-    launch_training(shop, run, *WORDS, "--train.max_steps", 5)
+    run = tmp_path / "run"
+    train_under(zero(2), shop, run, *WORDS, "--train.max_steps", 5)
     train_here(shop, run, *WORDS, "--train.max_steps", 10, "--resume", "auto")
     for stage, steps in ((1, 15), (3, 20)):
-        options = ("--deepspeed_config_file", folder / f"zero{stage}.json")
-        launch_training(shop, run, *WORDS, "--train.max_steps", steps, "--resume", "auto", options=options)
-    launch_training(shop, run, *WORDS, "--resume", "auto", launcher=LAUNCHERS / "cpu-2.yaml")
+        train_under(zero(stage), shop, run, *WORDS, "--train.max_steps", steps, "--resume", "auto")
+    train_under(DDP, shop, run, *WORDS, "--resume", "auto")
     assert_equal_runs(run, one)
 
 
@@ -167,10 +149,9 @@ def test_a_run_resumes_under_all_engines(shop: Path, one: Path, tmp_path: Path) 
 def test_four_processes_train_as_one(shop: Path, one: Path, tmp_path: Path) -> None:
     """ZeRO 2, then ZeRO 1, then 3: most shares of the moments end in the middle of a parameter, the last in padding."""
     for stage, words in ((2, ["--train.max_steps", 9]), (1, ["--train.max_steps", 17]), (3, [])):
-        options = ("--deepspeed_config_file", REPOSITORY / "launch" / "deepspeed" / f"zero{stage}.json")
-        words = [*words, "--resume", "auto"]
-        result = launch_training(shop, tmp_path / "run", *WORDS, *words, options=options, num_processes=4)
-        assert f"4 process(es), engine deepspeed ZeRO {stage}" in result.stdout
+        words = [*WORDS, *words, "--resume", "auto"]
+        said = train_under(zero(stage), shop, tmp_path / "run", *words, num_processes=4)
+        assert f"4 process(es), engine deepspeed ZeRO {stage}" in said[0]
     assert_equal_runs(tmp_path / "run", one)
 
 
@@ -183,12 +164,11 @@ def test_offload_configs_are_accepted(name: str, launched: pytest.MonkeyPatch) -
     assert plugin.deepspeed_config["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
 
 
-@pytest.mark.slow
 def test_bf16_of_the_launcher_is_ours(shop: Path, tmp_path: Path) -> None:
     """Products in bfloat16; parameters, moments and gradients' sums stay float32."""
     words = [*WORDS, "--train.max_steps", 1]
-    result = launch_training(shop, tmp_path / "zero", *words, options=("--mixed_precision", "bf16"))
-    assert "engine deepspeed ZeRO 2, device cpu, 1 thread(s) each, precision bf16" in result.stdout
+    said, _ = train_under(zero(2) | {"ACCELERATE_MIXED_PRECISION": "bf16"}, shop, tmp_path / "zero", *words)
+    assert "engine deepspeed ZeRO 2, device cpu, 1 thread(s) each, precision bf16" in said
     for file in ("model", "optimizer"):
         tensors = load_file(tmp_path / "zero" / "checkpoints" / "latest" / f"{file}.safetensors")
         assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
@@ -330,58 +310,57 @@ def test_deepspeed_that_is_not_installed(shop: Path, one: Path, tmp_path: Path, 
     assert line == refusal(evaluate.main, "--checkpoint", one)
 
 
-LEAVE = """
-import torch.distributed as dist
-from fmrl_dist.distributed.processes import start_runtime
-runtime = start_runtime(1, lanes=None)
-said, before = runtime.describe(), dist.is_initialized()
-runtime.leave()
-print(f"{said}: {before} {dist.is_initialized()}\\n", end="", flush=True)
-"""
+def leave() -> list[object]:
+    """The start line of this rank, and whether a process group is initialised before and after leaving it."""
+    runtime = start_runtime(1, lanes=None)
+    before = dist.is_initialized()
+    runtime.leave()
+    return [runtime.describe(), before, dist.is_initialized()]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("launcher", "engine"), [("cpu-2", "multi_cpu"), ("zero2-cpu-2", "deepspeed ZeRO 2")])
-def test_process_group_ends_before_the_process_does(launcher: str, engine: str, tmp_path: Path) -> None:
-    (tmp_path / "leave.py").write_text(LEAVE)
-    result = launch(2, [tmp_path / "leave.py"], config_file=LAUNCHERS / f"{launcher}.yaml")
-    assert result.returncode == 0, result.stderr
-    lines = [line for line in result.stdout.splitlines() if line.startswith("2 process(es)")]
-    assert [(f"engine {engine}," in line, line.endswith(": True False")) for line in lines] == [(True, True)] * 2
+@pytest.mark.parametrize(("engine", "name"), [(DDP, "multi_cpu"), (zero(2), "deepspeed ZeRO 2")])
+def test_process_group_ends_before_the_process_does(engine: dict[str, str], name: str) -> None:
+    for said, before, after in run_processes(2, leave, environment=engine):
+        assert said.startswith(f"2 process(es), engine {name}, ")
+        assert (before, after) == (True, False)
 
 
 SAY_LAUNCH = """
-import os
+import json, os
 names = ("USE_DEEPSPEED", "DEEPSPEED_CONFIG_FILE", "MIXED_PRECISION")
 names = ("RANK", "WORLD_SIZE", *(f"ACCELERATE_{name}" for name in names))
-os.write(1, (" ".join(os.environ.get(name, "-") for name in names) + "\\n").encode())
+os.write(1, (json.dumps({name: os.environ[name] for name in names if name in os.environ}) + "\\n").encode())
 """
+OTHER_OPTIONS = ("--deepspeed_config_file", "launch/deepspeed/zero1.json", "--mixed_precision", "bf16")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "num_processes", "deepspeed"),
+    ("name", "options", "num_processes", "engine"),
     [
-        ("single", 1, False),
-        ("gpu-8", 8, False),
-        ("cpu-2", 2, False),
-        ("zero2-cpu-2", 2, True),
-        ("zero2-gpu-8", 8, True),
+        ("single", (), 1, DDP),
+        ("gpu-8", (), 8, DDP),
+        ("cpu-2", (), 2, DDP),
+        ("zero2-cpu-2", (), 2, zero(2)),
+        ("zero2-cpu-2", OTHER_OPTIONS, 2, zero(1) | {"ACCELERATE_MIXED_PRECISION": "bf16"}),
+        ("zero2-gpu-8", (), 8, zero(2)),
     ],
+    ids=["single", "gpu-8", "cpu-2", "zero2-cpu-2", "zero2-cpu-2 with options", "zero2-gpu-8"],
 )
 def test_launcher_config_starts_what_its_name_says(
-    name: str, num_processes: int, deepspeed: bool, tmp_path: Path
+    name: str, options: tuple[str, ...], num_processes: int, engine: dict[str, str], tmp_path: Path
 ) -> None:
+    """The same variables select the engines of the tests above."""
     script = tmp_path / "say.py"
     script.write_text(SAY_LAUNCH)
-    result = launch(None, [script], config_file=LAUNCHERS / f"{name}.yaml")
+    result = launch(None, [*options, script], config_file=LAUNCHERS / f"{name}.yaml")
     assert result.returncode == 0, result.stderr
-    said = sorted(line.split() for line in result.stdout.splitlines() if "no" in line.split())
-    rest = ["true", "launch/deepspeed/zero2.json", "no"] if deepspeed else ["-", "-", "no"]
+    said = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     if num_processes == 1:
-        assert said == [["-", "-", *rest]]
+        assert said == [engine]
     else:
-        assert said == [[str(rank), str(num_processes), *rest] for rank in range(num_processes)]
+        ranks = [{"RANK": str(rank), "WORLD_SIZE": str(num_processes)} for rank in range(num_processes)]
+        assert sorted(said, key=lambda line: int(line["RANK"])) == [rank | engine for rank in ranks]
 
 
 def test_every_launcher_config_is_tested_and_finds_its_file() -> None:

@@ -120,3 +120,9 @@ def test_initial_weights_of_other_items_or_features(shop: Path, trained: Path, t
     assert "does not fit its config" in refusal(train.main, *words, "--model.id_table", "true")
     assert "holds no checkpoint" in refusal(train.main, *words[:-1], tmp_path / "nowhere")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_checkpoint_in_a_new_folder(shop: Path, trained: Path, tmp_path: Path) -> None:
+    line = refusal(train.main, "--config", shop, "--run.dir", tmp_path / "run", "--resume", trained)
+    assert "has nothing left to train, and" in line and "has none of its own" in line
+    assert not (tmp_path / "run").exists()

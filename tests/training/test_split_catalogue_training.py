@@ -16,10 +16,10 @@ from fmrl_dist.distributed.processes import start_runtime
 from fmrl_dist.model.fmrlrec import ItemEncoder
 from fmrl_dist.training.checks import splits_catalogue
 from fmrl_dist.training.item_columns import catalogue_columns, catalogue_slice
-from tests.fixtures.processes import REPOSITORY, launch, run_processes
+from tests.fixtures.engines import refused_on_each_rank, train_under, zero
+from tests.fixtures.processes import run_processes
 from tests.fixtures.training import STEPS_PER_EPOCH, evaluation, figures, make_shop, records, refusal, train_here
 
-ZERO2 = REPOSITORY / "launch" / "accelerate" / "zero2-cpu-2.yaml"
 SPLIT = ["--loss.catalogue", "split"]
 WORDS = ["--model.dropout", "0", "--model.lru_dropout", "0", "--train.epochs", "2"]
 WITH_IDS = ["--model.id_table", "true", "--loss.temperatures", "[0.5, 2]", "--loss.size_weights", "[1, 3]"]
@@ -99,30 +99,22 @@ def test_a_large_id_table_is_refused(two: tuple[Path, list[dict[str, Any]]]) -> 
 
 
 @pytest.mark.multiproc
-@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "extra"), [(1, []), (2, WITH_IDS)], ids=["ZeRO 1", "ZeRO 2 with ids"])
 def test_zero_trains_as_one_process(stage: int, extra: list[str], shop: Path, tmp_path: Path) -> None:
     words = [*WORDS, *extra]
-    result = launch(2, zero_training(stage, shop, tmp_path / "zero", *words, *SPLIT), config_file=ZERO2)
-    assert result.returncode == 0, result.stderr
-    assert f"engine deepspeed ZeRO {stage}" in result.stdout
+    said, _ = train_under(zero(stage), shop, tmp_path / "zero", *words, *SPLIT)
+    assert f"engine deepspeed ZeRO {stage}" in said
     assert_equal_runs(tmp_path / "zero", train_here(shop, tmp_path / "one", *words))
 
 
-def zero_training(stage: int, shop: Path, run: Path, *words: str) -> list[str]:
-    options = ["--deepspeed_config_file", str(REPOSITORY / "launch" / "deepspeed" / f"zero{stage}.json")]
-    return [*options, "-m", "fmrl_dist.train", "--config", str(shop), "--run.dir", str(run), *words]
-
-
 @pytest.mark.multiproc
-@pytest.mark.slow
 def test_zero_3_is_refused(shop: Path, tmp_path: Path) -> None:
-    result = launch(2, zero_training(3, shop, tmp_path / "run", *WORDS, *SPLIT), config_file=ZERO2)
-    assert result.returncode != 0
-    assert {line for line in result.stderr.splitlines() if line.startswith("error: ")} == {
-        "error: loss.catalogue is split, which ZeRO 3 does not support; choose ZeRO 1 or 2, DDP, or loss.catalogue: "
-        "whole"
-    }
+    call = (str(shop), str(tmp_path / "run"), [*WORDS, *SPLIT])
+    for line in run_processes(2, refused_on_each_rank, *call, environment=zero(3)):
+        assert line == (
+            "error: loss.catalogue is split, which ZeRO 3 does not support; choose ZeRO 1 or 2, DDP, or "
+            "loss.catalogue: whole"
+        )
     assert not (tmp_path / "run").exists()
 
 

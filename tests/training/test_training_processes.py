@@ -28,6 +28,7 @@ from fmrl_dist.distributed.processes import start_runtime
 from fmrl_dist.distributed.signals import StopRequest
 from fmrl_dist.training.agreement import StepResult, agree, stop_if_not_finite
 from tests.fixtures.checkpoints import reseal
+from tests.fixtures.engines import LAUNCHERS, refused_on_each_rank
 from tests.fixtures.processes import REPOSITORY, clean_environment, launch, run_processes
 from tests.fixtures.training import (
     STEPS_PER_EPOCH,
@@ -36,9 +37,7 @@ from tests.fixtures.training import (
     figures,
     make_shop,
     records,
-    refusal,
     run_here,
-    run_module,
     train_here,
 )
 
@@ -150,7 +149,6 @@ def test_two_processes_train_as_one(run: str, one: Path, two: tuple[Path, list[d
     assert records(two[0] / run, "valid") == records(one, "valid")
 
 
-@pytest.mark.slow
 def test_four_processes_train_as_one(shop: Path, one: Path, tmp_path: Path) -> None:
     run_processes(4, train_until, str(shop), str(tmp_path / "four"), 0)
     for expected, found in zip(records(one), records(tmp_path / "four"), strict=True):
@@ -256,20 +254,19 @@ def test_infinite_loss_on_one_rank_stops_the_other(two: tuple[Path, list[dict[st
 def test_a_second_run_in_the_same_folder_is_refused(shop: Path, tmp_path: Path) -> None:
     """While the first one trains, undisturbed; once it is killed, a new one may start although its workers live on."""
     run = tmp_path / "run"
-    words = ["--config", shop, "--run.dir", run, "--resume", "auto", "--train.epochs", 200]
-    command = [sys.executable, "-m", "fmrl_dist.train", *map(str, words)]
+    words = ["--resume", "auto", "--train.epochs", "200"]
+    command = [sys.executable, "-m", "fmrl_dist.train", "--config", str(shop), "--run.dir", str(run), *words]
     with subprocess.Popen(command, cwd=REPOSITORY, env=clean_environment(), stdout=subprocess.DEVNULL) as first:
         try:
             wait_for_a_checkpoint(run, first)
             before = (run / "config.yaml").stat().st_mtime_ns
-            said = run_processes(2, refused_on_each_rank, str(shop), str(run))
+            said = run_processes(2, refused_on_each_rank, str(shop), str(run), words)
             assert f"error: process {first.pid} of {socket.gethostname()} is training into {run}; wait" in said[0]
             assert "error: another run is training into" in said[1]
             assert first.poll() is None and (run / "config.yaml").stat().st_mtime_ns == before
         finally:
             first.kill()
-    result = run_module("fmrl_dist.train", *words, "--train.max_steps", records(run)[-1]["step"] + 1)
-    assert result.returncode == 0, result.stderr
+    train_here(shop, run, *words, "--train.max_steps", records(run)[-1]["step"] + 1)
 
 
 def test_a_file_system_without_locks_is_announced(
@@ -302,14 +299,10 @@ def wait_for_a_checkpoint(run: Path, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.02)
 
 
-def refused_on_each_rank(config: str, run: str) -> str:
-    return refusal(train.main, "--config", config, "--run.dir", run, "--resume", "auto", "--train.epochs", 200)
-
-
 def test_launcher_with_two_processes(shop: Path, one: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = ["-m", "fmrl_dist.train", "--config", str(shop), "--run.dir", str(run), *NO_DROPOUT]
-    result = launch(2, words)
+    result = launch(2, words, config_file=LAUNCHERS / "cpu-2.yaml")
     assert result.returncode == 0, result.stderr
     assert "2 process(es), engine multi_cpu, device cpu" in result.stdout
     assert result.stdout.count("whole catalogue ranked") == 1, "only one rank prints"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import re
 import shutil
@@ -18,7 +19,6 @@ from fmrl_dist.config.sections import StoreConfig
 from fmrl_dist.data.item_table import load_item_table
 from fmrl_dist.data.store import remote
 from fmrl_dist.data.store.files import SourceError
-from fmrl_dist.data.store.manifest import Block
 from fmrl_dist.data.store.reader import Store
 from shards import inspect as inspect_command
 from shards.store.builder import build_store
@@ -170,7 +170,7 @@ def test_no_shard_name_becomes_another_request(built: Store, server: StoreServer
     before = list(server.requests)
     for name in ("pipe:touch pwned", "../shop/manifest.json", f"{server.url}/items-000000.tar", "x?.tar", ""):
         block = built.manifest.items[0]
-        forged = Block(name, block.offset, block.num_bytes, block.sha256, block.count, block.events)
+        forged = dataclasses.replace(block, shard=name)
         with pytest.raises(UserError, match="no such shard"):
             store.read_block(forged)
         with pytest.raises(UserError, match="is not a file of a store"):

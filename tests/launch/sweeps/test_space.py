@@ -1,4 +1,4 @@
-"""Space files: what they mean, and how a mistake in one is told."""
+"""Space files: what they mean, and the line that names a mistake in one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import yaml
 
 from fmrl_dist.base.errors import UserError
 from launch import sweep
-from launch.sweeps.space import Choices, Range, as_word, metric_of, overrides, read_space
+from launch.sweeps.space import NumberRange, ValueChoices, as_argument, metric_of, overrides, read_space
 from tests.fixtures.training import refusal
 
 RAW: dict[str, Any] = {
@@ -39,14 +39,16 @@ def test_a_space_file(tmp_path: Path) -> None:
     fixed = {"train.epochs": 2, "data.root": "elsewhere"}
     space = read_space(write(tmp_path, parameters=parameters, fixed=fixed, metric="recall@5@64", sampler={"seed": 7}))
     assert space.parameters == {
-        "train.lr": Range(1e-4, 1, None, True),
-        "train.weight_decay": Range(0.0, 0.3, 0.1),
-        "model.depth": Range(1, 3, 2),
-        "model.sizes": Choices(("[64, 128]", "[8, 64, 128]")),
-        "loss.impl": Choices(("tiled", "plain")),
-        "loss.predict_first": Choices(("true", "false")),
+        "train.lr": NumberRange(1e-4, 1, None, True),
+        "train.weight_decay": NumberRange(0.0, 0.3, 0.1),
+        "model.depth": NumberRange(1, 3, 2),
+        "model.sizes": ValueChoices(("[64, 128]", "[8, 64, 128]")),
+        "loss.impl": ValueChoices(("tiled", "plain")),
+        "loss.predict_first": ValueChoices(("true", "false")),
     }
-    assert [name for name, p in space.parameters.items() if isinstance(p, Range) and p.is_integer] == ["model.depth"]
+    assert [name for name, p in space.parameters.items() if isinstance(p, NumberRange) and p.is_integer] == [
+        "model.depth"
+    ]
     assert (space.study, space.trials, space.seed) == ("a", 3, 7)
     config = space.config({"model.depth": "3", "loss.predict_first": "false"})
     assert (config.train.epochs, config.data.root, config.model.depth) == (2, "elsewhere", 3)
@@ -63,8 +65,8 @@ def test_the_demo_sweep() -> None:
 
 
 @pytest.mark.parametrize("value", [1, -2.5, 1e-7, 1e22, True, None, "auto", "1", "true", "", "a: b", "[", [8, 16]])
-def test_words_are_read_as_what_they_were(value: Any) -> None:
-    read = yaml.safe_load(as_word(value))
+def test_arguments_are_read_back_as_their_values(value: Any) -> None:
+    read = yaml.safe_load(as_argument(value))
     assert (float(read) if isinstance(value, float) else read) == value
 
 
@@ -90,10 +92,10 @@ MISTAKES = {
     "metric's name": ({"metric": "ndcg@7@64"}, "eval.metric is 'ndcg@7'; expected one of: recall@5"),
     "metric's size": ({"metric": "ndcg@10@50"}, "eval.size is 50, which is not trained"),
     "fixed key": ({"fixed": {"train.epoch": 1}}, "unknown config key 'train.epoch'; did you mean 'epochs'?"),
-    "fixed run": ({"fixed": {"run.dir": "x"}}, "fixed sets run.dir, of which each trial has its own; leave it out"),
+    "fixed run": ({"fixed": {"run.dir": "x"}}, "fixed sets run.dir, but each trial has its own; leave it out"),
     "fixed twice": ({"fixed": {"train.lr": 0.1}}, "train.lr is both fixed and a parameter; leave one out"),
-    "no section": (parameter("lr", low=0, high=1), "parameter 'lr' is no key of the config; expected section.key"),
-    "not varied": (parameter("eval.users", low=1, high=2), "'eval.users' is not the model's or its training's"),
+    "no section": (parameter("lr", low=0, high=1), "parameter 'lr' is not a key of the config; expected section.key"),
+    "not varied": (parameter("eval.users", low=1, high=2), "'eval.users' is not of the model or its training"),
     "unknown key": (
         parameter("train.lrr", low=0.1, high=1),
         "parameters.train.lrr cannot be 0.1: unknown config key 'train.lrr'; did you mean 'lr'?",
@@ -101,11 +103,17 @@ MISTAKES = {
     "unknown word": (parameter("train.lr", lo=0, high=1), "unknown key 'parameters.train.lr.lo'; did you mean 'low'?"),
     "no high": (parameter("train.lr", low=0.1), "parameters.train.lr.high is missing; expected low and high"),
     "text": (parameter("train.lr", low="small", high=1), "parameters.train.lr.low is 'small'; expected a number"),
-    "order": (parameter("train.lr", low=1, high=1), "parameters.train.lr goes from 1 to 1; expected low below high"),
-    "log from 0": (parameter("train.lr", low=0, high=1, log=True), "train.lr.low is 0; a logarithmic range begins ab"),
+    "order": (
+        parameter("train.lr", low=1, high=1),
+        "parameters.train.lr has low 1 and high 1; expected low below high",
+    ),
+    "log from 0": (parameter("train.lr", low=0, high=1, log=True), "train.lr.low is 0; a logarithmic range starts ab"),
     "log and step": (parameter("model.depth", low=1, high=3, step=1, log=True), "has both log and step; leave one out"),
     "log's type": (parameter("train.lr", low=1, high=2, log=1), "parameters.train.lr.log is 1; expected true or false"),
-    "step": (parameter("train.lr", low=0.1, high=0.5, step=0.3), "step 0.3 does not lead from 0.1 to 0.5; change one"),
+    "step": (
+        parameter("train.lr", low=0.1, high=0.5, step=0.3),
+        "step 0.3 does not divide the range from 0.1 to 0.5; change",
+    ),
     "float step": (parameter("model.depth", low=1, high=2, step=0.5), "step is 0.5; expected an integer, as low is"),
     "floats": (parameter("model.depth", low=1.0, high=2.0), "cannot be 1.0: model.depth is 1.0; expected int"),
     "impossible": (parameter("model.dropout", low=0.0, high=1.0), "cannot be 1.0: model.dropout is 1.0; expected 0 <="),
@@ -114,7 +122,7 @@ MISTAKES = {
         parameter("loss.impl", choices=["plain", "fast"]),
         "cannot be fast: loss.impl is 'fast'; expected one",
     ),
-    "choices twice": (parameter("model.depth", choices=[1, 1]), "choices names a value twice; name each once"),
+    "choices twice": (parameter("model.depth", choices=[1, 1]), "choices contains a value twice; leave one out"),
     "both kinds": (
         parameter("model.depth", choices=[1], low=1),
         "unknown key 'parameters.model.depth.low'; known: cho",
@@ -123,7 +131,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("values", "complaint"), MISTAKES.values(), ids=MISTAKES.keys())
-def test_a_mistake_is_told_in_one_line(values: dict[str, Any], complaint: str, tmp_path: Path) -> None:
+def test_a_mistake_gives_one_line(values: dict[str, Any], complaint: str, tmp_path: Path) -> None:
     path = write(tmp_path, **values)
     with pytest.raises(UserError) as error:
         read_space(path)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import pytest
-
+from tests.fixtures.optional import skip_module_without
 from tests.fixtures.processes import REPOSITORY
+
+skip_module_without("torchvision", "make images")
 
 # The fork stands for a process in which the operators exist already; so far only torch is imported.
 CODE = """
@@ -29,6 +30,5 @@ assert hasattr(torch.ops.torchvision, "nms")
 
 
 def test_torchvision_can_be_imported() -> None:
-    pytest.importorskip("torchvision", reason="torchvision is not installed (make images)")
     done = subprocess.run([sys.executable, "-c", CODE], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

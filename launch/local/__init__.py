@@ -1,0 +1,1 @@
+"""Jobs without SLURM: processes of this machine, and the signals that end them."""
