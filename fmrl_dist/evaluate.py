@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from fmrl_dist.base.errors import UserError, require, run_command
-from fmrl_dist.checkpoint.export_folder import export_sha256, is_export, read_export
+from fmrl_dist.checkpoint.export_folder import Recommender, export_sha256, is_export, read_export
 from fmrl_dist.checkpoint.folder import load_checkpoint
 from fmrl_dist.checkpoint.run_folder import run_of_best
 from fmrl_dist.config.command_line import CommandParser
 from fmrl_dist.config.loading import config_from_dict
 from fmrl_dist.config.sections import StoreConfig
+from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.data.store.reader import Store
+from fmrl_dist.data.vocabulary import external_ids, rows_of
 from fmrl_dist.distributed.processes import Runtime, start_runtime
 from fmrl_dist.distributed.signals import StopRequest
 from fmrl_dist.evaluation.histograms import EvaluationProtocol, count_target_ranks
@@ -135,11 +137,8 @@ def open_export(path: Path, store_path: str | None, split: str) -> ModelSource:
     recommender = read_export(path)
     origin = recommender.origin
     store = open_store(store_path or origin.store, split)
-    num_items = store.manifest.num_items
-    require(
-        len(recommender.items) == num_items,
-        f"export {path} ranks {len(recommender.items)} items; store {store.location} has {num_items}",
-    )
+    if store.manifest.sha256 != origin.manifest_sha256:
+        recommender = with_items_of(recommender, path, store)
     return ModelSource(
         build=lambda runtime: ranker_of_export(recommender.to(runtime.device)),
         model=lambda: EvaluatedModel(origin.step, export_sha256(path), origin.manifest_sha256),
@@ -147,6 +146,21 @@ def open_export(path: Path, store_path: str | None, split: str) -> ModelSource:
         store=store,
         folder=path,
     )
+
+
+def with_items_of(recommender: Recommender, path: Path, store: Store) -> Recommender:
+    """An export with the items of another store, in its order.
+
+    Raises:
+        UserError: the store has items that the export does not have.
+    """
+    rows = rows_of(
+        external_ids(store.read_table(VOCAB_FILE), f"{store.location}/{VOCAB_FILE}"),
+        external_ids((path / VOCAB_FILE).read_bytes(), str(path / VOCAB_FILE)),
+        f"store {store.location}",
+        f"export {path}",
+    )
+    return recommender if rows is None else replace(recommender, items=recommender.items[torch.from_numpy(rows)])
 
 
 def open_store(path: str, split: str, access: StoreConfig | None = None) -> Store:

@@ -41,6 +41,7 @@ from fmrl_dist.data.feed import BatchFeed
 from fmrl_dist.data.item_table import feature_dims
 from fmrl_dist.data.negatives import NegativeSampler, make_sampler
 from fmrl_dist.data.order import Order
+from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.streamed_negatives import StreamedNegatives
 from fmrl_dist.data.train_stream import TrainStream
@@ -148,7 +149,8 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest, cl
     stopped = False  # by a signal, as agreed by all processes
     result: StepResult | None = None
 
-    claim.enter_context(claimed_run_folder(run.folder, config, runtime))
+    vocabulary = run.store.read_table(VOCAB_FILE) if config.model.id_table and runtime.is_main else None
+    claim.enter_context(claimed_run_folder(run.folder, config, runtime, vocabulary))
     with (
         Logbook(
             run.folder,

@@ -69,6 +69,7 @@ class Checkpoint:
     features: dict[str, int]  # feature → dim, as the model was built
     num_items: int
     manifest_sha256: str
+    feature_encoders: dict[str, str]  # what made each feature of the store; empty in older checkpoints
     sha256: str  # of its record, which contains the hashes of its tensors
 
 
@@ -278,6 +279,7 @@ def _read_checkpoint(path: Path, with_optimizer: bool) -> Checkpoint:
         optimizer = _load_tensors(path / "optimizer.safetensors", hashes["optimizer"]) if with_optimizer else {}
         state = TrainState(**{f.name: record["state"][f.name] for f in fields(TrainState)})
         facts = {name: record[name] for name in ("config", "features", "num_items", "manifest_sha256")}
+        facts["feature_encoders"] = record.get("feature_encoders", {})
     except (UserError, FileNotFoundError):
         raise
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:

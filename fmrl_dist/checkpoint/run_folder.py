@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from fmrl_dist.base.errors import UserError
+from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import write_atomically
 from fmrl_dist.base.locks import LockHeldError, lock_file
 from fmrl_dist.checkpoint.folder import (
@@ -25,6 +25,7 @@ from fmrl_dist.checkpoint.folder import (
 )
 from fmrl_dist.config.loading import config_from_dict
 from fmrl_dist.config.sections import Config
+from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.distributed.processes import Runtime
 
 LOCK_FILE = ".lock"
@@ -83,6 +84,11 @@ def open_run(
         UserError: the folder exists and ``resume`` is None, the checkpoint belongs to another run, or none is intact.
     """
     folder = Path(config.run.dir)
+    others = (Path("/"), Path.home(), Path.cwd())
+    require(
+        folder.resolve() not in others and (folder.is_dir() or not folder.exists()),
+        f"run.dir is {config.run.dir!r}; expected a folder of its own, such as runs/first",
+    )
     if resume is None:
         if folder.exists():
             raise UserError(f"run folder {folder} exists; resume it with --resume auto, or choose another --run.dir")
@@ -144,8 +150,16 @@ def locked(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
 
 
 @contextmanager
-def claimed_run_folder(folder: Path, config: Config, runtime: Runtime) -> Iterator[None]:
+def claimed_run_folder(
+    folder: Path, config: Config, runtime: Runtime, vocabulary: bytes | None = None
+) -> Iterator[None]:
     """Claim the run's folder, once nothing can be refused any more, and clear its mark that the run is finished.
+
+    Args:
+        folder: of the run.
+        config: of the run, kept in it.
+        runtime: this process and its group.
+        vocabulary: the store's, kept with a run whose id table belongs to its items; None for another.
 
     Raises:
         UserError: on every rank; another run is training into it.
@@ -163,6 +177,8 @@ def claimed_run_folder(folder: Path, config: Config, runtime: Runtime) -> Iterat
             raise UserError(refusal or f"another run is training into {folder}")
         if runtime.is_main:
             write_atomically(folder / "config.yaml", config.to_yaml().encode())
+            if vocabulary is not None:
+                write_atomically(folder / VOCAB_FILE, vocabulary)
             (folder / FINISHED_FILE).unlink(missing_ok=True)
             (folder / FINAL_EVALUATION).unlink(missing_ok=True)
         yield

@@ -35,8 +35,21 @@ from fmrl_dist.config.parsing import (
 FEATURE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 RESERVED_NAMES = {"ids", "users", "starts", "items", "times", "targets", "mask", "count", "block_items", "block_counts"}
 MIN_CHUNK_WIDTH = 4
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 1024  # of a path; less than any file system allows, with room for our own names
 MAX_SIZES = 64  # far more than anyone deploys
 TrainPrecision = Literal["fp32", "bf16"]
+
+
+def check_path(key: str, path: str) -> None:
+    """Refuse what cannot be a file's name, or would not survive a shell script: it ends up in batch scripts."""
+    require(path.isprintable(), f"{key} is {path!r}, with a character that cannot be printed; choose another name")
+    require(path == path.strip(), f"{key} is {path!r}, with a blank at its begin or end; remove it")
+    longest = max((len(part.encode()) for part in path.split("/")), default=0)
+    require(
+        is_url(path) or (longest <= MAX_NAME_BYTES and len(path.encode()) <= MAX_PATH_BYTES),
+        f"{key} is {path[:60]!r}…, with a name of {longest} bytes; expected at most {MAX_NAME_BYTES}, and "
+        f"{MAX_PATH_BYTES} in all",
+    )
 
 
 @dataclass(frozen=True)
@@ -127,6 +140,8 @@ class StoreConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "store")
+        check_path("store.path", self.path)
+        check_path("store.cache_dir", self.cache_dir)
         require(
             not is_url(self.path) or not re.search(r"\s", self.path),
             "store.path is a URL with a blank in it; write it as %20",
@@ -291,6 +306,10 @@ class RunConfig:
 
     dir: str = ""  # the run's folder; "" for runs/<config name>
     tensorboard: bool = True  # write TensorBoard files too
+
+    def __post_init__(self) -> None:
+        check_fields(self, "run")
+        check_path("run.dir", self.dir)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from fmrl_dist.base.errors import require
 from fmrl_dist.checkpoint.folder import Checkpoint, TrainState, load_checkpoint
 from fmrl_dist.checkpoint.restore import load_weights
 from fmrl_dist.checkpoint.writer import CheckpointWriter
-from fmrl_dist.data.item_table import ItemTable, load_item_table
+from fmrl_dist.data.item_table import ItemTable, feature_encoders, load_item_table
 from fmrl_dist.losses.item_tiles import RowMatrix
 from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.model.fmrlrec import FMRLRec
@@ -81,6 +81,7 @@ def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
         "features": dict(model.encoder.feature_dims),
         "num_items": run.store.manifest.num_items,
         "manifest_sha256": run.store.manifest.sha256,
+        "feature_encoders": feature_encoders(run.store),
         "lanes": run.order.lanes,
     }
     return Learner(module, table, engine, optimizer, facts)

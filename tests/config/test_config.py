@@ -287,3 +287,22 @@ def test_help_and_version() -> None:
 def test_a_user_mistake_ends_in_one_line_and_exit_code_2(arguments: tuple[str, ...], line: str) -> None:
     result = run("shards.build", *arguments)
     assert (result.returncode, result.stdout, result.stderr) == (2, "", f"{line}\n")
+
+
+@pytest.mark.parametrize("key", ["run.dir", "store.path"])
+@pytest.mark.parametrize(
+    ("path", "complaint"),
+    [
+        ("runs/a\nrm -rf /", "with a character that cannot be printed"),
+        ("runs/a\0b", "with a character that cannot be printed"),
+        ("runs/a ", "with a blank at its begin or end"),
+        ("runs/" + "a" * 300, "with a name of 300 bytes; expected at most 255"),
+        ("a/" * 600, "and 1024 in all"),
+    ],
+)
+def test_paths_that_no_script_survives(key: str, path: str, complaint: str) -> None:
+    """They are words of batch scripts: a line break there begins a command."""
+    section, name = key.split(".")
+    with pytest.raises(UserError, match=complaint) as error:
+        config_from_dict({section: {name: path}})
+    assert str(error.value).startswith(f"{key} is ") and "\n" not in str(error.value)
