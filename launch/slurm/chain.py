@@ -123,11 +123,10 @@ class JobChain:
 
     def _launcher(self) -> tuple[str, ...]:
         """As start_node.sh starts it on a single node."""
-        several = ("--multi_gpu", "--main_process_port", "0") if self.processes > 1 else ()
-        return (
-            *(str(Path(sys.executable).with_name("accelerate-launch")), "--num_machines", "1"),
-            *("--num_processes", str(self.processes), "--mixed_precision", "no", "--dynamo_backend", "no", *several),
-        )
+        launcher = Path(sys.executable).with_name("accelerate-launch")
+        options = f"--num_machines 1 --num_processes {self.processes} --mixed_precision no --dynamo_backend no"
+        several = "--multi_gpu --main_process_port 0" if self.processes > 1 else ""
+        return (str(launcher), *options.split(), *several.split())
 
 
 def parse_stages(text: str) -> tuple[str, ...]:

@@ -42,7 +42,10 @@ def prepare_folder(folder: Path, space: SearchSpace) -> SearchSpace:
         "store.path holds credentials, which a sweep does not record; put them into the environment (README)",
     )
     recorded = {
-        **{"base": str(folder / BASE), "study": space.study, "trials": space.trials, "sampler": {"seed": space.seed}},
+        "base": str(folder / BASE),
+        "study": space.study,
+        "trials": space.trials,
+        "sampler": {"seed": space.seed},
         "parameters": space.raw["parameters"],
     }
     if (folder / SPACE).exists():

@@ -1,4 +1,4 @@
-"""How a sweep stands: a table of its trials, and the config of the best."""
+"""The state of a sweep: a table of its trials, and the config of the best."""
 
 from __future__ import annotations
 

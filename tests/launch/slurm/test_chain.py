@@ -90,7 +90,7 @@ def chain(slurm: SlurmCluster, folder: Path, request: pytest.FixtureRequest) -> 
 
     assert slurm.wait(job).state == "COMPLETED", log.read_text()
     by_training = evaluation(run)
-    (run / "evaluation.json").unlink()  # the next stages write it anew
+    (run / "evaluation.json").unlink()  # the next stages must write it
     exit_code = process.wait(240)
     return EndedChain(run, stages, exit_code, output.read_text(), by_training, stopped_at)
 
