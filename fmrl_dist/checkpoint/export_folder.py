@@ -61,10 +61,12 @@ class Recommender:
 
 def is_export(folder: Path) -> bool:
     """Whether ``folder`` is an export, intact or damaged: any model of the Hub has a ``config.json``."""
+    if (folder / ITEMS_FILE).is_file():
+        return True
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return (folder / ITEMS_FILE).is_file()
+        return False
     return isinstance(config, dict) and {"format_version", "origin"} <= config.keys()
 
 

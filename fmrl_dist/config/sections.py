@@ -153,7 +153,7 @@ class ModelConfig:
     """fMRLRec (paper section 3)."""
 
     sizes: tuple[int, ...] = (8, 16, 32, 64, 128)  # Matryoshka sizes, increasing by at least 4; the last is the width
-    depth: PositiveInt = 2  # number of blocks
+    depth: Annotated[int, Limits(1, 1000)] = 2  # number of blocks
     dropout: Fraction = 0.5  # rate on the input embeddings and in the feed-forward network
     lru_dropout: Fraction = 0.5  # rate after the LRU
     r_min: float = 0.0  # inner radius of the ring on which |Λ| starts, below r_max

@@ -28,13 +28,14 @@ from fmrl_dist.config.sections import Config, DataConfig
 from fmrl_dist.data.store.files import FILE_NAME
 from fmrl_dist.data.store.manifest import MANIFEST_FILE, SCHEMA_VERSION, SPLITS, USERS_FILE, VOCAB_FILE, Manifest
 from fmrl_dist.data.store.reader import Store
+from fmrl_dist.data.store.tables import rows_sha256
 from shards.encoders.encoded_blocks import encoding_folder
 from shards.encoders.item_feature import ItemFeature
 from shards.encoders.item_text import template_columns
 from shards.encoders.sources import make_feature
 from shards.store.block_writer import BlockWriter
 from shards.store.leave_one_out import LeaveOneOutWriter, SplitBlocks, train_counts
-from shards.store.parquet_tables import rows_sha256, users_table, vocab_table
+from shards.store.parquet_tables import users_table, vocab_table
 from shards.store.user_blocks import BlockFields, UserBlocks
 from shards.tables.histories import Histories, read_histories
 from shards.tables.item_ids import ItemIds, as_ids, check_unique

@@ -95,7 +95,7 @@ def test_wrong_type(raw: Any, message: str, tmp_path: Path) -> None:
         ({"model": {"sizes": [2, 128]}}, "model.sizes [2, 128] have a chunk of 2 channels"),
         ({"model": {"sizes": [8, 11, 128]}}, "model.sizes [8, 11, 128] have a chunk of 3 channels"),
         ({"model": {"sizes": [8, 64], "width": 128}}, "the last of model.sizes is 64 but model.width is 128"),
-        ({"model": {"depth": 0}}, "model.depth is 0; expected at least 1"),
+        ({"model": {"depth": 0}}, "model.depth is 0; expected 1 <= value <= 1000"),
         ({"model": {"dropout": 1.0}}, "model.dropout is 1.0; expected 0 <= value < 1"),
         ({"model": {"r_min": 0.2, "r_max": 0.1}}, "model.r_min, r_max are 0.2, 0.1"),
         ({"model": {"features": []}}, "model.features is empty and model.id_table is off"),
