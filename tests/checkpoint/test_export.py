@@ -278,17 +278,20 @@ def test_the_model_needs_two_files_and_no_random_numbers(exported: Path, tmp_pat
 
 
 def test_another_stores_catalogue(run: Path, tmp_path: Path) -> None:
-    """A model without an id table is exported with a new catalogue, and evaluated on that only."""
+    """A model without an id table is exported with a new catalogue; it is evaluated on stores of its items only."""
     store = make_shop(tmp_path / "other", num_items=50).parent / "store"
     export_here(run, 8, "--store", store, "--output", tmp_path / "new")
     recommender = read_export(tmp_path / "new")
     assert len(recommender.items) == 50 and recommender.origin.store == str(store)
     assert recommender.origin.manifest_sha256 != recommender.origin.training_manifest_sha256
     evaluate_here(tmp_path / "new")
-    before = contents(tmp_path / "new")
-    line = refusal(evaluate.main, "--checkpoint", tmp_path / "new", "--store", shop_store(run))
-    assert f"export {tmp_path / 'new'} ranks 50 items; store {shop_store(run)} has 40" in line
-    assert contents(tmp_path / "new") == before
+    run_here(evaluate.main, ["--checkpoint", tmp_path / "new", "--store", shop_store(run), "--threads", 1])
+    assert len(list((tmp_path / "new").glob("evaluation-on-*.json"))) == 1  # its items are all among the 50
+    export_here(run, 8)
+    before = contents(run / "export-8")
+    line = refusal(evaluate.main, "--checkpoint", run / "export-8", "--store", store)
+    assert f"store {store} has 10 items that export {run / 'export-8'} does not know" in line
+    assert contents(run / "export-8") == before
 
 
 def shop_store(run: Path) -> str:
