@@ -120,8 +120,10 @@ def whole_lines(run: Path) -> list[str]:
     return [line for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
 
 
-def evaluation(run: Path) -> bytes:
-    return (run / "evaluation.json").read_bytes()
+def evaluation(run: Path) -> Any:
+    """Users and figures of the final evaluation; not what names the run's checkpoint, whose record holds its folder."""
+    result = json.loads((run / "evaluation.json").read_text())
+    return {name: result[name] for name in ("users", "sizes")}
 
 
 def main(argv: list[str]) -> None:

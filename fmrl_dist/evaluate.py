@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from fmrl_dist.base.errors import UserError, require, run_command
-from fmrl_dist.checkpoint.export_folder import export_sha256, is_export, read_export
+from fmrl_dist.checkpoint.export_folder import Recommender, export_sha256, is_export, read_export
 from fmrl_dist.checkpoint.folder import load_checkpoint
 from fmrl_dist.checkpoint.run_folder import run_of_best
 from fmrl_dist.config.command_line import CommandParser
 from fmrl_dist.config.loading import config_from_dict
 from fmrl_dist.config.sections import StoreConfig
+from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.data.store.reader import Store
+from fmrl_dist.data.vocabulary import external_ids, rows_of
 from fmrl_dist.distributed.processes import Runtime, start_runtime
 from fmrl_dist.distributed.signals import StopRequest
 from fmrl_dist.evaluation.histograms import EvaluationProtocol, count_target_ranks
@@ -35,7 +37,7 @@ from fmrl_dist.evaluation.parts import (
     write_part,
 )
 from fmrl_dist.evaluation.ranker import Ranker, ranker_of_checkpoint, ranker_of_export
-from fmrl_dist.evaluation.report import figures, num_users_in, print_and_write
+from fmrl_dist.evaluation.report import EvaluatedModel, figures, num_users_in, print_and_write
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class ModelSource:
     """A checkpoint or an export to evaluate, before its catalogue is read."""
 
     build: Callable[[Runtime], Ranker]
-    sha256: Callable[[], str]  # identifies the checkpoint or export
+    model: Callable[[], EvaluatedModel]
     sizes: list[int]
     store: Store  # of the users
     folder: Path  # of the report
@@ -80,7 +82,8 @@ def evaluate(source: ModelSource, protocol: EvaluationProtocol, runtime: Runtime
     if not runtime.is_main:
         return
     if part is None:
-        print_and_write(figures(histograms, source.sizes, protocol), source.folder)
+        model = source.model()
+        print_and_write(figures(histograms, source.sizes, protocol, model), source.folder, model)
     else:
         save_part(source, protocol, part, ComputeSetting(torch.get_num_threads(), runtime.device.type), histograms)
 
@@ -89,22 +92,24 @@ def save_part(
     source: ModelSource, protocol: EvaluationProtocol, part: Part, setting: ComputeSetting, histograms: Tensor
 ) -> None:
     """Write one part, and print its path."""
-    identity = identity_of(source, protocol)
-    path = write_part(parts_folder(source.folder, identity), part, identity, setting, histograms)
+    model = source.model()
+    identity = identity_of(source, protocol, model)
+    path = write_part(parts_folder(source.folder, identity, model.manifest_sha256), part, identity, setting, histograms)
     print(f"{protocol.split}, part {part}: {int(histograms[0].sum()):,} users\nwritten: {path}", flush=True)
 
 
 def join(source: ModelSource, protocol: EvaluationProtocol) -> None:
     """Join all parts into one report, and remove them."""
-    identity = identity_of(source, protocol)
-    folder = parts_folder(source.folder, identity)
-    print_and_write(figures(join_parts(folder, identity), source.sizes, protocol), source.folder)
+    model = source.model()
+    identity = identity_of(source, protocol, model)
+    folder = parts_folder(source.folder, identity, model.manifest_sha256)
+    print_and_write(figures(join_parts(folder, identity), source.sizes, protocol, model), source.folder, model)
     shutil.rmtree(folder)
 
 
-def identity_of(source: ModelSource, protocol: EvaluationProtocol) -> EvaluationIdentity:
+def identity_of(source: ModelSource, protocol: EvaluationProtocol, model: EvaluatedModel) -> EvaluationIdentity:
     return EvaluationIdentity(
-        checkpoint_sha256=source.sha256(),
+        checkpoint_sha256=model.sha256,
         manifest_sha256=source.store.manifest.sha256,
         split=protocol.split,
         mask_seen=protocol.mask_seen,
@@ -120,7 +125,7 @@ def open_checkpoint(path: Path, store_path: str | None, split: str) -> ModelSour
     store = open_store(store_path or config.store.path, split, config.store)
     return ModelSource(
         build=partial(ranker_of_checkpoint, checkpoint, config, store),
-        sha256=lambda: checkpoint.sha256,
+        model=lambda: EvaluatedModel(checkpoint.state.step, checkpoint.sha256, checkpoint.manifest_sha256),
         sizes=list(config.model.sizes),
         store=store,
         folder=run_of_best(checkpoint) or checkpoint.path,
@@ -130,19 +135,32 @@ def open_checkpoint(path: Path, store_path: str | None, split: str) -> ModelSour
 def open_export(path: Path, store_path: str | None, split: str) -> ModelSource:
     """An export, with its own item embeddings."""
     recommender = read_export(path)
-    store = open_store(store_path or recommender.origin.store, split)
-    num_items = store.manifest.num_items
-    require(
-        len(recommender.items) == num_items,
-        f"export {path} ranks {len(recommender.items)} items; store {store.location} has {num_items}",
-    )
+    origin = recommender.origin
+    store = open_store(store_path or origin.store, split)
+    if store.manifest.sha256 != origin.manifest_sha256:
+        recommender = with_items_of(recommender, path, store)
     return ModelSource(
         build=lambda runtime: ranker_of_export(recommender.to(runtime.device)),
-        sha256=partial(export_sha256, path),
+        model=lambda: EvaluatedModel(origin.step, export_sha256(path), origin.manifest_sha256),
         sizes=list(recommender.model.sizes),
         store=store,
         folder=path,
     )
+
+
+def with_items_of(recommender: Recommender, path: Path, store: Store) -> Recommender:
+    """An export with the items of another store, in its order.
+
+    Raises:
+        UserError: the store has items that the export does not have.
+    """
+    rows = rows_of(
+        external_ids(store.read_table(VOCAB_FILE), f"{store.location}/{VOCAB_FILE}"),
+        external_ids((path / VOCAB_FILE).read_bytes(), str(path / VOCAB_FILE)),
+        f"store {store.location}",
+        f"export {path}",
+    )
+    return recommender if rows is None else replace(recommender, items=recommender.items[torch.from_numpy(rows)])
 
 
 def open_store(path: str, split: str, access: StoreConfig | None = None) -> Store:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -22,10 +22,12 @@ from torch import Tensor
 from fmrl_dist.base.errors import UserError, require, run_command
 from fmrl_dist.base.files import json_sha256
 from fmrl_dist.base.progress import Progress
-from fmrl_dist.checkpoint.folder import Checkpoint, TrainState, load_checkpoint
+from fmrl_dist.checkpoint.folder import Checkpoint, TrainState, linked_checkpoint, load_checkpoint
 from fmrl_dist.checkpoint.run_folder import (
+    FINAL_EVALUATION,
     claimed_run_folder,
-    final_evaluation,
+    is_finished,
+    mark_finished,
     open_run,
     out_of_patience,
     schedule_epochs,
@@ -39,6 +41,7 @@ from fmrl_dist.data.feed import BatchFeed
 from fmrl_dist.data.item_table import feature_dims
 from fmrl_dist.data.negatives import NegativeSampler, make_sampler
 from fmrl_dist.data.order import Order
+from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.streamed_negatives import StreamedNegatives
 from fmrl_dist.data.train_stream import TrainStream
@@ -47,9 +50,9 @@ from fmrl_dist.distributed.processes import Runtime, start_runtime
 from fmrl_dist.distributed.signals import Stopped, StopRequest, ask_for_requeue, forget_requeue
 from fmrl_dist.evaluation.histograms import EvaluationProtocol, count_target_ranks
 from fmrl_dist.evaluation.ranker import ranker_of_checkpoint
-from fmrl_dist.evaluation.report import figures, print_and_write
+from fmrl_dist.evaluation.report import EvaluatedModel, figures, print_and_write
 from fmrl_dist.training.agreement import StepResult, agree, count_targets, stop_if_not_finite
-from fmrl_dist.training.checks import check_inline
+from fmrl_dist.training.checks import check_inline, check_something_tells_items_apart
 from fmrl_dist.training.demo_store import build_missing_demo_store
 from fmrl_dist.training.learner import Learner, prepare_learner, save
 from fmrl_dist.training.logbook import Logbook
@@ -95,6 +98,7 @@ def train_and_evaluate(config: Config, runtime: Runtime, resume: str | None, sto
             f"store {store.location} has no validation and test users; expected histories of 3 events or more"
         )
     check_inline(config, store)
+    check_something_tells_items_apart(config, store)
     runtime.require_same("store", store.manifest.sha256)
     checkpoint = open_run(config, resume, store.manifest.sha256, runtime.say)
     if runtime.is_main:
@@ -111,15 +115,23 @@ def train_and_evaluate(config: Config, runtime: Runtime, resume: str | None, sto
     total_steps = min(total_steps, config.train.max_steps or total_steps)
 
     if checkpoint is None or not training_is_over(config, checkpoint, total_steps):
-        _train_steps(Run(config, runtime, folder, store, order, total_steps), checkpoint, stop)
-        runtime.accelerator.wait_for_everyone()
-    elif final_evaluation(folder).exists():
+        with ExitStack() as claim:  # until the evaluation is written, the folder is this run's
+            _train_steps(Run(config, runtime, folder, store, order, total_steps), checkpoint, stop, claim)
+            runtime.accelerator.wait_for_everyone()
+            _evaluate_best(config, runtime, store, folder, stop)
+        return
+    require(
+        linked_checkpoint(folder / "checkpoints", "best") is not None,
+        f"checkpoint {checkpoint.path} has nothing left to train, and {folder} has none of its own; evaluate it with "
+        "python -m fmrl_dist.evaluate, or start a run that goes further, from its weights, with --train.init",
+    )
+    if is_finished(folder) and (folder / FINAL_EVALUATION).exists():
         runtime.say(f"{folder} is finished (step {checkpoint.state.step}); nothing to do")
         return
     _evaluate_best(config, runtime, store, folder, stop)
 
 
-def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest) -> None:
+def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest, claim: ExitStack) -> None:
     config, runtime, order = run.config, run.runtime, run.order
     learner = prepare_learner(run, resume_from)
     model = learner.module.model
@@ -128,6 +140,7 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest) ->
         state = resume_from.state
         for copied in (resume_from.model, resume_from.optimizer):
             copied.clear()
+    check_learning_rate(run, state.step)
     sampler = make_negative_sampler(run)
     progress = Progress("step", run.total_steps, state.step, enabled=runtime.is_main)
     timer = StepTimer(learner.module)
@@ -136,8 +149,9 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest) ->
     stopped = False  # by a signal, as agreed by all processes
     result: StepResult | None = None
 
+    vocabulary = run.store.read_table(VOCAB_FILE) if config.model.id_table and runtime.is_main else None
+    claim.enter_context(claimed_run_folder(run.folder, config, runtime, vocabulary))
     with (
-        claimed_run_folder(run.folder, config, runtime),
         Logbook(
             run.folder,
             state.step,
@@ -281,6 +295,25 @@ def size_weights(config: Config) -> tuple[float, ...]:
     return config.loss.size_weights or (1.0,) * len(config.model.sizes)
 
 
+def check_learning_rate(run: Run, first_step: int) -> None:
+    """Refuse steps that would all be taken at a rate of 0, and announce where some would.
+
+    Raises:
+        UserError: the cosine has reached 0, and there is nothing but steps at that rate left.
+    """
+    train = run.config.train
+    schedule_steps = schedule_epochs(run.config) * run.order.steps_per_epoch
+    if train.min_lr_ratio > 0 or run.total_steps <= schedule_steps:
+        return
+    require(
+        first_step < schedule_steps,
+        f"the cosine of {schedule_epochs(run.config)} epochs (train.schedule_epochs) has ended at learning rate 0: "
+        "more steps would change nothing; start a new run that goes further with --train.epochs, from these weights "
+        f"with --train.init {run.folder}",
+    )
+    run.runtime.say(f"from step {schedule_steps} on the learning rate is 0 (train.schedule_epochs, train.min_lr_ratio)")
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, run: Run, step: int) -> float:
     """Set the optimiser's learning rate for ``step``, and return it."""
     train = run.config.train
@@ -328,12 +361,15 @@ def load_best(folder: Path, runtime: Runtime) -> Checkpoint:
 
 
 def _evaluate_best(config: Config, runtime: Runtime, store: Store, folder: Path, stop: StopRequest) -> None:
-    stop.raise_together(runtime, stop.requested)  # the next calls may take a while before they check again
-    ranker = ranker_of_checkpoint(load_best(folder, runtime), config, store, runtime)
+    stop.raise_together(runtime, stop.requested)  # what comes next can take a while before it listens
+    best = load_best(folder, runtime)
+    ranker = ranker_of_checkpoint(best, config, store, runtime)
     protocol = EvaluationProtocol(store, "test", mask_seen=False)
     histograms = count_target_ranks(ranker, protocol, runtime, stop)
     if runtime.is_main:
-        print_and_write(figures(histograms, ranker.model.sizes, protocol), folder)
+        model = EvaluatedModel(best.state.step, best.sha256, best.manifest_sha256)
+        print_and_write(figures(histograms, ranker.model.sizes, protocol, model), folder, model)
+        mark_finished(folder, best)
 
 
 def main(argv: list[str]) -> None:

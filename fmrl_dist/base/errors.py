@@ -8,16 +8,38 @@ import select
 import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 
 from fmrl_dist.base.urls import hide_credentials
 
 EXIT_USER_ERROR = 2
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+CANNOT_WRITE = {  # and how to mend it
+    errno.ENOSPC: "free space",
+    errno.EDQUOT: "free space",
+    errno.EROFS: "choose a place that can be written to",
+    errno.EACCES: "choose a place that can be written to",
+    errno.ESTALE: "mount it again",
+}
 EXIT_NO_READER = 128 + signal.SIGPIPE  # what a shell shows for a program that ``| head`` ended
 
 
 class UserError(ValueError):
     """Bad input. The message says what was found, what was expected and how to fix it, on one line."""
+
+
+class SignalError(BaseException):
+    """TERM or HUP; not an Exception, so that nothing but cleaning up happens on the way out."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = signal.Signals(number)
+
+
+def _end(number: int, _: FrameType | None) -> None:
+    raise SignalError(number)
+
+
+HANDLERS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _end, signal.SIGHUP: _end}
 
 
 def require(condition: bool, message: str) -> None:
@@ -29,9 +51,12 @@ def require(condition: bool, message: str) -> None:
 def run_command(main: Callable[[list[str]], None]) -> None:
     """Run a command's ``main(argv)``; a :class:`UserError` ends it with one line on stderr and exit code 2.
 
-    A full disk ends it the same way. A command whose output is no longer read (``| head -1``) ends silently. Any other
+    A disk that is full, read-only or gone ends it the same way. A command whose output is no longer read
+    (``| head -1``) ends silently. INT, TERM and HUP end it with one line, cleaned up, whatever the parent process had
+    them set to; a command that saves at a signal (``fmrl_dist.train``) has handlers of its own while it does. Any other
     exception keeps its traceback and Python's exit code 1: that is a crash, a bug of ours.
     """
+    before = {number: signal.signal(number, handler) for number, handler in HANDLERS.items()}
     try:
         status = _run(main)
         sys.stdout.flush()
@@ -40,6 +65,9 @@ def run_command(main: Callable[[list[str]], None]) -> None:
             raise  # a different pipe broke
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python reports it again at exit
         status = EXIT_NO_READER
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if status:
         sys.exit(status)
 
@@ -50,10 +78,15 @@ def _run(main: Callable[[list[str]], None]) -> int | str | None:
     except UserError as error:
         sys.stderr.write(f"error: {hide_credentials(str(error))}\n")  # one write: other ranks may print the same line
         return EXIT_USER_ERROR
+    except (KeyboardInterrupt, SignalError) as error:
+        number = error.number if isinstance(error, SignalError) else signal.SIGINT
+        sys.stderr.write(f"ended by {number.name}\n")
+        return 128 + number
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno not in CANNOT_WRITE:
             raise
-        sys.stderr.write(f"error: {error.strerror} ({error.filename or 'while writing'}); free space and rerun\n")
+        where, mend = error.filename or "while writing", CANNOT_WRITE[error.errno]
+        sys.stderr.write(f"error: {error.strerror} ({where}); {mend}, then run this again\n")
         return EXIT_USER_ERROR
     except SystemExit as end:  # raised by --help, --version, --print-config
         return end.code

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from fmrl_dist.base.locks import only_writer
+
+TEMPORARY = re.compile(r"\.[0-9a-f]{16}(\.old)?", re.ASCII)  # ends the name of a folder that is being filled
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -32,27 +38,49 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 @contextmanager
 def replaced_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder to fill, beside ``target``; at the end it is flushed and replaces ``target``.
+    """A temporary folder to fill, beside ``target``; at the end it is flushed and replaces ``target`` in one step.
 
-    If the block raises, the temporary folder is removed and ``target`` is unchanged.
+    If the block raises, the temporary folder is removed and ``target`` is unchanged. What a killed process left behind
+    is removed by the next one.
+
+    Raises:
+        UserError: another process is writing ``target``.
     """
-    aside = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        for path in (*aside.iterdir(), aside):
-            flush(path)
-        if target.exists():
-            old = target.with_name(f"{aside.name}.old")
-            target.rename(old)
-            aside.rename(target)
-            shutil.rmtree(old)
-        else:
-            aside.rename(target)
-        flush(target.parent)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+    with only_writer(target) as is_locked:
+        if is_locked:
+            for left in target.parent.glob(f".{target.name}.*"):
+                if TEMPORARY.fullmatch(left.name.removeprefix(f".{target.name}")) and left.is_dir():
+                    shutil.rmtree(left)
+        aside = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+        aside.mkdir(parents=True)
+        try:
+            yield aside
+            for path in (*aside.iterdir(), aside):
+                flush(path)
+            if target.exists():
+                _exchange(aside, target)
+            else:
+                aside.rename(target)
+            flush(target.parent)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)  # what was replaced, or what is left of a failure
+
+
+def _exchange(aside: Path, target: Path) -> None:
+    """Swap two folders: in one step where kernel and file system can, else in two."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if renameat2 is not None and renameat2(here, os.fsencode(aside), here, os.fsencode(target), exchange) == 0:
+        return
+    old = target.with_name(f"{aside.name}.old")
+    target.rename(old)
+    aside.rename(target)
+    old.rename(aside)
+
+
+def foreign_entries(folder: Path, is_ours: Callable[[str], bool]) -> list[str]:
+    """Names in a folder that are not of the kind that is to be replaced: they must not be removed with it."""
+    return sorted(path.name for path in folder.iterdir() if not is_ours(path.name))
 
 
 def flush(path: Path) -> None:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import os
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fmrl_dist.base.errors import UserError
 
 
 class LockHeldError(TimeoutError):
@@ -49,3 +56,48 @@ def lock_file(
         if on_wait is not None:
             on_wait(waited_s)
         time.sleep(poll_s)
+
+
+@contextmanager
+def only_writer(target: Path) -> Iterator[bool]:
+    """Keep every other process from writing ``target`` while the context lasts, by a lock file beside it.
+
+    Yields:
+        Whether the lock is held: false on a file system without locks.
+
+    Raises:
+        UserError: another process is writing it; the message says which.
+    """
+    path = lock_path(target)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with path.open("a+") as file:
+            try:
+                lock_file(file.fileno(), patience_s=0, across_machines=True)
+            except LockHeldError:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise UserError(f"{holder} is writing {target}; wait until it ends, then try again") from None
+            except OSError:
+                yield False
+                return
+            if not _is_file(path, file.fileno()):
+                continue  # its holder removed it between our opening and our locking it
+            file.truncate(0)
+            print(f"process {os.getpid()} of {socket.gethostname()}", file=file, flush=True)
+            try:
+                yield True
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def lock_path(target: Path) -> Path:
+    """The lock file of :func:`only_writer`; it exists while a process writes ``target``."""
+    return target.with_name(f".{target.name}.lock")
+
+
+def _is_file(path: Path, descriptor: int) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    return False

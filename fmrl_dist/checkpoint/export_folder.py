@@ -11,6 +11,7 @@ V items, D the model's width, which is the exported size.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,12 +23,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fmrl_dist.base.errors import UserError, require
-from fmrl_dist.base.files import file_sha256, json_sha256, replaced_folder
+from fmrl_dist.base.files import file_sha256, foreign_entries, json_sha256, replaced_folder
 from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.model.fmrlrec import CONFIG_FILE, FORMAT_VERSION, MODEL_FILE, FMRLRec
 
 ITEMS_FILE = "item_embeddings.safetensors"
 ITEMS_TENSOR = "item_embeddings"
+EVALUATION = re.compile(r"evaluation(-[a-z0-9-]+)?\.(json|png|parts)")  # what fmrl_dist.evaluate adds
 FILES = (CONFIG_FILE, MODEL_FILE, ITEMS_FILE, VOCAB_FILE)
 
 
@@ -58,8 +60,14 @@ class Recommender:
 
 
 def is_export(folder: Path) -> bool:
-    """Whether ``folder`` looks like an export, intact or damaged."""
-    return (folder / CONFIG_FILE).is_file()
+    """Whether ``folder`` is an export, intact or damaged: any model of the Hub has a ``config.json``."""
+    if (folder / ITEMS_FILE).is_file():
+        return True
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and {"format_version", "origin"} <= config.keys()
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
@@ -67,6 +75,12 @@ def check_output(folder: Path, overwrite: bool) -> None:
     if not folder.exists():
         return
     require(is_export(folder), f"{folder} exists and is not an export; choose another --output")
+    foreign = foreign_entries(folder, lambda name: name in FILES or EVALUATION.fullmatch(name) is not None)
+    require(
+        not foreign,
+        f"{folder} holds {', '.join(foreign[:3])}, which an export does not have; move it away, or choose another "
+        "--output",
+    )
     require(overwrite, f"export {folder} exists; keep it, or replace it with --overwrite")
 
 
@@ -100,6 +114,8 @@ def read_export(folder: Path) -> Recommender:
     try:
         config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         items = load_file(folder / ITEMS_FILE)[ITEMS_TENSOR]
+        if not items.isfinite().all():
+            raise ValueError(f"{ITEMS_FILE} holds numbers that are not finite")
         shape = (config["num_items"], model.width)
         if items.dtype != torch.float32 or items.shape != shape:
             raise ValueError(f"{ITEMS_FILE} is {items.dtype} {list(items.shape)}; expected float32 {list(shape)}")

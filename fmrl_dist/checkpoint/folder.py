@@ -10,12 +10,17 @@
 A folder is written under a temporary name, flushed, renamed and never overwritten; then the links are swapped. So a run
 killed at any instant has a complete ``latest``; if a disk damages it, the previous one still exists. Dropout is seeded
 per step and rank (``train.py``) and the order of users is arithmetic, so no generator or loader state is kept.
+
+The links are a convenience. A run that was copied without them (to a bucket, by zip) or with folders in their place
+(``cp -rL``) is the same run: without a link, the folders' records say which checkpoint is the latest and the best.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -33,6 +38,9 @@ from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import file_sha256, flush, json_sha256
 
 CHECKPOINT_VERSION = 3
+RECORD_FILE = "state.json"
+STEP_NAME = re.compile(r"step-\d{8,}(-\d+)?", re.ASCII)
+NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # how file systems say that they have none
 TENSOR_FILES = ("model", "optimizer")
 LINK_TRIES, LINK_RETRY_S = 50, 0.2  # a network file system may show an old link for a while
 
@@ -61,6 +69,7 @@ class Checkpoint:
     features: dict[str, int]  # feature → dim, as the model was built
     num_items: int
     manifest_sha256: str
+    feature_encoders: dict[str, str]  # what made each feature of the store; empty in older checkpoints
     sha256: str  # of its record, which contains the hashes of its tensors
 
 
@@ -95,7 +104,7 @@ def save_checkpoint(
         hashes = {name: file_sha256(aside / f"{name}.safetensors") for name in TENSOR_FILES}
         record = {"checkpoint_version": CHECKPOINT_VERSION, "state": asdict(state), "sha256_of": hashes, **facts}
         record = json.loads(json.dumps(record))
-        (aside / "state.json").write_text(json.dumps(record | {"sha256": json_sha256(record)}, indent=1))
+        (aside / RECORD_FILE).write_text(json.dumps(record | {"sha256": json_sha256(record)}, indent=1))
         for file in (*aside.iterdir(), aside):
             flush(file)
         aside.rename(path)
@@ -120,15 +129,51 @@ def point(folder: Path, link: str, target: Path, keep: int = 1) -> None:
     """Point ``folder/link`` at ``target`` atomically, and remove checkpoints that need not be kept."""
     aside = folder / f".{link}"
     aside.unlink(missing_ok=True)
-    aside.symlink_to(target.name)
-    aside.replace(folder / link)
+    _put_copy_in_its_place(folder, folder / link)
+    try:
+        aside.symlink_to(target.name)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        (folder / link).unlink(missing_ok=True)  # the file system has no links: the records say what they would
+    else:
+        aside.replace(folder / link)
     flush(folder)
     _prune(folder, keep)
 
 
+def restore_links(folder: Path, keep: int) -> None:
+    """Give a copied run its links back, where it came without them or with folders in their place."""
+    for link in ("best", "latest"):
+        target = linked_checkpoint(folder, link)
+        if target is not None and not (folder / link).is_symlink():
+            point(folder, link, _put_copy_in_its_place(folder, folder / link) or target, keep)
+
+
+def _put_copy_in_its_place(folder: Path, link: Path) -> Path | None:
+    """Where a copied run has a folder instead of a link: drop it if its original is here, else rename it.
+
+    Returns:
+        The original, or the new name; None where there is no such folder.
+
+    Raises:
+        UserError: the folder is not an intact checkpoint.
+    """
+    if link.is_symlink() or not link.is_dir():
+        return None
+    record = _record(link)
+    if record is None:
+        raise UserError(f"{link} is a folder but not an intact checkpoint; expected a link: move it away, then resume")
+    for original, known in _records(folder):
+        if known["sha256"] == record["sha256"]:
+            shutil.rmtree(link)
+            return original
+    return link.rename(_unused_path(folder, record["state"]["step"]))
+
+
 def _prune(folder: Path, keep: int) -> None:
-    """Remove half-written folders of killed processes, and old checkpoints that no link points to."""
-    kept = {(folder / name).resolve() for name in ("latest", "best")}
+    """Remove half-written folders of killed processes, and old checkpoints that are neither latest nor best."""
+    kept = {linked_checkpoint(folder, name) for name in ("latest", "best")}
     whole = newest_first(folder)
     kept |= {path.resolve() for path in whole[:keep]}
     for path in (*whole, *folder.glob(".step-*")):
@@ -137,10 +182,55 @@ def _prune(folder: Path, keep: int) -> None:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """The checkpoints of a run, starting with the target of ``latest``."""
+    """The checkpoints of a run, starting with the target of ``latest``, if there is that link."""
     latest = (folder / "latest").resolve()
-    paths = sorted(folder.glob("step-*"), reverse=True)
+    paths = [path for path in folder.glob("step-*") if STEP_NAME.fullmatch(path.name)]
+    paths.sort(key=lambda path: [int(number) for number in path.name.split("-")[1:]], reverse=True)
     return sorted(paths, key=lambda path: path.resolve() != latest)
+
+
+def linked_checkpoint(folder: Path, link: str) -> Path | None:
+    """The checkpoint that a run's ``link`` points to, there or not; without the link, what the records say.
+
+    Args:
+        folder: the run's ``checkpoints``.
+        link: "latest" or "best".
+    """
+    linked = folder / link
+    if linked.is_symlink() or (linked / RECORD_FILE).is_file():
+        return linked.resolve()
+    records = _records(folder)
+    if not records:
+        return None
+    latest, newest = records[0]
+    if link == "latest":
+        return latest.resolve()
+    best_step = newest["state"]["best_step"]
+    return next((path.resolve() for path, record in records if record["state"]["step"] == best_step), None)
+
+
+def latest_sha256(folder: Path) -> str:
+    """Hash of the record of a run's latest checkpoint; "" if there is none, or it is damaged."""
+    latest = linked_checkpoint(folder, "latest")
+    record = None if latest is None else _record(latest)
+    return "" if record is None else str(record["sha256"])
+
+
+def _records(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Checkpoints of a run with their records, newest first, but for those whose record cannot be read."""
+    pairs = [(path, _record(path)) for path in newest_first(folder)]
+    return [(path, record) for path, record in pairs if record is not None]
+
+
+def _record(path: Path) -> dict[str, Any] | None:
+    """A checkpoint's record, None if it is damaged."""
+    try:
+        record: dict[str, Any] = json.loads((path / RECORD_FILE).read_text())
+        whole = {name: value for name, value in record.items() if name != "sha256"}
+        intact = record["sha256"] == json_sha256(whole) and {"step", "best_step"} <= record["state"].keys()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+    return record if intact else None
 
 
 def _unused_path(folder: Path, step: int) -> Path:
@@ -177,7 +267,7 @@ def load_checkpoint(path: Path, link: str = "best", with_optimizer: bool = True)
 
 def _read_checkpoint(path: Path, with_optimizer: bool) -> Checkpoint:
     try:
-        record = json.loads((path / "state.json").read_text())
+        record = json.loads((path / RECORD_FILE).read_text())
         version = record["checkpoint_version"]
         if version != CHECKPOINT_VERSION:
             raise UserError(f"checkpoint {path} has version {version!r}; expected {CHECKPOINT_VERSION}")
@@ -189,6 +279,7 @@ def _read_checkpoint(path: Path, with_optimizer: bool) -> Checkpoint:
         optimizer = _load_tensors(path / "optimizer.safetensors", hashes["optimizer"]) if with_optimizer else {}
         state = TrainState(**{f.name: record["state"][f.name] for f in fields(TrainState)})
         facts = {name: record[name] for name in ("config", "features", "num_items", "manifest_sha256")}
+        facts["feature_encoders"] = record.get("feature_encoders", {})
     except (UserError, FileNotFoundError):
         raise
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -203,7 +294,7 @@ def load_newest_whole(folder: Path, say: Callable[[str], None]) -> Checkpoint | 
     Raises:
         UserError: there are checkpoints, but all are damaged.
     """
-    paths = newest_first(folder) if (folder / "latest").is_symlink() else []
+    paths = newest_first(folder)
     problem = ""
     for path in paths:
         try:
@@ -224,12 +315,10 @@ def _load_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
 
 def find_checkpoint(path: Path, link: str) -> Path:
     """The checkpoint that ``path`` (a checkpoint or a run) refers to; a link's target, whether or not it exists."""
-    linked = path / "checkpoints" / link
-    for candidate in (path, linked):
-        if (candidate / "state.json").is_file():
-            return candidate.resolve()
-    if linked.is_symlink():
-        return linked.resolve()
+    if (path / RECORD_FILE).is_file():
+        return path.resolve()
+    if found := linked_checkpoint(path / "checkpoints", link):
+        return found
     raise UserError(f"{path} holds no checkpoint; expected a run folder or one of its checkpoints/…")
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 
 from fmrl_dist import __version__
-from fmrl_dist.base.errors import UserError
+from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.checkpoint.export_folder import Origin, Recommender
 from fmrl_dist.checkpoint.folder import Checkpoint
 from fmrl_dist.config.sections import Config, ModelConfig
-from fmrl_dist.data.item_table import ItemTable, feature_dims, load_item_table
+from fmrl_dist.data.item_table import ItemTable, feature_dims, feature_encoders, load_item_table
+from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.data.store.reader import Store
+from fmrl_dist.data.vocabulary import external_ids, rows_of
 from fmrl_dist.model.embed_catalogue import embed_catalogue
 from fmrl_dist.model.fmrlrec import FMRLRec
 
@@ -26,37 +28,70 @@ def load_weights(model: FMRLRec, checkpoint: Checkpoint) -> None:
     """Load a checkpoint's tensors into a model of its config.
 
     Raises:
-        UserError: a tensor is missing, unknown or has another shape.
+        UserError: a tensor is missing, unknown, has another shape or is not finite.
     """
     try:
         model.load_state_dict(checkpoint.model)
     except RuntimeError as error:
         problem = " ".join(str(error).split())
         raise UserError(f"checkpoint {checkpoint.path} does not fit its config: {problem}") from None
+    broken = [name for name, tensor in checkpoint.model.items() if not tensor.isfinite().all()]
+    require(
+        not broken,
+        f"checkpoint {checkpoint.path} holds weights that are not finite ({', '.join(broken[:3])}); use another",
+    )
 
 
 def load_catalogue_table(store: Store, checkpoint: Checkpoint) -> ItemTable:
     """The features that a checkpoint's model reads, from ``store``.
 
     Raises:
-        UserError: the store lacks one, has it with another dim, or its number of items differs from the id table's.
+        UserError: the store lacks one, has it with another dim, or another encoder made it.
     """
     check_features(store, checkpoint)
-    has_id_table = checkpoint.config["model"]["id_table"]
-    if has_id_table and store.manifest.num_items != checkpoint.num_items:
-        raise UserError(
-            f"checkpoint {checkpoint.path} has an id table of {checkpoint.num_items} items; "
-            f"store {store.location} has {store.manifest.num_items}"
-        )
     return load_item_table(store, tuple(checkpoint.features))
 
 
+def match_id_table(model: FMRLRec, checkpoint: Checkpoint, store: Store) -> None:
+    """Give each item of ``store`` its own row of the model's id table, if it has one: items are their external ids.
+
+    Raises:
+        UserError: the store has items that the run was not trained on, or the run's vocabulary is missing.
+    """
+    table = model.encoder.id_table
+    if table is None or store.manifest.sha256 == checkpoint.manifest_sha256:
+        return
+    vocabulary = checkpoint.path.parent.parent / VOCAB_FILE
+    require(
+        vocabulary.is_file(),
+        f"checkpoint {checkpoint.path} has an id table of another store's items, and {vocabulary} does not say which; "
+        "use the store that it was trained on",
+    )
+    rows = rows_of(
+        external_ids(store.read_table(VOCAB_FILE), f"{store.location}/{VOCAB_FILE}"),
+        external_ids(vocabulary.read_bytes(), str(vocabulary)),
+        f"store {store.location}",
+        f"the run of checkpoint {checkpoint.path}",
+    )
+    if rows is not None:
+        model.encoder.id_table = torch.nn.Parameter(table.detach()[torch.from_numpy(rows).to(table.device)])
+        model.num_items = len(rows)
+
+
 def check_features(store: Store, checkpoint: Checkpoint) -> None:
-    """Refuse a store that lacks a feature of the checkpoint's model, or has it with another dim."""
+    """Refuse a store that lacks a feature of the checkpoint's model, or whose feature is another."""
     dims = feature_dims(store, tuple(checkpoint.features))
     if dims != checkpoint.features:
         raise UserError(
             f"checkpoint {checkpoint.path} reads features {checkpoint.features}; store {store.location} has {dims}"
+        )
+    found = feature_encoders(store)
+    for name in checkpoint.features:
+        made_by = checkpoint.feature_encoders.get(name, found[name])
+        require(
+            found[name] == made_by,
+            f"checkpoint {checkpoint.path} was trained on feature {name!r} of {made_by}; that of store "
+            f"{store.location} is of {found[name]}: build the store with the same encoder, or train on this one",
         )
 
 
@@ -79,6 +114,7 @@ def build_recommender(
     if size is not None:
         model = model.truncate(size)
     model = model.to(device).eval()
+    match_id_table(model, checkpoint, store)
     table = load_catalogue_table(store, checkpoint)
     items = embed_catalogue(model.encoder, table.values, table.present)
     origin = Origin(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import socket
@@ -10,15 +11,26 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from fmrl_dist.base.errors import UserError
+from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import write_atomically
 from fmrl_dist.base.locks import LockHeldError, lock_file
-from fmrl_dist.checkpoint.folder import Checkpoint, TrainState, load_checkpoint, load_newest_whole
+from fmrl_dist.checkpoint.folder import (
+    Checkpoint,
+    TrainState,
+    latest_sha256,
+    linked_checkpoint,
+    load_checkpoint,
+    load_newest_whole,
+    restore_links,
+)
 from fmrl_dist.config.loading import config_from_dict
 from fmrl_dist.config.sections import Config
+from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.distributed.processes import Runtime
 
 LOCK_FILE = ".lock"
+FINISHED_FILE = "finished.json"
+FINAL_EVALUATION = "evaluation.json"  # on test, seen items not masked
 RESTART_PATIENCE_S = 150.0
 # Settings that must equal the checkpoint's, or the losses would not be those of a single run.
 FIXED = {
@@ -72,6 +84,11 @@ def open_run(
         UserError: the folder exists and ``resume`` is None, the checkpoint belongs to another run, or none is intact.
     """
     folder = Path(config.run.dir)
+    others = (Path("/"), Path.home(), Path.cwd())
+    require(
+        folder.resolve() not in others and (folder.is_dir() or not folder.exists()),
+        f"run.dir is {config.run.dir!r}; expected a folder of its own, such as runs/first",
+    )
     if resume is None:
         if folder.exists():
             raise UserError(f"run folder {folder} exists; resume it with --resume auto, or choose another --run.dir")
@@ -133,8 +150,16 @@ def locked(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
 
 
 @contextmanager
-def claimed_run_folder(folder: Path, config: Config, runtime: Runtime) -> Iterator[None]:
+def claimed_run_folder(
+    folder: Path, config: Config, runtime: Runtime, vocabulary: bytes | None = None
+) -> Iterator[None]:
     """Claim the run's folder, once nothing can be refused any more, and clear its mark that the run is finished.
+
+    Args:
+        folder: of the run.
+        config: of the run, kept in it.
+        runtime: this process and its group.
+        vocabulary: the store's, kept with a run whose id table belongs to its items; None for another.
 
     Raises:
         UserError: on every rank; another run is training into it.
@@ -145,24 +170,52 @@ def claimed_run_folder(folder: Path, config: Config, runtime: Runtime) -> Iterat
         if runtime.is_main:
             try:
                 stack.enter_context(locked(folder, runtime.say))
+                restore_links(folder / "checkpoints", config.train.keep_checkpoints)
             except UserError as error:
                 refusal = str(error)
         if runtime.agree(bool(refusal))[0]:
             raise UserError(refusal or f"another run is training into {folder}")
         if runtime.is_main:
             write_atomically(folder / "config.yaml", config.to_yaml().encode())
-            final_evaluation(folder).unlink(missing_ok=True)
+            if vocabulary is not None:
+                write_atomically(folder / VOCAB_FILE, vocabulary)
+            (folder / FINISHED_FILE).unlink(missing_ok=True)
+            (folder / FINAL_EVALUATION).unlink(missing_ok=True)
         yield
 
 
-def evaluation_file(split: str, mask_seen: bool) -> str:
-    """File name without extension: evaluation[-valid][-masked]."""
-    return "evaluation" + ("-valid" if split == "valid" else "") + ("-masked" if mask_seen else "")
+def evaluation_file(split: str, mask_seen: bool, other_manifest: str = "") -> str:
+    """File name without extension: evaluation[-valid][-masked][-on-MANIFEST].
+
+    Args:
+        split: valid or test.
+        mask_seen: whether the items of a user's history were left out.
+        other_manifest: sha256 of the store's manifest, where that is not the store of the run or export.
+    """
+    parts = ["evaluation"] + ["valid"] * (split == "valid") + ["masked"] * mask_seen
+    return "-".join(parts + ([f"on-{other_manifest[:12]}"] if other_manifest else []))
 
 
-def final_evaluation(folder: Path) -> Path:
-    """The last file that a finished run writes."""
-    return folder / f"{evaluation_file('test', mask_seen=False)}.json"
+def mark_finished(folder: Path, best: Checkpoint) -> None:
+    """Record that the run has trained to its end and evaluated its best checkpoint."""
+    record = {
+        "latest_sha256": latest_sha256(folder / "checkpoints"),
+        "best_step": best.state.step,
+        "best_sha256": best.sha256,
+    }
+    write_atomically(folder / FINISHED_FILE, json.dumps(record, indent=1).encode() + b"\n")
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run's own record says that it is finished, and nothing was trained since.
+
+    An ``evaluation.json`` does not say so: ``fmrl_dist.evaluate`` writes one for a run that still trains.
+    """
+    try:
+        record = json.loads((folder / FINISHED_FILE).read_text())
+        return bool(record["latest_sha256"] == latest_sha256(folder / "checkpoints"))
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def schedule_epochs(config: Config) -> int:
@@ -185,13 +238,13 @@ def out_of_patience(config: Config, evaluations_without_gain: int) -> bool:
 def run_of_best(checkpoint: Checkpoint) -> Path | None:
     """The run whose best checkpoint this is, else None: a run's figures and exports are those of its best."""
     run = checkpoint.path.parent.parent
-    return run if (run / "checkpoints" / "best").resolve() == checkpoint.path else None
+    return run if linked_checkpoint(run / "checkpoints", "best") == checkpoint.path else None
 
 
 def _best_step(folder: Path, say: Callable[[str], None]) -> int:
     """Step of the folder's best checkpoint, -1 if there is none or it is damaged."""
-    best = folder / "checkpoints" / "best"
-    if not best.exists():
+    best = linked_checkpoint(folder / "checkpoints", "best")
+    if best is None or not best.exists():
         return -1
     try:
         return load_checkpoint(best, with_optimizer=False).state.step
@@ -215,4 +268,5 @@ def _check_same_run(config: Config, checkpoint: Checkpoint, manifest_sha256: str
             raise UserError(
                 f"checkpoint {checkpoint.path} has {key} {before!r}, this run {now!r}; "
                 "restore the value, or start another run with --run.dir"
+                + (f" (from these weights: --train.init {checkpoint.path})" if "epochs" in key else "")
             )

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.base.errors import require
+from fmrl_dist.base.yaml_text import read_yaml
 from fmrl_dist.config.parsing import apply_overrides, build, open_section
 from fmrl_dist.config.sections import Config
 
@@ -25,10 +24,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     path = path or DEMO_CONFIG
     require(not path.is_dir(), f"config {path} is a folder; expected a YAML file such as configs/demo.yaml")
     require(path.is_file(), f"config {path} does not exist; expected a YAML file such as configs/demo.yaml")
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or an impossible date
-        raise UserError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
+    raw = read_yaml(path, "config")
     raw = {} if raw is None else raw
     require(isinstance(raw, dict), f"config {path} holds {type(raw).__name__}; expected a mapping of sections")
     apply_overrides(raw, overrides)

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import yaml
 
 from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.base.yaml_text import parse_yaml, shown
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ Fraction = Annotated[float, Limits(0, 1, without_high=True)]
 
 
 def require_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
-    require(value in choices, f"{key} is {value!r}; expected one of: {', '.join(choices)}")
+    require(value in choices, f"{key} is {shown(value)}; expected one of: {', '.join(choices)}")
 
 
 def field_types(section: type) -> dict[str, Any]:
@@ -119,9 +120,9 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
             node = open_section(node, parent)
             require(isinstance(node, dict), f"override {flag}: {parent!r} holds a value, not a section")
         try:
-            node[key] = yaml.safe_load(text)
+            node[key] = parse_yaml(text)
         except (yaml.YAMLError, ValueError):
-            raise UserError(f"override {flag}: {text!r} is not a YAML value") from None
+            raise UserError(f"override {flag}: {shown(text)} is not a YAML value") from None
 
 
 def open_section(node: dict[str, Any], key: str) -> Any:
@@ -150,10 +151,10 @@ def build(kind: Any, value: Any, where: str) -> Any:
         require_choice(where, value, arguments)
         return value
     if origin is tuple:
-        require(isinstance(value, list | tuple), f"{where} is {value!r}; expected a list")
+        require(isinstance(value, list | tuple), f"{where} is {shown(value)}; expected a list")
         return tuple(build(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     if origin is dict:
-        require(isinstance(value, dict), f"{where} is {value!r}; expected a mapping")
+        require(isinstance(value, dict), f"{where} is {shown(value)}; expected a mapping")
         return {str(k): build(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
     if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
         with contextlib.suppress(ValueError):
@@ -161,8 +162,10 @@ def build(kind: Any, value: Any, where: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     matches = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
-    require(matches, f"{where} is {value!r}; expected {kind.__name__}")
-    require(not isinstance(value, float) or math.isfinite(value), f"{where} is {value!r}; expected a finite number")
+    require(matches, f"{where} is {shown(value)}; expected {kind.__name__}")
+    require(
+        not isinstance(value, float) or math.isfinite(value), f"{where} is {shown(value)}; expected a finite number"
+    )
     return value
 
 
@@ -177,7 +180,7 @@ def _build_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
     for kind in kinds:
         with contextlib.suppress(UserError):
             return build(kind, value, where)
-    raise UserError(f"{where} is {value!r}; expected {describe(*kinds)}")
+    raise UserError(f"{where} is {shown(value)}; expected {describe(*kinds)}")
 
 
 def _tagged(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
@@ -186,19 +189,21 @@ def _tagged(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
     by_name = {dataclasses.fields(kind)[0].default: kind for kind in kinds}
     name = value.get(tag.name, tag.default) if isinstance(value, dict) else tag.default
     found = by_name.get(name) if isinstance(name, str) else None
-    require(found is not None, f"{_join(where, tag.name)} is {name!r}; expected one of: {', '.join(map(str, by_name))}")
+    require(
+        found is not None, f"{_join(where, tag.name)} is {shown(name)}; expected one of: {', '.join(map(str, by_name))}"
+    )
     return found
 
 
 def _build_dataclass(kind: Any, value: Any, where: str) -> Any:
     value = {} if value is None else value
-    require(isinstance(value, dict), f"{where or 'the config'} is {value!r}; expected a mapping")
+    require(isinstance(value, dict), f"{where or 'the config'} is {shown(value)}; expected a mapping")
     hints = field_types(kind)
     for key in value:
         if key not in hints:
             close = difflib.get_close_matches(str(key), hints, 1)
             hint = f"did you mean {_join(where, close[0])!r}?" if close else f"known keys: {', '.join(hints)}"
-            raise UserError(f"unknown config key {_join(where, key)!r}; {hint}")
+            raise UserError(f"unknown config key {shown(_join(where, key))}; {hint}")
     return kind(**{key: build(hints[key], v, _join(where, key)) for key, v in value.items()})
 
 

@@ -35,7 +35,21 @@ from fmrl_dist.config.parsing import (
 FEATURE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 RESERVED_NAMES = {"ids", "users", "starts", "items", "times", "targets", "mask", "count", "block_items", "block_counts"}
 MIN_CHUNK_WIDTH = 4
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 1024  # of a path; less than any file system allows, with room for our own names
+MAX_SIZES = 64  # far more than anyone deploys
 TrainPrecision = Literal["fp32", "bf16"]
+
+
+def check_path(key: str, path: str) -> None:
+    """Refuse what cannot be a file's name, or would not survive a shell script: it ends up in batch scripts."""
+    require(path.isprintable(), f"{key} is {path!r}, with a character that cannot be printed; choose another name")
+    require(path == path.strip(), f"{key} is {path!r}, with a blank at its begin or end; remove it")
+    longest = max((len(part.encode()) for part in path.split("/")), default=0)
+    require(
+        is_url(path) or (longest <= MAX_NAME_BYTES and len(path.encode()) <= MAX_PATH_BYTES),
+        f"{key} is {path[:60]!r}…, with a name of {longest} bytes; expected at most {MAX_NAME_BYTES}, and "
+        f"{MAX_PATH_BYTES} in all",
+    )
 
 
 @dataclass(frozen=True)
@@ -122,9 +136,12 @@ class StoreConfig:
     cache_gb: NonNegativeFloat = 10.0  # 10^9 bytes of blocks from a URL to keep, those read last; 0: none
     # stop: a damaged block ends the run | skip: leave its users out, and count them
     on_bad_shard: Literal["stop", "skip"] = "stop"
+    max_lost_share: Fraction = 0.25  # largest share of a split's users that skipped blocks may cost; then all stops
 
     def __post_init__(self) -> None:
         check_fields(self, "store")
+        check_path("store.path", self.path)
+        check_path("store.cache_dir", self.cache_dir)
         require(
             not is_url(self.path) or not re.search(r"\s", self.path),
             "store.path is a URL with a blank in it; write it as %20",
@@ -136,7 +153,7 @@ class ModelConfig:
     """fMRLRec (paper section 3)."""
 
     sizes: tuple[int, ...] = (8, 16, 32, 64, 128)  # Matryoshka sizes, increasing by at least 4; the last is the width
-    depth: PositiveInt = 2  # number of blocks
+    depth: Annotated[int, Limits(1, 1000)] = 2  # number of blocks
     dropout: Fraction = 0.5  # rate on the input embeddings and in the feed-forward network
     lru_dropout: Fraction = 0.5  # rate after the LRU
     r_min: float = 0.0  # inner radius of the ring on which |Λ| starts, below r_max
@@ -171,6 +188,7 @@ class ModelConfig:
 def check_sizes(sizes: tuple[int, ...]) -> None:
     """Refuse sizes that do not nest: increasing, in chunks of at least 4 channels."""
     require(len(sizes) > 0, "model.sizes is empty; expected at least one size")
+    require(len(sizes) <= MAX_SIZES, f"model.sizes has {len(sizes):,} numbers; expected at most {MAX_SIZES}")
     chunks = [high - low for low, high in zip((0, *sizes), sizes, strict=False)]
     require(all(c > 0 for c in chunks), f"model.sizes {list(sizes)} do not increase; write them from small to large")
     require(
@@ -243,6 +261,7 @@ class TrainConfig:
     clip_norm: PositiveFloat = 5.0  # gradients of all parameters together are clipped to this norm
     # bf16: inputs of matrix products are bfloat16; parameters, optimiser and ranking stay float32
     precision: TrainPrecision = "fp32"
+    init: str = ""  # run or checkpoint whose weights a fresh run starts from; "" for random weights
     seed: NonNegativeInt = 0  # seed of initialisation, order, negatives and dropout
     threads: PositiveInt | Literal["auto"] = "auto"  # CPU threads per process; auto: cores / local ranks
     workers: NonNegativeInt = 1  # processes per rank that read ahead; 0: read when a step needs it
@@ -287,6 +306,10 @@ class RunConfig:
 
     dir: str = ""  # the run's folder; "" for runs/<config name>
     tensorboard: bool = True  # write TensorBoard files too
+
+    def __post_init__(self) -> None:
+        check_fields(self, "run")
+        check_path("run.dir", self.dir)
 
 
 @dataclass(frozen=True)

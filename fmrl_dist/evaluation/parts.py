@@ -78,9 +78,10 @@ class ComputeSetting:
     device: str  # cpu | cuda
 
 
-def parts_folder(folder: Path, evaluated: EvaluationIdentity) -> Path:
+def parts_folder(folder: Path, evaluated: EvaluationIdentity, own_manifest: str) -> Path:
     """The folder of the parts: beside the report that they are joined into."""
-    return folder / f"{evaluation_file(evaluated.split, evaluated.mask_seen)}.parts"
+    other_manifest = evaluated.manifest_sha256 if evaluated.manifest_sha256 != own_manifest else ""
+    return folder / f"{evaluation_file(evaluated.split, evaluated.mask_seen, other_manifest)}.parts"
 
 
 def write_part(

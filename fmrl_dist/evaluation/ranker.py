@@ -7,7 +7,7 @@ from functools import partial
 
 from fmrl_dist.checkpoint.export_folder import Recommender
 from fmrl_dist.checkpoint.folder import Checkpoint
-from fmrl_dist.checkpoint.restore import check_features, load_catalogue_table, restore_model
+from fmrl_dist.checkpoint.restore import check_features, load_catalogue_table, match_id_table, restore_model
 from fmrl_dist.config.sections import Config
 from fmrl_dist.data.item_table import ItemTable
 from fmrl_dist.data.store.reader import Store
@@ -63,6 +63,7 @@ def ranker_of_checkpoint(checkpoint: Checkpoint, config: Config, store: Store, r
     if config.store.feature_mode == "inline" and store.manifest.inline:
         check_features(store, checkpoint)
         return build_ranker(model, config, store, None, runtime)
+    match_id_table(model, checkpoint, store)
     return build_ranker(model, config, store, load_catalogue_table(store, checkpoint), runtime)
 
 

@@ -5,27 +5,50 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from fmrl_dist import __version__
 from fmrl_dist.base.files import write_atomically
 from fmrl_dist.checkpoint.run_folder import evaluation_file
+from fmrl_dist.data.store.reader import check_lost_users
 from fmrl_dist.evaluation.histograms import EvaluationProtocol
 from fmrl_dist.evaluation.metrics import METRICS, metrics_from_histogram
 
 
-def figures(histograms: Tensor, sizes: Sequence[int], protocol: EvaluationProtocol) -> dict[str, Any]:
-    """The content of ``evaluation.json``; it has ``users_lost`` only if damaged blocks were left out."""
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """Which model the figures are of."""
+
+    step: int  # of its checkpoint
+    sha256: str  # of its checkpoint's record, or of an export's files
+    manifest_sha256: str  # of the store that it belongs to: a run's, or the one that an export's items are of
+
+
+def figures(
+    histograms: Tensor, sizes: Sequence[int], protocol: EvaluationProtocol, model: EvaluatedModel
+) -> dict[str, Any]:
+    """The content of ``evaluation.json``; it has ``users_lost`` only if damaged blocks were left out.
+
+    Raises:
+        UserError: damaged blocks cost too many of the users (``store.max_lost_share``), or all of them.
+    """
     num_users = int(histograms[0].sum())
     num_lost = num_users_in(protocol) - num_users
+    check_lost_users(num_lost, num_users_in(protocol), protocol.split, protocol.store)
     return {
         "split": protocol.split,
         "users": num_users,
         **({"users_lost": num_lost} if num_lost else {}),
         "mask_seen": protocol.mask_seen,
         "sizes": {str(size): metrics_from_histogram(row) for size, row in zip(sizes, histograms, strict=True)},
+        "checkpoint": {"step": model.step, "sha256": model.sha256},
+        "store": protocol.store.location,
+        "manifest_sha256": protocol.store.manifest.sha256,
+        "fmrl_dist_version": __version__,
     }
 
 
@@ -34,14 +57,17 @@ def num_users_in(protocol: EvaluationProtocol) -> int:
     return sum(block.count for block in protocol.store.manifest.splits[protocol.split])
 
 
-def print_and_write(result: dict[str, Any], folder: Path) -> None:
-    """Print the table, write the JSON and the plot, then print their paths."""
+def print_and_write(result: dict[str, Any], folder: Path, model: EvaluatedModel) -> None:
+    """Print the table, write the JSON and the plot, then print their paths.
+
+    Figures on another store than the model's own get file names of their own.
+    """
     lost = f" ({result['users_lost']:,} more in damaged blocks)" if "users_lost" in result else ""
     head = f"{result['split']}, {result['users']:,} users{lost}, whole catalogue ranked:"
     try:
         print(f"{head}\n{size_table(result['sizes'])}", flush=True)
     finally:  # a reader that has gone away costs nobody the figures
-        json_path, picture_path = write_report(folder, result)
+        json_path, picture_path = write_report(folder, result, model.manifest_sha256)
     print(f"written: {json_path}\npicture: {picture_path}", flush=True)
 
 
@@ -52,9 +78,10 @@ def size_table(sizes: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def write_report(folder: Path, result: dict[str, Any]) -> tuple[Path, Path]:
+def write_report(folder: Path, result: dict[str, Any], own_manifest: str) -> tuple[Path, Path]:
     """Write an evaluation's JSON and plot; return their paths."""
-    name = evaluation_file(result["split"], result["mask_seen"])
+    other_manifest = result["manifest_sha256"] if result["manifest_sha256"] != own_manifest else ""
+    name = evaluation_file(result["split"], result["mask_seen"], other_manifest)
     json_path, picture_path = folder / f"{name}.json", folder / f"{name}.png"
     write_atomically(json_path, json.dumps(result, indent=1).encode() + b"\n")
     write_atomically(picture_path, _draw(result))

@@ -37,6 +37,7 @@ from fmrl_dist.model.nested import (
 )
 from fmrl_dist.model.scan import packed_scan, scan_step
 
+MAX_SIZES, MAX_DEPTH = 64, 1000  # far more than anyone trains
 FORMAT_VERSION = 1  # of the folder that from_pretrained reads
 CONFIG_FILE = "config.json"
 MODEL_FILE = "model.safetensors"
@@ -345,6 +346,10 @@ class FMRLRec(nn.Module):
             tensors = load_file(folder / MODEL_FILE)
             if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
                 raise ValueError(f"{MODEL_FILE} is not float32 throughout")
+            if not all(tensor.isfinite().all() for tensor in tensors.values()):
+                raise ValueError(f"{MODEL_FILE} holds numbers that are not finite")
+            if not (len(config["model"]["sizes"]) <= MAX_SIZES and config["model"]["depth"] <= MAX_DEPTH):
+                raise ValueError(f"more than {MAX_SIZES} sizes or {MAX_DEPTH} blocks")  # before they are constructed
             with torch.device("meta"):  # the file's tensors become the parameters: nothing is drawn, then overwritten
                 model = cls(**config["model"])
             model.load_state_dict(tensors, assign=True)

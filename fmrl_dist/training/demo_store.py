@@ -6,12 +6,16 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from fmrl_dist.base.errors import UserError
+from fmrl_dist.base.locks import lock_path
 from fmrl_dist.base.urls import is_url
 from fmrl_dist.config.sections import Config
 from fmrl_dist.data.store.manifest import MANIFEST_FILE
+
+POLL_S = 0.5
 
 
 def build_missing_demo_store(config: Config) -> None:
@@ -28,5 +32,8 @@ def build_missing_demo_store(config: Config) -> None:
         with_config = Path(folder) / "config.yaml"
         with_config.write_text(config.to_yaml())
         built = subprocess.run([sys.executable, "-m", "shards.build", "--config", str(with_config)], check=False)
-    if built.returncode != 0:
+    lock = lock_path(Path(config.store.path).resolve())
+    while built.returncode != 0 and lock.exists():  # another run builds it
+        time.sleep(POLL_S)
+    if not (Path(config.store.path) / MANIFEST_FILE).exists():
         raise UserError("the demo store could not be built; see the lines above")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from fmrl_dist.checkpoint.folder import Checkpoint, TrainState
+from fmrl_dist.base.errors import require
+from fmrl_dist.checkpoint.folder import Checkpoint, TrainState, load_checkpoint
 from fmrl_dist.checkpoint.restore import load_weights
 from fmrl_dist.checkpoint.writer import CheckpointWriter
-from fmrl_dist.data.item_table import ItemTable, load_item_table
+from fmrl_dist.data.item_table import ItemTable, feature_encoders, load_item_table
 from fmrl_dist.losses.item_tiles import RowMatrix
 from fmrl_dist.losses.settings import LossSettings
+from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.training.build_model import build_inline_model, build_model
 from fmrl_dist.training.checks import check_scan_impl, resolve_loss_impl, splits_catalogue
 from fmrl_dist.training.engine import Engine, prepare_engine
@@ -51,6 +54,8 @@ def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
         model = build_inline_model(config.model, run.store, runtime, runtime.matmul_dtype)
     if resume_from is not None:
         load_weights(model, resume_from)
+    elif config.train.init:
+        load_initial_weights(model, run)
     model.to(runtime.device)
     dtype = runtime.matmul_dtype or torch.float32
     columns: RowMatrix | None = None
@@ -76,9 +81,29 @@ def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
         "features": dict(model.encoder.feature_dims),
         "num_items": run.store.manifest.num_items,
         "manifest_sha256": run.store.manifest.sha256,
+        "feature_encoders": feature_encoders(run.store),
         "lanes": run.order.lanes,
     }
     return Learner(module, table, engine, optimizer, facts)
+
+
+def load_initial_weights(model: FMRLRec, run: Run) -> None:
+    """Start a fresh run from the weights of another one (``train.init``), with a schedule of its own.
+
+    Raises:
+        UserError: they are of another model, or an id table is of another store's items.
+    """
+    source = load_checkpoint(Path(run.config.train.init), with_optimizer=False)
+    require(
+        source.features == model.encoder.feature_dims,
+        f"train.init {source.path} reads features {source.features}, this run {model.encoder.feature_dims}; choose "
+        "another, or give model.features",
+    )
+    require(
+        not run.config.model.id_table or source.manifest_sha256 == run.store.manifest.sha256,
+        f"train.init {source.path} has an id table of another store's items; use that store, or no model.id_table",
+    )
+    load_weights(model, source)
 
 
 def save(run: Run, learner: Learner, state: TrainState, writer: CheckpointWriter) -> None:

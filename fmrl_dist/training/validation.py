@@ -5,10 +5,12 @@ from __future__ import annotations
 from fmrl_dist.base.progress import Progress
 from fmrl_dist.checkpoint.folder import TrainState
 from fmrl_dist.config.sections import Config
+from fmrl_dist.data.store.reader import check_lost_users
 from fmrl_dist.distributed.signals import Stopped, StopRequest
 from fmrl_dist.evaluation.histograms import EvaluationProtocol, count_target_ranks
 from fmrl_dist.evaluation.metrics import metrics_from_histogram
 from fmrl_dist.evaluation.ranker import build_ranker
+from fmrl_dist.evaluation.report import num_users_in
 from fmrl_dist.training.learner import Learner
 from fmrl_dist.training.logbook import Logbook
 from fmrl_dist.training.run import Run
@@ -45,6 +47,8 @@ def validate(run: Run, learner: Learner, stop: StopRequest) -> dict[str, float]:
     protocol = EvaluationProtocol(run.store, "valid", mask_seen=False, num_users=run.config.eval.users)
     histograms = count_target_ranks(ranker, protocol, run.runtime, stop)
     module.train()
+    num_lost = num_users_in(protocol) - int(histograms[0].sum()) if not protocol.num_users else 0
+    check_lost_users(num_lost, num_users_in(protocol), "valid", run.store)
     return {
         f"{metric}@{size}": value
         for size, histogram in zip(module.model.sizes, histograms, strict=True)

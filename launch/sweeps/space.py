@@ -30,6 +30,7 @@ from typing import Any
 import yaml
 
 from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.base.yaml_text import read_yaml
 from fmrl_dist.config.loading import load_config
 from fmrl_dist.config.sections import Config
 
@@ -109,10 +110,7 @@ def read_space(path: Path) -> SearchSpace:
         UserError: the file is missing, not YAML or invalid; the message names the key.
     """
     require(path.is_file(), f"space {path} does not exist; expected a YAML file such as configs/sweeps/demo.yaml")
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"space {path} is not YAML: {' '.join(str(error).split())}") from None
+    raw = read_yaml(path, "space")
     try:
         space = _space(raw)
         space.config()

@@ -99,7 +99,7 @@ class Worker:
                 pass_fds=(lock,),
             )
             status = process.wait() if self.launcher else wait(process, self.signals)
-        if status == 0 and (run / "evaluation.json").exists():
+        if status == 0 and (run / "finished.json").exists():
             value = best_value(run, metric)
             study.complete(trial.number, value)
             print(f"trial {trial.number}: {metric} {value:.4f}", flush=True)

@@ -8,6 +8,7 @@ a config, so it must not reach attributes or indices.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from string import Formatter
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ import pyarrow as pa
 from fmrl_dist.base.errors import UserError
 
 UNTITLED = "Untitled Item"
+MAX_WIDTH = 1000  # of a format: a width of 10^9 would be a text of that many characters for each item
 
 Pieces = list[tuple[str, str | None, str]]  # literal text, then a column and its format
 
@@ -60,6 +62,8 @@ def _parse(part: str) -> Pieces:
     for literal, column, spec, conversion in parsed:
         if column is not None and (not column or conversion or any(c in column for c in ".[]") or "{" in (spec or "")):
             raise UserError(f"data.text part {part!r}: braces may hold only a column name and a format")
+        if any(int(number) > MAX_WIDTH for number in re.findall(r"\d{1,20}", spec or "")):
+            raise UserError(f"data.text part {part!r}: a format with a number above {MAX_WIDTH}; write a smaller one")
         pieces.append((literal, column, spec or ""))
     if all(column is None for _, column, _ in pieces):
         raise UserError(f"data.text part {part!r} names no column; write it like 'Title: {{title}}'")

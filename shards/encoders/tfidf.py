@@ -6,6 +6,9 @@ versions.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
+
 import numpy as np
 import sklearn
 from sklearn.decomposition import TruncatedSVD
@@ -17,6 +20,14 @@ from shards.encoders.item_text import ItemTexts
 
 SVD_SEED = 0
 MAX_TERMS = 100_000
+
+
+def _digest(texts: Sequence[str]) -> str:
+    """Names what the axes were fitted on: the vectors of another catalogue do not compare with these."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(len(data := text.encode()).to_bytes(8, "little") + data)
+    return digest.hexdigest()[:12]
 
 
 def encode_texts(name: str, dim: int, items: ItemTexts) -> ItemFeature:
@@ -47,5 +58,5 @@ def encode_texts(name: str, dim: int, items: ItemTexts) -> ItemFeature:
     rows[chosen] = dense / np.where(norms > 0, norms, 1)
     present = np.zeros(len(rows), bool)
     present[chosen] = norms[:, 0] > 0
-    revision = f"scikit-learn {sklearn.__version__}"
+    revision = f"scikit-learn {sklearn.__version__}, fitted on {_digest([items.texts[i] for i in chosen])}"
     return ItemFeature(name, rows, present, encoder="tfidf+svd", revision=revision)

@@ -7,6 +7,7 @@ build reuses them. The same input gives the same shards and the same manifest ha
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -19,20 +20,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fmrl_dist.base.errors import UserError, require
-from fmrl_dist.base.files import replaced_folder
+from fmrl_dist.base.files import foreign_entries, replaced_folder
 from fmrl_dist.base.progress import Progress
 from fmrl_dist.base.urls import hide_credentials, is_url
 from fmrl_dist.config.features import TextFeature
 from fmrl_dist.config.sections import Config, DataConfig
+from fmrl_dist.data.store.files import FILE_NAME
 from fmrl_dist.data.store.manifest import MANIFEST_FILE, SCHEMA_VERSION, SPLITS, USERS_FILE, VOCAB_FILE, Manifest
 from fmrl_dist.data.store.reader import Store
+from fmrl_dist.data.store.tables import rows_sha256
 from shards.encoders.encoded_blocks import encoding_folder
 from shards.encoders.item_feature import ItemFeature
 from shards.encoders.item_text import template_columns
 from shards.encoders.sources import make_feature
 from shards.store.block_writer import BlockWriter
 from shards.store.leave_one_out import LeaveOneOutWriter, SplitBlocks, train_counts
-from shards.store.parquet_tables import rows_sha256, users_table, vocab_table
+from shards.store.parquet_tables import users_table, vocab_table
 from shards.store.user_blocks import BlockFields, UserBlocks
 from shards.tables.histories import Histories, read_histories
 from shards.tables.item_ids import ItemIds, as_ids, check_unique
@@ -65,6 +68,20 @@ def _check_target(target: Path, overwrite: bool) -> None:
         return
     if not (target / MANIFEST_FILE).is_file():
         raise UserError(f"{target} exists and is not a store; choose another --store.path")
+    try:
+        schema = json.loads((target / MANIFEST_FILE).read_text(encoding="utf-8"))["schema_version"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        schema = None
+    require(
+        type(schema) is int,
+        f"{target / MANIFEST_FILE} is not a store's manifest; move {target} away, or choose another --store.path",
+    )
+    foreign = foreign_entries(target, lambda name: FILE_NAME.fullmatch(name) is not None)
+    require(
+        not foreign,
+        f"{target} holds {', '.join(foreign[:3])}, which a store does not have; move it away, or choose another "
+        "--store.path",
+    )
     if not overwrite:
         raise UserError(f"store {target} exists; keep it, or build it again with --overwrite")
 

@@ -18,7 +18,7 @@ from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.progress import Progress
 from fmrl_dist.data.store.manifest import MANIFEST_FILE, SPLITS, USERS_FILE, VOCAB_FILE, Block, Manifest, Shard
 from fmrl_dist.data.store.reader import Store
-from shards.store.parquet_tables import rows_sha256
+from fmrl_dist.data.store.tables import rows_sha256
 
 END_OF_ARCHIVE_BYTES = 1024  # two zero blocks; tar pads further
 
@@ -154,7 +154,7 @@ def _table_problems(store: Store, train_count: np.ndarray) -> Iterator[str]:
     sizes = {VOCAB_FILE: ("item", store.manifest.num_items), USERS_FILE: ("user", store.manifest.num_users)}
     for name, (id_column, num_rows) in sizes.items():
         try:
-            with pq.ParquetFile(pa.BufferReader(store.read_table(name))) as file:
+            with pq.ParquetFile(pa.BufferReader(store.read_table(name, checked=False))) as file:
                 table = file.read(use_threads=False)  # see Store.read_table
         except (pa.ArrowException, OSError, UserError) as error:
             yield f"{name}: cannot be read ({' '.join(str(error).split())})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,47 @@ def test_a_user_error_is_one_line_whoever_reads(unbuffered: str) -> None:
 def test_a_crash_keeps_its_traceback(then: str, error: str, unbuffered: str) -> None:
     status, complaint = run(then, unbuffered, leave=False)
     assert status == 1 and complaint.startswith("Traceback") and error in complaint
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("inherited", ["default", "ignored"])
+def test_a_signal_ends_a_command_with_one_line_and_cleaned_up(name: str, inherited: str, tmp_path: Path) -> None:
+    """Also where a background shell has it ignored, as ``nohup make test &`` does."""
+    number = signal.Signals[name]
+    then = (
+        "from pathlib import Path; from fmrl_dist.base.files import replaced_folder\n"
+        "    with replaced_folder(Path(os.environ['TARGET'])) as folder:\n"
+        "        print('second', flush=True); sys.stdin.readline()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(then=then)],
+        cwd=REPOSITORY,
+        env=clean_environment() | {"TARGET": str(tmp_path / "target")},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_IGN if inherited == "ignored" else signal.SIG_DFL),
+    )
+    assert process.stdin and process.stdout and process.stderr
+    process.stdin.write("go on\n")
+    process.stdin.flush()
+    assert [process.stdout.readline() for _ in range(2)] == ["first\n", "second\n"]
+    assert list(tmp_path.iterdir()), "a folder is being filled, and its lock is held"
+    process.send_signal(number)
+    _, complaint = process.communicate(timeout=60)
+    assert (process.returncode, complaint) == (128 + number, f"ended by {name}\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "mend"), [("EROFS", "choose a place"), ("EACCES", "choose a place"), ("ENOSPC", "free space")]
+)
+def test_output_that_cannot_be_written_is_one_line(code: str, mend: str) -> None:
+    then = f"import errno; raise OSError(errno.{code}, os.strerror(errno.{code}), '/here/it')"
+    status, complaint = run(then, "", leave=False)
+    assert status == EXIT_USER_ERROR
+    assert complaint.startswith("error: ") and f"(/here/it); {mend}" in complaint and complaint.count("\n") == 1
 
 
 def test_evaluate_into_a_closed_pipe(tmp_path: Path) -> None:

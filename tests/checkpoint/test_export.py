@@ -278,17 +278,20 @@ def test_the_model_needs_two_files_and_no_random_numbers(exported: Path, tmp_pat
 
 
 def test_another_stores_catalogue(run: Path, tmp_path: Path) -> None:
-    """A model without an id table is exported with a new catalogue, and evaluated on that only."""
+    """A model without an id table is exported with a new catalogue; it is evaluated on stores of its items only."""
     store = make_shop(tmp_path / "other", num_items=50).parent / "store"
     export_here(run, 8, "--store", store, "--output", tmp_path / "new")
     recommender = read_export(tmp_path / "new")
     assert len(recommender.items) == 50 and recommender.origin.store == str(store)
     assert recommender.origin.manifest_sha256 != recommender.origin.training_manifest_sha256
     evaluate_here(tmp_path / "new")
-    before = contents(tmp_path / "new")
-    line = refusal(evaluate.main, "--checkpoint", tmp_path / "new", "--store", shop_store(run))
-    assert f"export {tmp_path / 'new'} ranks 50 items; store {shop_store(run)} has 40" in line
-    assert contents(tmp_path / "new") == before
+    run_here(evaluate.main, ["--checkpoint", tmp_path / "new", "--store", shop_store(run), "--threads", 1])
+    assert len(list((tmp_path / "new").glob("evaluation-on-*.json"))) == 1  # its items are all among the 50
+    export_here(run, 8)
+    before = contents(run / "export-8")
+    line = refusal(evaluate.main, "--checkpoint", run / "export-8", "--store", store)
+    assert f"store {store} has 10 items that export {run / 'export-8'} does not know" in line
+    assert contents(run / "export-8") == before
 
 
 def shop_store(run: Path) -> str:
@@ -340,3 +343,28 @@ def test_a_checkpoint_that_is_not_the_best(run: Path, tmp_path: Path) -> None:
     latest = (run / "checkpoints" / "latest").resolve()
     export_here(latest, 8, "--output", tmp_path / "latest")
     assert read_export(tmp_path / "latest").origin.step == load_checkpoint(latest).state.step
+
+
+@pytest.mark.parametrize("config", ['{"model_type": "bert"}', "[]", "not JSON"])
+def test_a_model_folder_of_others_is_never_replaced(config: str, run: Path, tmp_path: Path) -> None:
+    """Any model of the Hub has a config.json."""
+    others = tmp_path / "bert"
+    others.mkdir()
+    (others / "config.json").write_text(config)
+    (others / "model.safetensors").write_bytes(b"theirs")
+    before = contents(others)
+    line = refusal(export.main, "--checkpoint", run, "--size", 8, "--output", others, "--overwrite")
+    assert f"{others} exists and is not an export; choose another --output" in line
+    assert contents(others) == before
+
+
+def test_an_export_with_a_file_of_others_is_not_replaced(run: Path, tmp_path: Path) -> None:
+    exported = tmp_path / "export"
+    export_here(run, 8, "--output", exported)
+    run_here(evaluate.main, ["--checkpoint", exported, "--threads", 1])
+    export_here(run, 4, "--output", exported, "--overwrite")  # an evaluation's files are ours
+    (exported / "notes.md").write_text("mine")
+    before = contents(exported)
+    line = refusal(export.main, "--checkpoint", run, "--size", 8, "--output", exported, "--overwrite")
+    assert f"{exported} holds notes.md, which an export does not have; move it away" in line
+    assert contents(exported) == before

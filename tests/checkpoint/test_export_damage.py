@@ -63,6 +63,7 @@ DAMAGE: dict[str, Spoiler] = {
     "sizes are words": edit_model(sizes=["8"]),
     "another width": edit_model(sizes=[4, 12]),
     "another depth": edit_model(depth=3),
+    "absurd depth": edit_model(depth=10**7),
     "another feature dim": edit_model(feature_dims={"vector": 7, "colour": 4}),
     "impossible rate": edit_model(dropout=2),
     "no model": lambda folder: (folder / MODEL_FILE).unlink(),

@@ -95,7 +95,7 @@ def test_wrong_type(raw: Any, message: str, tmp_path: Path) -> None:
         ({"model": {"sizes": [2, 128]}}, "model.sizes [2, 128] have a chunk of 2 channels"),
         ({"model": {"sizes": [8, 11, 128]}}, "model.sizes [8, 11, 128] have a chunk of 3 channels"),
         ({"model": {"sizes": [8, 64], "width": 128}}, "the last of model.sizes is 64 but model.width is 128"),
-        ({"model": {"depth": 0}}, "model.depth is 0; expected at least 1"),
+        ({"model": {"depth": 0}}, "model.depth is 0; expected 1 <= value <= 1000"),
         ({"model": {"dropout": 1.0}}, "model.dropout is 1.0; expected 0 <= value < 1"),
         ({"model": {"r_min": 0.2, "r_max": 0.1}}, "model.r_min, r_max are 0.2, 0.1"),
         ({"model": {"features": []}}, "model.features is empty and model.id_table is off"),
@@ -287,3 +287,22 @@ def test_help_and_version() -> None:
 def test_a_user_mistake_ends_in_one_line_and_exit_code_2(arguments: tuple[str, ...], line: str) -> None:
     result = run("shards.build", *arguments)
     assert (result.returncode, result.stdout, result.stderr) == (2, "", f"{line}\n")
+
+
+@pytest.mark.parametrize("key", ["run.dir", "store.path"])
+@pytest.mark.parametrize(
+    ("path", "complaint"),
+    [
+        ("runs/a\nrm -rf /", "with a character that cannot be printed"),
+        ("runs/a\0b", "with a character that cannot be printed"),
+        ("runs/a ", "with a blank at its begin or end"),
+        ("runs/" + "a" * 300, "with a name of 300 bytes; expected at most 255"),
+        ("a/" * 600, "and 1024 in all"),
+    ],
+)
+def test_paths_that_no_script_survives(key: str, path: str, complaint: str) -> None:
+    """They are words of batch scripts: a line break there begins a command."""
+    section, name = key.split(".")
+    with pytest.raises(UserError, match=complaint) as error:
+        config_from_dict({section: {name: path}})
+    assert str(error.value).startswith(f"{key} is ") and "\n" not in str(error.value)

@@ -104,7 +104,7 @@ def test_every_command_tells_where_keys_are_described(command: str, capsys: pyte
     with pytest.raises(SystemExit) as ended:
         main(["--help-config", "model"])
     assert ended.value.code in (0, None)
-    assert "--model.depth  int (at least 1); default 2\n        number of blocks\n" in capsys.readouterr().out
+    assert "--model.depth  int (1 <= value <= 1000); default 2\n        number of blocks\n" in capsys.readouterr().out
 
 
 def test_help_config() -> None:

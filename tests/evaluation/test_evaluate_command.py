@@ -9,14 +9,20 @@ import numpy as np
 import pytest
 import yaml
 
-from fmrl_dist import evaluate
+from fmrl_dist import __version__, evaluate
+from fmrl_dist.checkpoint.folder import load_checkpoint
+from fmrl_dist.checkpoint.run_folder import is_finished
 from fmrl_dist.config.loading import load_config
+from fmrl_dist.data.store.reader import Store
 from fmrl_dist.evaluation.report import size_table
 from shards.store.builder import build_store
 from tests.fixtures.training import (
+    STEPS_PER_EPOCH,
     contents,
     evaluation,
+    figures,
     make_shop,
+    origin_of_evaluation,
     records,
     refusal,
     run_here,
@@ -102,10 +108,53 @@ def test_latest_checkpoint_does_not_change_the_runs_figures(run: Path) -> None:
 
 def test_store_that_was_moved(run: Path, shop: Path, tmp_path: Path) -> None:
     shutil.copytree(shop.parent / "store", tmp_path / "store")
-    expected = (run / "evaluation.json").read_bytes()
+    expected = evaluation(run)
     (run / "evaluation.json").unlink()
     evaluate_here(run, "--store", tmp_path / "store")
-    assert (run / "evaluation.json").read_bytes() == expected
+    assert evaluation(run) == expected
+    assert origin_of_evaluation(run)["store"] == str(tmp_path / "store")
+
+
+def test_figures_say_what_they_are_of(run: Path, shop: Path, tmp_path: Path) -> None:
+    """Model, store and version; figures on another store than the run's own do not replace the run's."""
+    best, store = load_checkpoint(run), Store.open(shop.parent / "store")
+    assert origin_of_evaluation(run) == {
+        "checkpoint": {"step": best.state.step, "sha256": best.sha256},
+        "store": str(store.path),
+        "manifest_sha256": store.manifest.sha256,
+        "fmrl_dist_version": __version__,
+    }
+    before = (run / "evaluation.json").read_bytes()
+    other, _ = build_store(
+        load_config(shop, ["--store.users_per_block", "32", "--store.path", str(tmp_path / "other")])
+    )
+    evaluate_here(run, "--store", other.path)
+    assert (run / "evaluation.json").read_bytes() == before
+    name = f"evaluation-on-{other.manifest.sha256[:12]}"
+    assert evaluation(run, name)["users"] == evaluation(run)["users"]
+    assert origin_of_evaluation(run, name)["manifest_sha256"] == other.manifest.sha256
+    for part in ("1/2", "2/2"):
+        evaluate_here(run, "--store", other.path, "--part", part)
+    (run / f"{name}.json").unlink()
+    evaluate_here(run, "--store", other.path, "--join")
+    assert evaluation(run, name)["users"] == evaluation(run)["users"]
+    assert (run / "evaluation.json").read_bytes() == before
+
+
+def test_an_evaluation_does_not_finish_a_run(shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a run that is stopped halfway, say: resumed, it trains on, and its figures are those of its end."""
+    whole = train_here(shop, tmp_path / "whole")
+    run = train_here(shop, tmp_path / "run", "--train.max_steps", 2 * STEPS_PER_EPOCH)
+    assert is_finished(run)
+    (run / "finished.json").unlink()  # as if a signal had stopped it
+    evaluate_here(run)
+    assert not is_finished(run)
+    capsys.readouterr()
+    train_here(shop, run, "--resume", "auto")
+    assert "is finished" not in capsys.readouterr().out
+    assert figures(run) == figures(whole) and evaluation(run) == evaluation(whole)
+    train_here(shop, run, "--resume", "auto")
+    assert "is finished (step 24); nothing to do" in capsys.readouterr().out
 
 
 def other_store(root: Path, num_items: int, dim: int) -> Path:

@@ -121,6 +121,7 @@ def test_users_of_damaged_blocks_are_counted_once(shop: Path, tmp_path: Path) ->
             file.seek(block.offset + block.num_bytes // 2)
             file.write(b"\xff" * 64)
     words = ["--store.path", store, "--store.on_bad_shard", "skip", "--train.max_steps", 4]
+    words += ["--store.max_lost_share", 0.5]
     run = train_here(shop, tmp_path / "run", *words)
     expected = (run / "evaluation.json").read_bytes()
     assert evaluation(run)["users_lost"] == blocks[0].count + blocks[4].count
@@ -200,6 +201,9 @@ def test_part_of_another_export(run: Path) -> None:
 
 def test_part_of_another_store(run: Path, parts: Path, tmp_path: Path) -> None:
     other = make_shop(tmp_path / "other", num_items=50).parent / "store"
+    own_folder = f"evaluation-on-{Store.open(other).manifest.sha256[:12]}.parts"
+    assert f"{own_folder} holds no parts to join" in join_refusal(run, "--store", other)
+    shutil.copytree(parts, run / own_folder)
     assert "1-of-3.json is of another evaluation: manifest_sha256 is" in join_refusal(run, "--store", other)
 
 

@@ -16,10 +16,12 @@ from fmrl_dist.base.files import write_atomically
 from fmrl_dist.evaluation.metrics import METRICS
 from fmrl_dist.evaluation.report import evaluation_file, size_table, write_report
 
+OWN = "ab" * 32  # of the manifest of the model's own store
+
 
 def make_result(**changes: Any) -> dict[str, Any]:
     sizes = {str(8 * 2**j): {metric: (j + 1) / 8 + i / 100 for i, metric in enumerate(METRICS)} for j in range(3)}
-    return {"split": "test", "users": 1234, "mask_seen": False, "sizes": sizes} | changes
+    return {"split": "test", "users": 1234, "mask_seen": False, "sizes": sizes, "manifest_sha256": OWN} | changes
 
 
 @pytest.mark.parametrize(
@@ -33,13 +35,13 @@ def make_result(**changes: Any) -> dict[str, Any]:
 )
 def test_names_of_the_files(tmp_path: Path, split: str, mask_seen: bool, name: str) -> None:
     assert evaluation_file(split, mask_seen) == name
-    paths = write_report(tmp_path, make_result(split=split, mask_seen=mask_seen))
+    paths = write_report(tmp_path, make_result(split=split, mask_seen=mask_seen), OWN)
     assert paths == (tmp_path / f"{name}.json", tmp_path / f"{name}.png")
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{name}.json", f"{name}.png"]
 
 
 def test_the_json_is_the_result(tmp_path: Path) -> None:
-    text = write_report(tmp_path, make_result())[0].read_text()
+    text = write_report(tmp_path, make_result(), OWN)[0].read_text()
     assert text.endswith("}\n")
     assert json.loads(text) == make_result()
     assert list(json.loads(text)["sizes"]) == ["8", "16", "32"]
@@ -62,7 +64,7 @@ def test_a_picture_is_drawn_without_a_warning(tmp_path: Path, sizes: list[str], 
     result = make_result(sizes={size: dict.fromkeys(METRICS, value) for size in sizes})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        path = write_report(tmp_path, result)[1]
+        path = write_report(tmp_path, result, OWN)[1]
     with Image.open(io.BytesIO(path.read_bytes())) as picture:
         picture.load()
         assert picture.format == "PNG" and picture.width > 400

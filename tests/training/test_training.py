@@ -74,7 +74,7 @@ def test_run_leaves_everything(finished: tuple[Path, str]) -> None:
     run, _ = finished
     names = {path.name for path in run.iterdir()}
     assert names == {
-        *(".lock", "config.yaml", "metrics.jsonl", "ranks.jsonl", "tensorboard"),
+        *(".lock", "config.yaml", "finished.json", "metrics.jsonl", "ranks.jsonl", "tensorboard"),
         *("checkpoints", "evaluation.json", "evaluation.png"),
     }
     assert (run / "evaluation.png").read_bytes().startswith(b"\x89PNG")

@@ -208,7 +208,8 @@ def test_weights_that_do_not_fit(shop: Path, copied_run: Path) -> None:
 
 def test_nothing_left_to_train_elsewhere(shop: Path, stopped: Path, tmp_path: Path) -> None:
     words = ["--run.dir", tmp_path / "run", "--train.max_steps", MAX_STEPS]
-    assert "holds no checkpoint" in refusal(train.main, "--config", shop, "--resume", stopped, *words)
+    line = refusal(train.main, "--config", shop, "--resume", stopped, *words)
+    assert "has nothing left to train" in line and "has none of its own" in line
     assert not (tmp_path / "run").exists()
 
 
@@ -243,3 +244,18 @@ def test_launcher_precision_is_recorded(
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     line = refusal(train.main, "--config", shop, "--run.dir", by_launcher, "--resume", "auto")
     assert "has train.precision 'bf16', this run 'fp32'" in line
+
+
+@pytest.mark.parametrize("folder", [".", "/", "~", "file"])
+def test_a_folder_that_is_not_a_runs_own(
+    folder: str, shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    path = str(tmp_path / "home") if folder == "~" else folder
+    line = refusal(train.main, "--config", shop, "--run.dir", path, "--resume", "auto")
+    assert f"run.dir is {path!r}; expected a folder of its own, such as runs/first" in line
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "home"]
+    assert (tmp_path / "file").read_text() == "mine" and list((tmp_path / "home").iterdir()) == []

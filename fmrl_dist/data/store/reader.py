@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from fmrl_dist.data.store.cache import RangeCache
 from fmrl_dist.data.store.files import LocalFiles, SourceError, StoreFiles
 from fmrl_dist.data.store.manifest import MANIFEST_FILE, SHARD_NAME, Block, Manifest
 from fmrl_dist.data.store.remote import RemoteFiles, checked_url, default_cache_folder
+from fmrl_dist.data.store.tables import checked_table
 
 FETCHED_AT_ONCE = 8  # blocks, from a URL
 
@@ -55,6 +57,11 @@ class Store:
     def skips_damaged(self) -> bool:
         """Whether users of damaged blocks are left out; otherwise damage ends the run."""
         return self._access.on_bad_shard == "skip"
+
+    @property
+    def max_lost_share(self) -> float:
+        """Largest share of a split's users that skipped blocks may cost."""
+        return self._access.max_lost_share
 
     @property
     def derived_folder(self) -> Path:
@@ -159,21 +166,40 @@ class Store:
         except UserError as error:
             raise UserError(f"{where} {error}; {mend}") from None
 
-    def read_table(self, name: str) -> bytes:
-        """The bytes of the Parquet file of the vocabulary or of the users.
+    def read_table(self, name: str, checked: bool = True) -> bytes:
+        """The bytes of the Parquet file of the vocabulary or of the users, its rows held against the manifest.
 
         Let pyarrow decode them with ``use_threads=False``. These bytes belong to Python: a thread of pyarrow's pool
         that still holds them while Python exits crashes the process (apache/arrow#34314).
 
+        Args:
+            name: of the file.
+            checked: false for ``shards.verify``, which says itself what is wrong.
+
         Raises:
-            UserError: it is missing or cannot be fetched.
+            UserError: it is missing, cannot be fetched, or its rows are not those that were written.
         """
+        expected = self.manifest.tables[name]
         try:
-            return self.files.read(name, bytes)
+            return self.files.read(name, partial(checked_table, expected_sha256=expected) if checked else bytes)
         except FileNotFoundError:
             raise UserError(f"store {self.location} has no {name}; build the store again") from None
         except UserError as error:
             raise UserError(f"store {self.location}: {error}") from None
+
+
+def check_lost_users(num_lost: int, num_users: int, split: str, store: Store) -> None:
+    """Refuse to go on with what is left of a split.
+
+    Raises:
+        UserError: damaged blocks cost more than ``store.max_lost_share`` of its users, or all of them.
+    """
+    if num_lost == num_users or num_lost > store.max_lost_share * num_users:
+        raise UserError(
+            f"damaged blocks cost {num_lost:,} of {num_users:,} {split} users; expected at most "
+            f"{store.max_lost_share:.0%} (store.max_lost_share): see python -m shards.verify {store.location}, then "
+            "build the store again"
+        )
 
 
 def _open_files(path: str | Path, access: StoreConfig) -> StoreFiles:

@@ -13,6 +13,7 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ from launch.slurm.record import SubmittedStage, read_record
 from tests.fixtures.demo_runs import NUM_STEPS, SIZES, demo_arguments, has_pending, last_step, paused, wait_for
 from tests.fixtures.processes import REPOSITORY
 from tests.fixtures.slurm_cluster import SlurmCluster
-from tests.fixtures.training import figures, records
+from tests.fixtures.training import evaluation, figures, records
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.multiproc, pytest.mark.timeout(900)]
 
@@ -38,7 +39,7 @@ class EndedChain:
     stages: dict[str, SubmittedStage]
     exit_code: int
     output: str
-    evaluation_by_training: bytes
+    evaluation_by_training: dict[str, Any]
     stopped_at: list[int]  # step after which each disturbance came
 
     def log(self, stage: str) -> str:
@@ -88,7 +89,7 @@ def chain(slurm: SlurmCluster, folder: Path, request: pytest.FixtureRequest) -> 
     wait_for("requeue after preemption", lambda: slurm.restarts(job) > restarts)
 
     assert slurm.wait(job).state == "COMPLETED", log.read_text()
-    by_training = (run / "evaluation.json").read_bytes()
+    by_training = evaluation(run)
     (run / "evaluation.json").unlink()  # the next stages must write it
     exit_code = process.wait(240)
     return EndedChain(run, stages, exit_code, output.read_text(), by_training, stopped_at)
@@ -126,14 +127,14 @@ def test_its_run_is_the_undisturbed_one_digit_for_digit(chain: EndedChain, undis
     """Losses, validation and the evaluation of training, of two nodes, are those of two processes on this machine."""
     assert [record["step"] for record in records(chain.run)] == list(range(1, NUM_STEPS + 1))
     assert figures(chain.run) == figures(undisturbed)
-    assert chain.evaluation_by_training == (undisturbed / "evaluation.json").read_bytes()
+    assert chain.evaluation_by_training == evaluation(undisturbed)
     assert chain.log("train").count("test, 200 users, whole catalogue ranked") == 1
     assert not (chain.run / "requeue").exists()
 
 
 def test_evaluation_in_parts_on_two_nodes_each(chain: EndedChain, undisturbed: Path, slurm: SlurmCluster) -> None:
-    """The chain submits the join itself; its figures are the single evaluation's, byte for byte."""
-    assert (chain.run / "evaluation.json").read_bytes() == (undisturbed / "evaluation.json").read_bytes()
+    """The chain submits the join itself; its figures are the single evaluation's, digit for digit."""
+    assert evaluation(chain.run) == evaluation(undisturbed)
     for number, log in enumerate(chain.stages["evaluate"].logs, 1):
         text = Path(log).read_text()
         assert f"test, part {number}/2: " in text and "joins the parts" not in text

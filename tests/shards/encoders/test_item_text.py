@@ -33,7 +33,18 @@ def test_item_text_is_the_papers() -> None:
 
 
 @pytest.mark.parametrize(
-    "part", ["{title.__class__}", "{title[0]}", "{title!r}", "{title:{price}}", "{}", "{0.real}", "no field", "{title"]
+    "part",
+    [
+        "{title.__class__}",
+        "{title[0]}",
+        "{title!r}",
+        "{title:{price}}",
+        "{}",
+        "{0.real}",
+        "no field",
+        "{title",
+        "{title:>999999999}",
+    ],
 )
 def test_templates_reach_columns_only(part: str) -> None:
     with pytest.raises(UserError, match="data.text part"):

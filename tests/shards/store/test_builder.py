@@ -117,6 +117,24 @@ def test_a_store_is_replaced_only_when_asked(tmp_path: Path) -> None:
         build_store(tiny_config(tmp_path / "raw", tmp_path / "raw"), overwrite=True)
 
 
+@pytest.mark.parametrize(
+    ("files", "complaint"),
+    [
+        ({"manifest.json": '{"name": "web app"}'}, "manifest.json is not a store's manifest"),
+        ({"manifest.json": "[1]"}, "manifest.json is not a store's manifest"),
+        ({"manifest.json": '{"schema_version": 1}', "thesis.tex": "mine"}, "holds thesis.tex, which a store does not"),
+    ],
+)
+def test_a_folder_of_others_is_never_replaced(files: dict[str, str], complaint: str, tmp_path: Path) -> None:
+    write_raw(tmp_path / "raw")
+    (tmp_path / "store").mkdir()
+    for name, text in files.items():
+        (tmp_path / "store" / name).write_text(text)
+    with pytest.raises(UserError, match=complaint):
+        build_store(tiny_config(tmp_path / "raw", tmp_path / "store"), overwrite=True)
+    assert {path.name: path.read_text() for path in (tmp_path / "store").iterdir()} == files
+
+
 @pytest.mark.real_data
 def test_beauty(tmp_path: Path, shared_data: Path) -> None:
     root = shared_data / "amazon2014_beauty"

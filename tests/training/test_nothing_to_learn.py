@@ -1,0 +1,128 @@
+"""What cannot come to anything is refused, where it once ended with figures and exit code 0."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fmrl_dist import evaluate, export, train
+from fmrl_dist.checkpoint.folder import load_checkpoint
+from fmrl_dist.config.loading import load_config
+from fmrl_dist.data.store.reader import Store
+from shards.store.builder import build_store
+from tests.fixtures.checkpoints import reseal
+from tests.fixtures.training import STEPS_PER_EPOCH, figures, make_shop, records, refusal, run_here, train_here
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shop(tmp_path_factory.mktemp("nothing"))
+
+
+@pytest.fixture(scope="module")
+def trained(shop: Path) -> Path:
+    return train_here(shop, shop.parent / "trained")
+
+
+def damaged_store(shop: Path, folder: Path, split: str, keep: int) -> Path:
+    """A copy of the store, all blocks of a split but the first ``keep`` of them damaged."""
+    store = Store.open(load_config(shop).store.path)
+    shutil.copytree(store.path, folder)
+    for block in store.manifest.splits[split][keep:]:
+        with (folder / block.shard).open("r+b") as file:
+            file.seek(block.offset + 600)
+            file.write(b"\xff" * 8)
+    return folder
+
+
+def test_no_feature_and_no_id_table(shop: Path, tmp_path: Path) -> None:
+    config = load_config(shop, ["--data.features", "{}", "--store.path", str(tmp_path / "bare")])
+    build_store(config)
+    words = ["--config", shop, "--store.path", tmp_path / "bare", "--run.dir", tmp_path / "run"]
+    line = refusal(train.main, *words)
+    assert "has no features and model.id_table is off: nothing would tell items apart" in line
+    assert not (tmp_path / "run").exists()
+    train_here(shop, tmp_path / "ids", "--store.path", tmp_path / "bare", "--model.id_table", "true")
+
+
+@pytest.mark.parametrize("keep", [0, 3])
+def test_too_many_training_users_lost(keep: int, shop: Path, tmp_path: Path) -> None:
+    store = damaged_store(shop, tmp_path / "store", "train", keep)
+    words = ["--config", shop, "--store.path", store, "--store.on_bad_shard", "skip", "--run.dir", tmp_path / "run"]
+    line = refusal(train.main, *words)
+    assert "of 113 train users; expected at most 25% (store.max_lost_share)" in line
+    assert not (tmp_path / "run" / "evaluation.json").exists()
+
+
+def test_all_users_to_evaluate_lost(shop: Path, trained: Path, tmp_path: Path) -> None:
+    store = damaged_store(shop, tmp_path / "store", "test", 0)
+    run = Path(shutil.copytree(trained, tmp_path / "run", symlinks=True))
+    words = ["--config", shop, "--run.dir", tmp_path / "new", "--store.path", store, "--store.on_bad_shard", "skip"]
+    line = refusal(train.main, *words, "--store.max_lost_share", "0.99")
+    assert "cost 100 of 100 test users" in line
+    assert not (tmp_path / "new" / "evaluation.json").exists()
+    before = (run / "evaluation.json").read_bytes()
+    assert "test" in refusal(evaluate.main, "--checkpoint", run, "--store", store, "--threads", 1)
+    assert (run / "evaluation.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite(value: float, trained: Path, tmp_path: Path) -> None:
+    """In a checkpoint, an exported model and exported items; each once ranked everything equal."""
+    run = Path(shutil.copytree(trained, tmp_path / "run", symlinks=True))
+    run_here(export.main, ["--checkpoint", run, "--size", 8, "--output", tmp_path / "export"])
+    for name in ("model.safetensors", "item_embeddings.safetensors"):
+        broken = Path(shutil.copytree(tmp_path / "export", tmp_path / name))
+        spoil(broken / name, value)
+        line = refusal(evaluate.main, "--checkpoint", broken, "--threads", 1)
+        assert f"is damaged (ValueError: {name} holds numbers that are not finite)" in line
+    best = load_checkpoint(run).path
+    spoil(best / "model.safetensors", value)
+    reseal(best)
+    assert "holds weights that are not finite (" in refusal(evaluate.main, "--checkpoint", run, "--threads", 1)
+    words = ["--checkpoint", run, "--size", 4, "--output", tmp_path / "other"]
+    assert "holds weights that are not finite (" in refusal(export.main, *words)
+    assert not (tmp_path / "other").exists()
+
+
+def spoil(file: Path, value: float) -> None:
+    tensors = load_file(file)
+    next(iter(tensors.values())).view(-1)[0] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_more_epochs_for_a_finished_run(
+    shop: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The way is a new run from its weights; steps at rate 0 are refused, or announced where others precede them."""
+    run = Path(shutil.copytree(trained, tmp_path / "run", symlinks=True))
+    words = ["--config", shop, "--resume", "auto", "--train.epochs", 6]
+    line = refusal(train.main, *words, "--run.dir", run)
+    assert "has train.schedule_epochs 3, this run 6" in line and "--train.init" in line
+    line = refusal(train.main, *words, "--run.dir", run, "--train.schedule_epochs", 3)
+    assert "has ended at learning rate 0: more steps would change nothing; start a new run" in line
+    assert f"--train.init {run}" in line and figures(run) == figures(trained)
+    further = train_here(shop, tmp_path / "further", "--train.init", run, "--train.epochs", 2)
+    assert records(further)[0]["loss"] < records(trained)[2]["loss"], "it starts where the other one had come to"
+    assert records(further)[0]["step"] == 1 and records(further)[-1]["step"] == 2 * STEPS_PER_EPOCH
+    capsys.readouterr()
+    train_here(shop, tmp_path / "flat", "--train.schedule_epochs", 1, "--train.epochs", 2)
+    assert f"from step {STEPS_PER_EPOCH} on the learning rate is 0" in capsys.readouterr().out
+
+
+def test_initial_weights_of_other_items_or_features(shop: Path, trained: Path, tmp_path: Path) -> None:
+    words = ["--config", shop, "--run.dir", tmp_path / "run", "--train.init", trained]
+    assert "reads features" in refusal(train.main, *words, "--model.features", "[colour]")
+    assert "does not fit its config" in refusal(train.main, *words, "--model.id_table", "true")
+    assert "holds no checkpoint" in refusal(train.main, *words[:-1], tmp_path / "nowhere")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_checkpoint_in_a_new_folder(shop: Path, trained: Path, tmp_path: Path) -> None:
+    line = refusal(train.main, "--config", shop, "--run.dir", tmp_path / "run", "--resume", trained)
+    assert "has nothing left to train, and" in line and "has none of its own" in line
+    assert not (tmp_path / "run").exists()
