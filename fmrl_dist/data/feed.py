@@ -8,9 +8,11 @@ or stalls ends the run within a set time. Parts travel through pipes, so a conta
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
 from types import TracebackType
@@ -19,6 +21,7 @@ from typing import Any, Self
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from fmrl_dist.base.errors import UserError
+from fmrl_dist.base.parent_process import end_with_parent
 from fmrl_dist.data.batches import Packed
 from fmrl_dist.data.train_stream import LaneWindows, TrainStream
 
@@ -84,7 +87,7 @@ class BatchFeed:
             collate_fn=_as_it_is,
             prefetch_factor=READ_AHEAD if self._num_workers else None,
             timeout=self._timeout_s if self._num_workers else 0,
-            worker_init_fn=_leave_signals_to_the_rank,
+            worker_init_fn=partial(_start_worker, os.getpid()),
             multiprocessing_context="fork" if self._num_workers else None,  # workers share open files and imports
         )
         others = active_children()
@@ -139,8 +142,12 @@ class Parts(IterableDataset[LaneWindows | Failure]):
                 return
 
 
-def _leave_signals_to_the_rank(_: int) -> None:
-    """A job's signals reach all of its processes, but a rank that must save still needs its workers for a step."""
+def _start_worker(rank: int, _worker: int) -> None:
+    """Tie a worker to its rank, a process id: it ends with it, and leaves a job's signals to it.
+
+    A job's signals reach all of its processes, but a rank that must save still needs its workers for a step.
+    """
+    end_with_parent(rank)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 

@@ -24,7 +24,7 @@ from shards.encoders import image_loader
 from shards.encoders.compute import Compute, choose_compute
 from shards.encoders.encoded_blocks import EncodedBlocks
 from shards.encoders.item_feature import ItemFeature
-from shards.encoders.item_images import ImageTable, describe_unused
+from shards.encoders.item_images import DECODING, ImageTable, describe_unused
 from shards.encoders.open_clip_model import ImageModel, find_image_model, load_tower
 from shards.tables.item_ids import ItemIds
 
@@ -74,6 +74,7 @@ def encode_images(name: str, config: OpenClipFeature, root: Path, ids: ItemIds, 
         "batch_images": config.batch_images,
         "block_rows": image_loader.BLOCK_ROWS,
         "images": table.sha256(),
+        "decoding": DECODING,
     }
     blocks = EncodedBlocks(encoding, name, recipe, num_blocks=image_loader.num_blocks(table))
     blocks.announce(f"{model.encoder}, {compute}")

@@ -8,9 +8,7 @@ a build that resumes after an interruption forms the same batches, and so the sa
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 from collections.abc import Collection, Iterable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from fmrl_dist.base.parent_process import end_with_parent
 from shards.encoders.item_images import ImageTable, decode_image, read_image
 from shards.encoders.open_clip_model import make_transform
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 BLOCK_ROWS = 512  # at most a few minutes of SigLIP ViT-L on a CPU are lost; a GPU writes a file a second
 
 
@@ -125,7 +123,4 @@ def _unchanged(batch: Any) -> Any:
 
 
 def _end_with_parent(parent: int, _worker: int) -> None:
-    """Have the kernel end this worker if the build is killed; it would wait forever for the rest of a message."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # the build was killed before
-        os.kill(os.getpid(), signal.SIGKILL)
+    end_with_parent(parent)

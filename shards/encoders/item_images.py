@@ -15,13 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
+from PIL import Image, ImageOps
 
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.config.features import ImageFeature
 from shards.tables.item_ids import ItemIds, as_ids
 from shards.tables.raw_tables import BATCH_ROWS, open_parquet, read_batches, read_table
 
+DECODING = 2  # raise it when decode_image gives other pixels: finished blocks of an encoding are then not reused
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 64_000_000  # of one image file
@@ -60,7 +61,7 @@ class ImageTable:
             raise UserError(
                 f"column {config.image!r} of {path} is of type {kind}; expected encoded image bytes or file names"
             )
-        external = read_table(path, [config.id])[config.id]
+        external = read_table(path, [config.id], ids=[config.id])[config.id]
         return cls(path, config.image, ids.find(as_ids(external, f"column {config.id!r} of {path}")), holds_names)
 
     @property
@@ -116,7 +117,11 @@ def _file_below(folder: Path, name: str) -> Path | None:
 
 
 def decode_image(data: bytes | None, side: int | None = None) -> Image.Image | None:
-    """An RGB image from encoded bytes, the first frame of an animation; None where they cannot be decoded.
+    """An RGB image from encoded bytes, upright, on white; None where they cannot be decoded.
+
+    Its EXIF orientation is applied, so that it is as people see it. What is transparent shows a white page, as in a
+    shop; the colour that a file happens to hold under full transparency does not count. Of an animation it is the
+    first frame.
 
     Args:
         data: a file's content.
@@ -132,11 +137,29 @@ def decode_image(data: bytes | None, side: int | None = None) -> Image.Image | N
                 return None
             if side is not None:
                 image.draft("RGB", (side, side))
+            image = _upright(image)
             if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip instead of scale
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return image.convert("RGB")
+            return _on_white(image).convert("RGB")
     except Exception:  # noqa: BLE001 - a malformed file can make Pillow's decoders raise anything
         return None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """As its EXIF orientation says; as it is where its EXIF data are damaged."""
+    image.load()  # a file whose pixels cannot be decoded raises here
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # noqa: BLE001 - malformed EXIF data can make Pillow's parser raise anything
+        return image
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image
+    page = Image.new("RGBA", image.size, "white")
+    page.alpha_composite(image.convert("RGBA"))
+    return page
 
 
 def describe_unused(unreadable: int, unknown: int) -> str:

@@ -12,6 +12,7 @@ from fmrl_dist.config.features import NpyFeature
 from shards.encoders.item_feature import ItemFeature
 
 FLOAT16_MAX = 65_504.0
+FLOAT16_TINY = 2.0**-14  # smaller numbers lose digits, below 2**-25 all of them
 VALUES_AT_ONCE = 1 << 22  # that are checked together
 
 
@@ -20,7 +21,7 @@ def read_precomputed(name: str, config: NpyFeature, root: Path, num_items: int) 
 
     Raises:
         UserError: the file cannot be read, does not fit the items or ``config.dim``, or holds numbers that are not
-            finite or overflow float16.
+            finite, or too large or too small for float16.
     """
     path = root / config.path
     if not path.is_file():
@@ -61,4 +62,11 @@ def _check_values(name: str, path: Path, rows: np.ndarray) -> None:
             raise UserError(
                 f"feature {name!r}: {path} row {low + row} holds {largest[row]:g}, which overflows float16 "
                 f"(at most {FLOAT16_MAX:g}); scale the array down"
+            )
+        tiny = (largest > 0) & (largest < FLOAT16_TINY)
+        if tiny.any():
+            row = int(np.argmax(tiny))
+            raise UserError(
+                f"feature {name!r}: {path} row {low + row} holds at most {largest[row]:g}, too small for float16 "
+                f"(at least {FLOAT16_TINY:.2g} keeps its digits); scale the array up, or set such rows to zero"
             )

@@ -11,6 +11,7 @@ text alone, up to rounding: padding is masked.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ from shards.encoders.item_text import ItemTexts
 from shards.encoders.model_folder import find_text_model
 from shards.encoders.torchvision_import import make_torchvision_importable
 
+# What a model's config may ask for; any other name, and flash attention that is not installed, is fetched from a hub.
+IMPLEMENTATIONS = {"eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm"}
 BLOCK_ITEMS = 1024  # at most a minute or so of BGE-large on a CPU core is lost; a GPU writes a file a second
 
 
@@ -110,6 +113,7 @@ def load_encoder(config: TransformersFeature) -> TextEncoder:
         UserError: they cannot be found or loaded, lack weights, or are not a text encoder.
     """
     folder, revision = find_text_model(config.model, config.revision)
+    _check_attention(config.model, folder)
     make_torchvision_importable()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -137,6 +141,33 @@ def load_encoder(config: TransformersFeature) -> TextEncoder:
         batch_tokens=config.batch_tokens,
         revision=revision,
     )
+
+
+def _check_attention(model: str, folder: Path) -> None:
+    """Refuse a model that names an attention of its own: transformers would fetch it from a hub, and run it.
+
+    It would do so even without ``trust_remote_code``.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return  # transformers says what is wrong with it
+    parts = [config]
+    for part in parts:  # grows: a config may hold those of its parts
+        for key, value in part.items() if isinstance(part, dict) else enumerate(part):
+            if isinstance(value, dict | list):
+                parts.append(value)
+            if isinstance(key, str) and "implementation" in key and not IMPLEMENTATIONS.issuperset(_words(value)):
+                raise UserError(
+                    f"model {model!r}: {folder / 'config.json'} has {key} {value!r}; expected one of "
+                    f"{', '.join(sorted(IMPLEMENTATIONS))}; remove it, the model then runs with PyTorch's"
+                )
+
+
+def _words(value: Any) -> list[Any]:
+    """The attentions that a config names: one, or one for each of its parts."""
+    named = list(value.values()) if isinstance(value, dict) else [value]
+    return [str(word) for word in named if word is not None]
 
 
 def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:

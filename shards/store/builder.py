@@ -105,7 +105,7 @@ class _RawData:
     @classmethod
     def read(cls, config: DataConfig) -> _RawData:
         path = Path(config.root) / config.items.path
-        items = read_table(path, _item_columns(config))
+        items = read_table(path, _item_columns(config), ids=[config.items.id])
         where = f"column {config.items.id!r} of {path}"
         ids = ItemIds(as_ids(items[config.items.id], where))
         check_unique(ids.external, where)
@@ -199,6 +199,11 @@ def _write_histories(raw: _RawData, blocks: SplitBlocks) -> tuple[LeaveOneOutWri
     for batch in raw.histories("histories"):
         writer.add(batch)
     users = writer.finish()
+    if writer.num_sorted_users:
+        column = raw.config.sequences.times
+        print(
+            f"histories: {writer.num_sorted_users:,} users' events were out of order: sorted by {column!r}", flush=True
+        )
     check_unique(users, f"column {raw.config.sequences.user!r} of {raw.history_path}")
     require(
         writer.num_users > 0,

@@ -1,8 +1,8 @@
 """Histories: read from a table of sequences or of interactions, in CSR form.
 
 ``n`` users of a batch, their events laid end to end: user ``i`` owns events ``starts[i]:starts[i + 1]``, oldest first.
-A table of sequences streams through. A table of interactions is held in memory once, to be sorted by (user, time); the
-sort is stable.
+A table of sequences streams through; if it has times, each user's events are sorted by them. A table of interactions is
+held in memory once, to be sorted by (user, time). Both sorts are stable: events of one time keep the table's order.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Histories:
     starts: np.ndarray  # int64 [n + 1]
     items: np.ndarray  # int64 [events], internal ids
     times: np.ndarray | None  # int64 [events], Unix seconds where the table has timestamps
+    num_sorted: int = 0  # users of a table of sequences whose list was not in order of time
 
 
 class HistoryBatches(NamedTuple):
@@ -53,7 +54,7 @@ def read_histories(path: Path, table: SequenceTableConfig, ids: ItemIds) -> Hist
         histories = _read_interactions(path, table, ids)
         return HistoryBatches(len(histories.users), iter([histories]))
     columns = [table.user, table.items, *([table.times] if table.times else [])]
-    found = read_batches(path, columns, text=columns[1:])
+    found = read_batches(path, columns, text=columns[1:], ids=[table.user])
     return HistoryBatches(found.num_rows, _parse_sequences(found, path, table, ids))
 
 
@@ -61,20 +62,27 @@ def _parse_sequences(found: TableBatches, path: Path, table: SequenceTableConfig
     item_column = f"column {table.items!r} of {path}"
     for batch in found.batches:
         starts, values = _flatten(batch[table.items], item_column)
-        times = None
+        items = ids.lookup(as_ids(values, item_column), item_column)
+        times, num_sorted = None, 0
         if table.times:
             where = f"column {table.times!r} of {path}"
             time_starts, time_values = _flatten(batch[table.times], where)
             if not np.array_equal(starts, time_starts):
                 raise UserError(f"{where} has lists of other lengths than {table.items!r}; expected a time per event")
-            times = _seconds(_ticks(time_values, where), time_values.type)
-        items = ids.lookup(as_ids(values, item_column), item_column)
-        yield Histories(as_ids(batch[table.user], f"column {table.user!r} of {path}"), starts, items, times)
+            ticks = _ticks(time_values, where)
+            rows = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+            late = (np.diff(ticks) < 0) & (np.diff(rows) == 0)  # events that are older than the one before
+            if num_sorted := len(np.unique(rows[1:][late])):
+                order = np.lexsort((ticks, rows))
+                ticks, items = ticks[order], items[order]
+            times = _seconds(ticks, time_values.type)
+        users = as_ids(batch[table.user], f"column {table.user!r} of {path}")
+        yield Histories(users, starts, items, times, num_sorted)
 
 
 def _read_interactions(path: Path, table: SequenceTableConfig, ids: ItemIds) -> Histories:
     columns = [table.user, table.items, *([table.times] if table.times else [])]
-    events = read_table(path, columns, text=[table.items])
+    events = read_table(path, columns, ids=[table.user, table.items])
     users = as_ids(events[table.user], f"column {table.user!r} of {path}").dictionary_encode()
     where = f"column {table.items!r} of {path}"
     items = ids.lookup(as_ids(events[table.items], where), where)

@@ -1,7 +1,7 @@
 """Ids of items and users: checked columns, and from an item's external id to its row.
 
-Ids are compared in the item table's type (integers as int64, anything else as text), so a CSV and a Parquet file with
-the same rows give the same store.
+Integers are compared with integers, and anything else as text, so a CSV and a Parquet file with the same rows give the
+same store.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ class ItemIds:
 
     def find(self, values: pa.Array) -> np.ndarray:
         """Internal ids, int64; -1 where the item is unknown. One pass over the catalogue per call."""
-        try:
-            rows = pc.index_in(values.cast(self.external.type), value_set=self.external)
-        except pa.ArrowInvalid:  # text that is not a number, among integer ids
-            rows = pc.index_in(values.cast(pa.large_string()), value_set=self.external.cast(pa.large_string()))
+        known = self.external
+        if values.type != known.type:  # as text: among integers, the text 0042 is not 42
+            values, known = values.cast(pa.large_string()), known.cast(pa.large_string())
+        rows = pc.index_in(values, value_set=known)
         return rows.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
 
     def lookup(self, values: pa.Array, where: str) -> np.ndarray:

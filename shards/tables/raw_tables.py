@@ -7,27 +7,32 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
 from fmrl_dist.base.errors import UserError
 
 BATCH_ROWS = 65_536
+NOT_UTF8 = "convert the file, for example with iconv --from-code LATIN1 --to-code UTF-8"
 
 
-def read_table(path: Path, columns: Sequence[str], text: Sequence[str] = ()) -> pa.Table:
-    """Read ``columns`` of a whole table. In a CSV, the columns of ``text`` are read as text; other types are guessed.
+def read_table(path: Path, columns: Sequence[str], text: Sequence[str] = (), ids: Sequence[str] = ()) -> pa.Table:
+    """Read ``columns`` of a whole table.
+
+    In a CSV, the columns of ``text`` are read as text. Those of ``ids`` are integers if each value is written as Python
+    would print it, else text: ``0042``, ``0x1A`` and ``1E5`` stay what they are. Other types are guessed.
 
     Raises:
-        UserError: missing file, neither Parquet nor CSV, missing column, no rows.
+        UserError: missing file, neither Parquet nor CSV, missing column, no rows, or a CSV that is not UTF-8.
     """
     columns = list(dict.fromkeys(columns))
     try:
         if _ending(path) == ".parquet":
             with open_parquet(path, columns) as file:
                 return file.read(columns=columns)
-        table = _read_csv(path, columns, text)
-    except (pa.ArrowException, OSError) as error:
+        table = _read_csv(path, columns, text, ids)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _unreadable(path, error) from None
     if table.num_rows == 0:
         raise UserError(f"table {path} is empty; expected at least one row")
@@ -42,11 +47,15 @@ class TableBatches(NamedTuple):
 
 
 def read_batches(
-    path: Path, columns: Sequence[str], text: Sequence[str] = (), rows_at_once: int = BATCH_ROWS
+    path: Path,
+    columns: Sequence[str],
+    text: Sequence[str] = (),
+    ids: Sequence[str] = (),
+    rows_at_once: int = BATCH_ROWS,
 ) -> TableBatches:
     """Like :func:`read_table`, ``rows_at_once`` rows at a time. A CSV is one batch, since its types are guessed."""
     if _ending(path) == ".csv":
-        table = read_table(path, columns, text)
+        table = read_table(path, columns, text, ids)
         return TableBatches(table.num_rows, iter([table]))
     with open_parquet(path, columns) as file:
         num_rows = file.metadata.num_rows
@@ -89,6 +98,8 @@ def _ending(path: Path) -> str:
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
+    if isinstance(error, UnicodeDecodeError) or "UTF8" in str(error):
+        return UserError(f"table {path} is not UTF-8 text ({' '.join(str(error).split())}); {NOT_UTF8}")
     return UserError(
         f"table {path} cannot be read: {' '.join(str(error).split())}; is the file complete, and in that format?"
     )
@@ -100,14 +111,31 @@ def _check_columns(path: Path, found: Sequence[str], columns: Sequence[str]) -> 
             raise UserError(f"table {path} has no column {column!r}; it has: {', '.join(found)}")
 
 
-def _read_csv(path: Path, columns: list[str], text: Sequence[str]) -> pa.Table:
+def _read_csv(path: Path, columns: list[str], text: Sequence[str], ids: Sequence[str]) -> pa.Table:
     parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
     with pyarrow.csv.open_csv(path, parse_options=parse) as reader:
         _check_columns(path, reader.schema.names, columns)
     convert = pyarrow.csv.ConvertOptions(
         include_columns=columns,
-        column_types={column: pa.large_string() for column in text},
+        column_types={column: pa.large_string() for column in (*text, *ids)},
         null_values=[""],  # an item called "NA" is an item
         strings_can_be_null=True,
     )
-    return pyarrow.csv.read_csv(path, parse_options=parse, convert_options=convert)
+    table = pyarrow.csv.read_csv(path, parse_options=parse, convert_options=convert)
+    for number, name in enumerate(table.column_names):
+        if pa.types.is_binary(table.schema.field(name).type):  # what text that is not UTF-8 is guessed to be
+            raise UserError(f"column {name!r} of table {path} is not UTF-8 text; {NOT_UTF8}")
+        if name in ids:
+            table = table.set_column(number, name, _integers(table[name]))
+    return table
+
+
+def _integers(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """``column``, text, as int64 if each value is written as an int64 is printed, else as it is."""
+    written_so = pc.match_substring_regex(column, r"^(0|-?[1-9][0-9]*)$")
+    if not pc.all(written_so).as_py():
+        return column
+    try:
+        return column.cast(pa.int64())
+    except pa.ArrowInvalid:  # more digits than an int64 has
+        return column

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +29,7 @@ from fmrl_dist.data.store.manifest import Block
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.train_stream import TrainStream
 from fmrl_dist.data.windows import WindowRule
-from tests.fixtures.processes import run_processes
+from tests.fixtures.processes import REPOSITORY, clean_environment, run_processes
 from tests.fixtures.training import (
     STEPS_PER_EPOCH,
     evaluation,
@@ -156,6 +158,34 @@ def test_a_worker_that_dies_or_stalls_ends_the_run_in_time(fate: int, problem: s
     assert time.monotonic() - began < 15
 
 
+RANK = """
+import os, signal, sys
+from pathlib import Path
+from tests.data.test_feed import TOTAL_STEPS, make_stream
+from fmrl_dist.config.loading import load_config
+from fmrl_dist.data.feed import BatchFeed
+from multiprocessing import active_children
+
+with BatchFeed(make_stream(load_config(Path(sys.argv[1]))), range(16), TOTAL_STEPS, 2, timeout_s=60) as feed:
+    feed.batches(0)
+    stopped, running = active_children()
+    os.kill(stopped.pid, signal.SIGSTOP)  # as one that waits for a disk, or for a pipe to be read
+    print(stopped.pid, running.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_with_a_rank_that_is_killed(shop: Path) -> None:
+    """They would hold its standard output, so that ``train … | tee log`` never returned."""
+    command = [sys.executable, "-c", RANK, str(shop)]
+    result = subprocess.run(
+        command, cwd=REPOSITORY, env=clean_environment(), capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    left = [psutil.Process(pid) for pid in map(int, result.stdout.split()) if psutil.pid_exists(pid)]
+    assert all(process.status() == psutil.STATUS_ZOMBIE for process in left)
+
+
 @pytest.fixture
 def damaged(tmp_path: Path) -> tuple[Path, list[Block]]:
     """A shop with a flipped byte in one training block and a missing test shard; and the damaged block."""
@@ -199,7 +229,7 @@ def test_a_skipped_block_is_left_out_on_all_ranks(
 ) -> None:
     """One and two ranks, with and without workers, whole and resumed: the same figures; the lost users are reported."""
     config, (block,) = damaged
-    words = [*NO_DROPOUT, "--store.on_bad_shard", "skip"]
+    words = [*NO_DROPOUT, "--store.on_bad_shard", "skip", "--store.max_lost_share", 0.5]
     train_here(config, tmp_path / "alone", *words)
     said = capsys.readouterr().out
     assert f"1 damaged block(s) of {block.shard} left out: {block.count} of 113 training users are lost" in said
@@ -233,7 +263,18 @@ def test_blocks_found_damaged_one_after_the_other_all_stay_skipped(tmp_path: Pat
         with (store.path / block.shard).open("r+b") as file:
             file.seek(block.offset + 700)
             file.write(b"\xff" * 8)
-    words = ["--store.on_bad_shard", "skip", "--train.shuffle_blocks", 1, "--train.epochs", 2, "--train.lanes", 1]
+    words = [
+        "--store.on_bad_shard",
+        "skip",
+        "--store.max_lost_share",
+        0.5,
+        "--train.shuffle_blocks",
+        1,
+        "--train.epochs",
+        2,
+        "--train.lanes",
+        1,
+    ]
     run = train_here(config, tmp_path / "run", *words, "--train.checkpoint_every_steps", 1)
     assert load_checkpoint(run / "checkpoints" / "latest").state.skipped_blocks == [2, 6]
 

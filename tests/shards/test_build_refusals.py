@@ -142,6 +142,7 @@ CASES: dict[str, tuple[Spoil, str]] = {
     ),
     "NaN": (vectors(one_value(np.nan)), "row 3 holds NaN or infinity"),
     "infinity": (vectors(one_value(-np.inf)), "row 3 holds NaN or infinity"),
+    "float16 underflow": (vectors(np.full((len(ITEMS), 4), 1e-6)), "row 0 holds at most 1e-06, too small for float16"),
     "float16 overflow": (vectors(one_value(-65_505)), "row 3 holds 65505, which overflows float16"),
     "wrong dim": (
         data(features={"vector": {"source": "npy", "path": "vectors.npy", "dim": 8}}),

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from PIL import Image
 
-from shards.encoders.item_images import MAX_PIXELS
+from shards.encoders.item_images import MAX_PIXELS, decode_image
 from shards.encoders.pixels import DIM, encode_image
 from shards.store.builder import build_store
 from tests.fixtures.stores import png, read_items, tiny_config, write_raw
@@ -38,6 +42,64 @@ def test_pixel_descriptor_distinguishes_images() -> None:
         buffer = io.BytesIO()
         Image.new(mode, (9, 5)).save(buffer, "PNG")
         assert np.isfinite(encode_image(buffer.getvalue())).all()  # type: ignore[arg-type]
+
+
+def encoded(image: Image.Image, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def pixels_of(data: bytes) -> np.ndarray:
+    image = decode_image(data)
+    assert image is not None and image.mode == "RGB"
+    return np.asarray(image)
+
+
+FLIP, MIRROR, TURN = np.flipud, np.fliplr, partial(np.rot90, k=-1)  # a turn by 90 degrees clockwise
+
+
+@pytest.mark.parametrize(
+    ("orientation", "undo"),
+    [
+        (1, []),
+        (2, [MIRROR]),
+        (3, [FLIP, MIRROR]),
+        (4, [FLIP]),
+        (5, [TURN, MIRROR]),
+        (6, [TURN]),
+        (7, [TURN, FLIP]),
+        (8, [TURN, FLIP, MIRROR]),
+    ],
+)
+def test_an_image_is_upright(orientation: int, undo: list[Callable[[np.ndarray], np.ndarray]]) -> None:
+    """As the EXIF standard words the eight orientations: where the stored first row and column belong."""
+    stored = np.arange(6 * 4 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    upright = stored
+    for step in undo:
+        upright = step(upright)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert np.array_equal(pixels_of(encoded(Image.fromarray(stored), exif=exif)), upright)
+
+
+def test_damaged_exif_costs_no_image() -> None:
+    upright = Image.new("RGB", (5, 4), "red")
+    assert np.array_equal(pixels_of(encoded(upright, exif=b"Exif\0\0no TIFF header")), np.asarray(upright))
+
+
+@pytest.mark.parametrize("hidden", [(0, 0, 0), (255, 0, 255)])
+def test_what_is_transparent_is_white(hidden: tuple[int, int, int]) -> None:
+    """Whatever colour the file holds there; half transparency mixes."""
+    image = Image.new("RGBA", (4, 1), (*hidden, 0))
+    image.putpixel((1, 0), (10, 20, 30, 255))
+    image.putpixel((2, 0), (0, 0, 0, 128))
+    found = pixels_of(encoded(image))[0].tolist()
+    assert found == [[255, 255, 255], [10, 20, 30], [127, 127, 127], [255, 255, 255]]
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([*hidden, 9, 9, 9])
+    palette.putpixel((1, 0), 1)
+    assert pixels_of(encoded(palette, transparency=0))[0].tolist() == [[255, 255, 255], [9, 9, 9]]
 
 
 def test_a_decompression_bomb_is_not_decoded() -> None:

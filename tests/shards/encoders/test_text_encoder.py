@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Literal
@@ -195,6 +196,29 @@ def test_a_damaged_model_is_refused_on_one_line(model: Path, tmp_path: Path, dam
     with pytest.raises(UserError, match=words) as refused:
         load_encoder(config(folder))
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("_attn_implementation", "someone/kernel"),
+        ("attn_implementation", {"text": "sdpa", "vision": "someone/kernel:flash"}),
+        ("text_config", {"_attn_implementation": "flash_attention_2"}),
+        ("experts_implementation", "someone/kernel"),
+    ],
+)
+def test_code_from_a_hub_is_refused(model: Path, tmp_path: Path, key: str, value: object) -> None:
+    """transformers runs the kernel that a config names, even without ``trust_remote_code``."""
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    path = folder / "config.json"
+    sound = json.loads(path.read_text())
+    path.write_text(json.dumps(sound | {key: value}))
+    with pytest.raises(UserError, match="implementation .*; expected one of .*; remove it") as refused:
+        load_encoder(config(folder))
+    assert "\n" not in str(refused.value)
+    path.write_text(json.dumps(sound | {"_attn_implementation": "eager"}))
+    load_encoder(config(folder))
 
 
 def test_weights_that_would_stay_random_are_refused(model: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,6 +10,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
+from fmrl_dist.base.errors import UserError
 from shards.store.builder import build_store
 from tests.fixtures.stores import HISTORIES, read_split, rows_of, tiny_config, write_histories, write_items, write_raw
 
@@ -62,3 +64,64 @@ def test_shuffled_interactions_are_ordered_by_time(tmp_path: Path) -> None:
     assert read_split(store, "train")[1] == rows_of(["e", "f"])
     store, _ = build_store(tiny_config(tmp_path, tmp_path / "as-is", features={}, sequences=sequences | {"times": ""}))
     assert read_split(store, "test") == {0: rows_of(["c", "a", "b"])}
+
+
+def test_lists_are_ordered_by_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Newest first, or no order at all; events of one time keep theirs, and the users are counted."""
+    write_items(tmp_path / "items.parquet")
+    histories = {1: ["c", "b", "a"], 2: ["a", "b", "c"], 3: ["d", "e", "f", "a"], 4: ["a", "b"], 5: ["f", "e"]}
+    times = {1: [30, 20, 10], 2: [1, 2, 3], 3: [7, 5, 7, 5], 4: [99, 99], 5: [1, 2]}
+    write_histories(tmp_path / "sequences.parquet", histories, times)
+    store, _ = build_store(tiny_config(tmp_path, tmp_path / "store", features={}, sequences={"times": "times"}))
+    assert [*read_split(store, "test").values()] == [
+        rows_of(items) for items in (["a", "b", "c"], ["a", "b", "c"], ["e", "a", "d", "f"])
+    ]
+    assert read_split(store, "test", "times")[2] == [5, 5, 7, 7]
+    assert "histories: 2 users' events were out of order: sorted by 'times'" in capsys.readouterr().out
+    write_histories(tmp_path / "sequences.parquet", histories)
+    store, _ = build_store(tiny_config(tmp_path, tmp_path / "as-is", features={}))
+    assert read_split(store, "test")[0] == rows_of(["c", "b", "a"])
+    assert "out of order" not in capsys.readouterr().out
+
+
+def write_csvs(folder: Path, items: list[str], events: list[tuple[str, str]]) -> dict[str, dict[str, str]]:
+    (folder / "items.csv").write_text("\n".join(["item_id", *items]) + "\n")
+    (folder / "events.csv").write_text("\n".join(["who,what", *map(",".join, events)]) + "\n")
+    sequences = {"path": "events.csv", "layout": "interactions", "user": "who", "items": "what", "times": ""}
+    return {"items": {"path": "items.csv", "title": ""}, "sequences": sequences}
+
+
+def test_ids_of_a_csv_stay_what_they_are(tmp_path: Path) -> None:
+    """An id is an integer only if it is written like one: 0042 is not 42, and 0x1A is not 26, for items and users."""
+    items = ["42", "0042", "0x1A", "26", "1E5", "100000"]
+    events = [(user, item) for user in ("7", "007") for item in (items if user == "7" else items[::-1])]
+    tables = write_csvs(tmp_path, items, events)
+    store, _ = build_store(tiny_config(tmp_path, tmp_path / "store", features={}, **tables))
+    assert pq.read_table(tmp_path / "store" / "vocab.parquet")["external_id"].to_pylist() == items
+    assert pq.read_table(tmp_path / "store" / "users.parquet")["external_id"].to_pylist() == ["7", "007"]
+    assert read_split(store, "test") == {0: [0, 1, 2, 3, 4, 5], 1: [5, 4, 3, 2, 1, 0]}
+
+
+@pytest.mark.parametrize("word", ["0042", "42.0", "+42", "4e1"])
+def test_what_is_not_written_like_an_integer_id_is_unknown(word: str, tmp_path: Path) -> None:
+    items = ["42", "7", "-1", str(2**62)]
+    tables = write_csvs(tmp_path, items, [("u", "42"), ("u", "7"), ("u", word)])
+    with pytest.raises(UserError, match=re.escape(f"not in the item table, the first is {word!r}")):
+        build_store(tiny_config(tmp_path, tmp_path / "store", features={}, **tables))
+    tables = write_csvs(tmp_path, items, [("u", "42"), ("u", "7"), ("u", str(2**62))])
+    build_store(tiny_config(tmp_path, tmp_path / "store", features={}, **tables))
+    vocabulary = pq.read_table(tmp_path / "store" / "vocab.parquet")["external_id"]
+    assert vocabulary.type == pa.int64() and vocabulary.to_pylist() == [42, 7, -1, 2**62]
+
+
+@pytest.mark.parametrize("where", ["title", "item_id", "header"])
+def test_a_csv_that_is_not_utf8_is_refused(where: str, tmp_path: Path) -> None:
+    write_raw(tmp_path)
+    names = {"title": "tea", "item_id": "a", "header": "brand"} | {where: "caf\xe9"}
+    text = f"item_id,title,{names['header']}\n{names['item_id']},{names['title']},x\nb,Tea,y\n"
+    (tmp_path / "items.csv").write_bytes(text.encode("latin-1"))
+    features = {"words": {"source": "tfidf", "dim": 1, "text": ["{title}"]}}
+    tables = {"items": {"path": "items.csv", "title": "title"}}
+    with pytest.raises(UserError, match="not UTF-8 text.*; convert the file, for example with iconv") as refused:
+        build_store(tiny_config(tmp_path, tmp_path / "store", features=features, **tables))
+    assert "\n" not in str(refused.value)
