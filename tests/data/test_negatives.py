@@ -24,6 +24,7 @@ from fmrl_dist.data.item_statistics import popularity_table, target_log_shares
 from fmrl_dist.data.item_table import load_item_table
 from fmrl_dist.data.negatives import NegativeSampler, make_sampler
 from fmrl_dist.data.order import Order
+from fmrl_dist.data.store import tables
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.train_stream import TrainStream
 from fmrl_dist.data.windows import WindowRule
@@ -147,8 +148,8 @@ def test_a_vocabulary_of_other_items_is_refused(shop: Path, tmp_path: Path) -> N
     rows = pq.read_table(vocab)
     store = Store.open(tmp_path / "store")
     for change, complaint in (
-        (lambda: pq.write_table(rows.slice(0, 10), vocab), "has 10 rows; expected the store's 40 items"),
-        (lambda: pq.write_table(rows.drop_columns("train_count"), vocab), "cannot be read"),
+        (lambda: pq.write_table(rows.slice(0, 10), vocab), "its rows are not those that were written; build"),
+        (lambda: pq.write_table(rows.drop_columns("train_count"), vocab), "its rows are not those"),
         (lambda: vocab.write_bytes(b"PAR1"), "cannot be read"),
         (vocab.unlink, "has no vocab.parquet"),
     ):
@@ -157,6 +158,18 @@ def test_a_vocabulary_of_other_items_is_refused(shop: Path, tmp_path: Path) -> N
             popularity_table(store, 0.75)
         assert "\n" not in str(error.value)
     assert not Path(f"{store.path}.derived").exists()
+
+
+def test_a_long_vocabulary_of_other_items_is_refused(
+    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that takes long to check has at least a row for each item."""
+    monkeypatch.setattr(tables, "MAX_CHECKED_ROWS", 5)
+    shutil.copytree(shop.parent / "store", tmp_path / "store")
+    vocab = tmp_path / "store" / "vocab.parquet"
+    pq.write_table(pq.read_table(vocab).slice(0, 10), vocab)
+    with pytest.raises(UserError, match="has 10 rows; expected the store's 40 items"):
+        popularity_table(Store.open(tmp_path / "store"), 0.75)
 
 
 def test_an_unwritable_folder_is_refused(shop: Path, tmp_path: Path) -> None:
