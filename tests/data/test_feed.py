@@ -137,6 +137,7 @@ def test_workers_end_with_the_feed(shop: Path) -> None:
     assert set(psutil.Process().children()) == before
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("fate", "problem"), [(signal.SIGKILL, "exited unexpectedly|killed by"), (signal.SIGSTOP, "timed out")]
 )

@@ -65,6 +65,7 @@ def train_with_a_straggler(config: str, run: str, slow_rank: int) -> str:
     return printed.getvalue()
 
 
+@pytest.mark.alone
 @pytest.mark.multiproc
 @pytest.mark.parametrize("slow_rank", [0, 1])
 def test_a_straggler_is_named(slow_rank: int, shop: Path, tmp_path: Path) -> None:
@@ -114,6 +115,7 @@ train.main(sys.argv[1:])
 """
 
 
+@pytest.mark.alone
 @pytest.mark.multiproc
 def test_a_hang_ends_with_the_stack_of_every_rank(shop: Path, tmp_path: Path) -> None:
     (tmp_path / "hang.py").write_text(HANG)
