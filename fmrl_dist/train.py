@@ -182,12 +182,9 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest, cl
             stop_if_not_finite(runtime, step, result, agreed.num_not_finite)
             if stopped := agreed.num_stop > 0:
                 stop.requeue = agreed.num_requeue > 0  # whichever process was notified
-            num_targets, num_damaged = agreed.num_targets, agreed.num_damaged
-            while num_damaged:
-                leave_out(run, state, damaged)
-                feed.change_stream(make_stream(run, sampler, state))
-                batches, damaged = feed.batches(step)
-                num_targets, num_damaged = runtime.agree(count_targets(batches), len(damaged))
+            num_targets = agreed.num_targets
+            if agreed.num_damaged:
+                batches, num_targets = read_without(run, state, feed, sampler, damaged, step)
 
             result = learn(run, learner, step, batches, num_targets)
             step_metrics.add(result.loss_sums, num_targets)
@@ -250,6 +247,19 @@ def make_feed(run: Run, stream: TrainStream) -> BatchFeed:
     """This rank's lanes of the stream, read ahead."""
     train, lanes = run.config.train, run.runtime.my_share(run.order.lanes)
     return BatchFeed(stream, lanes, run.total_steps, train.workers, train.worker_timeout_s, train.micro_batches)
+
+
+def read_without(
+    run: Run, state: TrainState, feed: BatchFeed, sampler: NegativeSampler | None, damaged: list[int], step: int
+) -> tuple[list[Packed], int]:
+    """The batches of a step, and all ranks' number of targets, after leaving out blocks until none is damaged."""
+    num_damaged = 1  # on some rank
+    while num_damaged:
+        leave_out(run, state, damaged)
+        feed.change_stream(make_stream(run, sampler, state))
+        batches, damaged = feed.batches(step)
+        num_targets, num_damaged = run.runtime.agree(count_targets(batches), len(damaged))
+    return batches, num_targets
 
 
 def learn(run: Run, learner: Learner, step: int, batches: Sequence[Packed], num_targets: int) -> StepResult:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,11 @@ import pytest
 import torch
 from hypothesis import settings
 
+from fmrl_dist.data.store.reader import Store
+from shards.store.builder import build_store
 from tests.fixtures.processes import REPOSITORY, is_launch_variable
 from tests.fixtures.slurm_cluster import SlurmCluster, what_is_missing
+from tests.fixtures.stores import tiny_config, write_raw
 
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
@@ -49,6 +53,20 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"real data not found: {SHARED_DATA} does not exist")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sound store of six items; tests must not change it."""
+    root = tmp_path_factory.mktemp("tiny")
+    write_raw(root / "raw")
+    return build_store(tiny_config(root / "raw", root / "store"))[0].path
+
+
+@pytest.fixture
+def store(tiny_store: Path, tmp_path: Path) -> Store:
+    """A copy of :func:`tiny_store` that the test may change."""
+    return Store.open(shutil.copytree(tiny_store, tmp_path / "store"))
 
 
 @pytest.fixture(scope="session")

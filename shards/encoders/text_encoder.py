@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from shards.encoders.model_folder import find_text_model
 from shards.encoders.torchvision_import import make_torchvision_importable
 
 # What a model's config may ask for; any other name, and flash attention that is not installed, is fetched from a hub.
+IMPLEMENTATION_KEY = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 IMPLEMENTATIONS = {"eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm"}
 BLOCK_ITEMS = 1024  # at most a minute or so of BGE-large on a CPU core is lost; a GPU writes a file a second
 
@@ -157,7 +159,7 @@ def _check_attention(model: str, folder: Path) -> None:
         for key, value in part.items() if isinstance(part, dict) else enumerate(part):
             if isinstance(value, dict | list):
                 parts.append(value)
-            if isinstance(key, str) and "implementation" in key and not IMPLEMENTATIONS.issuperset(_words(value)):
+            if IMPLEMENTATION_KEY.fullmatch(str(key)) and not IMPLEMENTATIONS.issuperset(_words(value)):
                 raise UserError(
                     f"model {model!r}: {folder / 'config.json'} has {key} {value!r}; expected one of "
                     f"{', '.join(sorted(IMPLEMENTATIONS))}; remove it, the model then runs with PyTorch's"

@@ -7,6 +7,7 @@ same store.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -59,9 +60,13 @@ class ItemIds:
         """Internal ids, int64; -1 where the item is unknown. One pass over the catalogue per call."""
         known = self.external
         if values.type != known.type:  # as text: among integers, the text 0042 is not 42
-            values, known = values.cast(pa.large_string()), known.cast(pa.large_string())
+            values, known = values.cast(pa.large_string()), self._as_text
         rows = pc.index_in(values, value_set=known)
         return rows.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+
+    @cached_property
+    def _as_text(self) -> pa.Array:
+        return self.external.cast(pa.large_string())
 
     def lookup(self, values: pa.Array, where: str) -> np.ndarray:
         """Internal ids, int64.

@@ -33,6 +33,7 @@ from shards.store.builder import build_store
 from tests.fixtures.ranking import target_ranks
 from tests.fixtures.training import (
     contents,
+    evaluate_here,
     evaluation,
     make_shop,
     refusal,
@@ -82,10 +83,6 @@ def exported(run: Path) -> Path:
 
 def export_here(run: Path, size: int, *words: object) -> None:
     run_here(export.main, ["--checkpoint", run, "--size", size, *words])
-
-
-def evaluate_here(*words: object) -> None:
-    run_here(evaluate.main, ["--checkpoint", *words, "--threads", 1])
 
 
 # The same figures as the large model

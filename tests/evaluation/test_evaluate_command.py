@@ -19,13 +19,13 @@ from shards.store.builder import build_store
 from tests.fixtures.training import (
     STEPS_PER_EPOCH,
     contents,
+    evaluate_here,
     evaluation,
     figures,
     make_shop,
     origin_of_evaluation,
     records,
     refusal,
-    run_here,
     run_module,
     shop_values,
     train_here,
@@ -50,10 +50,6 @@ def trained(shop: Path) -> Path:
 def run(trained: Path, tmp_path: Path) -> Path:
     shutil.copytree(trained, tmp_path / "run", symlinks=True)
     return tmp_path / "run"
-
-
-def evaluate_here(*words: object) -> None:
-    run_here(evaluate.main, ["--checkpoint", *words, "--threads", 1])
 
 
 def test_command_repeats_the_end_of_training(run: Path) -> None:

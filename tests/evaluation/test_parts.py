@@ -23,7 +23,7 @@ from fmrl_dist.data.store.reader import Store
 from fmrl_dist.evaluation.metrics import CUTOFF
 from fmrl_dist.evaluation.parts import ComputeSetting, EvaluationIdentity, Part, join_parts, write_part
 from tests.fixtures.processes import run_processes
-from tests.fixtures.training import contents, evaluation, make_shop, refusal, run_here, train_here
+from tests.fixtures.training import contents, evaluate_here, evaluation, make_shop, refusal, run_here, train_here
 
 NUM_BLOCKS = 7  # of the test split: 113 users minus those with 2 events, in blocks of 16
 
@@ -44,10 +44,6 @@ def trained(shop: Path) -> Path:
 def run(trained: Path, tmp_path: Path) -> Path:
     shutil.copytree(trained, tmp_path / "run", symlinks=True)
     return tmp_path / "run"
-
-
-def evaluate_here(*words: object) -> None:
-    run_here(evaluate.main, ["--checkpoint", *words, "--threads", 1])
 
 
 def evaluate_parts(num_parts: int, *words: object) -> None:

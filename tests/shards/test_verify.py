@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,22 +9,7 @@ import pytest
 
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.data.store.reader import Store
-from shards.store.builder import build_store
 from shards.verify import main
-from tests.fixtures.stores import tiny_config, write_raw
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("built")
-    write_raw(root / "raw")
-    return build_store(tiny_config(root / "raw", root / "store"))[0].path
-
-
-@pytest.fixture
-def store(built: Path, tmp_path: Path) -> Store:
-    """A copy that the test may change."""
-    return Store.open(shutil.copytree(built, tmp_path / "store"))
 
 
 def test_a_sound_store_is_accepted(store: Store, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import io
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -21,23 +20,9 @@ from fmrl_dist.base.errors import UserError
 from fmrl_dist.data.store.block_arrays import parse_block
 from fmrl_dist.data.store.manifest import Manifest
 from fmrl_dist.data.store.reader import Store
-from shards.store.builder import build_store
 from tests.fixtures.processes import REPOSITORY
-from tests.fixtures.stores import all_blocks, tiny_config, write_raw
+from tests.fixtures.stores import all_blocks
 from tests.fixtures.tars import member, npy, tar_bytes, without_end
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("built")
-    write_raw(root / "raw")
-    return build_store(tiny_config(root / "raw", root / "store"))[0].path
-
-
-@pytest.fixture
-def store(built: Path, tmp_path: Path) -> Store:
-    """A copy that the test may change."""
-    return Store.open(shutil.copytree(built, tmp_path / "store"))
 
 
 def load(data: bytes) -> np.ndarray:

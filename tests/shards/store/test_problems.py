@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,19 +19,6 @@ from tests.fixtures.stores import all_blocks, tiny_config, write_raw
 from tests.fixtures.tars import member, npy, tar_bytes, without_end
 
 Change = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("built")
-    write_raw(root / "raw")
-    return build_store(tiny_config(root / "raw", root / "store"))[0].path
-
-
-@pytest.fixture
-def store(built: Path, tmp_path: Path) -> Store:
-    """A copy that the test may change."""
-    return Store.open(shutil.copytree(built, tmp_path / "store"))
 
 
 def test_notices_every_byte_of_every_shard(store: Store) -> None:
