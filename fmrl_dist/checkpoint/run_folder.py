@@ -42,6 +42,8 @@ FIXED = {
         "size_weights",
         "temperatures",
         "normalize",
+        "distillation",
+        "teacher_temperature",
         "softmax",
         "negatives",
         "num_negatives",

@@ -21,6 +21,7 @@ import yaml
 
 from fmrl_dist.base.errors import require
 from fmrl_dist.base.urls import hide_credentials, is_url
+from fmrl_dist.base.yaml_text import shown
 from fmrl_dist.config.features import FeatureConfig
 from fmrl_dist.config.parsing import (
     Fraction,
@@ -208,6 +209,10 @@ class LossConfig:
     size_weights: tuple[float, ...] | None = None  # weight c_m of each size's loss; null: 1
     temperatures: tuple[PositiveFloat, ...] | None = None  # τ_m by which each size's scores are divided; null: 1
     normalize: bool = False  # score by cosines of each size's prefixes; needs temperatures
+    # share α_m of what a size learns from the largest size's softmax instead of from the right item: a number for all
+    # smaller sizes, or one for each size, the last of them 0
+    distillation: Annotated[float, Limits(0, 1)] | tuple[Annotated[float, Limits(0, 1)], ...] = 0.0
+    teacher_temperature: PositiveFloat = 1.0  # κ by which the largest size's scores are divided, to teach
     softmax: Literal["full", "sampled"] = "full"  # full: over all items | sampled: over the target and negatives
     # whole: each rank scores all items | split: each scores a slice of them, for all ranks; for the full softmax
     catalogue: Literal["whole", "split"] = "whole"
@@ -238,6 +243,21 @@ class LossConfig:
             not self.normalize or self.temperatures is not None,
             "loss.normalize needs loss.temperatures, one for each size: a cosine is at most 1; 0.05 is a usual start",
         )
+        require(
+            not self.normalize or self.alphas(2) is None,
+            "loss.normalize scores each size apart, which loss.distillation does not support; turn one of them off",
+        )
+        require(
+            not isinstance(self.distillation, tuple) or self.distillation[-1:] == (0.0,),
+            f"loss.distillation is {shown(self.distillation)}; the largest size has no teacher: write 0 last",
+        )
+
+    def alphas(self, num_sizes: int) -> tuple[float, ...] | None:
+        """α_m of each size; None where no size learns from the largest one."""
+        shares = self.distillation
+        if not isinstance(shares, tuple):
+            shares = (shares,) * (num_sizes - 1) + (0.0,)
+        return shares if any(shares) else None
 
 
 @dataclass(frozen=True)
@@ -329,13 +349,14 @@ class Config:
             self.eval.size in (0, *self.model.sizes),
             f"eval.size is {self.eval.size}, which is not trained; choose one of {list(self.model.sizes)}",
         )
-        for key in ("size_weights", "temperatures"):
+        for key in ("size_weights", "temperatures", "distillation"):
             values = getattr(self.loss, key)
-            require(
-                values is None or len(values) == len(self.model.sizes),
-                f"loss.{key} has {len(values or ())} numbers; expected one for each of model.sizes "
-                f"{list(self.model.sizes)}",
-            )
+            if isinstance(values, tuple):
+                require(
+                    len(values) == len(self.model.sizes),
+                    f"loss.{key} has {len(values)} numbers; expected one for each of model.sizes "
+                    f"{list(self.model.sizes)}",
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they may be printed and recorded: a store's URL without its credentials."""

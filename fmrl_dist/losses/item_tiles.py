@@ -48,6 +48,7 @@ class TilePlan:
 
     sizes: tuple[int, ...]
     inverse: tuple[float, ...]  # 1 / τ of each size
+    teacher: float | None  # 1 / κ where the largest size teaches the others
     correction: Correction | None
     dtype: torch.dtype  # of the products' inputs
     impl: str  # tiled or triton

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fmrl_dist.losses.distillation import Normalizers, without_value
 from fmrl_dist.losses.item_tiles import RowMatrix, TilePlan, back_projected
 from fmrl_dist.losses.settings import Correction, LossSettings
 from fmrl_dist.losses.tiled_log_sum_exp import TiledLogSumExp
@@ -26,8 +27,8 @@ def nested_scores(z: Tensor, items: Tensor, sizes: Sequence[int]) -> Tensor:
 
 def nested_log_sum_exp(
     z: Tensor, items: Tensor, settings: LossSettings, correction: Correction | None = None
-) -> Tensor:
-    """log Σ_v exp(z_:m · items_v,:m / τ_m + offset_v) for every size m and position.
+) -> Normalizers:
+    """log Σ_v exp(z_:m · items_v,:m / τ_m + offset_v) for every size m and position, and what the largest size teaches.
 
     Args:
         z: outputs [N, D], float32 or float64.
@@ -36,7 +37,7 @@ def nested_log_sum_exp(
         correction: of sampled items; None where items are the whole catalogue. -inf where it leaves no item.
 
     Returns:
-        [S, N], differentiable in z and items.
+        Differentiable in z and items.
 
     Raises:
         ValueError: impl is triton and z is float64.
@@ -44,12 +45,12 @@ def nested_log_sum_exp(
     if settings.impl == "plain":
         return _plain(z, items, settings, correction)
     never_back = (False,) * len(settings.sizes)
-    return TiledLogSumExp.apply(z, None, items, None, _plan(z, settings, correction, never_back))
+    return Normalizers(*TiledLogSumExp.apply(z, None, items, None, _plan(z, settings, correction, never_back)))
 
 
 def catalogue_log_sum_exp(
     z: Tensor, features: RowMatrix, weight: Tensor, table: Tensor | None, settings: LossSettings
-) -> Tensor:
+) -> Normalizers:
     """:func:`nested_log_sum_exp` over the items that ``weight`` projects from ``features``.
 
     Args:
@@ -60,7 +61,7 @@ def catalogue_log_sum_exp(
         settings: as in :func:`nested_log_sum_exp`.
 
     Returns:
-        [S, N], differentiable in z, weight and table.
+        Differentiable in z, weight and table.
 
     Raises:
         ValueError: impl is triton and z is float64.
@@ -73,7 +74,7 @@ def catalogue_log_sum_exp(
         back = back_projected(settings.sizes, len(z), int(features.shape[1]))
     else:
         back = (False,) * len(settings.sizes)
-    return TiledLogSumExp.apply(z, weight, table, features, _plan(z, settings, None, back))
+    return Normalizers(*TiledLogSumExp.apply(z, weight, table, features, _plan(z, settings, None, back)))
 
 
 def _plan(z: Tensor, settings: LossSettings, correction: Correction | None, back: tuple[bool, ...]) -> TilePlan:
@@ -82,6 +83,7 @@ def _plan(z: Tensor, settings: LossSettings, correction: Correction | None, back
     return TilePlan(
         sizes=settings.sizes,
         inverse=settings.inverse_temperatures,
+        teacher=None if settings.distillation is None else 1 / settings.teacher_temperature,
         correction=correction,
         dtype=settings.product_dtype(z),
         impl=settings.impl,
@@ -89,12 +91,22 @@ def _plan(z: Tensor, settings: LossSettings, correction: Correction | None, back
     )
 
 
-def _plain(z: Tensor, items: Tensor, settings: LossSettings, correction: Correction | None) -> Tensor:
+def _plain(z: Tensor, items: Tensor, settings: LossSettings, correction: Correction | None) -> Normalizers:
     scores = all_scores(z, items, settings)
+    offsets, hits = scores.new_zeros(()), None
     if correction is not None:
-        hits = correction.target_ids[:, None] == correction.item_ids
-        scores = (scores + correction.offsets).masked_fill(hits, -torch.inf)
-    return scores.logsumexp(2)
+        offsets, hits = correction.offsets, correction.target_ids[:, None] == correction.item_ids
+
+    def seen(scores: Tensor) -> Tensor:
+        return scores + offsets if hits is None else (scores + offsets).masked_fill(hits, -torch.inf)
+
+    sizes = seen(scores).logsumexp(2)
+    if settings.distillation is None:
+        return Normalizers(sizes)
+    teacher_scores = seen(scores[-1].detach() / settings.teacher_temperature)
+    teacher = teacher_scores.logsumexp(1)
+    shares = (teacher_scores - teacher[:, None]).exp().nan_to_num(0.0)  # none where a position sees no item
+    return Normalizers(sizes, teacher, without_value((shares * scores).sum(2)))
 
 
 def all_scores(z: Tensor, items: Tensor, settings: LossSettings) -> Tensor:

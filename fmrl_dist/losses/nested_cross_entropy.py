@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fmrl_dist.losses.distillation import Normalizers, cross_entropy, merge, without_value
 from fmrl_dist.losses.item_tiles import RowMatrix
 from fmrl_dist.losses.log_sum_exp import all_scores, catalogue_log_sum_exp, nested_log_sum_exp, nested_scores
 from fmrl_dist.losses.settings import Correction, LossSettings
@@ -32,9 +33,22 @@ def nested_cross_entropy(z: Tensor, items: Tensor, targets: Tensor, settings: Lo
         [S], differentiable in z and items.
     """
     if settings.impl == "plain":
-        scores = all_scores(z, items, settings)
-        return torch.stack([F.cross_entropy(scores_NV, targets, reduction="sum") for scores_NV in scores])
-    return (nested_log_sum_exp(z, items, settings) - _own_scores(z, items[targets], settings)).sum(1)
+        return _plain(all_scores(z, items, settings), targets, settings)
+    own_SN = _own_scores(z, items[targets], settings)
+    return cross_entropy(nested_log_sum_exp(z, items, settings), own_SN, settings.distillation)
+
+
+def _plain(scores_SNV: Tensor, targets: Tensor, settings: LossSettings, offsets: Tensor | None = None) -> Tensor:
+    """The loss word by word, [S]: ``offsets`` [N, V] are added to all scores, -inf for an item that does not count."""
+    offsets = scores_SNV.new_zeros(()) if offsets is None else offsets
+    losses = [F.cross_entropy(scores + offsets, targets, reduction="sum") for scores in scores_SNV]
+    if settings.distillation is not None:
+        shares = F.softmax(scores_SNV[-1].detach() / settings.teacher_temperature + offsets, 1)
+        for j, (alpha, scores) in enumerate(zip(settings.distillation, scores_SNV, strict=True)):
+            target_shares = (1 - alpha) * F.one_hot(targets, scores.shape[1]).to(shares) + alpha * shares
+            learned = -target_shares * F.log_softmax(scores + offsets, 1).masked_fill(shares == 0, 0.0)
+            losses[j] = losses[j].detach() + without_value(learned.sum())
+    return torch.stack(losses)
 
 
 def catalogue_cross_entropy(
@@ -60,10 +74,10 @@ def catalogue_cross_entropy(
         [S], differentiable in z, target_items, projection and table.
     """
     if isinstance(columns, CatalogueSlice):
-        lse_SN = split_log_sum_exp(z, columns, projection, table, settings)
+        normalizers = split_log_sum_exp(z, columns, projection, table, settings)
     else:
-        lse_SN = catalogue_log_sum_exp(z, columns, projection, table, settings)
-    return (lse_SN - _own_scores(z, target_items, settings)).sum(1)
+        normalizers = catalogue_log_sum_exp(z, columns, projection, table, settings)
+    return cross_entropy(normalizers, _own_scores(z, target_items, settings), settings.distillation)
 
 
 def cosine_per_size(
@@ -124,12 +138,23 @@ def sampled_cross_entropy(
     """
     own_SN = _own_scores(z, target_items, settings)
     if settings.impl == "plain":
-        others = all_scores(z, negative_items, settings) - negatives.log_expected
-        others = others.masked_fill(targets[:, None] == negatives.ids, -torch.inf)
-        return (torch.cat((own_SN[..., None], others), 2).logsumexp(2) - own_SN).sum(1)
+        scores = torch.cat((own_SN[..., None], all_scores(z, negative_items, settings)), 2)
+        hits = targets[:, None] == negatives.ids
+        offsets = (-negatives.log_expected.to(z.dtype)).expand(hits.shape).masked_fill(hits, -torch.inf)
+        return _plain(scores, torch.zeros_like(targets), settings, F.pad(offsets, (1, 0)))
     correction = Correction(-negatives.log_expected.to(z.dtype), negatives.ids, targets)
-    others_SN = nested_log_sum_exp(z, negative_items, settings, correction)
-    return (torch.logaddexp(own_SN, others_SN) - own_SN).sum(1)
+    others = nested_log_sum_exp(z, negative_items, settings, correction)
+    normalizers = _with_own(own_SN, others, settings)
+    return cross_entropy(normalizers, own_SN, settings.distillation)
+
+
+def _with_own(own_SN: Tensor, others: Normalizers, settings: LossSettings) -> Normalizers:
+    """The normalizers over other items, and over the one of which ``own_SN`` are the scores."""
+    if others.teacher is None or others.taught is None:
+        return Normalizers(torch.logaddexp(own_SN, others.sizes))
+    own_teacher = own_SN[-1].detach() / settings.teacher_temperature
+    sizes, taught = torch.stack((own_SN, others.sizes)), torch.stack((without_value(own_SN), others.taught))
+    return merge(Normalizers(sizes, torch.stack((own_teacher, others.teacher)), taught))
 
 
 def _own_scores(z: Tensor, target_items: Tensor, settings: LossSettings) -> Tensor:

@@ -20,16 +20,22 @@ class LossSettings:
         impl: "tiled", a tile of positions × items at a time; "triton", the same with a GPU's kernels for a tile, which
             sum in float32; or "plain", all scores at once, the specification.
         dtype: of the products' inputs; None leaves the tensors' own. Exponentials and sums stay in the outputs' dtype.
+        distillation: α_m, the share of what each size learns from the largest size instead of from the right item
+            (:mod:`fmrl_dist.losses.distillation`); None for none.
+        teacher_temperature: κ by which the largest size's scores are divided, besides its τ, to teach.
     """
 
     sizes: tuple[int, ...]
     temperatures: tuple[float, ...] | None = None
     impl: str = "tiled"
     dtype: torch.dtype | None = None
+    distillation: tuple[float, ...] | None = None
+    teacher_temperature: float = 1.0
 
     def __post_init__(self) -> None:
         assert self.impl in LOSS_IMPLS, self.impl
         assert self.temperatures is None or len(self.temperatures) == len(self.sizes)
+        assert self.distillation is None or len(self.distillation) == len(self.sizes)
 
     @property
     def inverse_temperatures(self) -> tuple[float, ...]:
@@ -40,7 +46,8 @@ class LossSettings:
         return self.dtype or z.dtype
 
     def of_each_size(self) -> list[LossSettings]:
-        """The settings of each size alone."""
+        """The settings of each size alone, where none learns from another."""
+        assert self.distillation is None, "a size alone has no teacher"
         temperatures = self.temperatures or (1.0,) * len(self.sizes)
         return [
             replace(self, sizes=(size,), temperatures=(temperature,))

@@ -8,6 +8,8 @@ W ranks, N positions of this rank, P of all together, V items, v of them this ra
     3. return        each partial goes to the rank whose position it is          [P, S]  →  [W, N, S]
     4. whole         log-sum-exp of the W partials                                       →  [S, N]
 
+With distillation, what each rank's items teach travels with the partials: 2S + 1 numbers instead of S.
+
 Backward, each exchange runs in the other direction. Step 4 gives each partial its share of the softmax, step 2 the
 gradients of projection and id table from the rank's items, and step 1 sums the gradients of an output over all ranks'
 items.
@@ -32,6 +34,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fmrl_dist.distributed.collectives import exchange_counts, exchange_rows
+from fmrl_dist.losses.distillation import Normalizers, merge
 from fmrl_dist.losses.item_tiles import RowMatrix
 from fmrl_dist.losses.log_sum_exp import catalogue_log_sum_exp
 from fmrl_dist.losses.settings import LossSettings
@@ -51,7 +54,7 @@ class CatalogueSlice:
 
 def split_log_sum_exp(
     z: Tensor, part: CatalogueSlice, weight: Tensor, table: Tensor | None, settings: LossSettings
-) -> Tensor:
+) -> Normalizers:
     """Log-sum-exp over all ranks' items for this rank's positions. Every rank must call it, forward and backward.
 
     Args:
@@ -62,21 +65,32 @@ def split_log_sum_exp(
         settings: as in :func:`fmrl_dist.losses.log_sum_exp.nested_log_sum_exp`.
 
     Returns:
-        [S, N], differentiable in z, weight and table; the gradients of weight and table are this rank's summands.
+        Differentiable in z, weight and table; the gradients of weight and table are this rank's summands.
     """
     num_ranks, own = dist.get_world_size(), [len(z)] * dist.get_world_size()
     counts = exchange_counts(own, z.device)
     gathered_z = _Exchange.apply(z.repeat(num_ranks, 1), own, counts)
     rows = None if table is None else part.rows_of(table)
-    partial_SP = catalogue_log_sum_exp(gathered_z, part.columns, weight, rows, settings)
-    partials = _Exchange.apply(partial_SP.T, counts, own)  # [W·N, S]
-    whole_NS: Tensor = partials.view(num_ranks, len(z), len(settings.sizes)).logsumexp(0)
-    return whole_NS.T
+    partial = catalogue_log_sum_exp(gathered_z, part.columns, weight, rows, settings)
+    if partial.teacher is None or partial.taught is None:
+        return merge(Normalizers(_returned(partial.sizes, counts, own)))
+    everything = torch.cat((partial.sizes, partial.taught, partial.teacher[None]))
+    sizes, taught, teacher = _returned(everything, counts, own).split((len(partial.sizes), len(partial.taught), 1), 1)
+    return merge(Normalizers(sizes, teacher[:, 0].detach(), taught))
 
 
-def exchanged_bytes(num_positions: int, num_ranks: int, width: int, num_sizes: int, itemsize: int = 4) -> int:
+def _returned(partials_KP: Tensor, counts: list[int], own: list[int]) -> Tensor:
+    """Numbers [K, P] of this rank's items for all positions → those of every rank's items for its own, [W, K, N]."""
+    rows: Tensor = _Exchange.apply(partials_KP.T, counts, own)  # [W·N, K]
+    return rows.view(len(own), own[0], len(partials_KP)).transpose(1, 2)
+
+
+def exchanged_bytes(
+    num_positions: int, num_ranks: int, width: int, num_sizes: int, itemsize: int = 4, distilled: bool = False
+) -> int:
     """Bytes that all ranks together send in one step, forward and backward, for P positions (module's docstring)."""
-    return 2 * (num_ranks - 1) * num_positions * (width + num_sizes) * itemsize
+    partials = 2 * num_sizes + 1 if distilled else num_sizes
+    return 2 * (num_ranks - 1) * num_positions * (width + partials) * itemsize
 
 
 class _Exchange(torch.autograd.Function):

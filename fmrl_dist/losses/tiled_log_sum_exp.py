@@ -3,7 +3,8 @@
 N positions, n of a tile; V items, v of a tile; D width, S sizes. Scores exist only as one tile of positions × items at
 a time, whose log-sum-exp is merged into a running one of each size. The score of size i
 contains the products of all chunks j ≤ i, so the gradient of chunk j's products is the sum of the weighted softmaxes of
-all sizes i ≥ j.
+all sizes i ≥ j. With distillation there is a further row, the teacher's: the scores of the largest size, divided by κ.
+Its softmax is part of the gradients of all sizes that it teaches.
 
 A tile is computed by PyTorch's operators (:class:`TorchSoftmax`) or by Triton kernels (:class:`TritonSoftmax`). Tiles
 are kept for the backward pass until their bytes are spent; the others are computed again there. Memory beyond inputs
@@ -55,17 +56,26 @@ class TileSoftmax(Protocol):
         """Bytes that keeping a tile of items and all positions takes, in addition to its embeddings."""
 
     def log_sum_exp(self, rows: slice, tile: ItemTile, keep: bool) -> Tensor:
-        """Log-sum-exp of each size over the tile's items, [S, n].
+        """Log-sum-exp of each size over the tile's items, and of the teacher if there is one, [S, n] or [S+1, n].
 
         With ``keep``, :meth:`score_grads` will not compute it again.
         """
 
-    def score_grads(self, rows: slice, tile: ItemTile, lse_Sn: Tensor, weights_Sn: Tensor) -> Tensor:
-        """Gradients of each chunk's products, Σ_{i ≥ j} weights_i · softmax_i, [S, n, v]; ``lse_Sn`` of all items."""
+    def score_grads(
+        self, rows: slice, tile: ItemTile, lse: Tensor, weights_Sn: Tensor, taught_Sn: Tensor | None
+    ) -> Tensor:
+        """Gradients of each chunk's products, Σ_{i ≥ j} weights_i · softmax_i + taught_i · teacher, [S, n, v].
+
+        Args:
+            rows, tile: which of them.
+            lse: of all items, [S, n] or [S+1, n].
+            weights_Sn: of the sizes' softmaxes.
+            taught_Sn: weights of the teacher's softmax, [S, n]; None without distillation.
+        """
 
 
 class TiledLogSumExp(torch.autograd.Function):
-    """Log-sum-exp [S, N] of ``z`` [N, D] over items that are projected from features, given in a table, or both added.
+    """Normalizers of ``z`` [N, D] over items that are projected from features, given in a table, or both added.
 
     Gradients of z, weight [D, F] and table [V, D]; features are frozen.
     """
@@ -73,10 +83,10 @@ class TiledLogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, z: Tensor, weight: Tensor | None, table: Tensor | None, features: RowMatrix | None, plan: TilePlan
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         items, limits = ItemTiles(z, weight, table, features, plan), tile_limits(plan.impl, z.is_cuda)
-        softmax = make_softmax(z, items)
-        lse_SN = z.new_full((len(plan.sizes), len(z)), -torch.inf)
+        softmax, num_sizes = make_softmax(z, items), len(plan.sizes)
+        lse = z.new_full((num_sizes if plan.teacher is None else num_sizes + 1, len(z)), -torch.inf)
         kept_embeddings: dict[int, Tensor] = {}
         budget = limits.kept_bytes if any(ctx.needs_input_grad) else 0
         for columns in _ranges(items.num_items, limits.items):
@@ -89,26 +99,36 @@ class TiledLogSumExp(torch.autograd.Function):
                 if features is not None:  # a copy: a view would keep the back-projected scores alive
                     kept_embeddings[columns.start] = tile.transposed.clone()
             for rows in _ranges(len(z), limits.positions):
-                lse_SN[:, rows] = torch.logaddexp(lse_SN[:, rows], softmax.log_sum_exp(rows, tile, keep))
-        ctx.save_for_backward(z, weight, table, lse_SN)
+                lse[:, rows] = torch.logaddexp(lse[:, rows], softmax.log_sum_exp(rows, tile, keep))
+        ctx.save_for_backward(z, weight, table, lse)
         ctx.rest = features, plan, softmax.kept, kept_embeddings
-        return lse_SN.masked_fill(lse_SN <= LEFT_OUT / 2, -torch.inf)
+        found = lse.masked_fill(lse <= LEFT_OUT / 2, -torch.inf)
+        if plan.teacher is None:
+            return found, None, None
+        sizes, teacher = found[:num_sizes].clone(), found[num_sizes].clone()
+        ctx.mark_non_differentiable(teacher)
+        return sizes, teacher, torch.zeros_like(sizes)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_SN: Tensor) -> tuple[Tensor | None, ...]:
-        z, weight, table, lse_SN = ctx.saved_tensors
+    def backward(
+        ctx: Any, grad_SN: Tensor, grad_teacher: Tensor | None, grad_taught: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        z, weight, table, lse = ctx.saved_tensors
         features, plan, kept, kept_embeddings = ctx.rest
         items, limits = ItemTiles(z, weight, table, features, plan), tile_limits(plan.impl, z.is_cuda)
         softmax = make_softmax(z, items)
         softmax.kept = kept
         gradients = Gradients(items, z, weight, table)
-        weights_SN = grad_SN * grad_SN.new_tensor(plan.inverse)[:, None]
+        inverse = grad_SN.new_tensor(plan.inverse)[:, None]
+        weights_SN = grad_SN * inverse
+        taught_SN = None if plan.teacher is None else given(grad_taught) * inverse
         for columns in _ranges(items.num_items, limits.items):
             tile = items.tile(columns, kept_embeddings.pop(columns.start, None))
             gradients.begin_items(tile)
             for rows in _ranges(len(z), limits.positions):
-                gradients.add(rows, tile, softmax.score_grads(rows, tile, lse_SN[:, rows], weights_SN[:, rows]))
+                taught_Sn = None if taught_SN is None else taught_SN[:, rows]
+                gradients.add(rows, tile, softmax.score_grads(rows, tile, lse[:, rows], weights_SN[:, rows], taught_Sn))
             gradients.end_items(tile)
         grad_z, grad_weight, grad_table = gradients.finish()
         return grad_z, grad_weight, grad_table, None, None
@@ -119,15 +139,21 @@ def make_softmax(z: Tensor, items: ItemTiles) -> TileSoftmax:
 
 
 class TorchSoftmax:
-    """Tiles by PyTorch's operators, each chunk multiplied once."""
+    """Tiles by PyTorch's operators, each chunk multiplied once.
+
+    A teacher whose κ is 1 has the largest size's softmax, so that it takes no row of its own.
+    """
 
     def __init__(self, z: Tensor, items: ItemTiles) -> None:
         self.kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._items, self._plan = items, items.plan
+        self._factors = self._plan.inverse  # of the rows of scores
+        if self._plan.teacher is not None and self._plan.teacher != 1:
+            self._factors += (self._plan.inverse[-1] * self._plan.teacher,)
         self._buffer = z.new_empty(0)
 
     def kept_bytes(self, tile: ItemTile) -> int:
-        return self._buffer.element_size() * tile.num_items * len(self._plan.sizes) * self._items.num_positions
+        return self._buffer.element_size() * tile.num_items * len(self._factors) * self._items.num_positions
 
     def log_sum_exp(self, rows: slice, tile: ItemTile, keep: bool) -> Tensor:
         shares, log_sum_exp = self._softmax(rows, tile, reuse=not keep)
@@ -135,29 +161,37 @@ class TorchSoftmax:
             self.kept[tile.columns.start, rows.start] = shares, log_sum_exp
         return log_sum_exp
 
-    def score_grads(self, rows: slice, tile: ItemTile, lse_Sn: Tensor, weights_Sn: Tensor) -> Tensor:
+    def score_grads(
+        self, rows: slice, tile: ItemTile, lse: Tensor, weights_Sn: Tensor, taught_Sn: Tensor | None
+    ) -> Tensor:
         kept = self.kept.pop((tile.columns.start, rows.start), None)
         shares, log_sum_exp = kept if kept is not None else self._softmax(rows, tile, reuse=True)
-        factors = weights_Sn * (log_sum_exp - lse_Sn).exp()
-        grads = shares.mul_(factors[..., None])
-        for j in range(len(grads) - 2, -1, -1):
-            grads[j] += grads[j + 1]
+        factors = (log_sum_exp - lse).exp()
+        teacher = None if taught_Sn is None else shares[-1] * factors[-1, :, None]
+        grads = shares[: len(weights_Sn)]
+        grads *= (weights_Sn * factors[: len(weights_Sn)])[..., None]
+        for j in range(len(grads) - 1, -1, -1):
+            if j + 1 < len(grads):
+                grads[j] += grads[j + 1]
+            if teacher is not None:
+                grads[j].addcmul_(teacher, given(taught_Sn)[j, :, None])
         return grads
 
     def _softmax(self, rows: slice, tile: ItemTile, reuse: bool) -> tuple[Tensor, Tensor]:
-        """Softmax of a tile by itself [S, n, v], and its log-sum-exp [S, n].
+        """Softmax of a tile by itself, a row of scores each [·, n, v], and its log-sum-exp [S, n] or [S+1, n].
 
         The library's softmax reads each row once. The highest score's share is exp(0) over the sum, which gives it.
         """
         scores = self._scores(rows, tile, reuse)
         highest = scores.amax(2)
         shares = torch.softmax(scores, 2, out=scores)
-        return shares, highest - shares.amax(2).log()
+        log_sum_exp = highest - shares.amax(2).log()
+        return shares, torch.cat((log_sum_exp, log_sum_exp[-1:])) if self._plan.teacher == 1 else log_sum_exp
 
     def _scores(self, rows: slice, tile: ItemTile, reuse: bool) -> Tensor:
-        """[S, n, v]; with ``reuse`` the next such call overwrites it."""
+        """A row of each size and of a teacher whose κ is not 1, [·, n, v]; with ``reuse``, until the next call."""
         items, plan = self._items, self._plan
-        shape = len(plan.sizes), rows.stop - rows.start, tile.num_items
+        shape = len(self._factors), rows.stop - rows.start, tile.num_items
         scores = self._reused(shape) if reuse else self._buffer.new_empty(shape)
         back_begin = 0
         for j, (z_chunk, channels) in enumerate(zip(items.z_chunks, items.embedded, strict=True)):
@@ -172,9 +206,11 @@ class TorchSoftmax:
                 torch.add(scores[j - 1], product, out=scores[j])
             elif product.data_ptr() != scores.data_ptr():
                 scores[0] = product
-        for size_scores, factor in zip(scores, plan.inverse, strict=True):
+        if len(scores) > len(plan.sizes):
+            scores[-1] = scores[-2]
+        for row, factor in zip(scores, self._factors, strict=True):
             if factor != 1:
-                size_scores *= factor
+                row *= factor
         if plan.correction is not None:
             correction = plan.correction.of_tile(rows, tile.columns)
             scores += correction.offsets
@@ -196,7 +232,7 @@ class TritonSoftmax:
 
         self.kept: dict[tuple[int, int], Any] = {}
         self._z, self._correction = z.to(plan.dtype).contiguous(), plan.correction
-        self._tiles = TritonTiles(plan.sizes, plan.inverse, plan.dtype, z.device)
+        self._tiles = TritonTiles(plan.sizes, plan.inverse, plan.teacher, plan.dtype, z.device)
 
     def kept_bytes(self, tile: ItemTile) -> int:
         return 0
@@ -204,9 +240,11 @@ class TritonSoftmax:
     def log_sum_exp(self, rows: slice, tile: ItemTile, keep: bool) -> Tensor:
         return self._tiles.log_sum_exp(self._z[rows], tile.transposed.T, self._correction_of(rows, tile))
 
-    def score_grads(self, rows: slice, tile: ItemTile, lse_Sn: Tensor, weights_Sn: Tensor) -> Tensor:
+    def score_grads(
+        self, rows: slice, tile: ItemTile, lse: Tensor, weights_Sn: Tensor, taught_Sn: Tensor | None
+    ) -> Tensor:
         correction = self._correction_of(rows, tile)
-        return self._tiles.score_grads(self._z[rows], tile.transposed.T, correction, lse_Sn, weights_Sn)
+        return self._tiles.score_grads(self._z[rows], tile.transposed.T, correction, lse, weights_Sn, taught_Sn)
 
     def _correction_of(self, rows: slice, tile: ItemTile) -> Any:
         return None if self._correction is None else self._correction.of_tile(rows, tile.columns)

@@ -102,10 +102,10 @@ def _seen(
 def _log_sum_exp(
     z, items, bounds, inverse, offsets, item_ids, target_ids, result,
     num_sizes, num_narrow, num_positions, num_items, z_stride, item_stride,
-    SIZES: tl.constexpr, CORRECTED: tl.constexpr, ALIGNMENT: tl.constexpr, PRECISION: tl.constexpr,
-    SHARE: tl.constexpr, POSITIONS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr,
+    SIZES: tl.constexpr, CORRECTED: tl.constexpr, DISTILLED: tl.constexpr, ALIGNMENT: tl.constexpr,
+    PRECISION: tl.constexpr, SHARE: tl.constexpr, POSITIONS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp of each size over ``SHARE`` items, result [shares, S, n]."""
+    """Log-sum-exp of each size, and of the teacher, over ``SHARE`` items, result [shares, S, n] or [shares, S+1, n]."""
     rows = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
     share = tl.program_id(1)
     narrow_channels = tl.arange(0, WIDTH)
@@ -133,29 +133,47 @@ def _log_sum_exp(
                 WIDTH, PRECISION,
             )  # fmt: skip
             highest, total = _fold(score, j, highest, total, inverse, offset, seen, SIZES)
+        if DISTILLED:
+            highest, total = _fold(score, num_sizes, highest, total, inverse, offset, seen, SIZES)
+    num_rows = num_sizes
+    if DISTILLED:
+        num_rows += 1
     sizes = tl.arange(0, SIZES)[:, None]
-    at = (share * num_sizes + sizes) * num_positions + rows[None, :]
-    tl.store(result + at, highest + tl.log(total), (sizes < num_sizes) & (rows < num_positions)[None, :])
+    at = (share * num_rows + sizes) * num_positions + rows[None, :]
+    tl.store(result + at, highest + tl.log(total), (sizes < num_rows) & (rows < num_positions)[None, :])
 
 
 @triton.jit
-def _weighted_softmax(negated, j, inverse, offset, seen, lse, weights, rows, num_positions):
-    """weight · softmax of size j of a block, from its negated scores."""
+def _softmax(negated, j, inverse, offset, seen, lse, rows, num_positions):
+    """Softmax of row j of a block, from the negated scores."""
+    own_lse = tl.load(lse + j * num_positions + rows, rows < num_positions, 0.0)
+    return tl.where(seen, tl.exp(offset - negated * tl.load(inverse + j) - own_lse[:, None]), 0.0)
+
+
+@triton.jit
+def _size_grad(
+    negated, j, teacher, inverse, offset, seen, lse, weights, taught, rows, num_positions, DISTILLED: tl.constexpr
+):
+    """Gradient of the scores of size j of a block: weight · softmax, and what it is taught · teacher."""
     is_row = rows < num_positions
-    own_lse = tl.load(lse + j * num_positions + rows, is_row, 0.0)
     weight = tl.load(weights + j * num_positions + rows, is_row, 0.0)
-    share = tl.exp(offset - negated * tl.load(inverse + j) - own_lse[:, None])
-    return tl.where(seen, weight[:, None] * share, 0.0)
+    grad = weight[:, None] * _softmax(negated, j, inverse, offset, seen, lse, rows, num_positions)
+    if DISTILLED:
+        grad += tl.load(taught + j * num_positions + rows, is_row, 0.0)[:, None] * teacher
+    return grad
 
 
 @triton.jit(do_not_specialize=SCALARS)
 def _score_grads(
-    z, items, bounds, inverse, offsets, item_ids, target_ids, lse, weights, result,
+    z, items, bounds, inverse, offsets, item_ids, target_ids, lse, weights, taught, result,
     num_sizes, num_narrow, num_positions, num_items, z_stride, item_stride, result_stride,
-    CORRECTED: tl.constexpr, ALIGNMENT: tl.constexpr, PRECISION: tl.constexpr,
+    CORRECTED: tl.constexpr, DISTILLED: tl.constexpr, ALIGNMENT: tl.constexpr, PRECISION: tl.constexpr,
     POSITIONS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """result[j] = Σ_{i ≥ j} weights_i · softmax_i, [S, n, v]. A chunk's products are subtracted after its size."""
+    """result[j] = Σ_{i ≥ j} weights_i · softmax_i + taught_i · teacher, [S, n, v].
+
+    A chunk's products are subtracted after its size.
+    """
     rows = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
     columns = tl.program_id(1) * ITEMS + tl.arange(0, ITEMS)
     offset, seen = _seen(rows, columns, offsets, item_ids, target_ids, num_positions, num_items, CORRECTED)
@@ -167,10 +185,15 @@ def _score_grads(
         tl.zeros((POSITIONS, ITEMS), tl.float32), z, items, rows, columns, 0, width,
         num_positions, num_items, z_stride, item_stride, WIDTH, PRECISION,
     )  # fmt: skip
+    teacher = tl.zeros((POSITIONS, ITEMS), tl.float32)
+    if DISTILLED:
+        teacher = _softmax(negated, num_sizes, inverse, offset, seen, lse, rows, num_positions)
     grad = tl.zeros((POSITIONS, ITEMS), tl.float32)
     for step in range(num_sizes - num_narrow):
         j = num_sizes - 1 - step
-        grad += _weighted_softmax(negated, j, inverse, offset, seen, lse, weights, rows, num_positions)
+        grad += _size_grad(
+            negated, j, teacher, inverse, offset, seen, lse, weights, taught, rows, num_positions, DISTILLED
+        )  # fmt: skip
         tl.store(at + j * size_stride, grad, is_row)
         low, high = _chunk(bounds, j, ALIGNMENT)
         negated = _add_products(
@@ -184,7 +207,9 @@ def _score_grads(
     )
     for step in range(num_narrow):
         j = num_narrow - 1 - step
-        grad += _weighted_softmax(negated, j, inverse, offset, seen, lse, weights, rows, num_positions)
+        grad += _size_grad(
+            negated, j, teacher, inverse, offset, seen, lse, weights, taught, rows, num_positions, DISTILLED
+        )  # fmt: skip
         tl.store(at + j * size_stride, grad, is_row)
         low, high = _chunk(bounds, j, ALIGNMENT)
         inside = (narrow_channels >= low) & (narrow_channels < high)
@@ -197,19 +222,28 @@ class TritonTiles:
     Args:
         sizes: trained sizes, the last one the width.
         inverse: 1 / τ of each size.
+        teacher: 1 / κ of the teacher; None for no distillation.
         dtype: of the products' inputs: float32, bfloat16 or float16.
         device: of all tensors.
     """
 
     def __init__(
-        self, sizes: Sequence[int], inverse: Sequence[float], dtype: torch.dtype, device: torch.device
+        self,
+        sizes: Sequence[int],
+        inverse: Sequence[float],
+        teacher: float | None,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self._num_sizes = len(sizes)
+        factors = list(inverse) if teacher is None else [*inverse, inverse[-1] * teacher]
+        self._num_rows = len(factors)
         self._width = 32 if dtype == torch.float32 else 64  # channels of a block
         self._bounds = torch.tensor([0, *sizes], dtype=torch.int32, device=device)
-        self._inverse = torch.tensor(inverse, dtype=torch.float32, device=device)
+        self._inverse = torch.tensor(factors, dtype=torch.float32, device=device)
         self._num_narrow = sum(size <= self._width for size in sizes)
         self._compiled_for: dict[str, Any] = {
+            "DISTILLED": teacher is not None,
             "ALIGNMENT": 8 if all(size % 8 == 0 for size in sizes) else 1,
             "PRECISION": "tf32x3" if dtype == torch.float32 else "ieee",
             "POSITIONS": POSITIONS,
@@ -219,7 +253,7 @@ class TritonTiles:
         }
 
     def log_sum_exp(self, z: Tensor, items: Tensor, correction: Correction | None) -> Tensor:
-        """Log-sum-exp of each size over the items of a tile; -inf where a position sees no item.
+        """Log-sum-exp of each size, and of the teacher, over the items of a tile; -inf where a position sees no item.
 
         Args:
             z: [n, D], of the dtype of the products, rows contiguous.
@@ -227,28 +261,35 @@ class TritonTiles:
             correction: of these positions and items.
 
         Returns:
-            float32 [S, n].
+            float32 [S, n], or [S+1, n] with a teacher.
         """
         shares = max(triton.cdiv(len(items), SHARE_ITEMS), 1)
-        result = z.new_empty(shares, self._num_sizes, len(z), dtype=torch.float32)
+        result = z.new_empty(shares, self._num_rows, len(z), dtype=torch.float32)
         if len(z) > 0:
             _log_sum_exp[(triton.cdiv(len(z), POSITIONS), shares)](
                 **self._arguments(z, items, correction),
                 result=result,
-                SIZES=max(triton.next_power_of_2(self._num_sizes), MIN_PADDED_SIZES),
+                SIZES=max(triton.next_power_of_2(self._num_rows), MIN_PADDED_SIZES),
                 SHARE=SHARE_ITEMS,
             )
         return result.logsumexp(0)
 
     def score_grads(
-        self, z: Tensor, items: Tensor, correction: Correction | None, lse_Sn: Tensor, weights_Sn: Tensor
+        self,
+        z: Tensor,
+        items: Tensor,
+        correction: Correction | None,
+        lse: Tensor,
+        weights_Sn: Tensor,
+        taught_Sn: Tensor | None,
     ) -> Tensor:
-        """Gradients of each chunk's products: Σ_{i ≥ j} weights_i · softmax_i over the items of a tile.
+        """Gradients of each chunk's products: Σ_{i ≥ j} weights_i · softmax_i + taught_i · teacher over a tile's items.
 
         Args:
             z, items, correction: as in :meth:`log_sum_exp`.
-            lse_Sn: over all items, float32 [S, n].
+            lse: over all items, float32 [S, n], or [S+1, n] with a teacher.
             weights_Sn: float32 [S, n].
+            taught_Sn: float32 [S, n] with a teacher; otherwise None.
 
         Returns:
             [S, n, v], of z's dtype.
@@ -258,8 +299,9 @@ class TritonTiles:
         if len(z) > 0 and len(items) > 0:
             _score_grads[(triton.cdiv(len(z), POSITIONS), triton.cdiv(len(items), ITEMS))](
                 **self._arguments(z, items, correction),
-                lse=lse_Sn.clamp_min(torch.finfo(torch.float32).min).contiguous(),
+                lse=lse.clamp_min(torch.finfo(torch.float32).min).contiguous(),
                 weights=weights_Sn.contiguous(),
+                taught=weights_Sn if taught_Sn is None else taught_Sn.contiguous(),
                 result=result,
                 result_stride=row,
             )

@@ -45,6 +45,8 @@ def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
         temperatures=config.loss.temperatures,
         impl=resolve_loss_impl(config.loss.impl, runtime.device),
         dtype=runtime.matmul_dtype,
+        distillation=config.loss.alphas(len(config.model.sizes)),
+        teacher_temperature=config.loss.teacher_temperature,
     )
     torch.manual_seed(config.train.seed)
     table = load_item_table(run.store, config.model.features) if not run.inline else None

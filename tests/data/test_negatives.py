@@ -330,12 +330,19 @@ def test_temperatures_divide_the_scores() -> None:
     torch.testing.assert_close(found, torch.stack(expected))
 
 
+COSINE = ["--loss.normalize", "true", "--loss.temperatures", "[0.1, 0.2]"]
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
         (["--loss.temperatures", "[1, 0]"], "loss.temperatures[1] is 0.0; expected more than 0"),
         (["--loss.size_weights", "[0, 0]"], "loss.size_weights is [0.0, 0.0]; expected numbers of at least 0"),
         (["--loss.size_weights", "[1, 1, 1]"], "loss.size_weights has 3 numbers; expected one for each of model.sizes"),
+        (["--loss.distillation", "1.5"], "loss.distillation is 1.5; expected float (0 <= value <= 1) or list of"),
+        (["--loss.distillation", "[0.5, 0.5]"], "the largest size has no teacher: write 0 last"),
+        (["--loss.distillation", "[0.5, 0.5, 0]"], "loss.distillation has 3 numbers; expected one for each of"),
+        (["--loss.distillation", "0.5", *COSINE], "loss.normalize scores each size apart"),
         (["--loss.negatives", "hard"], "loss.negatives is 'hard'"),
         (["--loss.num_negatives", "0"], "loss.num_negatives is 0"),
         (["--loss.popularity_power", "-1"], "loss.popularity_power is -1.0; expected 0 <= value <= 2"),
@@ -346,17 +353,30 @@ def test_refused_losses(words: list[str], complaint: str, shop: Path) -> None:
     assert complaint in refusal(train.main, "--config", shop, *words)
 
 
+@pytest.mark.parametrize("softmax", [[], sampled("popularity")], ids=["full", "sampled"])
+def test_distillation_changes_what_smaller_sizes_learn(softmax: list[str], shop: Path, tmp_path: Path) -> None:
+    """The first losses are the same, since the value stays the cross-entropy; then those of the smaller size differ."""
+    given = [*NO_DROPOUT, *softmax, "--train.max_steps", "2", "--train.log_every_steps", "1"]
+    alone = records(train_here(shop, tmp_path / "alone", *given))
+    taught = records(train_here(shop, tmp_path / "taught", *given, "--loss.distillation", "0.5"))
+    assert [alone[0][f"loss@{m}"] for m in (4, 8)] == pytest.approx([taught[0][f"loss@{m}"] for m in (4, 8)], rel=1e-6)
+    assert alone[1]["loss@4"] != pytest.approx(taught[1]["loss@4"], rel=1e-5)
+
+
 @pytest.mark.parametrize(
-    "change", [["--loss.num_negatives", "8"], ["--loss.scope", "batch"], ["--loss.softmax", "full"]]
+    "change",
+    [
+        ["--loss.num_negatives", "8"],
+        ["--loss.distillation", "0.5"],
+        ["--loss.scope", "batch"],
+        ["--loss.softmax", "full"],
+    ],
 )
 def test_another_loss_is_refused_on_resume(change: list[str], shop: Path, tmp_path: Path) -> None:
     given: list[Any] = [*sampled("uniform"), "--train.max_steps", "2"]
     run = train_here(shop, tmp_path / "run", *given)
     words = ["--config", shop, "--run.dir", run, *given, *change, "--resume", "auto"]
     assert change[0].removeprefix("--") in refusal(train.main, *words)
-
-
-COSINE = ["--loss.normalize", "true", "--loss.temperatures", "[0.1, 0.2]"]
 
 
 @pytest.mark.parametrize("softmax", [[], sampled("popularity")], ids=["full", "sampled"])

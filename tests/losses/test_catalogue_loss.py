@@ -17,6 +17,7 @@ from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.losses.tiled_log_sum_exp import TILE_ITEMS, TILE_POSITIONS
 from fmrl_dist.model.fmrlrec import ItemEncoder
 from fmrl_dist.training.item_columns import TableColumns, catalogue_columns
+from tests.fixtures.normalizers import DISTILLED, values_and_gradients
 from tests.fixtures.numerics import TOLERANCE, assert_relatively_close
 
 SIZES = (4, 9, 16, 35)
@@ -43,12 +44,13 @@ def results(inputs: dict[str, Tensor], with_table: bool, **options: Any) -> list
     """Log-sum-exp, and the gradients of a weighted sum of it."""
     table = inputs["table"] if with_table else None
     settings = LossSettings(SIZES, TEMPERATURES, **options)
-    lse = catalogue_log_sum_exp(inputs["z"], inputs["features"], inputs["weight"], table, settings)
+    found = catalogue_log_sum_exp(inputs["z"], inputs["features"], inputs["weight"], table, settings)
     trained = [inputs["z"], inputs["weight"], *([inputs["table"]] if with_table else [])]
-    return [lse.detach(), *torch.autograd.grad((lse * inputs["weights"]).sum(), trained)]
+    return values_and_gradients(found, inputs["weights"], trained)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("distilled", DISTILLED)
 @pytest.mark.parametrize("kept_bytes", [0, 40_000, 2**40], ids=["none kept", "some kept", "all kept"])
 @pytest.mark.parametrize("with_table", [False, True], ids=["features", "features and ids"])
 @pytest.mark.parametrize("num_positions", [1, 9, 63, TILE_POSITIONS + 1])
@@ -58,12 +60,13 @@ def test_tiled_equals_its_plain_twin(
     num_items: int,
     with_table: bool,
     kept_bytes: int,
+    distilled: str,
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(tiled_log_sum_exp, "KEPT_BYTES", kept_bytes)
     inputs = make_inputs(num_positions, num_items, dtype)
-    found, expected = (results(inputs, with_table, impl=impl) for impl in ("tiled", "plain"))
+    found, expected = (results(inputs, with_table, impl=impl, **DISTILLED[distilled]) for impl in ("tiled", "plain"))
     for result, twin in zip(found, expected, strict=True):
         assert result.dtype == dtype
         assert_relatively_close(result, twin, TOLERANCE[dtype])
@@ -74,7 +77,7 @@ def test_any_choice_of_projections_gives_the_same(back: tuple[int, ...], monkeyp
     monkeypatch.setattr(log_sum_exp, "back_projected", lambda *_: tuple(map(bool, back)))
     monkeypatch.setattr(tiled_log_sum_exp, "TILE_POSITIONS", 16)
     inputs = make_inputs(37, 507)
-    found, expected = (results(inputs, False, impl=impl) for impl in ("tiled", "plain"))
+    found, expected = (results(inputs, False, impl=impl, **DISTILLED["softer"]) for impl in ("tiled", "plain"))
     for result, twin in zip(found, expected, strict=True):
         assert_relatively_close(result, twin, TOLERANCE[torch.float64])
 

@@ -15,6 +15,7 @@ from fmrl_dist.losses.nested_cross_entropy import nested_cross_entropy
 from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.losses.tiled_log_sum_exp import TILE_ITEMS, TILE_POSITIONS
 from tests.fixtures.held_memory import HeldMemory
+from tests.fixtures.normalizers import DISTILLED
 from tests.fixtures.numerics import TOLERANCE, assert_relatively_close
 
 SIZES = (4, 9, 16, 35)
@@ -54,13 +55,16 @@ def losses_and_gradients(
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("distilled", DISTILLED)
 @pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
 @pytest.mark.parametrize(("num_positions", "num_items"), SHAPES)
 def test_tiled_equals_its_plain_twin(
-    num_positions: int, num_items: int, weights: tuple[float, ...], dtype: torch.dtype
+    num_positions: int, num_items: int, weights: tuple[float, ...], distilled: str, dtype: torch.dtype
 ) -> None:
-    inputs = make_inputs(num_positions, num_items, dtype=dtype)
-    found, expected = (losses_and_gradients(*inputs, SIZES, weights, impl=impl) for impl in ("tiled", "plain"))
+    inputs, options = make_inputs(num_positions, num_items, dtype=dtype), DISTILLED[distilled]
+    found, expected = (
+        losses_and_gradients(*inputs, SIZES, weights, impl=impl, **options) for impl in ("tiled", "plain")
+    )
     for result, twin in zip(found, expected, strict=True):
         assert result.dtype == dtype
         assert_relatively_close(result, twin, TOLERANCE[dtype])
@@ -80,6 +84,24 @@ def test_gradients_equal_finite_differences() -> None:
     assert torch.autograd.gradcheck(
         lambda z, items: nested_cross_entropy(z, items, targets, LossSettings((2, 3, 6))), (z, items)
     )
+
+
+@pytest.mark.parametrize("impl", ["tiled", "plain"])
+def test_distillation_word_by_word(impl: str) -> None:
+    """The gradient of size i's score of item v is softmax_iv - (1 - α_i)·[v = y] - α_i·t_v; the losses' values stay."""
+    sizes, alphas, temperatures, kappa = (4, 35), (0.3, 0.0), (0.5, 2.0), 1.7
+    z, items, targets = make_inputs(6, 40)
+    settings = LossSettings(sizes, temperatures, impl, distillation=alphas, teacher_temperature=kappa)
+    losses = nested_cross_entropy(z, items, targets, settings)
+    without = nested_cross_entropy(z, items, targets, LossSettings(sizes, temperatures, impl))
+    torch.testing.assert_close(losses, without, rtol=1e-12, atol=0)
+    (grad_z,) = torch.autograd.grad(losses[0], z)
+    scores = (z[:, :4] @ items[:, :4].T / temperatures[0]).detach()
+    teacher = F.softmax((z @ items.T / temperatures[1]).detach() / kappa, 1)
+    grad_scores = F.softmax(scores, 1) - 0.7 * F.one_hot(targets, 40).double() - 0.3 * teacher
+    expected = torch.zeros_like(z)
+    expected[:, :4] = grad_scores @ items[:, :4].detach() / temperatures[0]
+    assert_relatively_close(grad_z, expected, 1e-12, floor=1e-3)
 
 
 def test_second_gradients_are_refused_rather_than_wrong() -> None:

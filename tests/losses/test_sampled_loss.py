@@ -14,6 +14,7 @@ from fmrl_dist.losses.log_sum_exp import nested_log_sum_exp
 from fmrl_dist.losses.nested_cross_entropy import Negatives, nested_cross_entropy, sampled_cross_entropy
 from fmrl_dist.losses.settings import Correction, LossSettings
 from fmrl_dist.losses.tiled_log_sum_exp import TILE_ITEMS, TILE_POSITIONS
+from tests.fixtures.normalizers import DISTILLED, values_and_gradients
 from tests.fixtures.numerics import TOLERANCE, assert_relatively_close
 
 SIZES = (4, 9, 16, 35)
@@ -49,13 +50,14 @@ def losses_and_gradients(inputs: tuple[Any, ...], weights: Sequence[float], **op
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("temperatures", [None, TEMPERATURES], ids=["one", "each"])
+@pytest.mark.parametrize("distilled", DISTILLED)
 @pytest.mark.parametrize(("num_positions", "num_negatives"), SHAPES)
 def test_tiled_equals_its_plain_twin(
-    num_positions: int, num_negatives: int, temperatures: tuple[float, ...] | None, dtype: torch.dtype
+    num_positions: int, num_negatives: int, distilled: str, temperatures: tuple[float, ...] | None, dtype: torch.dtype
 ) -> None:
     inputs = make_inputs(num_positions, num_negatives, dtype)
     found, expected = (
-        losses_and_gradients(inputs, (0.7, 0.0, 1.3, 2.1), temperatures=temperatures, impl=impl)
+        losses_and_gradients(inputs, (0.7, 0.0, 1.3, 2.1), temperatures=temperatures, impl=impl, **DISTILLED[distilled])
         for impl in ("tiled", "plain")
     )
     for result, twin in zip(found, expected, strict=True):
@@ -86,12 +88,13 @@ def test_loss_word_by_word() -> None:
     assert hits > 0, "no negative was the target: the case is not tested"
 
 
+@pytest.mark.parametrize("distilled", DISTILLED)
 @pytest.mark.parametrize("impl", ["tiled", "plain"])
-def test_only_the_target_drawn_leaves_nothing_to_learn(impl: str) -> None:
+def test_only_the_target_drawn_leaves_nothing_to_learn(impl: str, distilled: str) -> None:
     inputs = make_inputs(1, 7)
     inputs[4].ids[:] = inputs[2]
-    for result in losses_and_gradients(inputs, (1.0, 1.0, 1.0, 1.0), impl=impl):
-        assert torch.equal(result, torch.zeros_like(result))
+    for result in losses_and_gradients(inputs, (1.0, 1.0, 1.0, 1.0), impl=impl, **DISTILLED[distilled]):
+        torch.testing.assert_close(result, torch.zeros_like(result), rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("temperatures", [None, TEMPERATURES], ids=["one", "each"])
@@ -102,12 +105,11 @@ def test_log_sum_exp_equals_its_plain_twin_with_a_gradient_of_its_own_per_positi
     grad = torch.randn(len(SIZES), 63, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     correction = Correction(-negatives.log_expected, negatives.ids, targets)
     found, expected = (
-        nested_log_sum_exp(z, items, LossSettings(SIZES, temperatures, impl), correction) for impl in ("tiled", "plain")
+        nested_log_sum_exp(z, items, LossSettings(SIZES, temperatures, impl, **DISTILLED["softer"]), correction)
+        for impl in ("tiled", "plain")
     )
-    assert_relatively_close(found, expected, 1e-12)
-    for result, twin in zip(
-        torch.autograd.grad(found, (z, items), grad), torch.autograd.grad(expected, (z, items), grad), strict=True
-    ):
+    pairs = zip(*(values_and_gradients(result, grad, (z, items)) for result in (found, expected)), strict=True)
+    for result, twin in pairs:
         assert_relatively_close(result, twin, 1e-12)
 
 

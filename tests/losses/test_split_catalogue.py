@@ -18,6 +18,7 @@ from fmrl_dist.losses.nested_cross_entropy import catalogue_cross_entropy
 from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.losses.split_catalogue import CatalogueSlice, exchanged_bytes
 from fmrl_dist.losses.tiled_log_sum_exp import TILE_ITEMS
+from tests.fixtures.normalizers import DISTILLED
 from tests.fixtures.numerics import assert_relatively_close
 from tests.fixtures.processes import run_processes
 
@@ -38,6 +39,7 @@ class Case:
     with_table: bool = False
     sizes: tuple[int, ...] = SIZES
     impl: str = "tiled"
+    distilled: str = "alone"
     seed: int = 0
 
 
@@ -47,6 +49,8 @@ CASES_OF_RANKS = {
         "uneven": Case((5, 40), (307, 90), with_table=True),
         "several tiles": Case((60, 600), (TILE_ITEMS + 3, 2 * TILE_ITEMS + 1), with_table=True),
         "a rank without positions": Case((0, 21), (60, 61), with_table=True),
+        "distilled": Case((5, 40), (307, 90), with_table=True, distilled="distilled"),
+        "softer, a rank without items": Case((9, 14), (0, 101), distilled="softer"),
         "no positions": Case((0, 0), (60, 61), with_table=True),
         "a rank without items": Case((9, 14), (0, 101), with_table=True),
         "one size": Case((9, 14), (50, 51), sizes=SIZES[-1:]),
@@ -56,6 +60,7 @@ CASES_OF_RANKS = {
     4: {
         "uneven": Case((7, 0, 31, 2), (100, 3, 57, 1), with_table=True),
         "more ranks than sizes": Case((7, 6, 5, 8), (25, 26, 25, 26), with_table=True, sizes=(9, 35)),
+        "distilled": Case((7, 0, 31, 2), (100, 3, 57, 1), with_table=True, distilled="softer"),
         "more ranks than items": Case((7, 0, 31, 2), (1, 0, 1, 1), with_table=True),
         "one rank has all": Case((0, 0, 17, 0), (0, 77, 0, 0)),
     },
@@ -87,7 +92,7 @@ def loss_sums(tensors: dict[str, Tensor], catalogue: Tensor | CatalogueSlice, ca
     targets = tensors["targets"]
     items = tensors["columns"][targets] @ projection.T
     items = items if table is None else items + table[targets]
-    settings = LossSettings(case.sizes, TEMPERATURES[: len(case.sizes)], impl)
+    settings = LossSettings(case.sizes, TEMPERATURES[: len(case.sizes)], impl, **DISTILLED[case.distilled])
     z = tensors["inputs"] @ tensors["mixer"]
     return catalogue_cross_entropy(z, items, catalogue, projection, table, settings)
 
@@ -150,3 +155,4 @@ def test_exchanged_bytes() -> None:
     """Two ranks of three positions each, width 5, two sizes: z and partials there, their gradients back."""
     assert exchanged_bytes(6, 2, 5, 2) == 2 * (3 * 5 + 3 * 5 + 3 * 2 + 3 * 2) * 4
     assert exchanged_bytes(6, 1, 5, 2) == 0
+    assert exchanged_bytes(6, 2, 5, 2, distilled=True) == exchanged_bytes(6, 2, 5, 2) + 2 * (3 * 3 + 3 * 3) * 4

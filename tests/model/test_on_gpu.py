@@ -13,6 +13,7 @@ from fmrl_dist.losses.log_sum_exp import catalogue_log_sum_exp
 from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.model.nested import nested_linear
 from fmrl_dist.model.scan import packed_scan
+from tests.fixtures.normalizers import DISTILLED, values_and_gradients
 from tests.fixtures.triton_cases import EVEN_SIZES, SIZES, check_catalogue, check_log_sum_exp, check_scan
 
 pytestmark = [
@@ -53,9 +54,9 @@ def test_tiled_loss(num_positions: int, num_items: int, with_table: bool, dtype:
 
     def results(impl: str, tensors: list[Tensor], features: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
         z, weight, *table = tensors
-        settings = LossSettings(SIZES, impl=impl)
-        lse = catalogue_log_sum_exp(z, features, weight, table[0] if table else None, settings)
-        return lse.detach(), *torch.autograd.grad((lse * weights).sum(), tensors)
+        settings = LossSettings(SIZES, impl=impl, **DISTILLED["softer"])
+        found = catalogue_log_sum_exp(z, features, weight, table[0] if table else None, settings)
+        return tuple(values_and_gradients(found, weights, tensors))
 
     expected = results("plain", given, features, weights)
     check(results("tiled", on_gpu(given, dtype), *on_gpu([features, weights], dtype)), expected, BUDGET[dtype])
@@ -70,8 +71,9 @@ def test_triton_loss(num_positions: int, num_items: int, corrected: bool, dtype:
 
 
 @pytest.mark.parametrize("dtype", TRITON_DTYPES)
-def test_triton_loss_of_even_sizes(dtype: torch.dtype) -> None:
-    check_log_sum_exp(130, 520, dtype, False, device="cuda", sizes=EVEN_SIZES)
+@pytest.mark.parametrize("distilled", DISTILLED)
+def test_triton_loss_of_even_sizes(distilled: str, dtype: torch.dtype) -> None:
+    check_log_sum_exp(130, 520, dtype, False, device="cuda", sizes=EVEN_SIZES, distilled=distilled)
 
 
 @pytest.mark.parametrize("dtype", TRITON_DTYPES)

@@ -22,7 +22,10 @@ from tests.fixtures.training import STEPS_PER_EPOCH, evaluation, figures, make_s
 
 SPLIT = ["--loss.catalogue", "split"]
 WORDS = ["--model.dropout", "0", "--model.lru_dropout", "0", "--train.epochs", "2"]
-WITH_IDS = ["--model.id_table", "true", "--loss.temperatures", "[0.5, 2]", "--loss.size_weights", "[1, 3]"]
+WITH_IDS = [
+    *("--model.id_table", "true", "--loss.temperatures", "[0.5, 2]", "--loss.size_weights", "[1, 3]"),
+    *("--loss.distillation", "0.5", "--loss.teacher_temperature", "2"),
+]
 FIGURES = ("loss", "loss@4", "loss@8", "grad_norm", "lr")
 
 
