@@ -36,7 +36,19 @@ RESTART_PATIENCE_S = 150.0
 FIXED = {
     "data": ("max_length", "windows"),
     "store": ("feature_mode",),
-    "model": ("sizes", "depth", "dropout", "lru_dropout", "r_min", "r_max", "features", "id_table", "feature_scale"),
+    "model": (
+        "sizes",
+        "depth",
+        "dropout",
+        "lru_dropout",
+        "r_min",
+        "r_max",
+        "input_norm",
+        "output_norm",
+        "features",
+        "id_table",
+        "feature_scale",
+    ),
     "loss": (
         "predict_first",
         "size_weights",
