@@ -245,7 +245,7 @@ def step_of(
     """The step of a configuration. ``positions`` are those of the whole batch."""
     loss, lanes = config.loss, config.train.num_lanes
     drawn = 0 if loss.negatives == "in_batch" else loss.num_negatives
-    others = -(-positions // lanes) if loss.negatives in ("in_batch", "mixed") else 0
+    others = -(-positions // lanes) if loss.negatives in ("in_batch", "mixed", "stratified") else 0
     own_lanes = -(-lanes // num_ranks)
     micro_batches = min(config.train.micro_batches, own_lanes)  # others are empty
     lanes_at_once = -(-own_lanes // micro_batches)

@@ -219,8 +219,8 @@ class LossConfig:
     # whole: each rank scores all items | split: each scores a slice of them, for all ranks; for the full softmax
     catalogue: Literal["whole", "split"] = "whole"
     # uniform: drawn from all items | popularity: drawn by training counts | in_batch: the batch's targets | mixed:
-    # uniform and in_batch
-    negatives: Literal["uniform", "popularity", "in_batch", "mixed"] = "uniform"
+    # uniform and in_batch | stratified: the batch's targets exactly, and uniform ones that stand for all others
+    negatives: Literal["uniform", "popularity", "in_batch", "mixed", "stratified"] = "uniform"
     num_negatives: PositiveInt = 256  # negatives drawn per lane; in_batch draws none
     popularity_power: Annotated[float, Limits(0, 2)] = 0.75  # popularity is (train_count + 1)^power; 0 is uniform
     # lane: a position's negatives are those of its lane | batch: those of the whole global batch

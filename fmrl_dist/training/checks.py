@@ -87,9 +87,9 @@ def check_inline(config: Config, store: Store) -> None:
     loss = config.loss
     found = "full" if loss.softmax == "full" else loss.negatives
     require(
-        found in ("uniform", "in_batch", "mixed"),
+        found in ("uniform", "in_batch", "mixed", "stratified"),
         f"store.feature_mode is inline, and the softmax is {found}; expected loss.softmax sampled with negatives "
-        f"uniform, in_batch or mixed, {mend}",
+        f"uniform, in_batch, mixed or stratified, {mend}",
     )
     require(not config.model.id_table, f"store.feature_mode is inline and model.id_table is on; turn it off, {mend}")
 

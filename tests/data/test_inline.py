@@ -65,7 +65,7 @@ from tests.fixtures.training import (
     write_shop,
 )
 
-KINDS = ["uniform", "in_batch", "mixed"]
+KINDS = ["uniform", "in_batch", "mixed", "stratified"]
 DIMS = FEATURE_DIMS | {"words": 3}
 NUM_DRAWN = 5
 CPU = torch.device("cpu")
