@@ -91,6 +91,7 @@ def test_wrong_type(raw: Any, message: str, tmp_path: Path) -> None:
     [
         ({"model": {"sizes": []}}, "model.sizes is empty"),
         ({"model": {"sizes": [8, 8, 128]}}, "model.sizes [8, 8, 128] do not increase"),
+        ({"model": {"sizes": [4] * 10_000}}, "model.sizes has 10,000 numbers; expected at most 64"),
         ({"model": {"sizes": [16, 8]}}, "model.sizes [16, 8] do not increase"),
         ({"model": {"sizes": [2, 128]}}, "model.sizes [2, 128] have a chunk of 2 channels"),
         ({"model": {"sizes": [8, 11, 128]}}, "model.sizes [8, 11, 128] have a chunk of 3 channels"),

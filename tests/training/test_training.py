@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
+from fmrl_dist.base.errors import EXIT_USER_ERROR, UserError
 from fmrl_dist.config.loading import DEMO_CONFIG, load_config
 from fmrl_dist.data.item_table import load_item_table
 from fmrl_dist.data.order import Order
@@ -279,7 +280,7 @@ def test_evaluation_of_the_shorter_run_does_not_stay(shop: Path, tmp_path: Path)
     run = train_here(shop, tmp_path / "run", "--train.max_steps", 2)
     overwrite_weights(run, factor=1e30)
     assert (run / "evaluation.json").exists()
-    with pytest.raises(FloatingPointError):
+    with pytest.raises(UserError, match="is not finite"):
         train_here(shop, run, "--train.max_steps", 4, "--resume", "auto")
     assert not (run / "evaluation.json").exists()
 
@@ -377,7 +378,7 @@ def test_loss_that_is_not_finite_stops_and_leaves_the_best(log_every_steps: int,
     checkpoints = {path: path.read_bytes() for path in (run / "checkpoints").rglob("*.*") if path.is_file()}
     log = (run / "metrics.jsonl").read_text()
     users = r"users of the batch: \[\d+(, \d+){7}\]"
-    with pytest.raises(FloatingPointError, match=rf"step 17, rank 0: loss is not finite; {users}"):
+    with pytest.raises(UserError, match=rf"step 17, rank 0: loss is not finite; {users}"):
         train_here(shop, run, "--resume", "auto", "--train.log_every_steps", log_every_steps)
     assert {path: path.read_bytes() for path in (run / "checkpoints").rglob("*.*") if path.is_file()} == checkpoints
     assert (run / "metrics.jsonl").read_text() == log
@@ -427,6 +428,6 @@ def test_a_step_waits_for_one_exchange(shop: Path, tmp_path: Path, monkeypatch: 
 
 def test_learning_rate_that_explodes_ends_the_command(shop: Path, tmp_path: Path) -> None:
     result = run_module("fmrl_dist.train", "--config", shop, "--run.dir", tmp_path / "run", "--train.lr", "1e30")
-    assert result.returncode == 1
-    assert re.search(r"FloatingPointError: step 2, rank 0: \w+ is not finite", result.stderr)
+    assert result.returncode == EXIT_USER_ERROR
+    assert re.fullmatch(r"error: step 2, rank 0: \w+ is not finite.*; lower train.lr, or look .*\n", result.stderr)
     assert [record["step"] for record in records(tmp_path / "run")] == [1]
