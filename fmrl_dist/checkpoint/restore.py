@@ -90,7 +90,7 @@ def check_features(store: Store, checkpoint: Checkpoint) -> None:
     found = feature_encoders(store)
     for name in checkpoint.features:
         differences = encoder_differences(checkpoint.feature_encoders.get(name, found[name]), found[name])
-        mend = "with the same settings"
+        mend = "with the same settings,"
         if name in store.manifest.fits and any(difference.startswith("revision ") for difference in differences):
             trained_on = checkpoint.config.get("store", {}).get("path", "the run's store")
             mend = f"with data.features.{name}.fit: {trained_on}, which keeps the fit,"

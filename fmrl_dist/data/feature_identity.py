@@ -31,20 +31,22 @@ def encoder_differences(trained_on: MadeBy, found: MadeBy) -> list[str]:
     Names of models, which may be paths, count only where a recipe is missing; what older versions did not record is
     not compared.
     """
-    if isinstance(trained_on, str) or isinstance(found, str):
-        texts = [made_by if isinstance(made_by, str) else _as_text(made_by) for made_by in (trained_on, found)]
-        return [] if texts[0] == texts[1] else [f"it was {shown(texts[0])}, now {shown(texts[1])}"]
-    if trained_on["encoder"] == found["encoder"] == NPY:
+    if not (isinstance(trained_on, dict) and isinstance(found, dict)):
+        there, here = _as_text(trained_on), _as_text(found)
+        return [] if there == here else [f"it was {shown(there)}, now {shown(here)}"]
+    if trained_on.get("encoder") == found.get("encoder") == NPY:
         return []
-    pairs = {"revision": (trained_on["revision"], found["revision"])}
-    if "recipe" in trained_on and "recipe" in found:
-        before, now = trained_on["recipe"], found["recipe"]
+    pairs = {"revision": (trained_on.get("revision"), found.get("revision"))}
+    before, now = trained_on.get("recipe"), found.get("recipe")
+    if isinstance(before, dict) and isinstance(now, dict):
         pairs |= {key: (before.get(key), now.get(key)) for key in sorted(before.keys() | now.keys())}
     else:
-        pairs["encoder"] = (trained_on["encoder"], found["encoder"])
+        pairs["encoder"] = (trained_on.get("encoder"), found.get("encoder"))
     return [f"{key} was {shown(there)}, now {shown(here)}" for key, (there, here) in pairs.items() if there != here]
 
 
-def _as_text(made_by: dict[str, Any]) -> str:
+def _as_text(made_by: MadeBy) -> str:
     """As older versions recorded it."""
-    return NPY if made_by["encoder"] == NPY else f"{made_by['encoder']} {made_by['revision']}"
+    if not isinstance(made_by, dict):
+        return str(made_by)
+    return NPY if made_by.get("encoder") == NPY else f"{made_by.get('encoder')} {made_by.get('revision')}"

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
+from threadpoolctl import threadpool_limits
 
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.urls import hide_credentials
@@ -77,7 +78,8 @@ class TfidfFit:
                 f"its dim is {dim} but the texts give a matrix of {matrix.shape[0]} items and {matrix.shape[1]} terms; "
                 f"expected at most {min(matrix.shape)}"
             )
-        svd = TruncatedSVD(dim, random_state=SVD_SEED).fit(matrix)
+        with threadpool_limits(1):  # so that the fit's last bits, and its hash, do not depend on the number of threads
+            svd = TruncatedSVD(dim, random_state=SVD_SEED).fit(matrix)
         terms = [str(term) for term in vectorizer.get_feature_names_out()]
         return cls(terms, vectorizer.idf_, np.ascontiguousarray(svd.components_.T, np.float32), template)
 
