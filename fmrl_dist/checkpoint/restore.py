@@ -12,7 +12,7 @@ from fmrl_dist.config.sections import Config, ModelConfig
 from fmrl_dist.data.feature_identity import encoder_differences, feature_encoders
 from fmrl_dist.data.item_table import ItemTable, feature_dims, load_item_table
 from fmrl_dist.data.store.built_from import list_differences
-from fmrl_dist.data.store.manifest import VOCAB_FILE
+from fmrl_dist.data.store.manifest import VOCAB_FILE, fit_file
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.vocabulary import external_ids, rows_of
 from fmrl_dist.model.embed_catalogue import embed_catalogue
@@ -92,8 +92,9 @@ def check_features(store: Store, checkpoint: Checkpoint) -> None:
         differences = encoder_differences(checkpoint.feature_encoders.get(name, found[name]), found[name])
         mend = "with the same settings,"
         if name in store.manifest.fits and any(difference.startswith("revision ") for difference in differences):
-            trained_on = checkpoint.config.get("store", {}).get("path", "the run's store")
-            mend = f"with data.features.{name}.fit: {trained_on}, which keeps the fit,"
+            run = checkpoint.path.parent.parent
+            place = run if (run / fit_file(name)).is_file() else "the run, or its store"
+            mend = f"with data.features.{name}.fit: {place}, which keeps the fit,"
         require(
             not differences,
             f"checkpoint {checkpoint.path} was trained on another feature {name!r} than that of store "

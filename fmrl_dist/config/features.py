@@ -35,7 +35,7 @@ class TfidfFeature:
     source: Literal["tfidf"] = "tfidf"  # TF-IDF and SVD
     dim: NonNegativeInt = 0  # dimensions that the SVD keeps, at least 1; required
     text: tuple[str, ...] = ()  # parts of the item text; [] for data.text
-    # store (folder or URL) or export whose fit of this feature is taken, so that its axes are theirs; "": fit anew
+    # store (folder or URL), run or export whose fit of this feature is taken, so that its axes are theirs; "": fit anew
     fit: str = ""
 
     def check(self, key: str) -> None:

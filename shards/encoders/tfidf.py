@@ -172,7 +172,7 @@ def _checked(name: str, config: TfidfFeature, data: bytes, template: dict[str, A
     try:
         fit = TfidfFit.from_bytes(data)
     except ValueError as error:
-        raise UserError(f"{where} {error}; name a store or export of this version") from None
+        raise UserError(f"{where} {error}; name a store, run or export of this version") from None
     dim = fit.projection.shape[1]
     require(dim == config.dim, f"{where} has dim {dim}, the config {config.dim}; set data.features.{name}.dim to {dim}")
     for key, value in template.items():

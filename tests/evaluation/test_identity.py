@@ -165,9 +165,7 @@ def test_a_catalogue_that_grew_has_other_axes(
     words = ("--checkpoint", text_run, "--store", other.path)
     for line in (refusal(evaluate.main, *words, "--threads", 1), refusal(export.main, *words, "--size", 8)):
         assert f"was trained on another feature 'text' than that of store {other.path}: revision was '" in line
-        assert (
-            f"; build the store with data.features.text.fit: {text_store.path}, which keeps the fit, or train" in line
-        )
+        assert f"; build the store with data.features.text.fit: {text_run}, which keeps the fit, or train" in line
     before, after = read_items(text_store, "text"), read_items(other, "text")[:NUM_ITEMS]
     assert not np.array_equal(before, after)
     init = ["--train.init", text_run, "--store.path", other.path, "--run.dir", tmp_path / "run"]
@@ -189,11 +187,15 @@ def test_a_grown_catalogue_on_the_runs_axes(
     run_here(evaluate.main, ["--checkpoint", tmp_path / "export", "--threads", 1])
     ours = evaluation(text_run, f"evaluation-on-{other.manifest.sha256[:12]}")["sizes"]["8"]
     assert evaluation(tmp_path / "export")["sizes"]["8"] == pytest.approx(ours, abs=1e-6)
-    # An export keeps the fit, so it can be built on when no store is left.
-    fit = (tmp_path / "export" / "fit-text.safetensors").read_bytes()
-    assert fit == (text_store.path / "fit-text.safetensors").read_bytes()
-    again = build_grown(shop, grown, tmp_path / "again", "--data.features.text.fit", str(tmp_path / "export"))
-    assert again.manifest.sha256 == other.manifest.sha256
+    # Run and export keep the fit, so it can be built on when the store is gone.
+    for place in (text_run, tmp_path / "export"):
+        fit = place / "fit-text.safetensors"
+        assert fit.read_bytes() == (text_store.path / fit.name).read_bytes()
+        again = build_grown(shop, grown, tmp_path / f"by-{place.name}", "--data.features.text.fit", str(place))
+        assert again.manifest.sha256 == other.manifest.sha256
+    fit.write_bytes(fit.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match="fit-text.safetensors is damaged: its sha256 is not the recorded"):
+        build_grown(shop, grown, tmp_path / "damaged", "--data.features.text.fit", str(tmp_path / "export"))
     run_here(train.main, ["--config", shop, *TEXTS, "--train.init", text_run, "--store.path", other.path,
                           "--run.dir", tmp_path / "run", "--train.max_steps", 1])  # fmt: skip
 

@@ -200,8 +200,8 @@ def test_fits_that_do_not_match_are_refused(fitted: Path, tmp_path: Path) -> Non
         (words_config(fitted, "other", store, dim=2), "has dim 3, the config 2; set data.features.words.dim to 3"),
         (words_config(fitted, "other", store, text=["{brand}"]), "was fitted to texts with text .* make them the same"),
         (words_config(fitted, "other", str(older.path)), "keeps no fit of a feature 'words'"),
-        (words_config(fitted, "other", str(tmp_path / "empty")), "neither a store nor an export with a fit"),
-        (words_config(fitted, "other", str(tmp_path / "nowhere")), "neither a store nor an export with a fit"),
+        (words_config(fitted, "other", str(tmp_path / "empty")), "is no store, run or export with a fit"),
+        (words_config(fitted, "other", str(tmp_path / "nowhere")), "is no store, run or export with a fit"),
     ):
         with pytest.raises(UserError, match=words) as refused:
             build_store(config)
