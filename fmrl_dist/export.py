@@ -13,6 +13,7 @@ from fmrl_dist.checkpoint.restore import build_recommender
 from fmrl_dist.checkpoint.run_folder import run_of_best
 from fmrl_dist.config.command_line import CommandParser
 from fmrl_dist.config.loading import config_from_dict
+from fmrl_dist.data.feature_identity import feature_encoders
 from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.data.store.reader import Store
 
@@ -32,7 +33,9 @@ def main(argv: list[str]) -> None:
     check_output(output, arguments.overwrite)
     store = Store.open(arguments.store or config.store.path, config.store)
     recommender = build_recommender(checkpoint, config, store, torch.device("cpu"), arguments.size)
-    write_export(recommender, output, store.read_table(VOCAB_FILE))
+    encoders = {name: made_by for name, made_by in feature_encoders(store).items() if name in checkpoint.features}
+    fits = {name: store.read_fit(name) for name in store.manifest.fits if name in checkpoint.features}
+    write_export(recommender, output, store.read_table(VOCAB_FILE), encoders, fits)
     num_parameters = sum(parameter.numel() for parameter in recommender.model.parameters())
     print(f"size {arguments.size}: {num_parameters:,} parameters, {len(recommender.items):,} items")
     print(file_table(output))
@@ -49,7 +52,8 @@ def default_output(checkpoint: Checkpoint, size: int) -> Path:
 
 def file_table(folder: Path) -> str:
     """Bytes of each file of an export, and in total."""
-    rows = [((folder / name).stat().st_size, name) for name in FILES]
+    fits = sorted(path.name for path in folder.glob("fit-*.safetensors"))
+    rows = [((folder / name).stat().st_size, name) for name in (*FILES, *fits)]
     rows.append((sum(num_bytes for num_bytes, _ in rows), "total"))
     return "\n".join(f"{num_bytes:>15,} bytes  {name}" for num_bytes, name in rows)
 

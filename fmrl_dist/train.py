@@ -26,6 +26,7 @@ from fmrl_dist.checkpoint.folder import Checkpoint, TrainState, linked_checkpoin
 from fmrl_dist.checkpoint.run_folder import (
     FINAL_EVALUATION,
     claimed_run_folder,
+    files_of_store,
     is_finished,
     mark_finished,
     open_run,
@@ -41,7 +42,6 @@ from fmrl_dist.data.feed import BatchFeed
 from fmrl_dist.data.item_table import feature_dims
 from fmrl_dist.data.negatives import NegativeSampler, make_sampler
 from fmrl_dist.data.order import Order
-from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.streamed_negatives import StreamedNegatives
 from fmrl_dist.data.train_stream import TrainStream
@@ -52,7 +52,7 @@ from fmrl_dist.evaluation.histograms import EvaluationProtocol, count_target_ran
 from fmrl_dist.evaluation.ranker import ranker_of_checkpoint
 from fmrl_dist.evaluation.report import EvaluatedModel, figures, print_and_write
 from fmrl_dist.training.agreement import StepResult, agree, count_targets, stop_if_not_finite
-from fmrl_dist.training.checks import check_inline, check_something_tells_items_apart
+from fmrl_dist.training.checks import check_inline, check_something_tells_items_apart, note_on_other_config
 from fmrl_dist.training.demo_store import build_missing_demo_store
 from fmrl_dist.training.learner import Learner, prepare_learner, save
 from fmrl_dist.training.logbook import Logbook
@@ -99,6 +99,8 @@ def train_and_evaluate(config: Config, runtime: Runtime, resume: str | None, sto
         )
     check_inline(config, store)
     check_something_tells_items_apart(config, store)
+    if note := note_on_other_config(config, store):
+        runtime.say(note)
     runtime.require_same("store", store.manifest.sha256)
     checkpoint = open_run(config, resume, store.manifest.sha256, runtime.say)
     if runtime.is_main:
@@ -149,8 +151,9 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest, cl
     stopped = False  # by a signal, as agreed by all processes
     result: StepResult | None = None
 
-    vocabulary = run.store.read_table(VOCAB_FILE) if config.model.id_table and runtime.is_main else None
-    claim.enter_context(claimed_run_folder(run.folder, config, runtime, vocabulary))
+    features = model.encoder.feature_dims
+    store_files = files_of_store(run.store, features, config.model.id_table) if runtime.is_main else {}
+    claim.enter_context(claimed_run_folder(run.folder, config, runtime, store_files))
     with (
         Logbook(
             run.folder,

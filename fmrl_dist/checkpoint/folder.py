@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import file_sha256, flush, json_sha256
+from fmrl_dist.data.feature_identity import MadeBy
 
 CHECKPOINT_VERSION = 3
 RECORD_FILE = "state.json"
@@ -69,7 +70,7 @@ class Checkpoint:
     features: dict[str, int]  # feature → dim, as the model was built
     num_items: int
     manifest_sha256: str
-    feature_encoders: dict[str, str]  # what made each feature of the store; empty in older checkpoints
+    feature_encoders: dict[str, MadeBy]  # what made each feature of the store; empty in older checkpoints
     sha256: str  # of its record, which contains the hashes of its tensors
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,8 @@ from fmrl_dist.checkpoint.folder import (
 )
 from fmrl_dist.config.loading import config_from_dict
 from fmrl_dist.config.sections import Config
-from fmrl_dist.data.store.manifest import VOCAB_FILE
+from fmrl_dist.data.store.manifest import VOCAB_FILE, fit_file
+from fmrl_dist.data.store.reader import Store
 from fmrl_dist.distributed.processes import Runtime
 
 LOCK_FILE = ".lock"
@@ -165,7 +166,7 @@ def locked(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
 
 @contextmanager
 def claimed_run_folder(
-    folder: Path, config: Config, runtime: Runtime, vocabulary: bytes | None = None
+    folder: Path, config: Config, runtime: Runtime, store_files: Mapping[str, bytes]
 ) -> Iterator[None]:
     """Claim the run's folder, once nothing can be refused any more, and clear its mark that the run is finished.
 
@@ -173,7 +174,7 @@ def claimed_run_folder(
         folder: of the run.
         config: of the run, kept in it.
         runtime: this process and its group.
-        vocabulary: the store's, kept with a run whose id table belongs to its items; None for another.
+        store_files: :func:`files_of_store`, to be kept in it; only rank 0 needs them.
 
     Raises:
         UserError: on every rank; another run is training into it.
@@ -191,11 +192,26 @@ def claimed_run_folder(
             raise UserError(refusal or f"another run is training into {folder}")
         if runtime.is_main:
             write_atomically(folder / "config.yaml", config.to_yaml().encode())
-            if vocabulary is not None:
-                write_atomically(folder / VOCAB_FILE, vocabulary)
+            for name, data in store_files.items():
+                write_atomically(folder / name, data)
             (folder / FINISHED_FILE).unlink(missing_ok=True)
             (folder / FINAL_EVALUATION).unlink(missing_ok=True)
         yield
+
+
+def files_of_store(store: Store, features: Iterable[str], has_id_table: bool) -> dict[str, bytes]:
+    """What a run keeps of its store, by file name: it says what the run's weights mean when the store is built again.
+
+    Args:
+        store: that it trains on.
+        features: that its model reads; the fits of those that were fitted.
+        has_id_table: then also the vocabulary, which says whose rows it has.
+
+    Raises:
+        UserError: one of them is missing or damaged.
+    """
+    files = {fit_file(name): store.read_fit(name) for name in features if name in store.manifest.fits}
+    return files | ({VOCAB_FILE: store.read_table(VOCAB_FILE)} if has_id_table else {})
 
 
 def evaluation_file(split: str, mask_seen: bool, other_manifest: str = "") -> str:

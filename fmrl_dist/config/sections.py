@@ -361,9 +361,12 @@ class Config:
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as they may be printed and recorded: a store's URL without its credentials."""
+        """Plain values, as they may be printed and recorded: URLs of stores without their credentials."""
         values = json.loads(json.dumps(dataclasses.asdict(self)))
         values["store"]["path"] = hide_credentials(self.store.path)
+        for feature in values["data"]["features"].values():
+            if "fit" in feature:
+                feature["fit"] = hide_credentials(feature["fit"])
         return typing.cast(dict[str, Any], values)
 
     def to_yaml(self) -> str:

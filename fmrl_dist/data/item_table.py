@@ -78,14 +78,6 @@ def load_item_table(store: Store, features: Sequence[str] | None) -> ItemTable:
         ) from None
 
 
-def feature_encoders(store: Store) -> dict[str, str]:
-    """What made each feature of a store: encoder and revision, which with a fitted one name what it was fitted on.
-
-    A precomputed array says nothing of what made it, and its hash is another for every catalogue: "npy".
-    """
-    return {f.name: "npy" if f.encoder == "npy" else f"{f.encoder} {f.revision}" for f in store.manifest.features}
-
-
 def feature_dims(store: Store, features: Sequence[str] | None) -> dict[str, int]:
     """Dims of some features of a store, in this order; None for all of them.
 

@@ -10,7 +10,9 @@ import hashlib
 import io
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ import pyarrow as pa
 from PIL import Image, ImageOps
 
 from fmrl_dist.base.errors import UserError
+from fmrl_dist.base.files import file_sha256
 from fmrl_dist.config.features import ImageFeature
 from shards.tables.item_ids import ItemIds, as_ids
 from shards.tables.raw_tables import BATCH_ROWS, open_parquet, read_batches, read_table
@@ -26,6 +29,7 @@ DECODING = 2  # raise it when decode_image gives other pixels: finished blocks o
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 64_000_000  # of one image file
+FILES_AT_ONCE = 8  # that are hashed: on a network file system, opening one takes longer than reading it
 MAX_ASPECT = 100  # long side to short side: resized to a short side of hundreds, a line would fill the memory
 
 
@@ -44,7 +48,6 @@ class ImageTable:
     path: Path
     column: str  # of the images
     items: np.ndarray  # int64 [rows], internal ids; -1 where the item is not in the item table
-    holds_names: bool  # file names, not bytes
 
     @classmethod
     def open(cls, config: ImageFeature, root: Path, ids: ItemIds) -> ImageTable:
@@ -56,13 +59,12 @@ class ImageTable:
         path = root / config.path
         with open_parquet(path, [config.id, config.image]) as table:
             kind = table.schema_arrow.field(config.image).type
-        holds_names = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-        if not (holds_names or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        if not (_is_text(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
             raise UserError(
                 f"column {config.image!r} of {path} is of type {kind}; expected encoded image bytes or file names"
             )
         external = read_table(path, [config.id], ids=[config.id])[config.id]
-        return cls(path, config.image, ids.find(as_ids(external, f"column {config.id!r} of {path}")), holds_names)
+        return cls(path, config.image, ids.find(as_ids(external, f"column {config.id!r} of {path}")))
 
     @property
     def folder(self) -> Path:
@@ -80,17 +82,33 @@ class ImageTable:
             yield ImageRows(self.items[low : low + batch.num_rows], batch[self.column].to_pylist())
             low += batch.num_rows
 
-    def sha256(self) -> str:
-        """Digest of which item has which image: covers the table, and the sizes of the files that it names."""
-        with self.path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256")
-        digest.update(self.items.tobytes())
-        if self.holds_names:
-            for rows in self.rows(BATCH_ROWS):
-                for name in rows.images:
-                    path = _file_below(self.folder, str(name))
-                    digest.update(f"{path.stat().st_size if path else -1}\n".encode())
+
+def images_sha256(path: Path, column: str) -> str:
+    """Digest of a table of images: of its file, and of every image file that it names.
+
+    Raises:
+        UserError: missing file or column.
+    """
+    with open_parquet(path, [column]) as table:
+        kind = table.schema_arrow.field(column).type
+    digest = hashlib.sha256(bytes.fromhex(file_sha256(path)))
+    if not _is_text(kind):
         return digest.hexdigest()
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        for batch in read_batches(path, [column], rows_at_once=BATCH_ROWS).batches:
+            names = batch[column].to_pylist()
+            for one in pool.map(partial(_image_file_sha256, path.parent), names):
+                digest.update(one)
+    return digest.hexdigest()
+
+
+def _image_file_sha256(folder: Path, name: str | None) -> bytes:
+    """As the encoders see it: a file that is missing or too large is as good as an empty one."""
+    return hashlib.sha256((name and read_image_file(folder, name)) or b"").digest()
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def read_image(folder: Path, image: bytes | str | None) -> bytes | None:

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 
 from fmrl_dist.base.errors import UserError
-from fmrl_dist.base.files import file_sha256
 from fmrl_dist.config.features import NpyFeature
 from shards.encoders.item_feature import ItemFeature
 
@@ -16,16 +15,14 @@ FLOAT16_TINY = 2.0**-14  # smaller numbers lose digits, below 2**-25 all of them
 VALUES_AT_ONCE = 1 << 22  # that are checked together
 
 
-def read_precomputed(name: str, config: NpyFeature, root: Path, num_items: int) -> ItemFeature:
-    """The array of feature ``name``; row = internal id.
+def read_precomputed(name: str, config: NpyFeature, root: Path, num_items: int, sha256: str) -> ItemFeature:
+    """The array of feature ``name``; row = internal id. ``sha256`` is its file's.
 
     Raises:
         UserError: the file cannot be read, does not fit the items or ``config.dim``, or holds numbers that are not
             finite, or too large or too small for float16.
     """
     path = root / config.path
-    if not path.is_file():
-        raise UserError(f"feature {name!r}: {path} does not exist; check data.root and data.features.{name}.path")
     try:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
@@ -45,7 +42,7 @@ def read_precomputed(name: str, config: NpyFeature, root: Path, num_items: int) 
             "set dim to 0"
         )
     _check_values(name, path, rows)
-    return ItemFeature(name, rows, np.ones(num_items, bool), encoder="npy", revision=file_sha256(path))
+    return ItemFeature(name, rows, np.ones(num_items, bool), encoder="npy", revision=sha256, recipe={})
 
 
 def _check_values(name: str, path: Path, rows: np.ndarray) -> None:

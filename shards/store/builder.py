@@ -7,6 +7,7 @@ build reuses them. The same input gives the same shards and the same manifest ha
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,15 @@ from fmrl_dist.base.urls import hide_credentials, is_url
 from fmrl_dist.config.features import TextFeature
 from fmrl_dist.config.sections import Config, DataConfig
 from fmrl_dist.data.store.files import FILE_NAME
-from fmrl_dist.data.store.manifest import MANIFEST_FILE, SCHEMA_VERSION, SPLITS, USERS_FILE, VOCAB_FILE, Manifest
+from fmrl_dist.data.store.manifest import (
+    MANIFEST_FILE,
+    SCHEMA_VERSION,
+    SPLITS,
+    USERS_FILE,
+    VOCAB_FILE,
+    Manifest,
+    fit_file,
+)
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.store.tables import rows_sha256
 from shards.encoders.encoded_blocks import encoding_folder
@@ -34,6 +43,7 @@ from shards.encoders.item_feature import ItemFeature
 from shards.encoders.item_text import template_columns
 from shards.encoders.sources import make_feature
 from shards.store.block_writer import BlockWriter
+from shards.store.inputs import input_files, record
 from shards.store.leave_one_out import LeaveOneOutWriter, SplitBlocks, train_counts
 from shards.store.parquet_tables import users_table, vocab_table
 from shards.store.user_blocks import BlockFields, UserBlocks
@@ -56,7 +66,7 @@ def build_store(config: Config, overwrite: bool = False) -> tuple[Store, list[It
     )
     target = Path(config.store.path).resolve()
     _check_target(target, overwrite)
-    _make_demo_data(config.data)
+    make_demo_data(config.data)
     with replaced_folder(target) as aside:
         features = _write_store(config, aside, encoding_folder(target))
     shutil.rmtree(encoding_folder(target), ignore_errors=True)
@@ -86,7 +96,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise UserError(f"store {target} exists; keep it, or build it again with --overwrite")
 
 
-def _make_demo_data(data: DataConfig) -> None:
+def make_demo_data(data: DataConfig) -> None:
     """Generate the demo's raw tables; those of the same size and seed are kept."""
     if data.demo is not None:
         from shards.demo.folder import write_demo  # needs Pillow, which other builds do without
@@ -145,7 +155,8 @@ def _item_columns(data: DataConfig) -> list[str]:
 def _write_store(config: Config, folder: Path, encoding: Path) -> list[ItemFeature]:
     """Write all files of the store into ``folder``; encoders keep finished blocks in the folder ``encoding``."""
     raw = _RawData.read(config.data)
-    features = [make_feature(name, config.data, raw.items, raw.ids, encoding) for name in config.data.features]
+    files = input_files(config)
+    features = [make_feature(name, config.data, raw.items, raw.ids, encoding, files) for name in config.data.features]
     inline = config.store.feature_mode == "inline"
     with ExitStack() as stack:
         writers = {
@@ -162,6 +173,9 @@ def _write_store(config: Config, folder: Path, encoding: Path) -> list[ItemFeatu
     }
     for name, table in tables.items():
         pq.write_table(table, folder / name)
+    fits = {feature.name: feature.fit for feature in features if feature.fit}
+    for name, data in fits.items():
+        (folder / fit_file(name)).write_bytes(data)
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         num_items=raw.num_items,
@@ -174,6 +188,8 @@ def _write_store(config: Config, folder: Path, encoding: Path) -> list[ItemFeatu
         splits={split: tuple(writers[split].blocks) for split in SPLITS},
         shards=tuple(shard for writer in writers.values() for shard in writer.shards),
         tables={name: rows_sha256(table) for name, table in tables.items()},
+        fits={name: hashlib.sha256(data).hexdigest() for name, data in fits.items()},
+        built_from=record(config, files, features),
     )
     (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return features

@@ -16,7 +16,16 @@ import pyarrow.parquet as pq
 
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.progress import Progress
-from fmrl_dist.data.store.manifest import MANIFEST_FILE, SPLITS, USERS_FILE, VOCAB_FILE, Block, Manifest, Shard
+from fmrl_dist.data.store.manifest import (
+    MANIFEST_FILE,
+    SPLITS,
+    USERS_FILE,
+    VOCAB_FILE,
+    Block,
+    Manifest,
+    Shard,
+    fit_file,
+)
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.store.tables import rows_sha256
 
@@ -47,6 +56,11 @@ def store_problems(store: Store) -> Iterator[str]:
     yield from items.problems()
     yield from _split_problems(manifest, users)
     yield from _table_problems(store, users["train"].train_count)
+    for feature in manifest.fits:
+        try:
+            store.read_fit(feature)
+        except UserError as error:
+            yield str(error)
 
 
 def _blocks_by_shard(manifest: Manifest) -> dict[str, list[Block]]:
@@ -58,6 +72,7 @@ def _blocks_by_shard(manifest: Manifest) -> dict[str, list[Block]]:
 
 def _folder_problems(store: Store) -> Iterator[str]:
     known = {MANIFEST_FILE, VOCAB_FILE, USERS_FILE, *(shard.name for shard in store.manifest.shards)}
+    known |= {fit_file(feature) for feature in store.manifest.fits}
     for name in store.files.names() or ():  # a URL cannot be listed: there, only files of the manifest are checked
         if name not in known:
             yield f"{name}: not in the manifest"

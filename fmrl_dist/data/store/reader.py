@@ -12,6 +12,7 @@ Cost: one open (or request), one read and one sha256 (about 1 GB/s) per block.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,7 @@ from fmrl_dist.config.sections import StoreConfig
 from fmrl_dist.data.store.block_arrays import item_problems, parse_block, user_problems
 from fmrl_dist.data.store.cache import RangeCache
 from fmrl_dist.data.store.files import LocalFiles, SourceError, StoreFiles
-from fmrl_dist.data.store.manifest import MANIFEST_FILE, SHARD_NAME, Block, Manifest
+from fmrl_dist.data.store.manifest import MANIFEST_FILE, SHARD_NAME, Block, Manifest, fit_file
 from fmrl_dist.data.store.remote import RemoteFiles, checked_url, default_cache_folder
 from fmrl_dist.data.store.tables import checked_table
 
@@ -186,6 +187,26 @@ class Store:
             raise UserError(f"store {self.location} has no {name}; build the store again") from None
         except UserError as error:
             raise UserError(f"store {self.location}: {error}") from None
+
+    def read_fit(self, feature: str) -> bytes:
+        """The file that holds what a feature was fitted to, held against the manifest.
+
+        Raises:
+            UserError: it is missing, cannot be fetched or is damaged.
+        """
+        name, expected = fit_file(feature), self.manifest.fits[feature]
+
+        def checked(data: bytes) -> bytes:
+            if hashlib.sha256(data).hexdigest() != expected:
+                raise UserError(f"{name} is damaged: its sha256 is not the manifest's {expected[:12]}")
+            return data
+
+        try:
+            return self.files.read(name, checked)
+        except FileNotFoundError:
+            raise UserError(f"store {self.location} has no {name}; build the store again") from None
+        except UserError as error:
+            raise UserError(f"store {self.location}: {error}; build the store again") from None
 
 
 def check_lost_users(num_lost: int, num_users: int, split: str, store: Store) -> None:

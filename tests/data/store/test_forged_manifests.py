@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmrl_dist.base.errors import UserError
-from fmrl_dist.base.files import json_sha256
-from fmrl_dist.data.store.manifest import Manifest
+from fmrl_dist.data.store.manifest import Manifest, manifest_sha256
 from tests.fixtures.damaged_stores import is_refused_by_verify, outcome, write_files
 
 pytestmark = [pytest.mark.filterwarnings("error::ResourceWarning"), pytest.mark.usefixtures("no_flush")]
@@ -56,6 +55,13 @@ MANIFEST_CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "version": lambda m: m.update(schema_version=99),
     "nested version": lambda m: m.update(schema_version=[[1]]),
     "tables": lambda m: m["tables"].update({"/etc/passwd": ""}),
+    "recipe": lambda m: m["features"][0].update(recipe=None),
+    "fits": lambda m: m.update(fits=[]),
+    "fit of no feature": lambda m: m["fits"].update({"../vector": "0" * 64}),
+    "fit's hash": lambda m: m["fits"].update({m["features"][0]["name"]: "../../etc/passwd"}),
+    "no record": lambda m: m.update(built_from=None),
+    "a part of the record": lambda m: m["built_from"].pop("files"),
+    "another record": lambda m: m["built_from"]["keys"].update({"store.users_per_block": 1}),
 }
 
 
@@ -64,7 +70,7 @@ def test_forged_manifests(change: Callable[[dict[str, Any]], Any], files: dict[s
     raw = json.loads(files["manifest.json"])
     del raw["sha256"]
     change(raw)
-    text = json.dumps(raw | {"sha256": json_sha256(raw)})
+    text = json.dumps(raw | {"sha256": manifest_sha256(raw)})
     folder = write_files(tmp_path / "store", files | {"manifest.json": text.encode()})
     assert outcome(folder).startswith("refused: ")
     assert is_refused_by_verify(folder)

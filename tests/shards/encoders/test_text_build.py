@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +17,8 @@ import yaml
 from fmrl_dist.config.loading import load_config
 from fmrl_dist.data.store.reader import Store
 from shards.build import main
+from shards.encoders import compute
+from shards.encoders.compute import choose_compute
 from shards.encoders.encoded_blocks import encoding_folder
 from shards.encoders.text_encoder import BLOCK_ITEMS
 from shards.store.builder import build_store
@@ -89,6 +92,38 @@ def test_a_killed_build_is_resumed(shop: Path) -> None:
     assert not encoding_folder(shop / "killed").exists()
     (info,) = undisturbed.manifest.features
     assert (info.encoder, len(info.revision)) == (f"transformers:{shop / 'model'} cls 40", 64)
+
+
+def test_a_store_is_kept_if_the_encoder_is_the_same(
+    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model is what its files hold; ``auto`` keeps what it chose on any machine; a hub is not asked."""
+    write_text_model(tmp_path / "model")
+    pq.write_table(pa.table({"item_id": range(4), "title": random_texts(4)}), tmp_path / "items.parquet")
+    write_histories(tmp_path / "sequences.parquet", {"u": [1, 2, 3]})
+    keep = ["--config", str(write_config(tmp_path, "store")), "--keep"]
+    monkeypatch.setattr(compute, "_multiplies_bf16", lambda device: True)
+    main(keep)
+    record = Store.open(tmp_path / "store").manifest.built_from
+    assert record is not None and record.keys["data.features.text.precision"] == "bf16"
+    assert record.made_with["device of text"] == choose_compute("auto").device.type
+    monkeypatch.setattr(compute, "_multiplies_bf16", lambda device: False)
+    shutil.copytree(tmp_path / "model", tmp_path / "moved")
+    of_text = "--data.features.text"
+    for same in ([], [f"{of_text}.model", tmp_path / "moved"], [f"{of_text}.batch_tokens", 99]):
+        capsys.readouterr()
+        main([*keep, *map(str, same)])
+        assert capsys.readouterr().out.startswith("kept ")
+    (tmp_path / "moved" / "tokenizer_config.json").write_text("{}")
+    model_differs = "what data.features.text.model names has the sha256 "
+    for other, words in (
+        ([f"{of_text}.precision", "fp32"], "data.features.text.precision is 'bf16', the config's 'fp32'"),
+        ([f"{of_text}.max_tokens", 39], "data.features.text.max_tokens is 40, the config's 39"),
+        ([f"{of_text}.pooling", "mean"], "data.features.text.pooling is 'cls', the config's 'mean'"),
+        ([f"{of_text}.model", tmp_path / "moved"], model_differs),
+        ([f"{of_text}.model", "somebody/model"], ", the config's none; build it again"),
+    ):
+        assert words in refusal(main, *keep, *other)
 
 
 def test_a_model_that_is_not_there_is_refused(shop: Path) -> None:
