@@ -7,6 +7,9 @@ Dropout is seeded by (seed, step, rank): a resumed run draws what the uninterrup
 
 from __future__ import annotations
 
+import fmrl_dist.base.parent_process  # noqa: F401  # first: importing torch takes seconds, and the launcher may die in them
+
+# isort: split
 import math
 import time
 from collections.abc import Sequence
@@ -35,6 +38,7 @@ from fmrl_dist.checkpoint.run_folder import (
 )
 from fmrl_dist.checkpoint.writer import CheckpointWriter
 from fmrl_dist.config.command_line import command_parser, parse_command
+from fmrl_dist.config.credentials import warn_of_credentials
 from fmrl_dist.config.sections import Config
 from fmrl_dist.data.batches import Packed
 from fmrl_dist.data.feed import BatchFeed
@@ -386,6 +390,7 @@ def main(argv: list[str]) -> None:
     parser = command_parser("fmrl_dist.train", "Train every size at once, then evaluate the best checkpoint on test.")
     parser.add_argument("--resume", metavar="auto|PATH", help="resume from the run's latest checkpoint, or from PATH")
     arguments, config = parse_command(parser, argv)
+    warn_of_credentials(argv)
     train(config, arguments.resume)
 
 

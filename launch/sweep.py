@@ -22,6 +22,7 @@ import yaml
 from fmrl_dist.base.errors import UserError, require, run_command
 from fmrl_dist.base.urls import is_url
 from fmrl_dist.config.command_line import CommandParser
+from fmrl_dist.config.credentials import refuse_credentials_in_words
 from launch.local.processes import LocalJob, end_jobs
 from launch.local.signals import ENDING, EndedBySignal, ending_signals_raise, listening
 from launch.slurm.follow import summary
@@ -91,6 +92,7 @@ class Sweep:
 
 
 def main(argv: list[str]) -> None:
+    refuse_credentials_in_words(argv)
     arguments = sweep_parser().parse_args(argv)
     local = arguments.cluster == "local"
     require(arguments.workers >= 1, f"--workers is {arguments.workers}; expected at least 1")

@@ -312,6 +312,15 @@ class RunConfig:
         check_path("run.dir", self.dir)
 
 
+def _hidden(value: Any) -> Any:
+    """Plain values with the credentials of every URL hidden."""
+    if isinstance(value, str):
+        return hide_credentials(value)
+    if isinstance(value, list):
+        return [_hidden(part) for part in value]
+    return {key: _hidden(part) for key, part in value.items()} if isinstance(value, dict) else value
+
+
 @dataclass(frozen=True)
 class Config:
     """Everything a run needs, and nothing that it does not."""
@@ -338,10 +347,10 @@ class Config:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as they may be printed and recorded: a store's URL without its credentials."""
-        values = json.loads(json.dumps(dataclasses.asdict(self)))
-        values["store"]["path"] = hide_credentials(self.store.path)
-        return typing.cast(dict[str, Any], values)
+        """Plain values, as they may be printed and recorded: URLs without their credentials."""
+        values = typing.cast(dict[str, Any], _hidden(json.loads(json.dumps(dataclasses.asdict(self)))))
+        values["data"] |= {"text": list(self.data.text), "text_separator": self.data.text_separator}  # as they are
+        return values
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)

@@ -37,10 +37,6 @@ def prepare_folder(folder: Path, space: SearchSpace) -> SearchSpace:
     """
     config = space.config()
     base = config.to_dict()
-    require(
-        base["store"]["path"] == config.store.path,
-        "store.path holds credentials, which a sweep does not record; put them into the environment (README)",
-    )
     recorded = {
         "base": str(folder / BASE),
         "study": space.study,
