@@ -154,7 +154,7 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest, cl
     result: StepResult | None = None
 
     vocabulary = run.store.read_table(VOCAB_FILE) if config.model.id_table and runtime.is_main else None
-    claim.enter_context(claimed_run_folder(run.folder, config, runtime, vocabulary))
+    claimed = claim.enter_context(claimed_run_folder(run.folder, config, runtime, vocabulary))
     with (
         Logbook(
             run.folder,
@@ -202,6 +202,7 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest, cl
                 record = step_metrics.record() | {"lr": result.lr, "grad_norm": float(result.grad_norm)}
                 # All processes see the same losses and norm here: none saves what is not finite.
                 stop_if_not_finite(runtime, state.step, result, not all(map(math.isfinite, record.values())))
+                claimed.check()
                 logbook.write({"step": state.step, "epoch": epoch, "split": "train"} | record)
                 if slow_ranks := monitor.record(state.step):
                     progress.say(slow_ranks)
@@ -212,6 +213,7 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest, cl
                 stopped = not note_validation(run, learner, state, logbook, progress, stop)
                 monitor.is_alive()
             if save_now:
+                claimed.check()
                 save(run, learner, state, writer)
                 clock.restart()
                 timer.restart()

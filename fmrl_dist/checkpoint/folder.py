@@ -84,7 +84,7 @@ def save_checkpoint(
     """Write ``folder/step-…`` and point ``latest`` at it, and ``best`` too if its evaluation is the best so far.
 
     Args:
-        folder: the run's ``checkpoints``.
+        folder: the run's ``checkpoints``; created in the run's folder, which must exist.
         state: the run's progress.
         model: the unwrapped model's state dict, on the CPU.
         optimizer: the complete AdamW state, named as by :func:`optimizer_tensors`.
@@ -97,7 +97,8 @@ def save_checkpoint(
     _prune(folder, keep)
     path = _unused_path(folder, state.step)
     aside = folder / f".{path.name}"
-    aside.mkdir(parents=True)
+    folder.mkdir(exist_ok=True)  # not its parents: a run's folder that is gone stays so
+    aside.mkdir()
     try:
         for name, tensors in zip(TENSOR_FILES, (model, optimizer), strict=True):
             _save_tensors(tensors, aside / f"{name}.safetensors")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -33,6 +34,7 @@ class Logbook:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
+            threading.excepthook = _leave_failed_writes_to_the_main_thread
             self._board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
     def write(self, record: dict[str, Any]) -> None:
@@ -51,9 +53,17 @@ class Logbook:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self._board is not None and value is None:
+            self._board.flush()  # raises what could not be written
         for sink in (self._file, self._board):
             if sink is not None:
                 sink.close()
+
+
+def _leave_failed_writes_to_the_main_thread(failure: threading.ExceptHookArgs) -> None:
+    """Print no traceback where TensorBoard's thread cannot write: the next scalar raises it in the main thread."""
+    if not (isinstance(failure.exc_value, OSError) and type(failure.thread).__module__.startswith("tensorboard.")):
+        threading.__excepthook__(failure)
 
 
 def kept_lines(path: Path, step: int, repeats_validation: bool = False) -> list[str]:
