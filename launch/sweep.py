@@ -260,7 +260,8 @@ def print_status(folder: Path) -> None:
     space, study = open_folder(folder)
     print(status_text(folder, space, study.trials()))
     if (folder / JOBS / RECORD).exists() and has_slurm():
-        (workers,) = read_record(folder / JOBS)
+        workers, *others = read_record(folder / JOBS)
+        require(not others, f"{folder / JOBS / RECORD} is not a record of a sweep's jobs; find them with squeue")
         print(summary(workers, states(workers.jobs)))
 
 

@@ -283,7 +283,7 @@ def _read_checkpoint(path: Path, with_optimizer: bool) -> Checkpoint:
         facts["feature_encoders"] = record.get("feature_encoders", {})
     except (UserError, FileNotFoundError):
         raise
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         problem = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"checkpoint {path} is damaged ({problem}); use another, or start over") from None
     return Checkpoint(path, model, optimizer, state, sha256=sha256, **facts)

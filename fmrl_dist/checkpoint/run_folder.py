@@ -247,7 +247,7 @@ def is_finished(folder: Path) -> bool:
     try:
         record = json.loads((folder / FINISHED_FILE).read_text())
         return bool(record["latest_sha256"] == latest_sha256(folder / "checkpoints"))
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return False
 
 

@@ -160,7 +160,7 @@ def test_a_traceback_shows_none() -> None:
 
 @pytest.mark.slow
 def test_a_chain_with_credentials_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """fsspec's own, in the user's home: everything that the chain reads is behind it, and nothing shows or records it."""
+    """fsspec's own, in the user's home: the chain reads the store by it, and nothing shows or records it."""
     pytest.importorskip("aiohttp", reason="stores at http:// need aiohttp (extra: remote)")
     config = make_shop(tmp_path / "shop")
     train_here(config, tmp_path / "local", "--train.max_steps", 4)
