@@ -98,6 +98,14 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def home_folder() -> Path | None:
+    """The user's home; None where there is none: a container may give its user's id no name, and set no HOME."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
+
+
 def json_sha256(value: Any) -> str:
     """Hash of a value's canonical JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

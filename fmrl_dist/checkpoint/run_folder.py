@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fmrl_dist.base.errors import UserError, require
-from fmrl_dist.base.files import write_atomically
+from fmrl_dist.base.files import home_folder, write_atomically
 from fmrl_dist.base.locks import LockHeldError, lock_file
 from fmrl_dist.checkpoint.folder import (
     Checkpoint,
@@ -85,7 +85,7 @@ def open_run(
         UserError: the folder exists and ``resume`` is None, the checkpoint belongs to another run, or none is intact.
     """
     folder = Path(config.run.dir)
-    others = (Path("/"), Path.home(), Path.cwd())
+    others = (Path("/"), home_folder(), Path.cwd())
     require(
         folder.resolve() not in others and (folder.is_dir() or not folder.exists()),
         f"run.dir is {config.run.dir!r}; expected a folder of its own, such as runs/first",

@@ -29,6 +29,7 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem
 
 from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.base.files import home_folder
 from fmrl_dist.base.urls import HIDDEN, hide_credentials
 from fmrl_dist.data.store.cache import RangeCache
 from fmrl_dist.data.store.files import CHUNK_BYTES, SourceError, checked_name, checked_range
@@ -192,8 +193,16 @@ def checked_url(url: str) -> str:
 
 
 def default_cache_folder(environment: dict[str, str]) -> Path:
-    """Where ranges are kept if ``store.cache_dir`` is empty: in the user's cache."""
-    return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fmrl-dist"
+    """Where ranges are kept if ``store.cache_dir`` is empty: in the user's cache.
+
+    Raises:
+        UserError: the user has none.
+    """
+    home = home_folder()
+    cache = environment.get("XDG_CACHE_HOME") or (home and home / ".cache")
+    if cache is None:
+        raise UserError("there is no home folder to keep a cache in; set store.cache_dir, or HOME")
+    return Path(cache) / "fmrl-dist"
 
 
 def _is_final(error: Exception) -> bool:

@@ -169,7 +169,7 @@ def test_a_mistake_that_is_found_on_the_node(slurm: SlurmCluster, folder: Path) 
 
 def test_a_job_from_another_folder_runs_in_the_project_of_its_script(slurm: SlurmCluster, folder: Path) -> None:
     script = REPOSITORY / "launch" / "train.slurm"
-    sbatch = ["env", f"--chdir={folder}", "sbatch", "--parsable", log_in(folder), script]
+    sbatch = ["env", f"--chdir={folder}", "sbatch", "--parsable", log_in(folder), str(script)]
     job = slurm.wait(int(slurm.call(*sbatch, "configs/demo.yaml", "--train.epoch", "3", environment=VENV)))
     assert (job.state, job.exit_code, slurm.facts(job.id)["WorkDir"]) == ("FAILED", "2:0", str(folder))
     assert job.log.splitlines() == [
