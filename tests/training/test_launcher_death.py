@@ -16,24 +16,18 @@ from tests.fixtures.processes import REPOSITORY, clean_environment
 from tests.fixtures.training import STEPS_PER_EPOCH, make_shop
 
 
+@pytest.mark.slow
 @pytest.mark.multiproc
-@pytest.mark.parametrize(
-    ("num_processes", "number"),
-    [
-        (1, signal.SIGTERM),
-        pytest.param(1, signal.SIGKILL, marks=pytest.mark.slow),
-        pytest.param(2, signal.SIGKILL, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("num_processes", "number"), [(1, signal.SIGTERM), (1, signal.SIGKILL), (2, signal.SIGKILL)])
 def test_trainers_save_and_end(num_processes: int, number: signal.Signals, tmp_path: Path) -> None:
     config, run, log = make_shop(tmp_path), tmp_path / "run", tmp_path / "log"
     options = f"--num_machines 1 --num_processes {num_processes} --mixed_precision no --dynamo_backend no".split()
     options += ["--multi_gpu", "--main_process_port", "0"] if num_processes > 1 else []
-    words = ["--config", config, "--run.dir", run, "--train.epochs", "100000"]
+    words = ["--config", str(config), "--run.dir", str(run), "--train.epochs", "100000"]
     variables = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(REPOSITORY)}
     with log.open("wb") as output:
         launcher = subprocess.Popen(
-            [Path(sys.executable).with_name("accelerate-launch"), *options, "-m", "fmrl_dist.train", *words],
+            [str(Path(sys.executable).with_name("accelerate-launch")), *options, "-m", "fmrl_dist.train", *words],
             cwd=tmp_path,
             env=clean_environment() | variables,
             stdout=output,

@@ -5,10 +5,10 @@ folder and needs none of this). The list is closed on purpose. fsspec has other 
 local files or start remote shells, and its chained URLs (``simplecache::…``, ``zip://…::…``) nest any of them: whoever
 chooses the store must not thereby choose what runs.
 
-Credentials belong into the environment: variables that the protocol's own library reads (AWS_…,
-GOOGLE_APPLICATION_CREDENTIALS), or fsspec's settings, such as ``FSSPEC_HTTP='{"headers": {"Authorization": "…"}}'``. A
-URL with credentials works, but they are neither shown nor recorded. The text of a library's error may quote them, so
-only its kind is shown.
+Credentials belong into the environment or a file: those that the protocol's own library reads (AWS_…,
+GOOGLE_APPLICATION_CREDENTIALS), or fsspec's settings, such as ``FSSPEC_HTTP='{"headers": {"Authorization": "…"}}'`` or
+``~/.config/fsspec/http.json`` (docs/cluster.md, Credentials). A URL with credentials works, but they are neither shown
+nor recorded. The text of a library's error may quote them, so only its kind is shown.
 
 All tries for a file or range share one time limit. Each try gets an even share of the time that remains, so a source
 that stalls once is asked again. Pauses between tries double, with jitter, so that many ranks do not retry in step.
