@@ -158,6 +158,16 @@ def test_a_traceback_shows_none() -> None:
     )
 
 
+@pytest.mark.parametrize("text", [f'["{SECRET}"', f'["{SECRET}"]', "3", '{"http": 3}', "[" * 100_000])
+def test_a_damaged_file_of_credentials(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FSSPEC_CONFIG_DIR", str(tmp_path))
+    (tmp_path / "http.json").write_text(text)
+    result = run_module("shards.verify", "http://127.0.0.1:9/shop")
+    assert (result.returncode, result.stdout) == (2, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: fsspec cannot read its settings (") and SECRET not in line
+
+
 @pytest.mark.slow
 def test_a_chain_with_credentials_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """fsspec's own, in the user's home: the chain reads the store by it, and nothing shows or records it."""

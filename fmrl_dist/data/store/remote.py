@@ -25,9 +25,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import fsspec
-from fsspec.asyn import AsyncFileSystem
-
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import home_folder
 from fmrl_dist.base.urls import HIDDEN, hide_credentials
@@ -109,13 +106,14 @@ class RemoteFiles:
     def _call(self, method: str, name: str, limit_s: float, **arguments: Any) -> Any:
         """Call a method of fsspec's file system on one file of the store, for at most ``limit_s`` seconds."""
         file_system = self._file_system()
-        limit = {"timeout": limit_s} if isinstance(file_system, AsyncFileSystem) else {}
+        limit = {"timeout": limit_s} if file_system.async_impl else {}
         folder, mark, query = self._url.partition("?")  # such as a signature, which is for all files of the folder
         url = f"{folder.rstrip('/')}/{name}{mark}{query}"
         return getattr(file_system, method)(url, **arguments, **limit)
 
     def _file_system(self) -> Any:
         """fsspec's own, which keeps one for each process: none may be carried over a fork."""
+        fsspec = import_fsspec()
         try:
             return fsspec.filesystem(self._protocol, **OPTIONS.get(self._protocol, {}))
         except ImportError:
@@ -158,6 +156,24 @@ class RemoteFiles:
 
 class FinalError(UserError):
     """A problem that a retry cannot solve."""
+
+
+def import_fsspec() -> Any:
+    """fsspec, which reads its user's settings when it is first imported: only where there is a URL.
+
+    Raises:
+        UserError: it is not installed, or its settings are damaged; the message shows none of them.
+    """
+    try:
+        import fsspec
+    except ImportError:
+        raise UserError("a store at a URL needs the package fsspec; pip install fsspec") from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"fsspec cannot read its settings ({type(error).__name__}); expect each .json file in ~/.config/fsspec, or "
+            'in FSSPEC_CONFIG_DIR, to be like {"http": {"headers": {…}}}'
+        ) from None
+    return fsspec
 
 
 def checked_url(url: str) -> str:
