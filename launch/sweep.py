@@ -38,7 +38,15 @@ from launch.slurm.job_states import (
 from launch.slurm.jobs import BatchJob, batch_script, sbatch_text, submit
 from launch.slurm.options import add_sbatch_option, parse_sbatch
 from launch.slurm.record import RECORD, cancel_recorded, read_record, require_ended, write_record
-from launch.sweeps.folder import JOBS, SPACE, has_started, open_folder, prepare_folder, worker_lock
+from launch.sweeps.folder import (
+    JOBS,
+    SPACE,
+    has_started,
+    open_folder,
+    prepare_folder,
+    refused_when_gone,
+    worker_lock,
+)
 from launch.sweeps.report import finish, is_over, status_text
 from launch.sweeps.space import SearchSpace, metric_of, overrides, read_space
 from launch.sweeps.study import SweepStudy, import_optuna
@@ -161,18 +169,19 @@ def run_sweep(sweep: Sweep, local: bool, wait: bool) -> None:
     require_free(sweep)
     require_store(sweep.space)
     sweep = replace(sweep, space=prepare_folder(sweep.folder, sweep.space))
-    study = SweepStudy(sweep.folder, sweep.space)
-    if not is_over(study, sweep.space):
-        if has_slurm():
-            require_ended(sweep.folder / JOBS, f"the sweep in {sweep.folder}")
-        if local:
-            run_workers_here(sweep)
-        else:
-            jobs = submit_workers(sweep)
-            if not wait:
-                return
-            wait_for_slurm(jobs, study, sweep.space)
-    finish(sweep.folder, sweep.space, study)
+    with refused_when_gone(sweep.folder):
+        study = SweepStudy(sweep.folder, sweep.space)
+        if not is_over(study, sweep.space):
+            if has_slurm():
+                require_ended(sweep.folder / JOBS, f"the sweep in {sweep.folder}")
+            if local:
+                run_workers_here(sweep)
+            else:
+                jobs = submit_workers(sweep)
+                if not wait:
+                    return
+                wait_for_slurm(jobs, study, sweep.space)
+        finish(sweep.folder, sweep.space, study)
 
 
 def require_free(sweep: Sweep) -> None:

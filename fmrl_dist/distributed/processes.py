@@ -20,7 +20,8 @@ from fmrl_dist.distributed.deepspeed import asks_for_deepspeed, checked_plugin, 
 
 # By which ranks meet, and find their device.
 MEETING = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+# MPI's, which Accelerate reads too, and srun's: processes that such a program starts do not meet.
+STARTERS_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 PATIENCE_S = 4 * 3600.0  # ranks that evaluate different users wait this long for each other
 
 
@@ -140,7 +141,7 @@ def start_runtime(
     refuse_accumulation(os.environ)
     precision = launched_precision(os.environ, precision)
     in_group = dist.is_initialized()
-    with without_mpi(os.environ, alone):
+    with without_starters_sizes(os.environ, alone):
         accelerator = start_accelerator(os.environ, patience_s)
     requested = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != requested:
@@ -209,12 +210,13 @@ def is_alone(environment: os._Environ[str] | dict[str, str]) -> bool:
 
 
 @contextmanager
-def without_mpi(environment: os._Environ[str] | dict[str, str], alone: bool) -> Iterator[None]:
-    """Hide MPI's variables, by which Accelerate would take one process for one of several that never meet.
+def without_starters_sizes(environment: os._Environ[str] | dict[str, str], alone: bool) -> Iterator[None]:
+    """Hide variables by which Accelerate would take one process for one of several that never meet.
 
-    An ``mpirun`` or ``srun`` further out may have set them for another program.
+    An ``mpirun`` or ``srun`` further out may have set them for another program. If it is the one that started this
+    process, several train or evaluate the same by themselves, so each says that it is alone.
     """
-    hidden = {name: environment.pop(name) for name in MPI_SIZES if name in environment}
+    hidden = {name: environment.pop(name) for name in STARTERS_SIZES if name in environment}
     for name, value in hidden.items():
         if alone and value != "1":
             print(

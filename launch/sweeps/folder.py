@@ -115,6 +115,23 @@ def worker_lock(folder: Path, worker: int, patience_s: float) -> Iterator[int]:
         os.close(descriptor)
 
 
+@contextmanager
+def refused_when_gone(folder: Path) -> Iterator[None]:
+    """Say that a sweep's folder is gone, where that is why something in it cannot be read or written.
+
+    Raises:
+        UserError: it was deleted or moved meanwhile.
+    """
+    try:
+        yield
+    except (OSError, UserError):
+        require(
+            folder.is_dir(),
+            f"the sweep's folder {folder} does not exist: it may have been deleted or moved while the sweep ran",
+        )
+        raise
+
+
 def _first_difference(key: str, before: Any, now: Any) -> str:
     """The first key in which two nested mappings differ, and its values; empty if they are equal."""
     if before == now:

@@ -28,7 +28,7 @@ from fmrl_dist.base.json_text import read_objects
 from fmrl_dist.config.command_line import CommandParser
 from launch.local.processes import process_tree, send_signal
 from launch.local.signals import SignalListener, listening
-from launch.sweeps.folder import open_folder, run_of, stopped_file, training_arguments, worker_lock
+from launch.sweeps.folder import open_folder, refused_when_gone, run_of, stopped_file, training_arguments, worker_lock
 from launch.sweeps.space import metric_of
 from launch.sweeps.study import SweepStudy, Trial
 
@@ -159,7 +159,8 @@ def main(argv: Sequence[str]) -> None:
     with listening((signal.SIGTERM, signal.SIGUSR1)) as signals:
         worker = Worker(arguments.folder, arguments.worker, signals, launcher=tuple(arguments.launcher))
         try:
-            worker.work()
+            with refused_when_gone(worker.folder):
+                worker.work()
         except WorkerStopped as stopped:
             name = str(stopped).removeprefix("SIG")
             write_atomically(stopped_file(worker.folder, worker.index), f"{name}\n".encode())

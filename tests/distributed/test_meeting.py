@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from fmrl_dist.base.errors import UserError
-from fmrl_dist.distributed.processes import is_alone, without_mpi
+from fmrl_dist.distributed.processes import is_alone, without_starters_sizes
 from tests.fixtures.processes import REPOSITORY, clean_environment
 
 PROGRAM = """
@@ -23,7 +23,7 @@ LAUNCHED = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "n
 def test_mpis_variables_do_not_make_one_process_one_of_several() -> None:
     """They stay as they are for what this process starts."""
     variables = {"PMI_SIZE": "4", "PMI_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}
-    variables |= {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}
+    variables |= {"OMPI_COMM_WORLD_LOCAL_SIZE": "4", "SLURM_STEP_NUM_TASKS": "4"}
     environment = clean_environment() | {"CUDA_VISIBLE_DEVICES": "", **variables}
     command = [sys.executable, "-c", PROGRAM]
     result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
@@ -32,6 +32,7 @@ def test_mpis_variables_do_not_make_one_process_one_of_several() -> None:
     assert result.stdout.splitlines() == [
         f"PMI_SIZE {alone} --num_processes N",
         f"OMPI_COMM_WORLD_SIZE {alone} --num_processes N",
+        f"SLURM_STEP_NUM_TASKS {alone} --num_processes N",
         "1 0 4",
     ]
 
@@ -40,10 +41,10 @@ def test_a_launchers_process_says_nothing_of_mpi(capsys: pytest.CaptureFixture[s
     environment = {**LAUNCHED, "PMI_SIZE": "4", "MV2_COMM_WORLD_SIZE": "1"}
     before = dict(environment)
     assert not is_alone(environment)
-    with without_mpi(environment, alone=False):
+    with without_starters_sizes(environment, alone=False):
         assert environment == LAUNCHED
     assert environment == before
-    with without_mpi(environment | {"PMI_SIZE": "1"}, alone=True):
+    with without_starters_sizes(environment | {"PMI_SIZE": "1"}, alone=True):
         pass
     assert capsys.readouterr().out == ""
 
