@@ -127,7 +127,7 @@ def refused_when_gone(folder: Path) -> Iterator[None]:
     except (OSError, UserError):
         require(
             folder.is_dir(),
-            f"the sweep's folder {folder} does not exist: it may have been deleted or moved while the sweep ran",
+            f"the sweep's folder {folder} does not exist, or was deleted or moved meanwhile",
         )
         raise
 
