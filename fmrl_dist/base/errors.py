@@ -61,7 +61,6 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     """
     sys.excepthook = _show_traceback
     before = {number: signal.signal(number, handler) for number, handler in HANDLERS.items()}
-    end_with_launcher()
     try:
         status = _run(main)
         sys.stdout.flush()
@@ -83,6 +82,7 @@ def _show_traceback(kind: type[BaseException], error: BaseException, trace: Trac
 
 def _run(main: Callable[[list[str]], None]) -> int | str | None:
     try:
+        end_with_launcher()  # here, as its signal may come at once
         main(sys.argv[1:])
     except UserError as error:
         sys.stderr.write(f"error: {hide_credentials(str(error))}\n")  # one write: other ranks may print the same line
