@@ -12,6 +12,7 @@ from fmrl_dist.checkpoint.folder import Checkpoint, load_checkpoint
 from fmrl_dist.checkpoint.restore import build_recommender
 from fmrl_dist.checkpoint.run_folder import run_of_best
 from fmrl_dist.config.command_line import CommandParser
+from fmrl_dist.config.credentials import warn_of_credentials
 from fmrl_dist.config.loading import config_from_dict
 from fmrl_dist.data.feature_identity import feature_encoders
 from fmrl_dist.data.store.manifest import VOCAB_FILE
@@ -26,6 +27,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--store", help="shard store of the catalogue, a folder or URL (default: the recorded one)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing export")
     arguments = parser.parse_args(argv)
+    warn_of_credentials(argv)
 
     checkpoint = load_checkpoint(arguments.checkpoint, with_optimizer=False)
     config = config_from_dict(checkpoint.config)

@@ -7,6 +7,9 @@ Dropout is seeded by (seed, step, rank): a resumed run draws what the uninterrup
 
 from __future__ import annotations
 
+import fmrl_dist.base.parent_process  # noqa: F401  # first: importing torch takes seconds, and the launcher may die in them
+
+# isort: split
 import math
 import time
 from collections.abc import Sequence
@@ -36,6 +39,7 @@ from fmrl_dist.checkpoint.run_folder import (
 )
 from fmrl_dist.checkpoint.writer import CheckpointWriter
 from fmrl_dist.config.command_line import command_parser, parse_command
+from fmrl_dist.config.credentials import warn_of_credentials
 from fmrl_dist.config.sections import Config
 from fmrl_dist.data.batches import Packed
 from fmrl_dist.data.feed import BatchFeed
@@ -153,7 +157,7 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest, cl
 
     features = model.encoder.feature_dims
     store_files = files_of_store(run.store, features, config.model.id_table) if runtime.is_main else {}
-    claim.enter_context(claimed_run_folder(run.folder, config, runtime, store_files))
+    claimed = claim.enter_context(claimed_run_folder(run.folder, config, runtime, store_files))
     with (
         Logbook(
             run.folder,
@@ -201,6 +205,7 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest, cl
                 record = step_metrics.record() | {"lr": result.lr, "grad_norm": float(result.grad_norm)}
                 # All processes see the same losses and norm here: none saves what is not finite.
                 stop_if_not_finite(runtime, state.step, result, not all(map(math.isfinite, record.values())))
+                claimed.check()
                 logbook.write({"step": state.step, "epoch": epoch, "split": "train"} | record)
                 if slow_ranks := monitor.record(state.step):
                     progress.say(slow_ranks)
@@ -211,6 +216,7 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest, cl
                 stopped = not note_validation(run, learner, state, logbook, progress, stop)
                 monitor.is_alive()
             if save_now:
+                claimed.check()
                 save(run, learner, state, writer)
                 clock.restart()
                 timer.restart()
@@ -389,6 +395,7 @@ def main(argv: list[str]) -> None:
     parser = command_parser("fmrl_dist.train", "Train every size at once, then evaluate the best checkpoint on test.")
     parser.add_argument("--resume", metavar="auto|PATH", help="resume from the run's latest checkpoint, or from PATH")
     arguments, config = parse_command(parser, argv)
+    warn_of_credentials(argv)
     train(config, arguments.resume)
 
 

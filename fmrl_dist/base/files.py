@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.locks import only_writer
 
 TEMPORARY = re.compile(r"\.[0-9a-f]{16}(\.old)?", re.ASCII)  # ends the name of a folder that is being filled
@@ -23,6 +24,9 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write ``data`` to a temporary file, flush it, then rename it to ``path``; of concurrent writers, one wins.
 
     Each writer's temporary name is random: processes in different containers or machines can have the same id.
+
+    Raises:
+        UserError: the folder does not exist: it is never created, as it may have been removed meanwhile.
     """
     aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
@@ -31,6 +35,8 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} cannot be written: its folder does not exist, or was deleted or moved") from None
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
@@ -90,6 +96,14 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def home_folder() -> Path | None:
+    """The user's home; None where there is none: a container may give its user's id no name, and set no HOME."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
 
 
 def json_sha256(value: Any) -> str:

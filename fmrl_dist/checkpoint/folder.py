@@ -85,7 +85,7 @@ def save_checkpoint(
     """Write ``folder/step-…`` and point ``latest`` at it, and ``best`` too if its evaluation is the best so far.
 
     Args:
-        folder: the run's ``checkpoints``.
+        folder: the run's ``checkpoints``; created in the run's folder, which must exist.
         state: the run's progress.
         model: the unwrapped model's state dict, on the CPU.
         optimizer: the complete AdamW state, named as by :func:`optimizer_tensors`.
@@ -98,7 +98,8 @@ def save_checkpoint(
     _prune(folder, keep)
     path = _unused_path(folder, state.step)
     aside = folder / f".{path.name}"
-    aside.mkdir(parents=True)
+    folder.mkdir(exist_ok=True)  # not its parents: a run's folder that is gone stays so
+    aside.mkdir()
     try:
         for name, tensors in zip(TENSOR_FILES, (model, optimizer), strict=True):
             _save_tensors(tensors, aside / f"{name}.safetensors")
@@ -283,7 +284,7 @@ def _read_checkpoint(path: Path, with_optimizer: bool) -> Checkpoint:
         facts["feature_encoders"] = record.get("feature_encoders", {})
     except (UserError, FileNotFoundError):
         raise
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         problem = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"checkpoint {path} is damaged ({problem}); use another, or start over") from None
     return Checkpoint(path, model, optimizer, state, sha256=sha256, **facts)

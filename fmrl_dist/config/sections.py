@@ -334,6 +334,15 @@ class RunConfig:
         check_path("run.dir", self.dir)
 
 
+def _hidden(value: Any) -> Any:
+    """Plain values with the credentials of every URL hidden."""
+    if isinstance(value, str):
+        return hide_credentials(value)
+    if isinstance(value, list):
+        return [_hidden(part) for part in value]
+    return {key: _hidden(part) for key, part in value.items()} if isinstance(value, dict) else value
+
+
 @dataclass(frozen=True)
 class Config:
     """Everything a run needs, and nothing that it does not."""
@@ -361,13 +370,10 @@ class Config:
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as they may be printed and recorded: URLs of stores without their credentials."""
-        values = json.loads(json.dumps(dataclasses.asdict(self)))
-        values["store"]["path"] = hide_credentials(self.store.path)
-        for feature in values["data"]["features"].values():
-            if "fit" in feature:
-                feature["fit"] = hide_credentials(feature["fit"])
-        return typing.cast(dict[str, Any], values)
+        """Plain values, as they may be printed and recorded: URLs without their credentials."""
+        values = typing.cast(dict[str, Any], _hidden(json.loads(json.dumps(dataclasses.asdict(self)))))
+        values["data"] |= {"text": list(self.data.text), "text_separator": self.data.text_separator}  # as they are
+        return values
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)

@@ -237,4 +237,8 @@ def _open_files(path: str | Path, access: StoreConfig) -> StoreFiles:
 
 
 def _cache_folder(access: StoreConfig) -> Path:
-    return Path(access.cache_dir or default_cache_folder(dict(os.environ))).expanduser()
+    folder = Path(access.cache_dir or default_cache_folder(dict(os.environ)))
+    try:
+        return folder.expanduser()
+    except RuntimeError:
+        raise UserError(f"store.cache_dir is {folder}, but there is no such home folder; write it out") from None
