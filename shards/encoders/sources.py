@@ -42,12 +42,13 @@ def make_feature(name: str, data: DataConfig, items: pa.Table, ids: ItemIds, enc
         UserError: the source cannot be read, does not fit the items, or no item has the feature.
     """
     config, root = data.features[name], Path(data.root)
+    feature: ItemFeature
     match config:
         case NpyFeature():
-            return read_precomputed(name, config, root, len(ids.external))
+            feature = read_precomputed(name, config, root, len(ids.external))
         case TfidfFeature():
             encoder = _import_encoder("shards.encoders.tfidf", name, "shards")
-            feature: ItemFeature = encoder.encode_texts(name, config.dim, _texts(config, data, items))
+            feature = encoder.encode_texts(name, config.dim, _texts(config, data, items))
         case PixelsFeature():
             encoder = _import_encoder("shards.encoders.pixels", name, "shards")
             feature = encoder.encode_images(name, config, root, ids)

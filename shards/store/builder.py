@@ -25,6 +25,7 @@ from fmrl_dist.base.progress import Progress
 from fmrl_dist.base.urls import hide_credentials, is_url
 from fmrl_dist.config.features import TextFeature
 from fmrl_dist.config.sections import Config, DataConfig
+from fmrl_dist.data.store.block_arrays import row_problem
 from fmrl_dist.data.store.files import FILE_NAME
 from fmrl_dist.data.store.manifest import MANIFEST_FILE, SCHEMA_VERSION, SPLITS, USERS_FILE, VOCAB_FILE, Manifest
 from fmrl_dist.data.store.reader import Store
@@ -152,7 +153,7 @@ def _write_store(config: Config, folder: Path, encoding: Path) -> list[ItemFeatu
             split: stack.enter_context(BlockWriter(folder, split, config.store.blocks_per_shard))
             for split in ("items", *SPLITS)
         }
-        _write_items(writers["items"], raw.num_items, features, config.store.items_per_block)
+        _write_items(writers["items"], raw.ids, features, config.store.items_per_block, encoding)
         item_fields = partial(_inline_fields, features, _train_counts(raw)) if inline else None
         blocks = {split: UserBlocks(writers[split], config.store.users_per_block, item_fields) for split in SPLITS}
         histories, users = _write_histories(raw, SplitBlocks(**blocks))
@@ -179,17 +180,31 @@ def _write_store(config: Config, folder: Path, encoding: Path) -> list[ItemFeatu
     return features
 
 
-def _write_items(writer: BlockWriter, num_items: int, features: Sequence[ItemFeature], items_per_block: int) -> None:
-    """Item blocks in permuted order, so that any run of them is a uniform sample of the catalogue."""
+def _write_items(
+    writer: BlockWriter, ids: ItemIds, features: Sequence[ItemFeature], items_per_block: int, encoding: Path
+) -> None:
+    """Item blocks in permuted order, so that any run of them is a uniform sample of the catalogue.
+
+    Raises:
+        UserError: a row that no reader would take, such as one that was never written.
+    """
+    num_items = len(ids.external)
     order = np.random.default_rng(ITEM_ORDER_SEED).permutation(num_items)
     progress = Progress("item", num_items, name="item blocks")
     for low in range(0, num_items, items_per_block):
-        ids = order[low : low + items_per_block]
-        fields = {"ids": ids}
+        rows = order[low : low + items_per_block]
+        fields = {"ids": rows}
         for feature in features:
-            fields |= feature.block_fields(ids)
-        writer.write(fields, count=len(ids), events=0)
-        progress.advance(len(ids))
+            fields |= feature.block_fields(rows)
+            problem = row_problem(fields[feature.name], fields.get(f"{feature.name}.mask"))
+            if problem is not None:
+                item = ids.external[int(rows[problem[1]])].as_py()
+                raise UserError(
+                    f"feature {feature.name!r} ({feature.encoder}): the row of item {item!r} {problem[0]}; remove "
+                    f"what earlier builds left in {encoding}, and build again"
+                )
+        writer.write(fields, count=len(rows), events=0)
+        progress.advance(len(rows))
     progress.close()
 
 

@@ -99,9 +99,19 @@ def test_the_same_input_gives_the_same_store(tmp_path: Path) -> None:
     assert first.manifest.sha256 == second.manifest.sha256
     for path in first.path.iterdir():
         assert path.read_bytes() == (second.path / path.name).read_bytes(), path.name
-    np.save(tmp_path / "raw" / "vectors.npy", np.zeros((len(ITEMS), 4), np.float32))
+    np.save(tmp_path / "raw" / "vectors.npy", np.ones((len(ITEMS), 4), np.float32))
     third, _ = build_store(tiny_config(tmp_path / "raw", tmp_path / "three", features=features))
     assert third.manifest.sha256 != first.manifest.sha256
+
+
+def test_a_precomputed_row_of_zeros_is_an_absent_feature(tmp_path: Path) -> None:
+    rows = write_raw(tmp_path / "raw")
+    rows[1], rows[4] = 0, -0.0
+    np.save(tmp_path / "raw" / "vectors.npy", rows)
+    store, (feature,) = build_store(tiny_config(tmp_path / "raw", tmp_path / "store"))
+    assert (store.manifest.features[0].present, feature.note) == (4, "2 rows of zeros: these items lack it")
+    assert read_items(store, "vector.mask").tolist() == [True, False, True, True, False, True]
+    assert list(store_problems(store)) == []
 
 
 def test_a_store_is_replaced_only_when_asked(tmp_path: Path) -> None:
