@@ -8,13 +8,15 @@ from __future__ import annotations
 from fmrl_dist.base.errors import UserError, run_command
 from fmrl_dist.config.command_line import CommandParser
 from fmrl_dist.data.store.reader import Store
-from shards.store.problems import store_problems
+from shards.store.problems import foreign_names, store_problems
 
 
 def main(argv: list[str]) -> None:
     parser = CommandParser(prog="python -m shards.verify", description="Check a shard store, byte by byte.")
     parser.add_argument("store", help="folder or URL of the store")
     store = Store.open(parser.parse_args(argv).store)
+    for name in foreign_names(store):
+        print(f"note: {name}: not a file of a store, and not read")
     problems = 0
     for problem in store_problems(store):
         problems += 1

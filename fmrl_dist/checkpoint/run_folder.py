@@ -84,7 +84,7 @@ def open_run(
         UserError: the folder exists and ``resume`` is None, the checkpoint belongs to another run, or none is intact.
     """
     folder = Path(config.run.dir)
-    others = (Path("/"), Path.home(), Path.cwd())
+    others = (Path("/"), Path(os.path.expanduser("~")), Path.cwd())  # without a home folder: ~ as it is
     require(
         folder.resolve() not in others and (folder.is_dir() or not folder.exists()),
         f"run.dir is {config.run.dir!r}; expected a folder of its own, such as runs/first",

@@ -55,7 +55,10 @@ def build_store(config: Config, overwrite: bool = False) -> tuple[Store, list[It
         not is_url(config.store.path),
         f"store {hide_credentials(config.store.path)} is a URL; build into a folder (--store.path), then copy it",
     )
-    target = Path(config.store.path).resolve()
+    try:
+        target = Path(config.store.path).resolve()
+    except RuntimeError:
+        raise UserError(f"store {config.store.path} is a circle of links; choose another --store.path") from None
     _check_target(target, overwrite)
     _make_demo_data(config.data)
     with replaced_folder(target) as aside:

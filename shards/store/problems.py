@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.progress import Progress
+from fmrl_dist.data.store.files import FILE_NAME
 from fmrl_dist.data.store.manifest import MANIFEST_FILE, SPLITS, USERS_FILE, VOCAB_FILE, Block, Manifest, Shard
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.store.tables import rows_sha256
@@ -56,10 +57,16 @@ def _blocks_by_shard(manifest: Manifest) -> dict[str, list[Block]]:
     return blocks
 
 
+def foreign_names(store: Store) -> list[str]:
+    """Names in the store's folder that no store has, such as a README; no reader opens them."""
+    return [name for name in store.files.names() or () if FILE_NAME.fullmatch(name) is None]
+
+
 def _folder_problems(store: Store) -> Iterator[str]:
+    """Shards that the manifest does not name: whoever reads ``train-*.tar`` would take them for the store's."""
     known = {MANIFEST_FILE, VOCAB_FILE, USERS_FILE, *(shard.name for shard in store.manifest.shards)}
     for name in store.files.names() or ():  # a URL cannot be listed: there, only files of the manifest are checked
-        if name not in known:
+        if name not in known and FILE_NAME.fullmatch(name) is not None:
             yield f"{name}: not in the manifest"
 
 

@@ -166,3 +166,17 @@ def test_a_damaged_block_leaves_no_table(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is truncated"):
         load_item_table(store, None)
     assert [file.suffix for file in store.derived_folder.iterdir()] == [".lock"]
+
+
+def test_a_user_without_a_home_is_told_what_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_shop(tmp_path / "shop")
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)  # of a container: no entry in the list of users
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    store = Store.open(tmp_path / "shop" / "store")
+    with pytest.raises(UserError, match=r"no home folder, and so no cache; give a folder with --store.cache_dir"):
+        load_item_table(store, None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert load_item_table(store, None).values.any()
+    assert len(list((tmp_path / "cache" / "fmrl-dist").glob("items-*.values.npy"))) == 1

@@ -86,6 +86,8 @@ class Store:
         """
         access = access or StoreConfig()
         files = _open_files(path, access)
+        if isinstance(files, LocalFiles) and files.folder.is_file():
+            raise UserError(f"store {files.location} is a file; expected the folder that shards.build writes")
         if isinstance(files, LocalFiles) and not files.folder.is_dir():
             raise UserError(
                 f"store {files.location} does not exist; build it with python -m shards.build --config CONFIG"
@@ -216,4 +218,10 @@ def _open_files(path: str | Path, access: StoreConfig) -> StoreFiles:
 
 
 def _cache_folder(access: StoreConfig) -> Path:
-    return Path(access.cache_dir or default_cache_folder(dict(os.environ))).expanduser()
+    try:
+        return Path(access.cache_dir or default_cache_folder(dict(os.environ))).expanduser()
+    except RuntimeError:
+        raise UserError(
+            "this user has no home folder, and so no cache; give a folder with --store.cache_dir, or by "
+            "XDG_CACHE_HOME in the environment"
+        ) from None
