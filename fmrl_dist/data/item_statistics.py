@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +55,15 @@ def target_log_shares(store: Store, rule: WindowRule) -> np.ndarray:
 
     name = f"targets-{rule.max_length}-{rule.windows}-{int(rule.predict_first)}{'-skip' if store.skips_damaged else ''}"
     return _computed_once(store, name, np.dtype(np.float32), compute)
+
+
+def damaged_statistics(store: Store, folder: Path) -> Iterator[str]:
+    """What is wrong with the store's counted tables in ``folder``; one line each."""
+    for path in sorted(folder.glob(f"*-{store.manifest.sha256[:16]}.npy")):
+        try:
+            _read(path)
+        except UserError as error:
+            yield str(error)
 
 
 def _train_counts(store: Store) -> np.ndarray:

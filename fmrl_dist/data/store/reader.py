@@ -12,6 +12,7 @@ Cost: one open (or request), one read and one sha256 (about 1 GB/s) per block.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -66,11 +67,24 @@ class Store:
     @property
     def derived_folder(self) -> Path:
         """Folder for what is computed from this store once, under names that carry the manifest's hash."""
-        if not self._access.cache_dir and isinstance(self.files, LocalFiles):
-            beside = Path(f"{self.files.folder}.derived")
-            if os.access(beside if beside.exists() else beside.parent, os.W_OK):
-                return beside
+        beside = self._folder_beside
+        if beside is not None and os.access(beside if beside.exists() else beside.parent, os.W_OK):
+            return beside
         return _cache_folder(self._access)
+
+    @property
+    def derived_folders(self) -> list[Path]:
+        """All folders in which runs of this user, or beside the store those of others, have put such files."""
+        beside = [self._folder_beside] if self._folder_beside is not None else []
+        with contextlib.suppress(UserError):  # there is no home folder, and so no cache in it
+            return [folder for folder in {*beside, self.derived_folder} if folder.is_dir()]
+        return beside
+
+    @property
+    def _folder_beside(self) -> Path | None:
+        if self._access.cache_dir or not isinstance(self.files, LocalFiles):
+            return None
+        return Path(f"{self.files.folder}.derived")
 
     @classmethod
     def open(cls, path: str | Path, access: StoreConfig | None = None) -> Store:
