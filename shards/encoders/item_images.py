@@ -17,10 +17,11 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageOps
 
-from fmrl_dist.base.errors import UserError
+from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.config.features import ImageFeature
+from shards.tables.column_kinds import is_text, require_ids
 from shards.tables.item_ids import ItemIds, as_ids
-from shards.tables.raw_tables import BATCH_ROWS, open_parquet, read_batches, read_table
+from shards.tables.raw_tables import BATCH_ROWS, read_batches, read_table, table_types
 
 DECODING = 2  # raise it when decode_image gives other pixels: finished blocks of an encoding are then not reused
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -53,14 +54,7 @@ class ImageTable:
         Raises:
             UserError: missing file or column, or a column that holds neither bytes nor file names.
         """
-        path = root / config.path
-        with open_parquet(path, [config.id, config.image]) as table:
-            kind = table.schema_arrow.field(config.image).type
-        holds_names = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-        if not (holds_names or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-            raise UserError(
-                f"column {config.image!r} of {path} is of type {kind}; expected encoded image bytes or file names"
-            )
+        path, holds_names = root / config.path, check_image_table(config, root)
         external = read_table(path, [config.id], ids=[config.id])[config.id]
         return cls(path, config.image, ids.find(as_ids(external, f"column {config.id!r} of {path}")), holds_names)
 
@@ -91,6 +85,25 @@ class ImageTable:
                     path = _file_below(self.folder, str(name))
                     digest.update(f"{path.stat().st_size if path else -1}\n".encode())
         return digest.hexdigest()
+
+
+def check_image_table(config: ImageFeature, root: Path) -> bool:
+    """Whether the table of a feature holds file names; otherwise it holds bytes.
+
+    Raises:
+        UserError: missing file or column, not one Parquet file, ids of another type, or neither names nor bytes.
+    """
+    path = root / config.path
+    require(not path.is_dir(), f"table {path} is a folder; expected one Parquet file of images")
+    types = table_types(path, [config.id, config.image])
+    require(bool(types), f"table {path} is a CSV; expected Parquet")
+    require_ids(types[config.id], f"column {config.id!r} of {path}")
+    kind = types[config.image]
+    if not (is_text(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        raise UserError(
+            f"column {config.image!r} of {path} is of type {kind}; expected encoded image bytes or file names"
+        )
+    return is_text(kind)
 
 
 def read_image(folder: Path, image: bytes | str | None) -> bytes | None:

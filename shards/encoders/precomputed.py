@@ -27,6 +27,19 @@ def read_precomputed(name: str, config: NpyFeature, root: Path, num_items: int) 
         UserError: the file cannot be read, does not fit the items or ``config.dim``, or holds numbers that are not
             finite, or too large or too small for float16.
     """
+    path, rows = open_precomputed(name, config, root, num_items)
+    present = _check_values(name, path, rows)
+    num_absent = num_items - int(present.sum())
+    note = f"{num_absent:,} rows of zeros: these items lack it" if num_absent else ""
+    return ItemFeature(name, rows, present, encoder="npy", revision=file_sha256(path), note=note)
+
+
+def open_precomputed(name: str, config: NpyFeature, root: Path, num_items: int) -> tuple[Path, np.ndarray]:
+    """The file of feature ``name`` and its array, memory-mapped, of which only type and shape are checked.
+
+    Raises:
+        UserError: the file cannot be read, or does not fit the items or ``config.dim``.
+    """
     path = root / config.path
     if not path.is_file():
         raise UserError(f"feature {name!r}: {path} does not exist; check data.root and data.features.{name}.path")
@@ -48,10 +61,7 @@ def read_precomputed(name: str, config: NpyFeature, root: Path, num_items: int) 
             f"feature {name!r}: {path} has {rows.shape[1]} columns but its dim is {config.dim}; make them equal, or "
             "set dim to 0"
         )
-    present = _check_values(name, path, rows)
-    num_absent = num_items - int(present.sum())
-    note = f"{num_absent:,} rows of zeros: these items lack it" if num_absent else ""
-    return ItemFeature(name, rows, present, encoder="npy", revision=file_sha256(path), note=note)
+    return path, rows
 
 
 def _check_values(name: str, path: Path, rows: np.ndarray) -> np.ndarray:

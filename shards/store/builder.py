@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -32,15 +32,16 @@ from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.store.tables import rows_sha256
 from shards.encoders.encoded_blocks import encoding_folder
 from shards.encoders.item_feature import ItemFeature
-from shards.encoders.item_text import template_columns
-from shards.encoders.sources import make_feature
+from shards.encoders.item_text import parts_for, template_columns
+from shards.encoders.sources import check_source, make_feature
 from shards.store.block_writer import BlockWriter
 from shards.store.leave_one_out import LeaveOneOutWriter, SplitBlocks, train_counts
 from shards.store.parquet_tables import users_table, vocab_table
 from shards.store.user_blocks import BlockFields, UserBlocks
-from shards.tables.histories import Histories, read_histories
+from shards.tables.column_kinds import require_ids, require_text, require_title
+from shards.tables.histories import Histories, check_histories, read_histories
 from shards.tables.item_ids import ItemIds, as_ids, check_unique
-from shards.tables.raw_tables import read_table
+from shards.tables.raw_tables import read_table, table_columns, table_types
 
 ITEM_ORDER_SEED = 0
 
@@ -108,11 +109,24 @@ class _RawData:
 
     @classmethod
     def read(cls, config: DataConfig) -> _RawData:
+        """Read the item table; refuse what can be seen to be wrong with anything else that the build will read.
+
+        Raises:
+            UserError: a table or feature cannot be read, or has columns that cannot serve.
+        """
         path = Path(config.root) / config.items.path
-        items = read_table(path, _item_columns(config), ids=[config.items.id])
-        where = f"column {config.items.id!r} of {path}"
-        ids = ItemIds(as_ids(items[config.items.id], where))
+        id_column, title = config.items.id, config.items.title
+        texts = _text_columns(config, path)
+        columns = [id_column, *([title] if title else []), *texts]
+        _check_kinds(path, config, table_types(path, columns), texts)
+        check_histories(Path(config.root) / config.sequences.path, config.sequences)
+        items = read_table(path, columns, ids=[id_column])
+        _check_kinds(path, config, dict(zip(items.column_names, items.schema.types, strict=True)), texts)
+        where = f"column {id_column!r} of {path}"
+        ids = ItemIds(as_ids(items[id_column], where))
         check_unique(ids.external, where)
+        for name in config.features:
+            check_source(name, config, len(ids.external))
         return cls(config, items, ids)
 
     @property
@@ -137,13 +151,23 @@ class _RawData:
         progress.close()
 
 
-def _item_columns(data: DataConfig) -> list[str]:
-    """Columns of the item table that this build reads."""
-    columns = [data.items.id, *([data.items.title] if data.items.title else [])]
-    for feature in data.features.values():
-        if isinstance(feature, TextFeature):
-            columns += template_columns(feature.text or data.text)
-    return columns
+def _text_columns(data: DataConfig, path: Path) -> list[str]:
+    """Columns of the item table at ``path`` that the texts of this build are made of."""
+    given = [feature.text or data.text for feature in data.features.values() if isinstance(feature, TextFeature)]
+    known = table_columns(path) if () in given else []
+    return list(dict.fromkeys(column for parts in given for column in template_columns(parts_for(parts, known))))
+
+
+def _check_kinds(path: Path, data: DataConfig, types: Mapping[str, pa.DataType], texts: Sequence[str]) -> None:
+    """Refuse columns of the item table whose types cannot serve."""
+    for name, kind in types.items():
+        where = f"column {name!r} of {path}"
+        if name == data.items.id:
+            require_ids(kind, where)
+        if name == data.items.title:
+            require_title(kind, where)
+        if name in texts:
+            require_text(kind, where)
 
 
 def _write_store(config: Config, folder: Path, encoding: Path) -> list[ItemFeature]:

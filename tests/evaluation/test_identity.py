@@ -137,7 +137,7 @@ def test_a_fit_to_other_texts_is_another_feature(shop: Path, tmp_path: Path) -> 
     words = [*texts, "--store.path", str(tmp_path / "two"), "--data.root", str(raw)]
     other, _ = build_store(load_config(shop, words))
     line = refusal(evaluate.main, "--checkpoint", run, "--store", other.path, "--threads", 1)
-    assert "was trained on feature 'text' of tfidf+svd scikit-learn" in line
+    assert "was trained on feature 'text' of tfidf+svd of \"{title}\" scikit-learn" in line
     assert "build the store with the same encoder, or train on this one" in line
     words = [*texts, "--store.path", str(tmp_path / "three"), "--store.items_per_block", "8"]
     again, _ = build_store(load_config(shop, words))

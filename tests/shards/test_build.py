@@ -94,15 +94,15 @@ def test_a_store_that_would_be_below_a_file(place: str, tmp_path: Path) -> None:
     (tmp_path / "circle").symlink_to("circle")
     store, config = tmp_path / place, tmp_path / "config.yaml"
     config.write_text(tiny_config(tmp_path / "raw", store).to_yaml())
-    run = ["--config", config, "--run.dir", tmp_path / "run"]
-    for command, *words in (
-        ["shards.build", "--config", config],
-        ["shards.build", "--config", config, "--overwrite"],
-        ["shards.build", "--config", config, "--keep"],
-        ["shards.verify", store],
-        ["shards.inspect", store],
-        ["fmrl_dist.train", *run],
-    ):
+    commands: list[tuple[str, list[object]]] = [
+        ("shards.build", ["--config", config]),
+        ("shards.build", ["--config", config, "--overwrite"]),
+        ("shards.build", ["--config", config, "--keep"]),
+        ("shards.verify", [store]),
+        ("shards.inspect", [store]),
+        ("fmrl_dist.train", ["--config", config, "--run.dir", tmp_path / "run"]),
+    ]
+    for command, words in commands:
         ended = run_main(command, *words)
         assert ended.code == EXIT_USER_ERROR, command
         assert ended.stderr.startswith("error: ") and len(ended.stderr.splitlines()) == 1, ended.stderr

@@ -161,3 +161,21 @@ def test_beauty(tmp_path: Path, shared_data: Path) -> None:
     assert sum(train_count[items[-1]] == 0 for items in raw) == 138  # cold test targets, as the data's README counts
     stored = np.load(root / "text_minilm_384.npy")
     np.testing.assert_array_equal(read_items(store, "text"), stored, strict=True)
+
+
+def test_the_default_text_is_of_the_columns_that_are_there(tmp_path: Path) -> None:
+    """The manifest says which; a template that is given must have all of its columns."""
+    write_raw(tmp_path)
+    items = pq.read_table(tmp_path / "items.parquet")
+    features = {"words": {"source": "tfidf", "dim": 2}}
+    whole, _ = build_store(tiny_config(tmp_path, tmp_path / "whole", features=features))
+    template = r"Title: {title}\nPrice: {price}\nBrand: {brand}\nCategories: {categories}"
+    assert whole.manifest.features[0].encoder == f'tfidf+svd of "{template}"'
+    pq.write_table(items.drop_columns(["price", "categories"]), tmp_path / "items.parquet")
+    store, _ = build_store(tiny_config(tmp_path, tmp_path / "some", features=features))
+    assert store.manifest.features[0].encoder == r'tfidf+svd of "Title: {title}\nBrand: {brand}"'
+    given = ["Title: {title}", "Brand: {brand}"]
+    again, _ = build_store(tiny_config(tmp_path, tmp_path / "given", features=features, text=given))
+    assert again.manifest.sha256 == store.manifest.sha256
+    with pytest.raises(UserError, match="no column 'price'; it has: item_id, title, brand"):
+        build_store(tiny_config(tmp_path, tmp_path / "refused", features=features, text=[*given, "{price}"]))
