@@ -7,7 +7,7 @@ stay a dictionary, which holds each value once, until the length of what they st
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -85,6 +85,21 @@ def bounded_batches(
             raise UserError(f"{name} has {len(batch):,} rows that unpack to {num_bytes:,} bytes; {_TOO_MUCH}")
         table = pa.Table.from_batches([batch])
         yield table.cast(pa.schema([(field.name, _without_dictionary(field.type)) for field in table.schema]))
+
+
+def bounded_table(batches: Iterable[pa.Table], name: str) -> pa.Table:
+    """All batches together.
+
+    Raises:
+        UserError: they take more than this machine's memory can hold; ``name`` begins the message.
+    """
+    kept, num_bytes = [], 0
+    for batch in batches:
+        kept.append(batch)
+        num_bytes += batch.nbytes
+        if num_bytes > TABLE_SHARE * memory_bytes():
+            raise UserError(f"{name} unpacks to more than {num_bytes:,} bytes; {_TOO_MUCH}")
+    return pa.concat_tables(kept)
 
 
 _TOO_MUCH = "that is more than this machine's memory can hold at once; is the file what you think it is?"

@@ -17,6 +17,7 @@ import hashlib
 import math
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ from fmrl_dist.data.piece_hashes import find_damage, write_hashes
 from fmrl_dist.data.store.reader import Store
 
 LEFT_BEHIND_S = 600.0  # without a write: then the writer of a temporary file is dead
+SMALL_TABLE_BYTES = 1 << 28
 ANNOUNCE_AFTER_S = 5.0  # of waiting for another process, announce it
 
 
@@ -124,6 +126,8 @@ def _unpack(store: Store, dims: Mapping[str, int], values_path: Path, present_pa
     for left in values_path.parent.glob(f".{stem}.*"):  # left behind by a killed process
         if time.time() - left.stat().st_mtime > LEFT_BEHIND_S:
             left.unlink(missing_ok=True)
+    row_bytes = 2 * sum(dims.values()) + len(dims)
+    _check_claim(store, store.manifest.num_items * row_bytes, values_path.parent)
     paths = {present_path: (np.bool_, len(dims)), values_path: (np.float16, sum(dims.values()))}
     # Random names: without a working lock, as on some network file systems, two processes can do this side by side.
     asides = [path.with_name(f".{path.name}.{secrets.token_hex(8)}") for path in paths]
@@ -156,6 +160,27 @@ def _unpack(store: Store, dims: Mapping[str, int], values_path: Path, present_pa
         for aside in asides:
             aside.unlink(missing_ok=True)
         raise
+
+
+def _check_claim(store: Store, num_bytes: int, folder: Path) -> None:
+    """Refuse a table that the item shards, as long as they really are, cannot hold, or the disk: before it is reserved.
+
+    Raises:
+        UserError: likewise.
+    """
+    if num_bytes > SMALL_TABLE_BYTES:  # for a smaller one, thousands of shards need not be asked for their length
+        there = store.item_bytes()
+        require(
+            num_bytes <= there,
+            f"store {store.location}: the manifest claims an item table of {num_bytes:,} bytes, but the item shards "
+            f"have {there:,}; see python -m shards.verify {store.location}",
+        )
+    free = shutil.disk_usage(folder).free
+    require(
+        num_bytes <= free,
+        f"the item table takes {num_bytes:,} bytes, but {folder} has {free:,} free; free space, or choose another "
+        "folder with --store.cache_dir",
+    )
 
 
 def _reserve(paths: Sequence[Path]) -> None:

@@ -201,7 +201,7 @@ def _write_store(config: Config, folder: Path, encoding: Path) -> list[ItemFeatu
         items=tuple(writers["items"].blocks),
         splits={split: tuple(writers[split].blocks) for split in SPLITS},
         shards=tuple(shard for writer in writers.values() for shard in writer.shards),
-        tables={name: rows_sha256(table) for name, table in tables.items()},
+        tables={name: rows_sha256([table]) for name, table in tables.items()},
     )
     (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return features

@@ -13,7 +13,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from fmrl_dist.base.errors import UserError, require
-from fmrl_dist.base.parquet import TABLE_SHARE, bounded_batches, column_types, memory_bytes, open_parquet
+from fmrl_dist.base.parquet import bounded_batches, bounded_table, column_types, open_parquet
 from shards.tables.parts import partition_keys, table_files
 
 BATCH_ROWS = 65_536
@@ -34,15 +34,7 @@ def read_table(path: Path, columns: Sequence[str], text: Sequence[str] = (), ids
     files = table_files(path)
     if files[0].suffix == ".csv":
         return _read_csv_files(path, files, columns, text, ids)
-    batches, num_bytes = [], 0
-    for batch in read_batches(path, columns).batches:
-        batches.append(batch)
-        num_bytes += batch.nbytes
-        require(
-            num_bytes <= TABLE_SHARE * memory_bytes(),
-            f"table {path} unpacks to more than {num_bytes:,} bytes, which this machine's memory cannot hold",
-        )
-    return pa.concat_tables(batches)
+    return bounded_table(read_batches(path, columns).batches, f"table {path}")
 
 
 class TableBatches(NamedTuple):
@@ -96,7 +88,7 @@ def table_columns(path: Path) -> list[str]:
 
 def _check_parts(path: Path, files: Sequence[Path], columns: Sequence[str]) -> int:
     """The number of rows; all files must have the columns, of the same types."""
-    num_rows, types = 0, {}
+    num_rows, types = 0, dict[str, pa.DataType]()
     for file in files:
         with _opened(file) as opened:
             _check_columns(path, file, opened.schema_arrow.names, columns)

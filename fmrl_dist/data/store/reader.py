@@ -22,12 +22,13 @@ from pathlib import Path
 import numpy as np
 
 from fmrl_dist.base.errors import UserError
+from fmrl_dist.base.parquet import memory_bytes
 from fmrl_dist.base.urls import is_url
 from fmrl_dist.config.sections import StoreConfig
 from fmrl_dist.data.store.block_arrays import item_problems, parse_block, user_problems
 from fmrl_dist.data.store.cache import RangeCache
 from fmrl_dist.data.store.files import LocalFiles, SourceError, StoreFiles
-from fmrl_dist.data.store.manifest import MANIFEST_FILE, SHARD_NAME, Block, Manifest
+from fmrl_dist.data.store.manifest import MANIFEST_FILE, ROW_BYTES, SHARD_NAME, Block, Manifest
 from fmrl_dist.data.store.remote import RemoteFiles, checked_url, default_cache_folder
 from fmrl_dist.data.store.tables import checked_table
 
@@ -107,7 +108,9 @@ class Store:
                 f"store {files.location} does not exist; build it with python -m shards.build --config CONFIG"
             )
         try:
-            return cls(files, files.read(MANIFEST_FILE, Manifest.from_bytes), access)
+            manifest = files.read(MANIFEST_FILE, Manifest.from_bytes)
+            _check_memory(manifest)
+            return cls(files, manifest, access)
         except FileNotFoundError:
             raise UserError(
                 f"{files.location} is not a store: it has no {MANIFEST_FILE}; build one with python -m shards.build"
@@ -182,6 +185,19 @@ class Store:
         except UserError as error:
             raise UserError(f"{where} {error}; {mend}") from None
 
+    def item_bytes(self) -> int:
+        """Length of all item shards that are there, in bytes."""
+
+        def size(name: str) -> int:
+            try:
+                return self.files.size(name)
+            except FileNotFoundError:
+                return 0
+
+        names = [shard.name for shard in self.manifest.shards if shard.name.startswith("items-")]
+        with ThreadPoolExecutor(FETCHED_AT_ONCE, thread_name_prefix="size") as pool:
+            return sum(pool.map(size, names))
+
     def read_table(self, name: str, checked: bool = True) -> bytes:
         """The bytes of the Parquet file of the vocabulary or of the users, its rows held against the manifest.
 
@@ -197,7 +213,9 @@ class Store:
         """
         expected = self.manifest.tables[name]
         try:
-            return self.files.read(name, partial(checked_table, expected_sha256=expected) if checked else bytes)
+            return self.files.read(
+                name, partial(checked_table, name=name, expected_sha256=expected) if checked else bytes
+            )
         except FileNotFoundError:
             raise UserError(f"store {self.location} has no {name}; build the store again") from None
         except UserError as error:
@@ -216,6 +234,13 @@ def check_lost_users(num_lost: int, num_users: int, split: str, store: Store) ->
             f"{store.max_lost_share:.0%} (store.max_lost_share): see python -m shards.verify {store.location}, then "
             "build the store again"
         )
+
+
+def _check_memory(manifest: Manifest) -> None:
+    """Refuse more users, or items that are not inline, than this machine could hold an id of."""
+    for kind, count in (("users", manifest.num_users), ("items", 0 if manifest.inline else manifest.num_items)):
+        if count * ROW_BYTES > memory_bytes():
+            raise UserError(f"the manifest claims {count:,} {kind}, more than this machine's memory can hold")
 
 
 def _open_files(path: str | Path, access: StoreConfig) -> StoreFiles:
