@@ -9,8 +9,9 @@ from __future__ import annotations
 from fmrl_dist.base.errors import require, run_command
 from fmrl_dist.config.command_line import CommandParser
 from fmrl_dist.config.sections import StoreConfig
+from fmrl_dist.data.store.derived import damaged_files
 from fmrl_dist.data.store.reader import Store
-from shards.store.problems import derived_problems, foreign_names, store_problems
+from shards.store.problems import foreign_names, store_problems
 
 
 def main(argv: list[str]) -> None:
@@ -26,7 +27,7 @@ def main(argv: list[str]) -> None:
         problems += 1
         print(f"problem: {problem}")
     derived = 0
-    for problem in derived_problems(store):
+    for problem in damaged_files(store):
         derived += 1
         print(f"problem: {problem}")
     require(

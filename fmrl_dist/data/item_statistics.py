@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +20,10 @@ import pyarrow.parquet as pq
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import write_atomically
 from fmrl_dist.data.alias import ROW, alias_table
+from fmrl_dist.data.store.derived import check_appended_hash
 from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.windows import WindowRule, ragged_rows, target_windows
-
-DIGEST_BYTES = 32  # of a sha256 hash
 
 
 def popularity_table(store: Store, power: float) -> np.ndarray:
@@ -55,15 +54,6 @@ def target_log_shares(store: Store, rule: WindowRule) -> np.ndarray:
 
     name = f"targets-{rule.max_length}-{rule.windows}-{int(rule.predict_first)}{'-skip' if store.skips_damaged else ''}"
     return _computed_once(store, name, np.dtype(np.float32), compute)
-
-
-def damaged_statistics(store: Store, folder: Path) -> Iterator[str]:
-    """What is wrong with the store's counted tables in ``folder``; one line each."""
-    for path in sorted(folder.glob(f"*-{store.manifest.sha256[:16]}.npy")):
-        try:
-            _read(path)
-        except UserError as error:
-            yield str(error)
 
 
 def _train_counts(store: Store) -> np.ndarray:
@@ -115,9 +105,7 @@ def _write(path: Path, table: np.ndarray) -> None:
 
 def _read(path: Path) -> np.ndarray:
     try:
-        content = np.memmap(path, np.uint8, "r")
-        if hashlib.sha256(content[:-DIGEST_BYTES].data).digest() != content[-DIGEST_BYTES:].tobytes():
-            raise ValueError("its sha256 does not match the appended one")
+        check_appended_hash(path)
         table: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}); delete it, it will be rebuilt") from None

@@ -3,8 +3,8 @@
 V items, F features' total dim, M features. One process per node writes the file once, in ``Store.derived_folder``,
 under a lock; all processes of the node map it and so share its pages. Its name contains the hashes of manifest and
 features, and it gets that name once it is complete and on disk. Every block is checked against the manifest when it is
-unpacked. Every start compares a sample of the file with its hashes (:mod:`fmrl_dist.data.piece_hashes`); a file that is
-damaged is unpacked again.
+unpacked. Every start compares a sample of the file with its hashes (:mod:`fmrl_dist.data.store.piece_hashes`); a file
+that is damaged is unpacked again.
 
 Cost: every item block is read once, its rows are written at scattered places in the file, and the file is read once to
 be hashed. Memory holds only one flag per item and the pages that the system chooses to cache.
@@ -31,7 +31,8 @@ from torch import Tensor
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import flush
 from fmrl_dist.base.locks import lock_file
-from fmrl_dist.data.piece_hashes import find_damage, write_hashes
+from fmrl_dist.data.store.derived import table_damage
+from fmrl_dist.data.store.piece_hashes import write_hashes
 from fmrl_dist.data.store.reader import Store
 
 LEFT_BEHIND_S = 600.0  # without a write: then the writer of a temporary file is dead
@@ -65,10 +66,10 @@ def load_item_table(store: Store, features: Sequence[str] | None) -> ItemTable:
     stem = f"items-{hashlib.sha256(','.join(names).encode()).hexdigest()[:8]}-{store.manifest.sha256[:16]}"
     values, present = (store.derived_folder / f"{stem}.{part}.npy" for part in ("values", "present"))
     try:
-        if _find_damage(values) is not None:
+        if table_damage(values) is not None:
             values.parent.mkdir(parents=True, exist_ok=True)
             with _locked(values.with_suffix(".lock")):
-                if (damage := _find_damage(values)) is not None:
+                if (damage := table_damage(values)) is not None:
                     if values.exists():
                         print(f"the item table {values} is damaged ({damage}); it is unpacked again", flush=True)
                     _unpack(store, dims, values, present)
@@ -82,19 +83,6 @@ def load_item_table(store: Store, features: Sequence[str] | None) -> ItemTable:
             f"the item table {values} cannot be written or read ({error.strerror or error}); free space, or choose "
             "another folder with --store.cache_dir"
         ) from None
-
-
-def damaged_tables(store: Store, folder: Path) -> Iterator[str]:
-    """What is wrong with the store's unpacked tables in ``folder``, every byte compared; one line each."""
-    for values in sorted(folder.glob(f"items-*-{store.manifest.sha256[:16]}.values.npy")):
-        if (damage := _find_damage(values, whole=True)) is not None:
-            yield f"{values}: {damage}; delete it: it is unpacked again"
-
-
-def _find_damage(values: Path, whole: bool = False) -> str | None:
-    stem = values.name.removesuffix(".values.npy")
-    present, hashes = (values.with_name(f"{stem}.{part}") for part in ("present.npy", "sha256"))
-    return find_damage(hashes, (present, values), whole)
 
 
 def feature_encoders(store: Store) -> dict[str, str]:

@@ -18,6 +18,7 @@ import pyarrow as pa
 from PIL import Image, ImageOps
 
 from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.base.parquet import BATCH_SHARE, TOO_MUCH, memory_bytes
 from fmrl_dist.config.features import ImageFeature
 from shards.tables.column_kinds import is_text, require_ids
 from shards.tables.item_ids import ItemIds, as_ids
@@ -68,11 +69,24 @@ class ImageTable:
         return int((self.items < 0).sum())
 
     def rows(self, rows_at_once: int) -> Iterator[ImageRows]:
-        """All rows, ``rows_at_once`` at a time; the last piece may be smaller."""
-        low = 0
+        """All rows, ``rows_at_once`` at a time; the last piece may be smaller.
+
+        Raises:
+            UserError: the table cannot be read, or so many images do not fit into the memory.
+        """
+        low, images = 0, list[bytes | str | None]()
         for batch in read_batches(self.path, [self.column], rows_at_once=rows_at_once).batches:
-            yield ImageRows(self.items[low : low + batch.num_rows], batch[self.column].to_pylist())
-            low += batch.num_rows
+            images += batch[self.column].to_pylist()  # batches end with their row group, pieces do not
+            num_bytes = sum(map(len, filter(None, images)))
+            require(
+                num_bytes <= BATCH_SHARE * memory_bytes(),
+                f"table {self.path}: images of {num_bytes:,} bytes in {len(images)} rows; {TOO_MUCH}",
+            )
+            while len(images) >= rows_at_once:
+                yield ImageRows(self.items[low : low + rows_at_once], images[:rows_at_once])
+                low, images = low + rows_at_once, images[rows_at_once:]
+        if images:
+            yield ImageRows(self.items[low:], images)
 
     def sha256(self) -> str:
         """Digest of which item has which image: covers the table, and the sizes of the files that it names."""

@@ -16,8 +16,6 @@ import pyarrow as pa
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.parquet import bounded_table
 from fmrl_dist.base.progress import Progress
-from fmrl_dist.data.item_statistics import damaged_statistics
-from fmrl_dist.data.item_table import damaged_tables
 from fmrl_dist.data.store.files import FILE_NAME
 from fmrl_dist.data.store.manifest import MANIFEST_FILE, SPLITS, USERS_FILE, VOCAB_FILE, Block, Manifest, Shard
 from fmrl_dist.data.store.reader import Store
@@ -62,13 +60,6 @@ def _blocks_by_shard(manifest: Manifest) -> dict[str, list[Block]]:
 def foreign_names(store: Store) -> list[str]:
     """Names in the store's folder that no store has, such as a README; no reader opens them."""
     return [name for name in store.files.names() or () if FILE_NAME.fullmatch(name) is None]
-
-
-def derived_problems(store: Store) -> Iterator[str]:
-    """Damage to what runs have unpacked or counted from the store, one line each."""
-    for folder in store.derived_folders:
-        yield from damaged_tables(store, folder)
-        yield from damaged_statistics(store, folder)
 
 
 def _folder_problems(store: Store) -> Iterator[str]:

@@ -66,13 +66,14 @@ def check_histories(path: Path, table: SequenceTableConfig) -> None:
         UserError: likewise, or the table cannot be read.
     """
     columns = [table.user, table.items, *([table.times] if table.times else [])]
-    for name, kind in table_types(path, columns).items():
+    types = table_types(path, columns)
+    for name in columns if types else ():
         where = f"column {name!r} of {path}"
         if name == table.user:
-            require_ids(kind, where)
-            continue
-        inner = require_lists(kind, where) if table.layout == "sequences" else kind
-        (require_ids if name == table.items else require_times)(inner, where)
+            require_ids(types[name], where)
+        if name in columns[1:]:
+            inner = require_lists(types[name], where) if table.layout == "sequences" else types[name]
+            (require_ids if name == table.items else require_times)(inner, where)
 
 
 def _parse_sequences(found: TableBatches, path: Path, table: SequenceTableConfig, ids: ItemIds) -> Iterator[Histories]:

@@ -10,10 +10,9 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
-import pyarrow.parquet as pq
 
 from fmrl_dist.base.errors import UserError, require
-from fmrl_dist.base.parquet import bounded_batches, bounded_table, column_types, open_parquet
+from fmrl_dist.base.parquet import BoundedParquet, bounded_table, open_parquet
 from shards.tables.parts import partition_keys, table_files
 
 BATCH_ROWS = 65_536
@@ -56,6 +55,7 @@ def read_batches(
     if files[0].suffix == ".csv":
         table = read_table(path, columns, text, ids)
         return TableBatches(table.num_rows, iter([table]))
+    columns = list(dict.fromkeys(columns))
     num_rows = _check_parts(path, files, columns)
     return TableBatches(num_rows, _parquet_batches(files, columns, rows_at_once))
 
@@ -73,8 +73,7 @@ def table_types(path: Path, columns: Sequence[str]) -> dict[str, pa.DataType]:
         return {}
     _check_parts(path, files, columns)
     with _opened(files[0]) as opened:
-        types = column_types(opened)
-        return {name: types[name] for name in columns}
+        return {name: opened.types[name] for name in columns}
 
 
 def table_columns(path: Path) -> list[str]:
@@ -83,7 +82,7 @@ def table_columns(path: Path) -> list[str]:
     if file.suffix == ".csv":
         return _csv_names(file)
     with _opened(file) as opened:
-        return list(opened.schema_arrow.names)
+        return opened.names
 
 
 def _check_parts(path: Path, files: Sequence[Path], columns: Sequence[str]) -> int:
@@ -91,9 +90,9 @@ def _check_parts(path: Path, files: Sequence[Path], columns: Sequence[str]) -> i
     num_rows, types = 0, dict[str, pa.DataType]()
     for file in files:
         with _opened(file) as opened:
-            _check_columns(path, file, opened.schema_arrow.names, columns)
-            num_rows += opened.metadata.num_rows
-            for name, kind in column_types(opened).items():
+            _check_columns(path, file, opened.names, columns)
+            num_rows += opened.num_rows
+            for name, kind in opened.types.items():
                 if name not in columns:
                     continue
                 first = types.setdefault(name, kind)
@@ -108,11 +107,11 @@ def _check_parts(path: Path, files: Sequence[Path], columns: Sequence[str]) -> i
 def _parquet_batches(files: Sequence[Path], columns: Sequence[str], rows_at_once: int) -> Iterator[pa.Table]:
     for file in files:
         with _opened(file) as opened, _readable(file):
-            yield from bounded_batches(opened, columns, rows_at_once, f"table {file}")
+            yield from opened.batches(columns, rows_at_once)
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[pq.ParquetFile]:
+def _opened(file: Path) -> Iterator[BoundedParquet]:
     with _readable(file), open_parquet(file, f"table {file}") as opened:
         yield opened
 

@@ -18,7 +18,8 @@ import torch
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.config.loading import load_config
 from fmrl_dist.config.sections import StoreConfig
-from fmrl_dist.data.item_table import damaged_tables, load_item_table
+from fmrl_dist.data.item_table import load_item_table
+from fmrl_dist.data.store.derived import damaged_files
 from fmrl_dist.data.store.manifest import Block
 from fmrl_dist.data.store.reader import Store
 from shards.store.builder import build_store
@@ -183,13 +184,13 @@ def test_damage_anywhere_in_a_large_table(store: Path, capsys: pytest.CaptureFix
     assert torch.equal(load_item_table(Store.open(store), None).values, expected)
     assert "holds other bytes than were written, after byte" in capsys.readouterr().out
     begin = time.perf_counter()
-    assert not list(damaged_tables(Store.open(store), path.parent))
+    assert not list(damaged_files(Store.open(store)))
     with path.open("r+b") as file:
         file.seek(size // 3)
         byte = file.read(1)
         file.seek(size // 3)
         file.write(bytes([byte[0] ^ 1]))
-    (line,) = damaged_tables(Store.open(store), path.parent)
+    (line,) = damaged_files(Store.open(store))
     assert f"after byte {size // 3 >> 20 << 20}; delete it" in line
     assert time.perf_counter() - begin < 30
 

@@ -187,9 +187,9 @@ CASES: dict[str, tuple[Spoil, str]] = {
     ),
     "title of structs": (column("items.parquet", "title", STRUCTS), "'title' of .* is of type struct"),
     "title of maps": (column("items.parquet", "title", MAPS), "'title' of .* is of type map"),
-    "title of bytes": (column("items.parquet", "title", BYTES), "'title' of .* is of type large_binary"),
+    "title of bytes": (column("items.parquet", "title", BYTES), "'title' of .* is of type binary"),
     "item ids that are lists": (column("items.parquet", "item_id", pa.array([["a"]] * N)), "ids of type list"),
-    "item ids that are bytes": (column("items.parquet", "item_id", BYTES), "ids of type large_binary"),
+    "item ids that are bytes": (column("items.parquet", "item_id", BYTES), "ids of type binary"),
     "user ids that are structs": (
         column("sequences.parquet", "user_id", pa.array([{"a": 1}] * 5)),
         "ids of type struct",
@@ -206,7 +206,7 @@ CASES: dict[str, tuple[Spoil, str]] = {
     ),
     "text of bytes": (
         both(column("items.parquet", "brand", BYTES), text_feature("{brand}")),
-        "'brand' of .* is of type large_binary; a text template takes",
+        "'brand' of .* is of type binary; a text template takes",
     ),
     "text of lists of structs": (
         both(column("items.parquet", "brand", pa.array([[{"a": 1}]] * N)), text_feature("{brand}")),

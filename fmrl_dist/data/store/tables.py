@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import pyarrow as pa
 
 from fmrl_dist.base.errors import UserError
-from fmrl_dist.base.parquet import bounded_batches, column_types, open_parquet
+from fmrl_dist.base.parquet import open_parquet
 
 ROWS_AT_ONCE = 65_536
 MAX_CHECKED_ROWS = 2_000_000  # a larger table takes more than a few seconds: only shards.verify checks it
@@ -29,7 +29,7 @@ def rows_sha256(batches: Iterable[pa.Table]) -> str:
 
 
 def table_batches(data: bytes, name: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """Rows of a table's file ``name``, within the memory of this machine; text is ``large_string``.
+    """Rows of a table's file ``name``, within the memory of this machine.
 
     Threads of pyarrow are not used: one that still holds these bytes as Python ends takes the process down
     (apache/arrow#34314).
@@ -44,10 +44,9 @@ def table_batches(data: bytes, name: str, columns: Sequence[str] | None = None) 
         pa.ArrowException, OSError: it cannot be read.
     """
     with open_parquet(pa.py_buffer(data), name) as file:
-        types = column_types(file)
-        names = list(types) if columns is None else list(columns)
-        yield pa.schema([(column, types[column]) for column in names]).empty_table()
-        yield from bounded_batches(file, names, ROWS_AT_ONCE, name, use_threads=False)
+        names = file.names if columns is None else list(columns)
+        yield pa.schema([(column, file.types[column]) for column in names]).empty_table()
+        yield from file.batches(names, ROWS_AT_ONCE, use_threads=False)
 
 
 def checked_table(data: bytes, name: str, expected_sha256: str) -> bytes:
@@ -58,7 +57,7 @@ def checked_table(data: bytes, name: str, expected_sha256: str) -> bytes:
     """
     try:
         with open_parquet(pa.py_buffer(data), name) as file:
-            if file.metadata.num_rows > MAX_CHECKED_ROWS:
+            if file.num_rows > MAX_CHECKED_ROWS:
                 return data
         found = rows_sha256(table_batches(data, name))
     except UserError as error:

@@ -30,6 +30,11 @@ def drop_n(path: Path) -> None:
     pq.write_table(pq.read_table(path).drop_columns(["n"]), path)
 
 
+def part_without_its_partition(folder: Path) -> None:
+    split(folder / "a.parquet", ["n=3/b.parquet"], folder)
+    drop_n(folder / "n=3" / "b.parquet")
+
+
 NAMES = {
     "Spark": [f"part-{number:05d}-0a1b.c000.snappy.parquet" for number in range(4)],
     "Dask": [f"part.{number}.parquet" for number in (0, 1, 2, 10)],
@@ -65,7 +70,7 @@ def test_parts_of_csv(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "empty": (lambda folder: [path.unlink() for path in folder.iterdir()], "a folder without .parquet or .csv files"),
+    "empty": (lambda folder: (folder / "a.parquet").unlink(), "a folder without .parquet or .csv files"),
     "unfinished": (lambda folder: (folder / "_temporary").mkdir(), "holds _temporary: its writer has not finished"),
     "Delta": (lambda folder: (folder / "_delta_log").mkdir(), "holds _delta_log: it is a Delta table"),
     "another file": (lambda folder: (folder / "README.md").touch(), "holds README.md; expected only .parquet or .csv"),
@@ -78,10 +83,10 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "other types": (
         lambda folder: pq.write_table(pa.table({"id": ["1"], "n": [2]}), folder / "b.parquet"),
-        "column 'id' is large_string in b.parquet, int64 in a.parquet",
+        "column 'id' is string in b.parquet, int64 in a.parquet",
     ),
     "a partition's key": (
-        lambda folder: split(folder / "a.parquet", ["n=3/b.parquet"], folder) and drop_n(folder / "n=3" / "b.parquet"),
+        part_without_its_partition,
         "has 'n' only in the names of its folders; write it into the files",
     ),
 }
