@@ -21,6 +21,10 @@ CANNOT_WRITE = {  # and how to mend it
     errno.EROFS: "choose a place that can be written to",
     errno.EACCES: "choose a place that can be written to",
     errno.ESTALE: "mount it again",
+    errno.ENOTDIR: "choose a path that does not lead through a file",
+    errno.EEXIST: "choose a path that does not lead through a file",  # a folder was to be made there
+    errno.ELOOP: "choose a path without a circle of links",
+    errno.ENAMETOOLONG: "choose a shorter path",
 }
 EXIT_NO_READER = 128 + signal.SIGPIPE  # what a shell shows for a program that ``| head`` ended
 
@@ -53,11 +57,11 @@ def require(condition: bool, message: str) -> None:
 def run_command(main: Callable[[list[str]], None]) -> None:
     """Run a command's ``main(argv)``; a :class:`UserError` ends it with one line on stderr and exit code 2.
 
-    A disk that is full, read-only or gone ends it the same way. A command whose output is no longer read
-    (``| head -1``) ends silently. INT, TERM and HUP end it with one line, cleaned up, whatever the parent process had
-    them set to; a command that saves at a signal (``fmrl_dist.train``) has handlers of its own while it does. Any other
-    exception keeps its traceback, without the credentials of URLs, and Python's exit code 1: that is a crash, a bug of
-    ours. A command that a launcher has started ends when the launcher has died, as at TERM.
+    A disk that is full, read-only or gone, or a path that leads through a file, ends it the same way. A command whose
+    output is no longer read (``| head -1``) ends silently. INT, TERM and HUP end it with one line, cleaned up, whatever
+    the parent process had them set to; a command that saves at a signal (``fmrl_dist.train``) has handlers of its own
+    while it does. Any other exception keeps its traceback, without the credentials of URLs, and Python's exit code 1:
+    that is a crash, a bug of ours. A command that a launcher has started ends when the launcher has died, as at TERM.
     """
     sys.excepthook = _show_traceback
     before = {number: signal.signal(number, handler) for number, handler in HANDLERS.items()}

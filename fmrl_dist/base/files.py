@@ -47,7 +47,7 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     """A temporary folder to fill, beside ``target``; at the end it is flushed and replaces ``target`` in one step.
 
     If the block raises, the temporary folder is removed and ``target`` is unchanged. What a killed process left behind
-    is removed by the next one.
+    is removed by the next one. What others put into ``target`` while the block ran is kept there.
 
     Raises:
         UserError: another process is writing ``target``.
@@ -59,12 +59,15 @@ def replaced_folder(target: Path) -> Iterator[Path]:
                     shutil.rmtree(left)
         aside = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
         aside.mkdir(parents=True)
+        replaced = set(os.listdir(target)) if target.exists() else set()
         try:
             yield aside
             for path in (*aside.iterdir(), aside):
                 flush(path)
             if target.exists():
                 _exchange(aside, target)
+                for name in set(os.listdir(aside)) - replaced - set(os.listdir(target)):
+                    (aside / name).rename(target / name)
             else:
                 aside.rename(target)
             flush(target.parent)
@@ -85,8 +88,8 @@ def _exchange(aside: Path, target: Path) -> None:
 
 
 def foreign_entries(folder: Path, is_ours: Callable[[str], bool]) -> list[str]:
-    """Names in a folder that are not of the kind that is to be replaced: they must not be removed with it."""
-    return sorted(path.name for path in folder.iterdir() if not is_ours(path.name))
+    """Names in a folder that are not files of the kind that is to be replaced: they must not be removed with it."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() or not is_ours(path.name))
 
 
 def flush(path: Path) -> None:

@@ -69,7 +69,7 @@ class DemoConfig:
 class SequenceTableConfig:
     """The histories: a table of whole sequences, or of single interactions (Parquet or CSV)."""
 
-    path: str = "sequences.parquet"  # Parquet or CSV file, relative to data.root
+    path: str = "sequences.parquet"  # Parquet or CSV file, or folder of such parts, relative to data.root
     # sequences: one row per user with a list of items, oldest first | interactions: one row per event
     layout: Literal["sequences", "interactions"] = "sequences"
     user: str = "user_id"  # column of user ids
@@ -84,7 +84,7 @@ class SequenceTableConfig:
 class ItemTableConfig:
     """The catalogue: one row per item. An item's row is its internal id."""
 
-    path: str = "items.parquet"  # Parquet or CSV file, relative to data.root
+    path: str = "items.parquet"  # Parquet or CSV file, or folder of such parts, relative to data.root
     id: str = "item_id"  # column of item ids
     title: str = ""  # column of titles, "" for none; kept in the vocabulary for reading recommendations
 
@@ -99,8 +99,9 @@ class DataConfig:
     items: ItemTableConfig = field(default_factory=ItemTableConfig)
     # item features by name; each has a source, and that source's keys
     features: dict[str, FeatureConfig] = field(default_factory=dict)
-    # parts of an item's text, with columns of the item table in braces; an item lacks the parts whose columns it lacks
-    text: tuple[str, ...] = ("Title: {title}", "Price: {price}", "Brand: {brand}", "Categories: {categories}")
+    # parts of an item's text, with columns of the item table in braces; an item lacks the parts whose columns it lacks;
+    # []: those of "Title: {title}", "Price: {price}", "Brand: {brand}", "Categories: {categories}" that the table has
+    text: tuple[str, ...] = ()
     text_separator: str = "\n"  # what joins the parts of an item's text
     max_length: PositiveInt = 50  # targets of a training window, events of an evaluation history
     # last: one window per user | all: windows that partition the user's targets

@@ -7,7 +7,7 @@ Precomputed arrays and the rows of the pretrained encoders stay on disk, memory-
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -27,8 +27,8 @@ from fmrl_dist.config.features import (
 )
 from fmrl_dist.config.sections import DataConfig
 from shards.encoders.item_feature import ItemFeature
-from shards.encoders.item_text import ItemTexts, item_texts
-from shards.encoders.precomputed import read_precomputed
+from shards.encoders.item_text import ItemTexts, item_texts, parts_for
+from shards.encoders.precomputed import open_precomputed, read_precomputed
 from shards.tables.item_ids import ItemIds
 
 
@@ -49,19 +49,21 @@ def make_feature(
         UserError: the source cannot be read, does not fit the items, or no item has the feature.
     """
     config, root = data.features[name], Path(data.root)
+    feature: ItemFeature
     input_sha256 = files.get(f"data.features.{name}.path", "")
+    template = template_of(config, data, items.column_names) if isinstance(config, TextFeature) else {}
     match config:
         case NpyFeature():
             feature = read_precomputed(name, config, root, len(ids.external), input_sha256)
         case TfidfFeature():
             encoder = import_encoder("shards.encoders.tfidf", name, "shards")
-            feature = encoder.encode_texts(name, config, _texts(config, data, items), template_of(config, data))
+            feature = encoder.encode_texts(name, config, _texts(template, items), template)
         case PixelsFeature():
             encoder = import_encoder("shards.encoders.pixels", name, "shards")
             feature = encoder.encode_images(name, config, root, ids)
         case TransformersFeature():
             encoder = import_encoder("shards.encoders.text_encoder", name, "text")
-            feature = encoder.encode_texts(name, config, _texts(config, data, items), encoding)
+            feature = encoder.encode_texts(name, config, _texts(template, items), encoding)
         case OpenClipFeature():
             encoder = import_encoder("shards.encoders.image_encoder", name, "images")
             feature = encoder.encode_images(name, config, root, ids, encoding, input_sha256)
@@ -69,7 +71,6 @@ def make_feature(
         raise UserError(
             f"feature {name!r}: no item has it; check its columns, and that its item ids are those of the item table"
         )
-    template = template_of(config, data) if isinstance(config, TextFeature) else {}
     return replace(feature, recipe={"source": config.source} | code_revision(name, config) | template | feature.recipe)
 
 
@@ -87,13 +88,27 @@ def code_revision(name: str, config: FeatureConfig) -> dict[str, Any]:
     return {}
 
 
-def template_of(config: TextFeature, data: DataConfig) -> dict[str, Any]:
-    """How an item's text is made for a feature."""
-    return {"text": list(config.text or data.text), "text_separator": data.text_separator}
+def template_of(config: TextFeature, data: DataConfig, columns: Sequence[str]) -> dict[str, Any]:
+    """How an item's text is made for a feature, from a table with these columns."""
+    return {"text": list(parts_for(config.text or data.text, columns)), "text_separator": data.text_separator}
 
 
-def _texts(config: TextFeature, data: DataConfig, items: pa.Table) -> ItemTexts:
-    return item_texts(items, config.text or data.text, data.text_separator)
+def check_source(name: str, data: DataConfig, num_items: int) -> None:
+    """Refuse what can be seen to be wrong with feature ``name`` without encoding or reading all of it.
+
+    Raises:
+        UserError: a file is missing or of another kind, or does not fit the items.
+    """
+    config, root = data.features[name], Path(data.root)
+    match config:
+        case NpyFeature():
+            open_precomputed(name, config, root, num_items)
+        case PixelsFeature() | OpenClipFeature():
+            import_encoder("shards.encoders.item_images", name, "shards").check_image_table(config, root)
+
+
+def _texts(template: Mapping[str, Any], items: pa.Table) -> ItemTexts:
+    return item_texts(items, template["text"], template["text_separator"])
 
 
 def import_encoder(module: str, feature: str, extra: str) -> ModuleType:

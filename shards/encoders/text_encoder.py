@@ -106,6 +106,11 @@ def encode_texts(name: str, config: TransformersFeature, items: ItemTexts, encod
         progress.advance(len(ids))
     progress.close()
     rows, present = blocks.gather(len(items.texts), encoder.dim)
+    require(
+        np.array_equal(present, items.present),
+        f"feature {name!r}: the blocks in {blocks.folder} do not hold the items that have a text; remove it and build "
+        "again",
+    )
     return ItemFeature(
         name,
         rows,

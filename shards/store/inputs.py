@@ -6,6 +6,7 @@ same bytes, which takes many times as long.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from shards.encoders.item_feature import ItemFeature, versions_of
 from shards.encoders.model_folder import local_model_sha256
 from shards.encoders.sources import code_revision, import_encoder
 from shards.encoders.stored_fit import fit_sha256
+from shards.tables.parts import table_files
 
 
 def input_files(config: Config) -> dict[str, str]:
@@ -41,8 +43,8 @@ def input_files(config: Config) -> dict[str, str]:
     """
     data, root = config.data, Path(config.data.root)
     files = {
-        "data.items.path": _sha256(root / data.items.path, "data.items.path"),
-        "data.sequences.path": _sha256(root / data.sequences.path, "data.sequences.path"),
+        "data.items.path": _table_sha256(root / data.items.path),
+        "data.sequences.path": _table_sha256(root / data.sequences.path),
     }
     for name, feature in data.features.items():
         key = f"data.features.{name}"
@@ -50,7 +52,7 @@ def input_files(config: Config) -> dict[str, str]:
             files[f"{key}.path"] = _sha256(root / feature.path, f"{key}.path")
         if isinstance(feature, ImageFeature):
             images = import_encoder("shards.encoders.item_images", name, "shards")
-            files[f"{key}.path"] = images.images_sha256(root / feature.path, feature.image)
+            files[f"{key}.path"] = images.images_sha256(feature, root)
         if isinstance(feature, TfidfFeature) and feature.fit:
             files[f"{key}.fit"] = fit_sha256(name, feature.fit)
         if isinstance(feature, TransformersFeature) and (sha256 := local_model_sha256(feature.model)):
@@ -60,6 +62,12 @@ def input_files(config: Config) -> dict[str, str]:
                 if path.is_file():
                     files[f"{key}.{part}"] = file_sha256(path)
     return files
+
+
+def _table_sha256(path: Path) -> str:
+    """Of a table's only file, or of the hashes of its parts in order; their names may change."""
+    hashes = [_sha256(file, "the path in the config") for file in table_files(path)]
+    return hashes[0] if not path.is_dir() else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def _sha256(path: Path, key: str) -> str:

@@ -269,3 +269,27 @@ def test_commands_end_with_code_2_and_one_line(tmp_path: Path) -> None:
         assert done.returncode == EXIT_USER_ERROR, done.stderr
         assert done.stdout == "" and len(done.stderr.splitlines()) == 1, done.stderr
         assert done.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize("place", ["file", "file/store", "circle", "circle/store"])
+def test_a_store_that_would_be_below_a_file(place: str, tmp_path: Path) -> None:
+    """One line from each command that writes or reads one, and the file stays."""
+    write_raw(tmp_path / "raw")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "circle").symlink_to("circle")
+    store, config = tmp_path / place, tmp_path / "config.yaml"
+    config.write_text(tiny_config(tmp_path / "raw", store).to_yaml())
+    commands: list[tuple[str, list[object]]] = [
+        ("shards.build", ["--config", config]),
+        ("shards.build", ["--config", config, "--overwrite"]),
+        ("shards.build", ["--config", config, "--keep"]),
+        ("shards.verify", [store]),
+        ("shards.inspect", [store]),
+        ("fmrl_dist.train", ["--config", config, "--run.dir", tmp_path / "run"]),
+    ]
+    for command, words in commands:
+        ended = run_main(command, *words)
+        assert ended.code == EXIT_USER_ERROR, command
+        assert ended.stderr.startswith("error: ") and len(ended.stderr.splitlines()) == 1, ended.stderr
+    assert (tmp_path / "file").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["circle", "config.yaml", "file", "raw"]

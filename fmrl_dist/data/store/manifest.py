@@ -239,6 +239,7 @@ def _check_consistency(manifest: Manifest) -> None:
     for name in shards:
         if SHARD_NAME.fullmatch(name) is None:
             raise UserError(f"the manifest names shard {name!r}; expected a plain file name such as train-000000.tar")
+    row_bytes = ROW_BYTES + sum(2 * feature.dim + feature.masked for feature in manifest.features)
     ends = dict.fromkeys(shards, 0)
     for split, blocks in {"items": manifest.items, **manifest.splits}.items():
         for block in blocks:
@@ -254,6 +255,11 @@ def _check_consistency(manifest: Manifest) -> None:
                 raise UserError(
                     f"the manifest's {split} block at byte {block.offset} of {block.shard!r} has {block.count} rows, "
                     f"{block.events} events in {block.num_bytes} bytes; expected at least 1 row, of {ROW_BYTES} bytes"
+                )
+            if split == "items" and block.count * row_bytes > block.num_bytes:
+                raise UserError(
+                    f"the manifest's item block at byte {block.offset} of {block.shard!r} has {block.count} rows of "
+                    f"{row_bytes} bytes in {block.num_bytes} bytes; build the store again"
                 )
             shard = shards.get(block.shard)
             if (

