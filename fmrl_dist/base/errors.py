@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from types import FrameType
 
+from fmrl_dist.base.early_signals import ENDING, end_at_once
 from fmrl_dist.base.urls import hide_credentials
 
 EXIT_USER_ERROR = 2
@@ -35,11 +36,19 @@ class SignalError(BaseException):
         self.number = signal.Signals(number)
 
 
-def _end(number: int, _: FrameType | None) -> None:
-    raise SignalError(number)
+class _FirstSignal:
+    """Raises the first signal while a command runs; those that follow must not interrupt its cleaning up."""
 
+    def __init__(self) -> None:
+        self.is_running = False
+        self.number: signal.Signals | None = None
 
-HANDLERS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _end, signal.SIGHUP: _end}
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        if self.is_running:
+            self.is_running, self.number = False, signal.Signals(number)
+            raise KeyboardInterrupt if number == signal.SIGINT else SignalError(number)
+        if self.number is None:
+            end_at_once(number, frame)
 
 
 def require(condition: bool, message: str) -> None:
@@ -53,12 +62,14 @@ def run_command(main: Callable[[list[str]], None]) -> None:
 
     A disk that is full, read-only or gone ends it the same way. A command whose output is no longer read
     (``| head -1``) ends silently. INT, TERM and HUP end it with one line, cleaned up, whatever the parent process had
-    them set to; a command that saves at a signal (``fmrl_dist.train``) has handlers of its own while it does. Any other
-    exception keeps its traceback and Python's exit code 1: that is a crash, a bug of ours.
+    them set to; while it cleans up, further ones change nothing. A command that saves at a signal (``fmrl_dist.train``)
+    has handlers of its own while it does. Any other exception keeps its traceback and Python's exit code 1: that is a
+    crash, a bug of ours.
     """
-    before = {number: signal.signal(number, handler) for number, handler in HANDLERS.items()}
+    first = _FirstSignal()
+    before = {number: signal.signal(number, first.handle) for number in ENDING}
     try:
-        status = _run(main)
+        status = _run(main, first)
         sys.stdout.flush()
     except BrokenPipeError:
         if _stdout_is_read():
@@ -72,25 +83,34 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         sys.exit(status)
 
 
-def _run(main: Callable[[list[str]], None]) -> int | str | None:
+def _run(main: Callable[[list[str]], None], first: _FirstSignal) -> int | str | None:
     try:
-        main(sys.argv[1:])
-    except UserError as error:
+        try:
+            first.is_running = True
+            main(sys.argv[1:])
+        finally:
+            first.is_running = False
+    except BaseException as error:  # after a signal, whatever the cleaning up of others has made of its exception
+        if first.number is None:
+            return _status_of(error)
+    if first.number is not None:
+        sys.stderr.write(f"ended by {first.number.name}\n")
+        return 128 + first.number
+    return 0
+
+
+def _status_of(error: BaseException) -> int | str | None:
+    """The exit status that an exception of a command means; what is a crash is raised again."""
+    if isinstance(error, UserError):
         sys.stderr.write(f"error: {hide_credentials(str(error))}\n")  # one write: other ranks may print the same line
         return EXIT_USER_ERROR
-    except (KeyboardInterrupt, SignalError) as error:
-        number = error.number if isinstance(error, SignalError) else signal.SIGINT
-        sys.stderr.write(f"ended by {number.name}\n")
-        return 128 + number
-    except OSError as error:
-        if error.errno not in CANNOT_WRITE:
-            raise
+    if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
         where, mend = error.filename or "while writing", CANNOT_WRITE[error.errno]
         sys.stderr.write(f"error: {error.strerror} ({where}); {mend}, then run this again\n")
         return EXIT_USER_ERROR
-    except SystemExit as end:  # raised by --help, --version, --print-config
-        return end.code
-    return 0
+    if isinstance(error, SystemExit):  # raised by --help, --version, --print-config
+        return error.code
+    raise error
 
 
 def _stdout_is_read() -> bool:

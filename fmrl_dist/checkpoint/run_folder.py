@@ -145,8 +145,10 @@ def locked(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
             say(f"{folder} cannot be locked ({error.strerror}): nothing prevents a second run from training into it")
         file.truncate(0)
         print(f"process {os.getpid()} of {socket.gethostname()}", file=file, flush=True)
-        yield
-        file.truncate(0)
+        try:
+            yield
+        finally:
+            file.truncate(0)
 
 
 @contextmanager
