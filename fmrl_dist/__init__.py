@@ -1,7 +1,7 @@
 """fMRLRec at scale: train once, deploy any size."""
 
-from fmrl_dist.base.early_signals import end_while_importing
+from fmrl_dist.base.command_start import start_command
 
 __version__ = "0.1.0"
 
-end_while_importing()
+start_command()

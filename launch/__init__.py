@@ -1,5 +1,5 @@
 """Commands that run training and everything around it on SLURM, or on this machine."""
 
-from fmrl_dist.base.early_signals import end_while_importing
+from fmrl_dist.base.command_start import start_command
 
-end_while_importing()
+start_command()

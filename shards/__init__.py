@@ -1,5 +1,5 @@
 """Shard-building jobs: raw tables in, shard store out (``python -m shards.build | verify | inspect``)."""
 
-from fmrl_dist.base.early_signals import end_while_importing
+from fmrl_dist.base.command_start import start_command
 
-end_while_importing()
+start_command()

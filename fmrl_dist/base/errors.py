@@ -10,16 +10,17 @@ import sys
 from collections.abc import Callable
 from types import FrameType
 
-from fmrl_dist.base.early_signals import ENDING, end_at_once
+from fmrl_dist.base.command_start import ENDING, EXIT_USER_ERROR, end_at_once
 from fmrl_dist.base.urls import hide_credentials
 
-EXIT_USER_ERROR = 2
 CANNOT_WRITE = {  # and how to mend it
     errno.ENOSPC: "free space",
     errno.EDQUOT: "free space",
     errno.EROFS: "choose a place that can be written to",
     errno.EACCES: "choose a place that can be written to",
     errno.ESTALE: "mount it again",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "remove the links that lead to each other",
 }
 EXIT_NO_READER = 128 + signal.SIGPIPE  # what a shell shows for a program that ``| head`` ended
 
@@ -102,15 +103,24 @@ def _run(main: Callable[[list[str]], None], first: _FirstSignal) -> int | str | 
 def _status_of(error: BaseException) -> int | str | None:
     """The exit status that an exception of a command means; what is a crash is raised again."""
     if isinstance(error, UserError):
-        sys.stderr.write(f"error: {hide_credentials(str(error))}\n")  # one write: other ranks may print the same line
+        sys.stderr.write(one_line(f"error: {hide_credentials(str(error))}"))
         return EXIT_USER_ERROR
     if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
         where, mend = error.filename or "while writing", CANNOT_WRITE[error.errno]
-        sys.stderr.write(f"error: {error.strerror} ({where}); {mend}, then run this again\n")
+        sys.stderr.write(one_line(f"error: {error.strerror} ({where}); {mend}, then run this again"))
         return EXIT_USER_ERROR
     if isinstance(error, SystemExit):  # raised by --help, --version, --print-config
         return error.code
     raise error
+
+
+def one_line(message: str) -> str:
+    """A message as one line to write at once, since other ranks may write the same one.
+
+    What a name or a value in it holds of line breaks, of control sequences for a terminal, and of what cannot be
+    encoded, is shown escaped.
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message) + "\n"
 
 
 def _stdout_is_read() -> bool:

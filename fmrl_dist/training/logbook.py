@@ -7,7 +7,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.files import write_atomically
+
+MEND = "repair it, or move it away and lose these figures, then resume with --resume auto"
 
 
 class Logbook:
@@ -57,12 +60,24 @@ class Logbook:
 
 
 def kept_lines(path: Path, step: int, repeats_validation: bool = False) -> list[str]:
-    """The lines of a log up to ``step``, perhaps without its validation; empty if there is no file."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    records = [(line, json.loads(line)) for line in lines if line.endswith("}")]  # the last one may be half-written
-    repeated = (step, "valid") if repeats_validation else None
-    return [
-        f"{line}\n"
-        for line, record in records
-        if record["step"] <= step and (record["step"], record.get("split")) != repeated
-    ]
+    """The lines of a log up to ``step``, perhaps without its validation; empty if there is no file.
+
+    Raises:
+        UserError: a line other than the last, which may be half-written, is no record.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); {MEND}") from None
+    kept, repeated = [], (step, "valid") if repeats_validation else None
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            place = int(record["step"]), record.get("split")
+        except (ValueError, LookupError, TypeError, RecursionError):
+            if number == len(lines):
+                break
+            raise UserError(f"{path}, line {number}: {line[:60]!r} is not a record of a step; {MEND}") from None
+        if place[0] <= step and place != repeated:
+            kept.append(f"{line}\n")
+    return kept

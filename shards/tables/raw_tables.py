@@ -30,7 +30,7 @@ def read_table(path: Path, columns: Sequence[str], text: Sequence[str] = (), ids
     try:
         if _ending(path) == ".parquet":
             with open_parquet(path, columns) as file:
-                return file.read(columns=columns)
+                return _valid(file.read(columns=columns))
         table = _read_csv(path, columns, text, ids)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _unreadable(path, error) from None
@@ -66,9 +66,19 @@ def _parquet_batches(path: Path, columns: Sequence[str], rows_at_once: int) -> I
     with open_parquet(path, columns) as file:
         try:
             for batch in file.iter_batches(rows_at_once, columns=list(columns)):
-                yield pa.Table.from_batches([batch])
+                yield _valid(pa.Table.from_batches([batch]))
         except (pa.ArrowException, OSError) as error:
             raise _unreadable(path, error) from None
+
+
+def _valid(table: pa.Table) -> pa.Table:
+    """``table``, if its texts are UTF-8 and its lists lie within their values: Parquet does not promise either.
+
+    Raises:
+        pa.ArrowInvalid: they are not.
+    """
+    table.validate(full=True)
+    return table
 
 
 def open_parquet(path: Path, columns: Sequence[str]) -> pq.ParquetFile:
@@ -99,7 +109,8 @@ def _ending(path: Path) -> str:
 
 def _unreadable(path: Path, error: Exception) -> UserError:
     if isinstance(error, UnicodeDecodeError) or "UTF8" in str(error):
-        return UserError(f"table {path} is not UTF-8 text ({' '.join(str(error).split())}); {NOT_UTF8}")
+        mend = NOT_UTF8 if path.suffix == ".csv" else "write its texts as UTF-8"
+        return UserError(f"table {path} is not UTF-8 text ({' '.join(str(error).split())}); {mend}")
     return UserError(
         f"table {path} cannot be read: {' '.join(str(error).split())}; is the file complete, and in that format?"
     )

@@ -88,7 +88,7 @@ def evaluation_of(run: str, name: str) -> Result:
 
 def parts_of(folder: Path, stdout: str) -> dict[str, Any]:
     """The histograms of an evaluation's parts."""
-    return {path.name: file_sha256(path) for path in sorted((folder / "run").glob("*.parts/*")) if path.suffix != ".lock"}
+    return {path.name: file_sha256(path) for path in sorted((folder / "run").glob("*.parts/*"))}
 
 
 def export_files(folder: Path, stdout: str) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def export_files(folder: Path, stdout: str) -> dict[str, Any]:
     files = files_of("out")(folder, stdout)
     del files["config.json"]
     config = json.loads((folder / "out" / "config.json").read_text())
-    del config["origin"]["store"]
+    del config["origin"]["store"], config["sha256"]
     return {"files": files, "config": config}
 
 
@@ -108,7 +108,7 @@ def sweep_values(folder: Path, stdout: str) -> list[Any]:
 
 
 CONFIG = ("--config", "FOLDER/shop.yaml", "--data.root", "FOLDER/raw", "--store.path", "FOLDER/store")
-CONFIG += ("--run.dir", "FOLDER/run", "--store.cache_dir", "FOLDER/cache")
+CONFIG += ("--run.dir", "FOLDER/run")
 STORE = ("--store", "FOLDER/store")
 
 COMMANDS = [
@@ -116,7 +116,7 @@ COMMANDS = [
     Command(
         "build --overwrite", "shards.build", (*CONFIG, "--overwrite"), ("raw", "store"), files_of("store"), ("store",)
     ),
-    Command("build --keep", "shards.build", (*CONFIG, "--keep"), ("raw", "store"), files_of("store")),
+    Command("build --keep", "shards.build", (*CONFIG, "--keep"), ("raw", "store"), output),
     Command("verify", "shards.verify", ("FOLDER/store",), ("store",), output),
     Command("inspect", "shards.inspect", ("FOLDER/store",), ("store",), output),
     Command(
@@ -128,14 +128,14 @@ COMMANDS = [
         ("demo",),
     ),
     Command("plan", "fmrl_dist.plan", (*CONFIG, "--items", "1000", "--cpus", "1"), ("raw", "store"), output),
-    Command("train", "fmrl_dist.train", CONFIG, ("store",), run_files, ("run", "cache"), ("--resume", "auto")),
+    Command("train", "fmrl_dist.train", CONFIG, ("store",), run_files, ("run", "store.derived"), ("--resume", "auto")),
     Command(
         "train --resume",
         "fmrl_dist.train",
         (*CONFIG, "--resume", "auto"),
         ("store", "partial"),
         run_files,
-        ("run", "cache"),
+        ("run", "store.derived"),
     ),
     Command(
         "evaluate",

@@ -24,7 +24,9 @@ CANNOT_MOUNT = "mounts need root and a kernel that permits them in a namespace o
 @cache
 def can_mount() -> bool:
     """Whether a process of this user may mount anything in a namespace of its own."""
-    return sys.platform == "linux" and subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode == 0
+    return (
+        sys.platform == "linux" and subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode == 0
+    )
 
 
 def _call(result: int, what: str) -> None:
@@ -73,3 +75,12 @@ def almost_full(spare_pages: int, folder: Path) -> Iterator[None]:
     finally:
         _mount("tmpfs", folder, "tmpfs", MS_REMOUNT, "size=1g")
         shutil.copytree(folder, real, symlinks=True, dirs_exist_ok=True)
+
+
+@contextmanager
+def nothing_else_writable(folder: Path) -> Iterator[None]:
+    """Nothing on the disk can be written but what is in ``folder``."""
+    leave_mounts_of_others()
+    _mount(str(folder), folder, "", MS_BIND)
+    _mount("/", Path("/"), "", MS_REMOUNT | MS_BIND | MS_RDONLY)
+    yield

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psutil
 
-from fmrl_dist.base.early_signals import ENDING, end_at_once
+from fmrl_dist.base.command_start import start_command
 from fmrl_dist.base.errors import run_command
 from tests.fixtures.commands import Ended
 from tests.fixtures.processes import REPOSITORY, SERVER_VARIABLES, clean_environment, start_in_server
@@ -62,7 +62,11 @@ class Started:
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, ProcessLookupError):
-                if process.pid != self.process.pid and process.status() != psutil.STATUS_ZOMBIE and self._is_of(process):
+                if (
+                    process.pid != self.process.pid
+                    and process.status() != psutil.STATUS_ZOMBIE
+                    and self._is_of(process)
+                ):
                     found.append(" ".join(process.cmdline()))
         return found
 
@@ -73,9 +77,7 @@ class Started:
         return (self.logs / name).read_text(errors="replace")
 
 
-def start(
-    command: Command, folder: Path, logs: Path, setup: Setup | None = None, words: Sequence[str] = ()
-) -> Started:
+def start(command: Command, folder: Path, logs: Path, setup: Setup | None = None, words: Sequence[str] = ()) -> Started:
     """Start a command in ``folder``, with further ``words``; ``setup`` is entered in its process."""
     logs.mkdir(parents=True, exist_ok=True)
     (logs / READY).unlink(missing_ok=True)
@@ -98,13 +100,13 @@ def _run(
         signal.signal(number, signal.SIG_DFL)
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(logs / name, os.O_WRONLY | os.O_APPEND), stream)
-    for number in ENDING:
-        signal.signal(number, end_at_once)  # as the packages do where -m imports them
     code = 0
     with contextlib.nullcontext() if setup is None else setup(folder):
-        sys.argv = [module, *argv]
         (logs / READY).touch()
         try:
+            sys.argv = ["-m"]  # as long as Python looks for the module
+            start_command()
+            sys.argv = [module, *argv]
             run_command(importlib.import_module(module).main)
         except SystemExit as end:
             code = int(end.code or 0)

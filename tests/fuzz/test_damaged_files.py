@@ -6,13 +6,12 @@ import contextlib
 import io
 import shutil
 import sys
+from importlib import import_module
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from fmrl_dist.base.errors import run_command
-from importlib import import_module
 from tests.fixtures.commands import Ended
 from tests.fixtures.training import run_here
 from tests.fuzz.commands import BY_NAME, Command
@@ -26,7 +25,6 @@ from tests.fuzz.world import PARTS, prepare
 READERS = [
     ("verify", "store"),
     ("inspect", "store"),
-    ("build --keep", "store"),
     ("train", "store"),
     ("train", "derived"),
     ("train --resume", "partial"),
@@ -53,7 +51,7 @@ def run(command: Command, folder: Path, patch: pytest.MonkeyPatch) -> Ended:
     return Ended(code, stdout.getvalue(), stderr.getvalue())
 
 
-@pytest.mark.parametrize(("name", "part"), READERS, ids=" of ".join)
+@pytest.mark.parametrize(("name", "part"), READERS, ids=[f"{name}, {part}" for name, part in READERS])
 def test_damaged_files(
     name: str, part: str, world: Path, expected: Expected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
