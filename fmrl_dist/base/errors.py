@@ -20,6 +20,7 @@ CANNOT_WRITE = {  # and how to mend it
     errno.EACCES: "choose a place that can be written to",
     errno.ESTALE: "mount it again",
     errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EISDIR: "move this folder away",
     errno.ELOOP: "remove the links that lead to each other",
 }
 EXIT_NO_READER = 128 + signal.SIGPIPE  # what a shell shows for a program that ``| head`` ended

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import shutil
@@ -18,9 +17,9 @@ from fmrl_dist import evaluate, export
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.checkpoint.export_folder import ITEMS_FILE, read_export, read_export_vocabulary
 from fmrl_dist.data.store.manifest import VOCAB_FILE
-from fmrl_dist.model.export_config import CONFIG_FILE, export_config_text
+from fmrl_dist.model.export_config import CONFIG_FILE
 from fmrl_dist.model.fmrlrec import MODEL_FILE, FMRLRec
-from tests.fixtures.checkpoints import flip
+from tests.fixtures.checkpoints import flip, reseal_export
 from tests.fixtures.training import contents, make_shop, refusal, run_here, train_here
 
 Spoiler = Callable[[Path], object]
@@ -109,15 +108,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "export"
 
 
-def reseal(folder: Path) -> None:
-    """Update the recorded hashes to the current files, so that only their meaning can be refused."""
-    with contextlib.suppress(ValueError, LookupError, AttributeError, OSError):
-        config = json.loads((folder / CONFIG_FILE).read_bytes())
-        names = [name for name in config.pop("sha256_of") if (folder / name).exists()]
-        del config["sha256"], config["format_version"]
-        (folder / CONFIG_FILE).write_text(export_config_text(config, folder, names))
-
-
 def test_every_byte_is_checked(whole: Path, tmp_path: Path) -> None:
     """A damaged weight is a number like any other: only its hash tells."""
     folder = tmp_path / "export"
@@ -154,7 +144,7 @@ def test_damage_is_refused(whole: Path, tmp_path: Path, name: str) -> None:
     folder = tmp_path / "export"
     shutil.copytree(whole, folder)
     (DAMAGE | ITEM_DAMAGE)[name](folder)
-    reseal(folder)
+    reseal_export(folder)
     before = contents(folder)
     expected = f"export {re.escape(str(folder))} is damaged"
     for read in (FMRLRec.from_pretrained, read_export) if name in DAMAGE else (read_export,):

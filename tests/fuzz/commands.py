@@ -138,6 +138,14 @@ COMMANDS = [
         ("run", "store.derived"),
     ),
     Command(
+        "train --resume, finished",
+        "fmrl_dist.train",
+        (*CONFIG, "--resume", "auto"),
+        ("store", "run"),
+        run_files,
+        ("run", "store.derived"),
+    ),
+    Command(
         "evaluate",
         "fmrl_dist.evaluate",
         ("--checkpoint", "FOLDER/run", "--split", "valid", *STORE),

@@ -28,6 +28,7 @@ READERS = [
     ("train", "store"),
     ("train", "derived"),
     ("train --resume", "partial"),
+    ("train --resume, finished", "run"),
     ("evaluate", "run"),
     ("evaluate", "store"),
     ("evaluate", "derived"),
