@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from types import FrameType
 
@@ -19,10 +20,13 @@ CANNOT_WRITE = {  # and how to mend it
     errno.EROFS: "choose a place that can be written to",
     errno.EACCES: "choose a place that can be written to",
     errno.ESTALE: "mount it again",
-    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOTDIR: "choose a path that does not lead through a file",
+    errno.EEXIST: "choose a path that does not lead through a file",  # a folder was to be made there
+    errno.ELOOP: "choose a path without a circle of links",
+    errno.ENAMETOOLONG: "choose a shorter path",
     errno.EISDIR: "move this folder away",
-    errno.ELOOP: "remove the links that lead to each other",
 }
+AGAIN_S = 0.01  # until a signal is raised again whose exception Python has ignored
 EXIT_NO_READER = 128 + signal.SIGPIPE  # what a shell shows for a program that ``| head`` ended
 
 
@@ -44,13 +48,32 @@ class _FirstSignal:
     def __init__(self) -> None:
         self.is_running = False
         self.number: signal.Signals | None = None
+        self._process = os.getpid()
 
     def handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a forked worker, which leaves the line to the process that it works for
+            os._exit(128 + number)
         if self.is_running:
             self.is_running, self.number = False, signal.Signals(number)
             raise KeyboardInterrupt if number == signal.SIGINT else SignalError(number)
         if self.number is None:
             end_at_once(number, frame)
+
+    def raise_again(self, ignored: sys.UnraisableHookArgs) -> None:
+        """``sys.unraisablehook``: where Python ignores exceptions, as in ``__del__``, a signal would be lost."""
+        if self.number is None or not _comes_from_signal(ignored.exc_value):
+            sys.__unraisablehook__(ignored)
+            return
+        again = threading.Timer(AGAIN_S, os.kill, (os.getpid(), self.number))
+        again.daemon = True
+        self.is_running, self.number = True, None
+        again.start()
+
+
+def _comes_from_signal(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, KeyboardInterrupt | SignalError):
+        error = error.__context__
+    return error is not None
 
 
 def require(condition: bool, message: str) -> None:
@@ -70,6 +93,7 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     """
     first = _FirstSignal()
     before = {number: signal.signal(number, first.handle) for number in ENDING}
+    hook, sys.unraisablehook = sys.unraisablehook, first.raise_again
     try:
         status = _run(main, first)
         sys.stdout.flush()
@@ -81,6 +105,7 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        sys.unraisablehook = hook
     if status:
         sys.exit(status)
 

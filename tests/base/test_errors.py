@@ -115,7 +115,7 @@ def test_a_signal_ends_a_command_with_one_line_and_cleaned_up(name: str, inherit
         ("EROFS", "choose a place"),
         ("EACCES", "choose a place"),
         ("ENOSPC", "free space"),
-        ("ENAMETOOLONG", "choose a shorter name"),
+        ("ENAMETOOLONG", "choose a shorter path"),
         ("EISDIR", "move this folder away"),
     ],
 )
@@ -157,6 +157,65 @@ def test_signals_do_not_interrupt_cleaning_up(then: str) -> None:
         process.send_signal(number)
     output, complaint = process.communicate("go on\n", timeout=60)
     assert (process.returncode, output, complaint) == (128 + signal.SIGHUP, "cleaned up\n", "ended by SIGHUP\n")
+
+
+FORKS = """
+    if os.fork() == 0:
+        print("second", flush=True)
+    import time
+    time.sleep(60)
+"""
+
+
+def test_a_forked_worker_leaves_the_line_to_its_parent() -> None:
+    """A terminal that is closed tells the whole group."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(then=FORKS)],
+        cwd=REPOSITORY,
+        env=clean_environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdin and process.stdout
+    process.stdin.write("go on\n")
+    process.stdin.flush()
+    assert [process.stdout.readline() for _ in range(2)] == ["first\n", "second\n"]
+    os.killpg(process.pid, signal.SIGHUP)
+    output, complaint = process.communicate(timeout=60)
+    assert (process.returncode, output, complaint) == (128 + signal.SIGHUP, "", "ended by SIGHUP\n")
+
+
+LOSES_SIGNALS = """
+    class Closing:
+        def __del__(self):
+            print("second", flush=True); time.sleep(60)
+    import time
+    Closing()
+    print("goes on", flush=True); time.sleep(60)
+"""
+
+
+def test_a_signal_is_not_lost_where_exceptions_are() -> None:
+    """Python ignores what is raised in ``__del__``, such as that of a DataLoader, and would tell of it at length."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(then=LOSES_SIGNALS)],
+        cwd=REPOSITORY,
+        env=clean_environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin and process.stdout
+    process.stdin.write("go on\n")
+    process.stdin.flush()
+    assert [process.stdout.readline() for _ in range(2)] == ["first\n", "second\n"]
+    process.send_signal(signal.SIGTERM)
+    output, complaint = process.communicate(timeout=60)
+    assert (process.returncode, output, complaint) == (128 + signal.SIGTERM, "goes on\n", "ended by SIGTERM\n")
 
 
 @pytest.mark.parametrize("module", ["fmrl_dist.evaluate", "shards.build", "launch.sweep"])

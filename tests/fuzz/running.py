@@ -114,11 +114,14 @@ def _run(
     os._exit(code)  # nothing of the server's
 
 
-def check_end(ended: Ended) -> bool:
-    """Whether it succeeded; else it must have refused in one line."""
+def check_end(command: Command, ended: Ended) -> bool:
+    """Whether it succeeded; else it must have refused in one line, or have shown the log of what it had started."""
     if ended.code == 0:
         assert ended.stderr == "", ended
         return True
+    if ended.code == 1 and command.starts_processes:
+        assert "Traceback" not in ended.stdout + ended.stderr, ended
+        return False
     assert ended.code == 2, ended
     assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1, ended
     return False

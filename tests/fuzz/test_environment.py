@@ -68,7 +68,7 @@ def in_a_read_only_folder(folder: Path) -> Iterator[None]:
 def test_stripped_environments(command: Command, world: Path, expected: Expected, tmp_path: Path) -> None:
     folder = prepare_for(command, world, tmp_path / "gone" / "case")
     ended = start(command, folder, tmp_path / "logs", in_a_folder_that_is_gone).wait()
-    assert not check_end(ended) and "the current folder has been removed" in ended.stderr
+    assert not check_end(command, ended) and "the current folder has been removed" in ended.stderr
     if can_mount() and not command.module.startswith(NEEDS_ROOT_FOLDER):
         folder = prepare_for(command, world, tmp_path / "read-only" / "case")
         ended = start(command, folder, tmp_path / "logs", in_a_read_only_folder).wait()

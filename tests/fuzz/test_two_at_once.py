@@ -42,7 +42,7 @@ def test_two_at_once(pair: tuple[Command, Command], world: Path, expected: Expec
             time.sleep(float(generator.random()) * LATEST_S)
             second = start(pair[1], folder, tmp_path / "second")
             ends = [(command, started.wait()) for command, started in zip(pair, (first, second), strict=True)]
-            done = [(command, ended) for command, ended in ends if check_end(ended)]
+            done = [(command, ended) for command, ended in ends if check_end(command, ended)]
             assert done, ends
             for command, ended in done:
                 if command.name == "evaluate" and "partial" in needs:

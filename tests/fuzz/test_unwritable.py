@@ -28,7 +28,7 @@ def test_a_read_only_file_system(command: Command, world: Path, expected: Expect
     before = contents(folder)
     started = start(command, folder, tmp_path / "logs", read_only)
     ended = started.wait()
-    assert check_end(ended) == (not command.writes), ended
+    assert check_end(command, ended) == (not command.writes), ended
     if not command.writes:
         assert command.result(folder, ended.stdout) == expected.of(command)
     assert contents(folder) == before
@@ -47,7 +47,7 @@ def test_a_full_file_system(command: Command, world: Path, expected: Expected, t
             started = start(command, folder, tmp_path / "logs", partial(almost_full, spare_pages))
             ended = started.wait()
             assert leftovers(folder) == [] and started.left() == []
-            if not check_end(ended):
+            if not check_end(command, ended):
                 after = contents(folder)
                 assert {name: after.get(name) for name in before} == before, f"{spare_pages} pages: lost or changed"
                 again = start(command, folder, tmp_path / "logs", words=command.again).wait()
@@ -65,7 +65,7 @@ def test_a_file_in_the_place_of_an_output(command: Command, world: Path, expecte
         (folder / name).write_text("a file of somebody's")
         before = contents(folder)
         ended = start(command, folder, tmp_path / "logs").wait()
-        if check_end(ended):
+        if check_end(command, ended):
             assert command.result(folder, ended.stdout) == expected.of(command)
         after = contents(folder)
         assert {path: after.get(path) for path in before} == before, f"{name}: lost or changed"
