@@ -17,6 +17,7 @@ from fmrl_dist.base.files import file_sha256
 from fmrl_dist.checkpoint.folder import TENSOR_FILES
 from fmrl_dist.checkpoint.run_folder import FINISHED_FILE
 from tests.fixtures.training import evaluation, figures
+from tests.fuzz.seeds import IS_LARGE
 
 SIZE = 4  # that is exported
 PARTIAL_STEPS = 8  # of the run that is to be resumed; one of three epochs
@@ -107,8 +108,10 @@ def sweep_values(folder: Path, stdout: str) -> list[Any]:
     return [(trial.number, trial.state, trial.value) for trial in trials_of(folder / "sweep")]
 
 
-CONFIG = ("--config", "FOLDER/shop.yaml", "--data.root", "FOLDER/raw", "--store.path", "FOLDER/store")
-CONFIG += ("--run.dir", "FOLDER/run")
+CONFIG = (
+    *("--config", "FOLDER/shop.yaml", "--data.root", "FOLDER/raw"),
+    *("--store.path", "FOLDER/store", "--run.dir", "FOLDER/run"),
+)
 STORE = ("--store", "FOLDER/store")
 
 COMMANDS = [
@@ -142,7 +145,7 @@ COMMANDS = [
         "fmrl_dist.train",
         (*CONFIG, "--resume", "auto"),
         ("store", "run"),
-        run_files,
+        evaluation_of("run", "evaluation"),
         ("run", "store.derived"),
     ),
     Command(
@@ -206,4 +209,5 @@ COMMANDS = [
         starts_processes=True,
     ),
 ]
+QUICK = [command for command in COMMANDS if IS_LARGE or not command.starts_processes]
 BY_NAME = {command.name: command for command in COMMANDS}

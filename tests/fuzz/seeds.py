@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 
 FACTOR = float(os.environ.get("FMRL_FUZZ", "1"))
+IS_LARGE = FACTOR >= 2  # commands that start others, which takes seconds, are then in every fuzzer
 ONLY = os.environ.get("FMRL_FUZZ_SEED")
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz.commands import COMMANDS, Command
+from tests.fuzz.commands import QUICK, Command
 from tests.fuzz.expected import Expected
 from tests.fuzz.running import start
 from tests.fuzz.world import prepare_for
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+@pytest.mark.parametrize("command", QUICK, ids=lambda command: command.name)
 def test_a_command_repeats_itself(command: Command, world: Path, expected: Expected, tmp_path: Path) -> None:
     folder = prepare_for(command, world, tmp_path / "case")
     before = {path.name for path in folder.iterdir()}

@@ -64,7 +64,7 @@ def test_damaged_files(
 ) -> None:
     command = BY_NAME[name]
     wanted, refused = expected.of(command), 0
-    for seed in seeds(6):
+    for seed in seeds(2):
         with repeatable(seed) as generator:
             folder = prepare(world, tmp_path / "case", *dict.fromkeys((*command.needs, part)))
             what = damage(folder / PARTS[part], generator)

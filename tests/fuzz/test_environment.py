@@ -22,7 +22,7 @@ from tests.fuzz.world import prepare_for
 
 MINIMAL = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(REPOSITORY)}
 NEEDS_ROOT_FOLDER = "launch."  # such a module's scripts are found from the repository's root
-REAL = ("build", "train", "evaluate", "export", "plan", "submit --dry-run", "verify")  # one of each kind of imports
+REAL = ("build", "train", "evaluate", "submit --dry-run")  # one of each kind of imports
 OTHERS = ("LANG", "LC_ALL", "TERM", "TZ", "HOME", "USER", "LOGNAME", "TMPDIR", "SHELL", "PWD", "XDG_CACHE_HOME")
 
 
@@ -74,7 +74,7 @@ def test_stripped_environments(command: Command, world: Path, expected: Expected
         ended = start(command, folder, tmp_path / "logs", in_a_read_only_folder).wait()
         assert (ended.code, ended.stderr) == (0, "")
         assert command.result(folder, ended.stdout) == expected.of(command)
-    for seed in seeds(2):
+    for seed in seeds(1):
         with repeatable(seed) as generator:
             folder = prepare_for(command, world, tmp_path / f"case-{seed}")
             number = int(generator.integers(1 << (len(OTHERS) + 4)))

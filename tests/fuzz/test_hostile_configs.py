@@ -106,7 +106,7 @@ def test_hostile_configs(reader: str, world: Path, tmp_path: Path) -> None:
     write_relative_config(folder)
     (folder / "launch").symlink_to(Path(__file__).resolve().parents[2] / "launch")
     (folder / "wrong.json").write_text("")
-    cases = seeds(60)
+    cases = seeds(25)
     argv = [word.replace("FOLDER", str(folder)) for word in words]
     setup = partial(instead, (module, argv, cases[0], cases[-1] + 1))
     start(BY_NAME["inspect"], folder, tmp_path / "logs", setup).wait()

@@ -58,7 +58,7 @@ def test_hostile_options(command: Command, world: Path, tmp_path: Path, monkeypa
     if not options:
         return
     main = importlib.import_module(command.module).main
-    for seed in seeds(8):
+    for seed in seeds(4):
         with repeatable(seed) as generator:
             option, value = options[generator.integers(len(options))], VALUES[generator.integers(len(VALUES))]
             folder = prepare_for(command, world, tmp_path / f"case-{seed}")

@@ -26,7 +26,7 @@ from shards.store.builder import build_store
 from tests.fixtures.stores import read_columns, read_split
 from tests.fuzz.seeds import FACTOR
 
-EXAMPLES = max(1, round(60 * FACTOR))
+EXAMPLES = max(1, round(25 * FACTOR))
 NASTY = """0 -0 00 0042 42 042 +42 4_2 42.0 42. .5 1e5 1E5 1e400 0x1A 0b1 0o7 NaN nan inf -inf Infinity NULL null None
     NA N/A #N/A true TRUE False 2020-01-01 2020-01-01T00:00:00Z 12:30 9223372036854775807 9223372036854775808
     -9223372036854775808 -9223372036854775809 123456789012345678901234567890 \u0663 é e\u0301 ß ẞ \ufb01 a,b a;b a|b [1]
@@ -88,7 +88,7 @@ def check(store: Store, items: list[str], histories: dict[str, list[tuple[str, i
         assert stored_times is None or stored_times[number] == [time for _, time in events], user
 
 
-def csv_bytes(rows: list[list[str]], quoting: int, line_end: str, bom: bool) -> bytes:
+def csv_bytes(rows: list[list[str]], quoting: Any, line_end: str, bom: bool) -> bytes:
     text = io.StringIO()
     csv.writer(text, quoting=quoting, lineterminator=line_end).writerows(rows)
     return b"\xef\xbb\xbf" * bom + text.getvalue().encode()
@@ -168,10 +168,9 @@ def test_csv_sequences(
 
 
 COLUMNS: dict[str, Callable[[list[int]], pa.Array]] = {
-    **{
-        str(kind): lambda rows, kind=kind: pa.array(rows, kind)
-        for kind in (pa.int8(), pa.uint8(), pa.int64(), pa.uint64())
-    },
+    "int8": lambda rows: pa.array(rows, pa.int8()),
+    "int64": lambda rows: pa.array([2**63 - 1 - row for row in rows], pa.int64()),
+    "uint64": lambda rows: pa.array(rows, pa.uint64()),
     "huge": lambda rows: pa.array([2**64 - 1 - row for row in rows], pa.uint64()),
     "float": lambda rows: pa.array([float(row) for row in rows]),
     "nan": lambda rows: pa.array([float("nan")] * len(rows)),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures.training import contents
-from tests.fuzz.commands import COMMANDS, Command
+from tests.fuzz.commands import QUICK, Command
 from tests.fuzz.expected import Expected
 from tests.fuzz.leftovers import leftovers
 from tests.fuzz.mounts import CANNOT_MOUNT, almost_full, can_mount, read_only
@@ -18,7 +18,7 @@ from tests.fuzz.world import prepare_for
 
 MAX_SPARE_PAGES = 60
 needs_mounts = pytest.mark.skipif(not can_mount(), reason=CANNOT_MOUNT)
-all_commands = pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+all_commands = pytest.mark.parametrize("command", QUICK, ids=lambda command: command.name)
 
 
 @needs_mounts
@@ -39,7 +39,7 @@ def test_a_read_only_file_system(command: Command, world: Path, expected: Expect
 @all_commands
 def test_a_full_file_system(command: Command, world: Path, expected: Expected, tmp_path: Path) -> None:
     """Full after a random number of pages; with room again, the same command succeeds."""
-    for seed in seeds(1 if command.starts_processes else 3):
+    for seed in seeds(1):
         with repeatable(seed) as generator:
             folder = prepare_for(command, world, tmp_path / f"case-{seed}")
             before = contents(folder)
