@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fmrl_dist.base.errors import run_command
+from tests.fixtures.processes import REPOSITORY
 from tests.fixtures.training import run_here
 from tests.fuzz.commands import COMMANDS, Command
 from tests.fuzz.seeds import repeatable, seeds
@@ -62,6 +63,8 @@ def test_hostile_options(command: Command, world: Path, tmp_path: Path, monkeypa
         with repeatable(seed) as generator:
             option, value = options[generator.integers(len(options))], VALUES[generator.integers(len(VALUES))]
             folder = prepare_for(command, world, tmp_path / f"case-{seed}")
+            (folder / "launch").symlink_to(REPOSITORY / "launch")
+            monkeypatch.chdir(folder)  # where relative paths lead
             monkeypatch.setattr(sys, "argv", [command.module, *command.argv(folder), f"{option}={value}"])
             stderr, code = io.StringIO(), 0
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(stderr):

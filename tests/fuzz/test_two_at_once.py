@@ -21,7 +21,9 @@ MIXED = [
     ("build --overwrite", "export"),
     ("submit", "build"),
 ]
-PAIRS = [(command, command) for command in QUICK if command.writes] + [(BY_NAME[one], BY_NAME[other]) for one, other in MIXED]
+PAIRS = [(command, command) for command in QUICK if command.writes] + [
+    (BY_NAME[one], BY_NAME[other]) for one, other in MIXED
+]
 LATEST_S = 0.3  # that the second one starts after the first
 
 
