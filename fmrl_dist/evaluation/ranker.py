@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+import torch
+
 from fmrl_dist.checkpoint.export_folder import Recommender
 from fmrl_dist.checkpoint.folder import Checkpoint
 from fmrl_dist.checkpoint.restore import check_features, load_catalogue_table, match_id_table, restore_model
@@ -26,6 +28,10 @@ class Ranker:
     catalogue: Catalogue
     max_length: int  # number of last events of a history that the model reads
     normalize: bool  # whether scores are cosines of each size's prefixes
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.encoder.bias.device
 
 
 def build_ranker(model: FMRLRec, config: Config, store: Store, table: ItemTable | None, runtime: Runtime) -> Ranker:
