@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fmrl_dist.base.errors import UserError, require, run_command
 from fmrl_dist.checkpoint.export_folder import Recommender, export_sha256, is_export, read_export
@@ -26,6 +27,7 @@ from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.vocabulary import external_ids, rows_of
 from fmrl_dist.distributed.processes import Runtime, start_runtime
 from fmrl_dist.distributed.signals import StopRequest
+from fmrl_dist.evaluation.baselines import baseline_histograms
 from fmrl_dist.evaluation.histograms import EvaluationProtocol, count_target_ranks
 from fmrl_dist.evaluation.parts import (
     WHOLE,
@@ -79,11 +81,13 @@ def main(argv: list[str]) -> None:
     source = open_source(arguments.checkpoint, arguments.store, arguments.split)
     eval_config = changed(source.eval_config, arguments)
     protocol = EvaluationProtocol.of_report(source.store, arguments.split, arguments.mask_seen, eval_config)
-    if arguments.join:
-        if runtime.is_main:
-            join(source, protocol)
-    else:
-        evaluate(source, protocol, runtime, arguments.part)
+    stop, baselines = StopRequest(), {}
+    if arguments.part is None:
+        baselines = baseline_histograms(eval_config.baselines, source.store, arguments.split, runtime, stop)
+    if not arguments.join:
+        evaluate(source, protocol, baselines, runtime, arguments.part)
+    elif runtime.is_main:
+        join(source, protocol, baselines)
     runtime.leave()
 
 
@@ -108,13 +112,19 @@ def changed(config: EvalConfig, arguments: argparse.Namespace) -> EvalConfig:
     return replace(config, **given, metric=f"{metrics[0]}@{cutoffs[0]}")  # the best is chosen already
 
 
-def evaluate(source: ModelSource, protocol: EvaluationProtocol, runtime: Runtime, part: Part | None) -> None:
+def evaluate(
+    source: ModelSource,
+    protocol: EvaluationProtocol,
+    baselines: Mapping[str, Tensor],
+    runtime: Runtime,
+    part: Part | None,
+) -> None:
     """Evaluate all users and report, or evaluate one part and write it."""
     counts = count_target_ranks(source.build(runtime), protocol, runtime, StopRequest(), part or WHOLE)
     if not runtime.is_main:
         return
     if part is None:
-        report(counts, source.sizes, protocol, source.model(), source.folder)
+        report(counts, baselines, source.sizes, protocol, source.model(), source.folder)
     else:
         save_part(source, protocol, part, ComputeSetting(torch.get_num_threads(), runtime.device.type), counts)
 
@@ -129,12 +139,12 @@ def save_part(
     print(f"{protocol.split}, part {part}: {counts.num_users:,} users\nwritten: {path}", flush=True)
 
 
-def join(source: ModelSource, protocol: EvaluationProtocol) -> None:
+def join(source: ModelSource, protocol: EvaluationProtocol, baselines: Mapping[str, Tensor]) -> None:
     """Join all parts into one report, and remove them."""
     model = source.model()
     identity = identity_of(source, protocol, model)
     folder = parts_folder(source.folder, identity, model.manifest_sha256)
-    report(join_parts(folder, identity), source.sizes, protocol, model, source.folder)
+    report(join_parts(folder, identity), baselines, source.sizes, protocol, model, source.folder)
     shutil.rmtree(folder)
 
 

@@ -314,6 +314,9 @@ class EvalConfig:
     cutoffs: tuple[Annotated[int, Limits(1, MAX_CUTOFF)], ...] = (5, 10)  # k of the metrics, in increasing order
     # metrics, each at every cut-off: recall, ndcg and mrr of the target's rank
     metrics: tuple[Literal["recall", "ndcg", "mrr"], ...] = ("recall", "ndcg", "mrr")
+    # free baselines beside a final evaluation's figures, computed once per store: popularity | cosine of the last
+    # item's features | item_knn: items that the same users have
+    baselines: tuple[Literal["popularity", "cosine", "item_knn"], ...] = ("popularity", "cosine", "item_knn")
     metric: str = "ndcg@10"  # validation metric that chooses the best checkpoint, at eval.size: one of the metrics@k
     size: NonNegativeInt = 0  # which of model.sizes chooses the best checkpoint; 0: the largest
     every_steps: NonNegativeInt = 0  # steps between validations; 0: once per epoch

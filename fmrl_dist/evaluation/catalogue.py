@@ -18,7 +18,6 @@ from fmrl_dist.data.item_rows import block_rows
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.distributed.signals import StopRequest
 from fmrl_dist.evaluation.target_ranks import TargetRanks
-from fmrl_dist.model.fmrlrec import ItemEncoder
 
 COMPARED_ITEMS = 4096  # per tile
 Group = list[EvaluationBlock]  # users that one pass over the items serves
@@ -96,6 +95,20 @@ class EmbeddedCatalogue:
         add_all_tiles(users, lambda: tiles_of(self.items), stop)
 
 
+class FeatureEncoder(Protocol):
+    """What embeds items, such as :class:`~fmrl_dist.model.fmrlrec.ItemEncoder`."""
+
+    @property
+    def weight(self) -> Tensor:
+        """On the device of the embeddings."""
+
+    def normalize(self, values: Tensor, present: Tensor) -> Tensor:
+        """Features as the encoder takes them, [n, F]."""
+
+    def __call__(self, values: Tensor, present: Tensor) -> Tensor:
+        """Embeddings [n, D]."""
+
+
 @dataclass(frozen=True)
 class StreamedCatalogue:
     """Embeddings computed from an inline store: the users' items from their blocks, the tiles from the item blocks.
@@ -103,7 +116,7 @@ class StreamedCatalogue:
     Memory does not grow with the catalogue. Every pass reads all item shards.
     """
 
-    encoder: ItemEncoder
+    encoder: FeatureEncoder
     store: Store
     inline_dims: Mapping[str, int]
     users_at_once: int = STREAMED_USERS

@@ -6,7 +6,7 @@ integers: figures are the same for any number of processes at the same threads p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,20 +66,23 @@ def count_target_ranks(
     Raises:
         Stopped: on all processes, if one of them got a signal before the end.
     """
-    blocks = blocks_of(protocol, runtime, part, ranker)
+    blocks = blocks_of(protocol, my_blocks(protocol, runtime, part), ranker.max_length, ranker.catalogue.inline_dims)
     return sum_counts(rank_users(ranker, blocks, stop), len(ranker.model.sizes), protocol, runtime, stop)
 
 
+def my_blocks(protocol: EvaluationProtocol, runtime: Runtime, part: Part = WHOLE) -> list[int]:
+    """Numbers of the blocks that are this process' share of a part of the users."""
+    numbers = part.share(len(protocol.store.manifest.splits[protocol.split]))
+    return [numbers[place] for place in runtime.my_share(len(numbers))]
+
+
 def blocks_of(
-    protocol: EvaluationProtocol, runtime: Runtime, part: Part, ranker: Ranker | None
+    protocol: EvaluationProtocol, numbers: Sequence[int], max_length: int, inline_dims: Mapping[str, int] | None = None
 ) -> Iterator[EvaluationBlock]:
-    """This process' share of a part of the users, with what the ranker needs of them; all events without a ranker."""
-    store, split = protocol.store, protocol.split
-    numbers = part.share(len(store.manifest.splits[split]))
-    mine = [numbers[place] for place in runtime.my_share(len(numbers))]
-    max_length = ranker.max_length if ranker else 1
-    dims = ranker.catalogue.inline_dims if ranker else None
-    return evaluation_blocks(store, split, max_length, mine, protocol.num_users, inline_dims=dims)
+    """The users of some blocks, see :func:`~fmrl_dist.data.batches.evaluation_blocks`."""
+    return evaluation_blocks(
+        protocol.store, protocol.split, max_length, numbers, protocol.num_users, inline_dims=inline_dims
+    )
 
 
 def sum_counts(

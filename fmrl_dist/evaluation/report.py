@@ -40,7 +40,12 @@ class EvaluatedModel:
 
 
 def report(
-    counts: RankCounts, sizes: Sequence[int], protocol: EvaluationProtocol, model: EvaluatedModel, folder: Path
+    counts: RankCounts,
+    baselines: Mapping[str, Tensor],
+    sizes: Sequence[int],
+    protocol: EvaluationProtocol,
+    model: EvaluatedModel,
+    folder: Path,
 ) -> None:
     """Print the tables, write JSON, plot and users' ranks, then print their paths.
 
@@ -49,7 +54,7 @@ def report(
     Raises:
         UserError: damaged blocks cost too many of the users.
     """
-    result = figures(counts, sizes, protocol, model)
+    result = figures(counts, baselines, sizes, protocol, model)
     try:
         print(describe(result), flush=True)
     finally:  # a reader that has gone away costs nobody the figures
@@ -63,9 +68,20 @@ def report(
 
 
 def figures(
-    counts: RankCounts, sizes: Sequence[int], protocol: EvaluationProtocol, model: EvaluatedModel
+    counts: RankCounts,
+    baselines: Mapping[str, Tensor],
+    sizes: Sequence[int],
+    protocol: EvaluationProtocol,
+    model: EvaluatedModel,
 ) -> dict[str, Any]:
     """The content of ``evaluation.json``; it has ``users_lost`` only if damaged blocks were left out.
+
+    Args:
+        counts: of the model.
+        baselines: histograms of each, int64 [2, 2·K' + 1] with K' at least the protocol's cut-off.
+        sizes: of the model.
+        protocol: whose targets were ranked.
+        model: that was evaluated.
 
     Raises:
         UserError: damaged blocks cost too many of the users (``store.max_lost_share``), or all of them.
@@ -75,21 +91,21 @@ def figures(
     main, other = (UNSEEN, ALL) if protocol.mask_seen else (ALL, UNSEEN)
     other_name = "unmasked" if protocol.mask_seen else "masked"
 
+    def rows(histograms: Mapping[str, Tensor], which: int) -> dict[str, dict[str, float]]:
+        return {name: metrics_from_histogram(pair[which], protocol.metrics) for name, pair in histograms.items()}
+
     def both(histograms: Tensor) -> dict[str, Any]:
-        """The figures of histograms [2, S, 2·K + 1]."""
-        by_size = [
-            {
-                str(size): metrics_from_histogram(row, protocol.metrics)
-                for size, row in zip(sizes, histograms[which], strict=True)
-            }
-            for which in (main, other)
-        ]
-        return {"sizes": by_size[0], other_name: {"sizes": by_size[1]}}
+        """The figures of every size, from histograms [2, S, 2·K + 1]."""
+        of_size = {str(size): pair for size, pair in zip(sizes, histograms.transpose(0, 1), strict=True)}
+        return {"sizes": rows(of_size, main), other_name: {"sizes": rows(of_size, other)}}
 
     segments = {}
     for name, cells in segments_of_cells() if protocol.segments else ():
         histograms = counts.histograms[cells].sum(0)
         segments[name] = {"users": int(histograms[0, 0].sum())} | both(histograms)
+    result = both(counts.all_users)
+    result["baselines"] = rows(baselines, main)
+    result[other_name]["baselines"] = rows(baselines, other)
     return {
         "split": protocol.split,
         "split_rule": SPLIT_RULE,
@@ -98,7 +114,7 @@ def figures(
         "items": protocol.store.manifest.num_items,
         "ties": "half",
         "mask_seen": protocol.mask_seen,
-        **both(counts.all_users),
+        **result,
         "segments": segments,
         **origin(protocol, model),
     }
