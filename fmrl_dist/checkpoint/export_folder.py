@@ -29,7 +29,7 @@ from fmrl_dist.model.fmrlrec import CONFIG_FILE, FORMAT_VERSION, MODEL_FILE, FMR
 
 ITEMS_FILE = "item_embeddings.safetensors"
 ITEMS_TENSOR = "item_embeddings"
-EVALUATION = re.compile(r"evaluation(-[a-z0-9-]+)?\.(json|png|parts)")  # what fmrl_dist.evaluate adds
+EVALUATION = re.compile(r"evaluation(-[a-z0-9-]+)?\.(json|png|parts|parquet)")  # what fmrl_dist.evaluate adds
 FILES = (CONFIG_FILE, MODEL_FILE, ITEMS_FILE, VOCAB_FILE)
 
 

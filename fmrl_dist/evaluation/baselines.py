@@ -64,9 +64,13 @@ def baseline_histograms(
     return {name: known[name] for name in names} if runtime.is_main else {}
 
 
-def possible_baselines(store: Store) -> tuple[str, ...]:
-    """Names of the baselines that a store allows: a cosine needs features."""
-    return ("popularity", *(["cosine"] if store.manifest.features else []), "item_knn")
+def possible_baselines(store: Store, each_feature: bool = False) -> tuple[str, ...]:
+    """Names of the baselines that a store allows: a cosine needs features; ``cosine:NAME`` is that of one feature."""
+    features = [feature.name for feature in store.manifest.features]
+    cosines = ["cosine"] if features else []
+    if each_feature and len(features) > 1:
+        cosines += [f"cosine:{name}" for name in features]
+    return ("popularity", *cosines, "item_knn")
 
 
 def count_baseline(name: str, protocol: EvaluationProtocol, runtime: Runtime, stop: StopRequest) -> RankCounts:
@@ -75,8 +79,9 @@ def count_baseline(name: str, protocol: EvaluationProtocol, runtime: Runtime, st
     if name == "popularity":
         blocks = blocks_of(protocol, my_blocks(protocol, runtime), LAST_EVENT)
         ranked = rank_by_popularity(train_counts(protocol.store), stop.until_requested(blocks))
-    elif name == "cosine":
-        ranker = cosine_ranker(protocol.store, runtime)
+    elif name.startswith("cosine"):
+        feature = name.partition(":")[2]
+        ranker = cosine_ranker(protocol.store, [feature] if feature else None, runtime)
         dims = ranker.catalogue.inline_dims
         ranked = rank_users(ranker, blocks_of(protocol, my_blocks(protocol, runtime), LAST_EVENT, dims), stop)
     else:
@@ -165,14 +170,14 @@ class UnitFeatures:
         return unit_features(values, self.dims)
 
 
-def cosine_ranker(store: Store, runtime: Runtime) -> Ranker:
-    """Ranks by the features of the last item, from the item table, or from an inline store's shards."""
-    dims = feature_dims(store, None)
+def cosine_ranker(store: Store, features: Sequence[str] | None, runtime: Runtime) -> Ranker:
+    """Ranks by some features of the last item (None: all), from the item table, or from an inline store's shards."""
+    dims = feature_dims(store, features)
     catalogue: Catalogue
     if store.manifest.inline:
         catalogue = StreamedCatalogue(UnitFeatures(dims, runtime.device), store, dims)
     else:
-        catalogue = FeatureCatalogue(load_item_table(store, None), runtime.device)
+        catalogue = FeatureCatalogue(load_item_table(store, features), runtime.device)
     return Ranker(LastItem((sum(dims.values()),)), catalogue, LAST_EVENT, normalize=False, device=runtime.device)
 
 

@@ -55,3 +55,14 @@ def sorted_users(tables: Sequence[Tensor], num_sizes: int) -> RankedUsers:
     """The users of several :attr:`RankedUsers.table`, by internal id."""
     table = torch.cat(list(tables))
     return RankedUsers.of_table(table[table[:, 0].argsort()], num_sizes)
+
+
+def join_sizes(counts: Sequence[RankCounts]) -> RankCounts:
+    """Counts of several rankings of the same users, as if they were sizes of one model."""
+    histograms = torch.cat([each.histograms for each in counts], 2)
+    kept = [each.users for each in counts if each.users is not None]
+    if not kept:
+        return RankCounts(histograms)
+    first = kept[0]
+    ranks = torch.cat([users.ranks for users in kept], 1)
+    return RankCounts(histograms, RankedUsers(first.users, first.targets, first.lengths, ranks))

@@ -42,7 +42,7 @@ class EvaluatedModel:
 def report(
     counts: RankCounts,
     baselines: Mapping[str, Tensor],
-    sizes: Sequence[int],
+    sizes: Sequence[object],
     protocol: EvaluationProtocol,
     model: EvaluatedModel,
     folder: Path,
@@ -59,18 +59,19 @@ def report(
         print(describe(result), flush=True)
     finally:  # a reader that has gone away costs nobody the figures
         json_path, picture_path = write_report(folder, result, model.manifest_sha256)
-    print(f"written: {json_path}\npicture: {picture_path}", flush=True)
-    if counts.users is not None:
         name = evaluation_file(protocol.split, False, other_manifest(result, model.manifest_sha256))
         users_path = folder / f"{name}-users.parquet"
-        write_user_ranks(users_path, counts.users, sizes, protocol.store, origin(protocol, model))
+        if counts.users is not None:
+            write_user_ranks(users_path, counts.users, sizes, protocol.store, origin(protocol, model))
+    print(f"written: {json_path}\npicture: {picture_path}", flush=True)
+    if counts.users is not None:
         print(f"users: {users_path}", flush=True)
 
 
 def figures(
     counts: RankCounts,
     baselines: Mapping[str, Tensor],
-    sizes: Sequence[int],
+    sizes: Sequence[object],
     protocol: EvaluationProtocol,
     model: EvaluatedModel,
 ) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def figures(
     Args:
         counts: of the model.
         baselines: histograms of each, int64 [2, 2·K' + 1] with K' at least the protocol's cut-off.
-        sizes: of the model.
+        sizes: of the model, or what else there are figures of.
         protocol: whose targets were ranked.
         model: that was evaluated.
 
@@ -149,7 +150,8 @@ def describe(result: Mapping[str, Any]) -> str:
         largest = list(result["sizes"])[-1]
         pairs = {f"{name} ({part['users']:,})": both_protocols(part) for name, part in filled.items()}
         rows = [{name: pair[which][largest] for name, pair in pairs.items()} for which in (ALL, UNSEEN)]
-        lines += ["", f"by segment (users), at size {largest}:", *pair_table("segment", *rows)]
+        what = f"at size {largest}" if largest.isdigit() else f"of {largest}"
+        lines += ["", f"by segment (users), {what}:", *pair_table("segment", *rows)]
     return "\n".join(lines)
 
 
@@ -192,18 +194,21 @@ def _draw(result: dict[str, Any]) -> bytes:
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    sizes = [int(size) for size in result["sizes"]]
+    sizes = list(result["sizes"])
+    are_sizes = all(size.isdigit() for size in sizes)
+    x = [int(size) for size in sizes] if are_sizes else list(range(len(sizes)))
     unmasked, masked = both_protocols(result)
     metrics = list(next(iter(unmasked.values())))
     cutoff = metrics[-1].split("@")[1]
     for colour, metric in enumerate(name for name in metrics if name.split("@")[1] == cutoff):
         for rows, style, suffix in ((unmasked, "-", ""), (masked, "--", ", seen items masked")):
-            values = [rows[str(size)][metric] for size in sizes]
-            axes.plot(sizes, values, style, color=f"C{colour}", marker="o", label=metric + suffix)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes, [str(size) for size in sizes])
+            values = [rows[size][metric] for size in sizes]
+            axes.plot(x, values, style if are_sizes else "", color=f"C{colour}", marker="o", label=metric + suffix)
+    if are_sizes:
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("model size (channels kept)")
+    axes.set_xticks(x, sizes)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("model size (channels kept)")
     axes.set_ylabel(f"{result['split']}, {result['users']:,} users")
     axes.grid(alpha=0.3)
     axes.legend()
