@@ -21,7 +21,7 @@ from fmrl_dist.checkpoint.folder import load_checkpoint
 from fmrl_dist.checkpoint.run_folder import run_of_best
 from fmrl_dist.config.command_line import CommandParser
 from fmrl_dist.config.loading import config_from_dict
-from fmrl_dist.config.sections import EvalConfig, StoreConfig
+from fmrl_dist.config.sections import RANK_METRICS, EvalConfig, StoreConfig
 from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.vocabulary import external_ids, rows_of
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--split", choices=("valid", "test"), default="test")
     parser.add_argument("--mask-seen", action="store_true", help="figures without the items of a user's history first")
     parser.add_argument("--cutoffs", type=numbers, help="k of the metrics, such as 5,10,20 (default: eval.cutoffs)")
-    parser.add_argument("--metrics", type=words, help="such as recall,ndcg,mrr (default: eval.metrics)")
+    parser.add_argument("--metrics", type=words, help="such as recall,ndcg,coverage (default: eval.metrics)")
     parser.add_argument(
         "--per-user",
         action=argparse.BooleanOptionalAction,
@@ -109,7 +109,8 @@ def changed(config: EvalConfig, arguments: argparse.Namespace) -> EvalConfig:
     keys = {"cutoffs": arguments.cutoffs, "metrics": arguments.metrics, "per_user": arguments.per_user}
     given = {key: value for key, value in keys.items() if value is not None}
     cutoffs, metrics = given.get("cutoffs", config.cutoffs), given.get("metrics", config.metrics)
-    return replace(config, **given, metric=f"{metrics[0]}@{cutoffs[0]}")  # the best is chosen already
+    of_ranks = [name for name in metrics if name in RANK_METRICS] or ["recall"]
+    return replace(config, **given, metric=f"{of_ranks[0]}@{cutoffs[0]}")  # the best is chosen already
 
 
 def evaluate(
@@ -159,6 +160,7 @@ def identity_of(source: ModelSource, protocol: EvaluationProtocol, model: Evalua
         cells=NUM_CELLS,
         cutoff=protocol.cutoff,
         keep_users=protocol.keep_users,
+        list_lengths=protocol.list_lengths,
     )
 
 

@@ -37,6 +37,7 @@ FEATURE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 RESERVED_NAMES = {"ids", "users", "starts", "items", "times", "targets", "mask", "count", "block_items", "block_counts"}
 MIN_CHUNK_WIDTH = 4
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 1024  # of a path; less than any file system allows, with room for our own names
+RANK_METRICS = ("recall", "ndcg", "mrr")
 MAX_CUTOFF = 1000  # of ranks that are counted
 MAX_SIZES = 64  # far more than anyone deploys
 TrainPrecision = Literal["fp32", "bf16"]
@@ -312,8 +313,9 @@ class EvalConfig:
     """Validation during training, and what decides which checkpoint is best."""
 
     cutoffs: tuple[Annotated[int, Limits(1, MAX_CUTOFF)], ...] = (5, 10)  # k of the metrics, in increasing order
-    # metrics, each at every cut-off: recall, ndcg and mrr of the target's rank
-    metrics: tuple[Literal["recall", "ndcg", "mrr"], ...] = ("recall", "ndcg", "mrr")
+    # metrics, each at every cut-off: recall, ndcg and mrr of the target's rank; and, in final evaluations alone, of the
+    # items that are recommended: coverage, the share of the catalogue that somebody gets | popularity, mean percentile
+    metrics: tuple[Literal["recall", "ndcg", "mrr", "coverage", "popularity"], ...] = ("recall", "ndcg", "mrr")
     # free baselines beside a final evaluation's figures, computed once per store: popularity | cosine of the last
     # item's features | item_knn: items that the same users have
     baselines: tuple[Literal["popularity", "cosine", "item_knn"], ...] = ("popularity", "cosine", "item_knn")
@@ -343,8 +345,13 @@ class EvalConfig:
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        """``name@k`` of every metric at every cut-off."""
-        return tuple(f"{name}@{cutoff}" for cutoff in self.cutoffs for name in self.metrics)
+        """``name@k`` of every metric of ranks at every cut-off."""
+        return tuple(f"{name}@{k}" for k in self.cutoffs for name in self.metrics if name in RANK_METRICS)
+
+    @property
+    def list_metric_names(self) -> tuple[str, ...]:
+        """``name@k`` of every other metric, of the items that are recommended."""
+        return tuple(f"{name}@{k}" for k in self.cutoffs for name in self.metrics if name not in RANK_METRICS)
 
 
 @dataclass(frozen=True)

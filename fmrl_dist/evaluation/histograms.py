@@ -24,6 +24,7 @@ from fmrl_dist.evaluation.rank_counts import RankCounts, RankedUsers, sorted_use
 from fmrl_dist.evaluation.ranker import Ranker
 from fmrl_dist.evaluation.segments import NUM_CELLS, Segments
 from fmrl_dist.evaluation.target_ranks import TargetRanks, guessed_scores, seen_items
+from fmrl_dist.evaluation.top_lists import exposures
 
 
 @dataclass(frozen=True)
@@ -37,17 +38,24 @@ class EvaluationProtocol:
     metrics: tuple[str, ...] = METRICS  # name@k each
     segments: Segments | None = None  # if users are also reported by segment
     keep_users: bool = False  # whether each user's ranks are kept
+    list_metrics: tuple[str, ...] = ()  # name@k each, of the items that are recommended
 
     @classmethod
     def of_report(cls, store: Store, split: str, mask_seen: bool, config: EvalConfig) -> EvaluationProtocol:
         """All users of a split, also by segment."""
         segments = Segments.of(train_counts(store))
-        return cls(store, split, mask_seen, 0, config.metric_names, segments, config.per_user)
+        names = config.metric_names
+        return cls(store, split, mask_seen, 0, names, segments, config.per_user, config.list_metric_names)
 
     @property
     def cutoff(self) -> int:
         """The last rank that counts, K."""
         return max(int(metric.split("@")[1]) for metric in self.metrics)
+
+    @property
+    def list_lengths(self) -> list[int]:
+        """The lengths of lists that are reported on."""
+        return sorted({int(metric.split("@")[1]) for metric in self.list_metrics})
 
 
 def count_target_ranks(
@@ -67,7 +75,8 @@ def count_target_ranks(
         Stopped: on all processes, if one of them got a signal before the end.
     """
     blocks = blocks_of(protocol, my_blocks(protocol, runtime, part), ranker.max_length, ranker.catalogue.inline_dims)
-    return sum_counts(rank_users(ranker, blocks, stop), len(ranker.model.sizes), protocol, runtime, stop)
+    longest = max(protocol.list_lengths, default=0)
+    return sum_counts(rank_users(ranker, blocks, stop, longest), len(ranker.model.sizes), protocol, runtime, stop)
 
 
 def my_blocks(protocol: EvaluationProtocol, runtime: Runtime, part: Part = WHOLE) -> list[int]:
@@ -95,16 +104,24 @@ def sum_counts(
     """
     own = count_ranks(ranked, num_sizes, protocol)
     stop.raise_together(runtime, stop.cut_short)
-    histograms = runtime.sum(own.histograms.to(runtime.device))
-    return RankCounts(histograms, _users_of_all(own.users, num_sizes, runtime) if own.users is not None else None)
+    return RankCounts(
+        runtime.sum(own.histograms.to(runtime.device)),
+        _users_of_all(own.users, num_sizes, runtime) if own.users is not None else None,
+        runtime.sum(own.exposures.to(runtime.device)) if own.exposures is not None else None,
+    )
 
 
 def count_ranks(ranked: Iterable[RankedUsers], num_sizes: int, protocol: EvaluationProtocol) -> RankCounts:
     """The counts of some users, on the CPU."""
     num_cells = NUM_CELLS if protocol.segments else 1
     histograms = torch.zeros(num_cells, 2, num_sizes, 2 * protocol.cutoff + 1, dtype=torch.int64)
+    lengths, num_items = protocol.list_lengths, protocol.store.manifest.num_items
+    counted = torch.zeros(len(lengths), 2, num_sizes, num_items, dtype=torch.int32) if lengths else None
     kept = []
     for block in ranked:
+        if counted is not None:
+            assert block.lists is not None, "ranked with lists"
+            counted += exposures(block.lists, lengths, num_items).cpu()
         if protocol.segments:
             cells = protocol.segments.cells(block.targets, block.lengths)
             for cell in cells.unique().tolist():
@@ -114,14 +131,16 @@ def count_ranks(ranked: Iterable[RankedUsers], num_sizes: int, protocol: Evaluat
         if protocol.keep_users:
             kept.append(block.table.cpu())
     if not protocol.keep_users:
-        return RankCounts(histograms)
+        return RankCounts(histograms, exposures=counted)
     table = torch.cat(kept) if kept else torch.empty(0, 3 + 2 * num_sizes, dtype=torch.float64)
-    return RankCounts(histograms, RankedUsers.of_table(table, num_sizes))
+    return RankCounts(histograms, RankedUsers.of_table(table, num_sizes), counted)
 
 
 @torch.no_grad()
-def rank_users(ranker: Ranker, blocks: Iterable[EvaluationBlock], stop: StopRequest) -> Iterator[RankedUsers]:
-    """Target ranks of the users of each block.
+def rank_users(
+    ranker: Ranker, blocks: Iterable[EvaluationBlock], stop: StopRequest, list_length: int = 0
+) -> Iterator[RankedUsers]:
+    """Target ranks of the users of each block, and so many of the items that they are recommended.
 
     If ``stop.cut_short`` is set afterwards, they are not all users, or not ranked among all items.
     """
@@ -133,10 +152,12 @@ def rank_users(ranker: Ranker, blocks: Iterable[EvaluationBlock], stop: StopRequ
         for block, rows, wanted in zip(group, inputs, target_items, strict=True):
             z = model(rows, block.starts, block.from_start)[block.starts[1:] - 1]
             guesses = guessed_scores(z, wanted, model.sizes, ranker.normalize)
-            ranks.append(TargetRanks(z, block.targets, seen_items(block), guesses, model.sizes, ranker.normalize))
+            seen = seen_items(block)
+            ranks.append(TargetRanks(z, block.targets, seen, guesses, model.sizes, ranker.normalize, list_length))
         catalogue.compare(ranks, stop)
         for block, target_ranks in zip(group, ranks, strict=True):
-            yield RankedUsers(block.users, block.targets, block.seen_starts.diff(), target_ranks.result())
+            lists = target_ranks.lists.items if target_ranks.lists is not None else None
+            yield RankedUsers(block.users, block.targets, block.seen_starts.diff(), target_ranks.result(), lists)
 
 
 def _groups(blocks: Iterable[EvaluationBlock], num_users: int) -> Iterator[list[EvaluationBlock]]:

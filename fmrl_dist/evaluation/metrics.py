@@ -51,6 +51,33 @@ def metrics_from_histogram(histogram: Tensor, names: Sequence[str] = METRICS) ->
     return result
 
 
+def metrics_of_lists(exposures: Tensor, train_counts: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+    """Metrics of the items that one size recommends.
+
+    ``coverage@k`` is the share of the catalogue that is in the first k of somebody's list. ``popularity@k`` is the mean
+    percentile of what is listed among all items by training events: 0.5 as much for popular items as for others, 1 only
+    the most popular one.
+
+    Args:
+        exposures: int [K, V], how often each item is listed, in increasing order of the K cut-offs.
+        train_counts: of each item, [V].
+        names: ``name@k`` each.
+    """
+    counts, order = np.asarray(train_counts), np.sort(train_counts)
+    below, up_to = np.searchsorted(order, counts, "left"), np.searchsorted(order, counts, "right")
+    doubled = torch.from_numpy(below + up_to - 1)  # 2·percentile·(V - 1), an integer
+    cutoffs = sorted({int(name.split("@")[1]) for name in names})
+    result = {}
+    for metric in names:
+        name, cutoff = metric.split("@")
+        listed = exposures[cutoffs.index(int(cutoff))].cpu().long()
+        if name == "coverage":
+            result[metric] = int((listed > 0).sum()) / len(listed)
+        else:
+            result[metric] = int((listed * doubled).sum()) / max(2 * (len(listed) - 1) * int(listed.sum()), 1)
+    return result
+
+
 def histogram_of(ranks: Tensor, cutoff: int) -> Tensor:
     """Histogram of 2·target rank along the last dimension: float [..., U] → int64 [..., 2·cutoff + 1]."""
     doubled = torch.where(ranks <= cutoff, 2 * ranks, 0).long()

@@ -1,7 +1,7 @@
 """An evaluation in parts: each job evaluates its share of the user blocks, and the last one sums the parts.
 
     RUN/evaluation.parts/2-of-4.json          part 2: what was evaluated and how, its histograms, their sha256
-    RUN/evaluation.parts/2-of-4.safetensors   each of its users' ranks, if they are kept
+    RUN/evaluation.parts/2-of-4.safetensors   each of its users' ranks, and how often items are listed, if asked for
 
 Blocks are fixed and the histograms are integers, so the sum and the figures equal those of a single evaluation, to the
 last digit. This needs the same threads on the same kind of device, which round alike; others are refused. Evaluating a
@@ -74,6 +74,7 @@ class EvaluationIdentity:
     cells: int  # of segments
     cutoff: int  # last rank that is counted
     keep_users: bool  # whether each user's ranks are kept
+    list_lengths: list[int]  # of lists whose items are counted
 
     @property
     def histograms_shape(self) -> tuple[int, ...]:
@@ -105,10 +106,13 @@ def write_part(
         "means": asdict(setting),
         "histograms": counts.histograms.tolist(),
     }
-    if counts.users is not None:
-        users = save({"users": counts.users.table.contiguous()})
-        record["users_sha256"] = hashlib.sha256(users).hexdigest()
-        write_atomically(_users_file(folder / part.file), users)
+    tensors = {"users": counts.users.table.contiguous()} if counts.users is not None else {}
+    if counts.exposures is not None:
+        tensors["exposures"] = counts.exposures.cpu().contiguous()
+    if tensors:
+        content = save(tensors)
+        record["tensors_sha256"] = hashlib.sha256(content).hexdigest()
+        write_atomically(_tensors_file(folder / part.file), content)
     write_atomically(folder / part.file, json.dumps(record | {"sha256": json_sha256(record)}).encode() + b"\n")
     return folder / part.file
 
@@ -134,7 +138,7 @@ def join_parts(folder: Path, evaluated: EvaluationIdentity) -> RankCounts:
             f"{folder} lacks {len(missing)} of {counts[0]} parts; evaluate "
             f"{', '.join(f'--part {part}' for part in missing[:3])}{' …' if missing[3:] else ''} and join again"
         )
-    settings, histograms, tables = zip(*(_read_part(folder, part, evaluated) for part in wanted), strict=True)
+    settings, histograms, tensors = zip(*(_read_part(folder, part, evaluated) for part in wanted), strict=True)
     for part, own in zip(wanted, settings, strict=True):
         require(
             own == settings[0],
@@ -142,8 +146,9 @@ def join_parts(folder: Path, evaluated: EvaluationIdentity) -> RankCounts:
             f"{_describe(settings[0])}: they round differently; evaluate all parts with the same --threads on the same "
             "kind of device",
         )
-    users = sorted_users(tables, len(evaluated.sizes)) if evaluated.keep_users else None
-    return RankCounts(torch.stack(histograms).sum(0), users)
+    users = sorted_users([each["users"] for each in tensors], len(evaluated.sizes)) if evaluated.keep_users else None
+    exposures = sum(each["exposures"] for each in tensors) if evaluated.list_lengths else None
+    return RankCounts(torch.stack(histograms).sum(0), users, exposures)
 
 
 def _describe(setting: ComputeSetting) -> str:
@@ -155,12 +160,14 @@ def _parts_in(folder: Path) -> set[Part]:
     return {Part(int(found[1]), int(found[2])) for name in names if (found := PART_FILE.fullmatch(name))}
 
 
-def _users_file(part_file: Path) -> Path:
+def _tensors_file(part_file: Path) -> Path:
     return part_file.with_suffix(".safetensors")
 
 
-def _read_part(folder: Path, part: Part, evaluated: EvaluationIdentity) -> tuple[ComputeSetting, Tensor, Tensor]:
-    """How a part was evaluated, its histograms, and its users' table, empty if they are not kept."""
+def _read_part(
+    folder: Path, part: Part, evaluated: EvaluationIdentity
+) -> tuple[ComputeSetting, Tensor, dict[str, Tensor]]:
+    """How a part was evaluated, its histograms, and what else it has."""
     path, again = folder / part.file, f"evaluate it again with --part {part}"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -168,8 +175,9 @@ def _read_part(folder: Path, part: Part, evaluated: EvaluationIdentity) -> tuple
             raise ValueError("its sha256 does not match the recorded one")
         _require_same(path, {"part": str(part)} | asdict(evaluated), {"part": record["part"]} | record["evaluated"])
         histograms = _checked(record["histograms"], evaluated)
-        table = _read_users(_users_file(path), record["users_sha256"]) if evaluated.keep_users else torch.empty(0)
-        return ComputeSetting(**record["means"]), histograms, table
+        needs_tensors = evaluated.keep_users or evaluated.list_lengths
+        tensors = _read_tensors(_tensors_file(path), record["tensors_sha256"]) if needs_tensors else {}
+        return ComputeSetting(**record["means"]), histograms, tensors
     except UserError as error:
         raise UserError(f"{error}; {again}") from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -183,11 +191,11 @@ def _require_same(path: Path, expected: dict[str, Any], found: dict[str, Any]) -
         require(found[key] == value, f"{path} is of another evaluation: {key} is {was!r}, expected {wanted!r}")
 
 
-def _read_users(path: Path, sha256: str) -> Tensor:
+def _read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != sha256:
         raise ValueError(f"the sha256 of {path.name} does not match the recorded one")
-    return load(content)["users"]
+    return load(content)
 
 
 def _checked(rows: Any, evaluated: EvaluationIdentity) -> Tensor:

@@ -21,10 +21,11 @@ class RankedUsers:
     targets: Tensor  # int64 [U], items
     lengths: Tensor  # int64 [U], events before the target
     ranks: Tensor  # float64 [2, S, U]
+    lists: Tensor | None = None  # int64 [2, S, U, k], items recommended, the best first, -1 for none
 
     @property
     def table(self) -> Tensor:
-        """All of it, float64 [U, 3 + 2·S]: exact for ids below 2^53."""
+        """All of it but the lists, float64 [U, 3 + 2·S]: exact for ids below 2^53."""
         columns = torch.stack((self.users, self.targets, self.lengths), 1).double()
         return torch.cat((columns, self.ranks.flatten(0, 1).T), 1)
 
@@ -40,6 +41,7 @@ class RankCounts:
 
     histograms: Tensor  # int64 [C, 2, S, 2·K + 1] of 2·target rank (see :mod:`fmrl_dist.evaluation.metrics`)
     users: RankedUsers | None = None  # sorted by user
+    exposures: Tensor | None = None  # int32 [K, 2, S, V], how often each item is in a list, for each length of lists
 
     @property
     def all_users(self) -> Tensor:

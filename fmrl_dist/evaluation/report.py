@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,10 @@ from torch import Tensor
 from fmrl_dist import __version__
 from fmrl_dist.base.files import write_atomically
 from fmrl_dist.checkpoint.run_folder import evaluation_file
+from fmrl_dist.data.item_statistics import train_counts
 from fmrl_dist.data.store.reader import check_lost_users
 from fmrl_dist.evaluation.histograms import EvaluationProtocol
-from fmrl_dist.evaluation.metrics import metrics_from_histogram
+from fmrl_dist.evaluation.metrics import metrics_from_histogram, metrics_of_lists
 from fmrl_dist.evaluation.rank_counts import RankCounts
 from fmrl_dist.evaluation.segments import segments_of_cells
 from fmrl_dist.evaluation.target_ranks import ALL, UNSEEN
@@ -107,6 +109,13 @@ def figures(
     result = both(counts.all_users)
     result["baselines"] = rows(baselines, main)
     result[other_name]["baselines"] = rows(baselines, other)
+    if counts.exposures is not None:
+        trained = train_counts(protocol.store)
+        for which, part in ((main, result), (other, result[other_name])):
+            part["lists"] = {
+                str(size): metrics_of_lists(counts.exposures[:, which, j], trained, protocol.list_metrics)
+                for j, size in enumerate(sizes)
+            }
     return {
         "split": protocol.split,
         "split_rule": SPLIT_RULE,
@@ -145,6 +154,9 @@ def describe(result: Mapping[str, Any]) -> str:
         "pairs of figures: all items ranked | seen items masked",
         *pair_table("size", *both_protocols(result)),
     ]
+    if "lists" in result:
+        unmasked, masked = both_protocols(result, ("lists",))
+        lines += ["", "of the items recommended:", *pair_table("size", unmasked, masked)]
     filled = {name: part for name, part in result["segments"].items() if part["users"]}
     if filled:
         largest = list(result["sizes"])[-1]
@@ -155,10 +167,10 @@ def describe(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def both_protocols(figures: Mapping[str, Any]) -> tuple[Rows, Rows]:
+def both_protocols(figures: Mapping[str, Any], keys: Sequence[str] = ("sizes", "baselines")) -> tuple[Rows, Rows]:
     """Figures of every size and baseline, among all items and among unseen ones."""
     other = figures.get("masked") or figures["unmasked"]
-    first, second = ((part["sizes"] | part.get("baselines", {})) for part in (figures, other))
+    first, second = (dict(ChainMap(*(part.get(key, {}) for key in reversed(keys)))) for part in (figures, other))
     return (first, second) if "masked" in figures else (second, first)
 
 

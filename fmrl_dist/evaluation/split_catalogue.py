@@ -86,8 +86,9 @@ class SplitCatalogue:
     def _one_pass(self, own: TargetRanks, stop: StopRequest) -> None:
         tensors = (own.z, own.targets[:, None], own.seen, own.assumed.T)
         of_all = zip(*(to_everyone(rows) for rows in tensors), strict=True)
+        length = own.lists.length if own.lists is not None and own.collects else 0
         everyone = [
-            TargetRanks(z, targets[:, 0], seen, assumed.T, own.sizes, own.normalize)
+            TargetRanks(z, targets[:, 0], seen, assumed.T, own.sizes, own.normalize, length)
             for z, targets, seen, assumed in of_all
         ]
         add_tiles(everyone, stop.until_requested(tiles_of(self.items, self.bounds[dist.get_rank()])))
@@ -95,6 +96,9 @@ class SplitCatalogue:
         sent, received = [len(part) for part in found], [len(own.z)] * len(found)
         parts = exchange_rows(torch.cat(found).flatten(1), sent, received)
         own.join(parts.view(len(found), len(own.z), *found[0].shape[1:]))
+        if own.lists is not None and length:
+            tables = torch.cat([each.lists.table for each in everyone if each.lists is not None])
+            own.lists.join(exchange_rows(tables, sent, received).view(len(found), len(own.z), -1))
 
 
 def is_shared(num_items: int, width: int, num_ranks: int, in_loss: bool) -> bool:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fmrl_dist.data.batches import EvaluationBlock
+from fmrl_dist.evaluation.top_lists import TopLists
 from fmrl_dist.model.nested import chunks
 
 ALL, UNSEEN = 0, 1  # first index of ranks: among all items, or without those that the user has seen
@@ -67,14 +68,24 @@ class TargetRanks:
         guesses: of the targets' scores [S, U], see :func:`guessed_scores`.
         sizes: Matryoshka sizes.
         normalize: rank by cosines of each size's prefixes. The norm of z, the same for all items, is omitted.
+        list_length: collect so many of each user's best items (:mod:`fmrl_dist.evaluation.top_lists`); 0: none.
     """
 
     def __init__(
-        self, z: Tensor, targets: Tensor, seen: Tensor, guesses: Tensor, sizes: Sequence[int], normalize: bool = False
+        self,
+        z: Tensor,
+        targets: Tensor,
+        seen: Tensor,
+        guesses: Tensor,
+        sizes: Sequence[int],
+        normalize: bool = False,
+        list_length: int = 0,
     ) -> None:
         self.z, self.targets, self.seen = z, targets, seen
         self.sizes, self.normalize = tuple(sizes), normalize
         self.assumed = guesses
+        self.lists = TopLists(len(sizes), len(z), list_length, z) if list_length else None
+        self.collects = list_length > 0
         self._clear()
 
     def _clear(self) -> None:
@@ -105,6 +116,8 @@ class TargetRanks:
             seen, against = scores[seen_rows, seen_columns], own[seen_rows]
             seen_higher.index_add_(0, seen_rows, (~(seen <= against)).long())
             seen_equal.index_add_(0, seen_rows, (seen == against).long())
+            if self.lists is not None and self.collects:
+                self.lists.add(j, ids, scores, seen_rows, seen_columns)
 
     @property
     def is_settled(self) -> bool:
@@ -115,6 +128,7 @@ class TargetRanks:
     def restart(self) -> None:
         """Begin another pass, in which the targets' scores are those found in the last."""
         self.assumed = self._found
+        self.collects = False  # lists do not depend on targets
         self._clear()
 
     def found(self) -> Tensor:

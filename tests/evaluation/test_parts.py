@@ -63,6 +63,7 @@ def evaluate_parts(num_parts: int, *words: object) -> None:
         (3, ("--mask-seen",), "evaluation-masked"),
         (7, ("--split", "valid", "--mask-seen"), "evaluation-valid-masked"),
         (NUM_BLOCKS + 2, (), "evaluation"),  # two of them are empty
+        (2, ("--metrics", "recall,coverage,popularity"), "evaluation"),
     ],
 )
 @pytest.mark.parametrize("what", ["run", "export"])
@@ -230,7 +231,7 @@ def test_part_on_another_device(tmp_path: Path) -> None:
 
 MEANS = ComputeSetting(1, "cpu")
 EVALUATED = EvaluationIdentity(
-    "c" * 64, "m" * 64, "test", False, [4, 8], users=60, cells=1, cutoff=CUTOFF, keep_users=False
+    "c" * 64, "m" * 64, "test", False, [4, 8], users=60, cells=1, cutoff=CUTOFF, keep_users=False, list_lengths=[]
 )
 NOBODY = RankCounts(torch.zeros(1, 2, 2, 2 * CUTOFF + 1, dtype=torch.int64))
 
@@ -247,6 +248,7 @@ NOBODY = RankCounts(torch.zeros(1, 2, 2, 2 * CUTOFF + 1, dtype=torch.int64))
         ({"cells": 15}, "cells is 1, expected 15"),
         ({"cutoff": 20}, "cutoff is 10, expected 20"),
         ({"keep_users": True}, "keep_users is False, expected True"),
+        ({"list_lengths": [10]}, "list_lengths is [], expected [10]"),
     ],
 )
 def test_the_whole_identity_is_compared(tmp_path: Path, change: dict[str, Any], problem: str) -> None:
