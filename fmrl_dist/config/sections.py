@@ -316,13 +316,13 @@ class EvalConfig:
     # metrics, each at every cut-off: recall, ndcg and mrr of the target's rank; and, in final evaluations alone, of the
     # items that are recommended: coverage, the share of the catalogue that somebody gets | popularity, mean percentile
     metrics: tuple[Literal["recall", "ndcg", "mrr", "coverage", "popularity"], ...] = ("recall", "ndcg", "mrr")
-    # free baselines beside a final evaluation's figures, computed once per store: popularity | cosine of the last
-    # item's features | item_knn: items that the same users have
-    baselines: tuple[Literal["popularity", "cosine", "item_knn"], ...] = ("popularity", "cosine", "item_knn")
     metric: str = "ndcg@10"  # validation metric that chooses the best checkpoint, at eval.size: one of the metrics@k
     size: NonNegativeInt = 0  # which of model.sizes chooses the best checkpoint; 0: the largest
     every_steps: NonNegativeInt = 0  # steps between validations; 0: once per epoch
     users: NonNegativeInt = 0  # validate on a fixed, evenly spread subset of so many users; 0: all
+    # free baselines beside a final evaluation's figures, computed once per store: popularity | cosine of the last
+    # item's features | item_knn: items that the same users have
+    baselines: tuple[Literal["popularity", "cosine", "item_knn"], ...] = ("popularity", "cosine", "item_knn")
     # keep every user's ranks beside an evaluation's figures, for fmrl_dist.compare (while it is written, 24 bytes per
     # user, and 16 per user and size)
     per_user: bool = True
@@ -336,6 +336,10 @@ class EvalConfig:
         require(
             len(self.metrics) > 0 and len(set(self.metrics)) == len(self.metrics),
             f"eval.metrics is {list(self.metrics)}; expected different names, such as [recall, ndcg]",
+        )
+        require(
+            any(name in RANK_METRICS for name in self.metrics),
+            f"eval.metrics is {list(self.metrics)}; expected at least one of {', '.join(RANK_METRICS)} too",
         )
         require(
             self.metric in self.metric_names,
