@@ -15,7 +15,7 @@ from fmrl_dist.evaluation.split_catalogue import SplitCatalogue
 from fmrl_dist.evaluation.target_ranks import TargetRanks, seen_items
 from fmrl_dist.evaluation.top_lists import exposures
 from tests.fixtures.processes import run_processes
-from tests.fixtures.ranking import make_block, random_users
+from tests.fixtures.ranking import make_block, random_users, target_ranks
 
 SIZES = (4, 8)
 NUM_ITEMS, NUM_USERS = COMPARED_ITEMS + 700, 12
@@ -28,14 +28,16 @@ def embeddings() -> tuple[Tensor, Tensor]:
     return z, torch.randint(-500, 501, (NUM_ITEMS, SIZES[-1]), generator=generator).float()
 
 
-def lists_of(catalogue: Catalogue, z: Tensor, length: int, num_items: int) -> Tensor:
-    """With wrong guesses, so that every pass over the items is repeated: lists must not be filled twice."""
-    histories, targets = random_users(NUM_USERS, num_items, seed=2)
+def lists_of(catalogue: Catalogue, z: Tensor, items: Tensor, length: int) -> Tensor:
+    """With wrong guesses, so that every pass is repeated: lists must not be filled twice, and ranks must be right."""
+    histories, targets = random_users(NUM_USERS, len(items), seed=2)
     block = make_block(histories, targets)
     guesses = torch.full((len(SIZES), NUM_USERS), 0.25)
     ranks = TargetRanks(z, block.targets, seen_items(block), guesses, SIZES, list_length=length)
     catalogue.compare([ranks], StopRequest())
     assert ranks.lists is not None and not ranks.collects
+    for which in range(2):
+        assert torch.equal(ranks.result()[which], target_ranks(z, items, block, SIZES, mask_seen=bool(which)))
     return ranks.lists.items
 
 
@@ -55,14 +57,14 @@ def expected_lists(z: Tensor, items: Tensor, length: int) -> np.ndarray:
 @pytest.mark.parametrize(("num_items", "length"), [(NUM_ITEMS, 20), (NUM_ITEMS, 1), (COMPARED_ITEMS, 100), (7, 10)])
 def test_lists_are_a_full_sort(num_items: int, length: int) -> None:
     z, items = embeddings()
-    found = lists_of(EmbeddedCatalogue(items[:num_items]), z, length, num_items)
+    found = lists_of(EmbeddedCatalogue(items[:num_items]), z, items[:num_items], length)
     np.testing.assert_array_equal(found.numpy(), expected_lists(z, items[:num_items], length))
 
 
 def test_nan_is_not_recommended() -> None:
     z, items = embeddings()
     items[3] = torch.nan
-    found = lists_of(EmbeddedCatalogue(items), z, 50, NUM_ITEMS)
+    found = lists_of(EmbeddedCatalogue(items), z, items, 50)
     assert not (found == 3).any() and (found >= 0).all()
 
 
@@ -70,7 +72,7 @@ def split_lists(length: int) -> list[object]:
     z, items = embeddings()
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     catalogue = SplitCatalogue.embed(rank, num_ranks, NUM_ITEMS, lambda first, last: items[first:last])
-    found: list[object] = lists_of(catalogue, z + rank, length, NUM_ITEMS).tolist()
+    found: list[object] = lists_of(catalogue, z + rank, items, length).tolist()
     return found
 
 

@@ -75,7 +75,7 @@ def test_run_leaves_everything(finished: tuple[Path, str]) -> None:
     names = {path.name for path in run.iterdir()}
     assert names == {
         *(".lock", "config.yaml", "finished.json", "metrics.jsonl", "ranks.jsonl", "tensorboard"),
-        *("checkpoints", "evaluation.json", "evaluation.png"),
+        *("checkpoints", "evaluation.json", "evaluation.png", "evaluation-users.parquet"),
     }
     assert (run / "evaluation.png").read_bytes().startswith(b"\x89PNG")
     best, latest = ((run / "checkpoints" / link).resolve() for link in ("best", "latest"))
