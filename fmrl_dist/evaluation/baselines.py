@@ -38,6 +38,7 @@ from fmrl_dist.evaluation.target_ranks import TargetRanks, seen_items
 VERSION = 1  # of how they are computed: part of the name of the file that keeps them
 COUNTED = f"recall@{MAX_CUTOFF}"  # so that all ranks up to there are counted
 LAST_EVENT = 1
+MOST_EVENTS = 50_000_000  # for which item-kNN is computed without being asked: 1.6 GB
 
 
 def baseline_histograms(
@@ -52,6 +53,13 @@ def baseline_histograms(
     """
     path = store.derived_folder / f"baselines-{VERSION}-{split}-{store.manifest.sha256[:16]}.json"
     names = [name for name in names if name in possible_baselines(store)]
+    num_events = sum(block.events for block in store.manifest.splits["train"])
+    if "item_knn" in names and num_events > MOST_EVENTS:
+        names.remove("item_knn")
+        runtime.say(
+            f"no item_knn beside the figures: it would hold {num_events:,} training events, more than {MOST_EVENTS:,}; "
+            f"python -m fmrl_dist.baselines --store {store.location} computes it"
+        )
     known = _read(path) if runtime.is_main else {}
     missing = runtime.agree(*(runtime.is_main and name not in known for name in names)) if names else []
     for name, is_missing in zip(names, missing, strict=True):

@@ -5,7 +5,7 @@ the last ``LAST_EVENTS`` training events of each user. An item keeps its ``NEIGH
 an item for a user is the sum of its similarities to the items of the user's history of which it is a neighbour, so all
 other items tie at zero. V items.
 
-Memory: one entry per training event counted, V · NEIGHBOURS similarities, and pairs of a few items at a time.
+Memory: 32 bytes per training event counted, 16 per similarity kept, and pairs of a few items at a time.
 """
 
 from __future__ import annotations
@@ -46,19 +46,31 @@ def item_neighbours(store: Store, num_neighbours: int = NEIGHBOURS) -> ItemNeigh
     users, items = _training_pairs(store)
     num_of_user = np.bincount(users)
     starts_of_user = _starts(num_of_user)
-    items_of_user = items  # users are in order
-    by_item = np.argsort(items, kind="stable")
-    users_of_item, num_of_item = users[by_item], np.bincount(items, minlength=num_items)
+    users_of_item, num_of_item = users[np.argsort(items, kind="stable")], np.bincount(items, minlength=num_items)
     starts_of_item = _starts(num_of_item)
     pairs_of_item = np.bincount(items, weights=num_of_user[users], minlength=num_items).astype(np.int64)
 
+    def count_together(begin: int, end: int, owners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Keys (owner · V + item) of the items that users ``begin`` … of the owners have, and how many have them."""
+        who = users_of_item[begin:end]
+        lengths = num_of_user[who]
+        others = items[ragged_rows(starts_of_user[who], lengths)]
+        return np.unique(np.repeat(owners, lengths) * num_items + others, return_counts=True)
+
     counts, neighbours, similarities = np.zeros(num_items, np.int64), [], []
     for first, last in _runs(pairs_of_item, PAIRS_AT_ONCE):
-        who = users_of_item[starts_of_item[first] : starts_of_item[last]]
-        own = np.repeat(np.arange(first, last), num_of_item[first:last])
-        lengths = num_of_user[who]
-        others = items_of_user[ragged_rows(starts_of_user[who], lengths)]
-        keys, together = np.unique(np.repeat(own, lengths) * num_items + others, return_counts=True)
+        begin, end = starts_of_item[first], starts_of_item[last]
+        if last > first + 1:
+            owners = np.repeat(np.arange(first, last), num_of_item[first:last])
+            keys, together = count_together(begin, end, owners)
+        else:  # one item, of which many users may have to be counted in several goes
+            at_once, summed = max(PAIRS_AT_ONCE // LAST_EVENTS, 1), np.zeros(num_items, np.int64)
+            for low in range(begin, end, at_once):
+                high = min(low + at_once, end)
+                keys, together = count_together(low, high, np.full(high - low, first))
+                summed[keys - first * num_items] += together
+            others = np.flatnonzero(summed)
+            keys, together = first * num_items + others, summed[others]
         one, other = np.divmod(keys, num_items)
         one, other, together = (values[one != other] for values in (one, other, together))
         similarity = together / np.sqrt(num_of_item[one].astype(np.float64) * num_of_item[other])

@@ -110,6 +110,15 @@ def test_they_are_computed_once_and_by_any_number_of_processes(store: Store, mon
     assert here(str(store.path)) == first
 
 
+def test_item_knn_of_a_large_store_is_left_out_and_that_is_said(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    num_events = sum(block.events for block in store.manifest.splits["train"])
+    monkeypatch.setattr(baselines, "MOST_EVENTS", num_events - 1)
+    assert list(here(str(store.path))) == ["popularity", "cosine"]
+    assert f"no item_knn beside the figures: it would hold {num_events:,} training events" in capsys.readouterr().out
+
+
 def test_a_store_without_features_has_no_cosine(store: Store) -> None:
     assert possible_baselines(store) == NAMES
     bare = Store(store.files, replace(store.manifest, features=()))
