@@ -51,9 +51,10 @@ from fmrl_dist.data.train_stream import TrainStream
 from fmrl_dist.data.windows import window_rule
 from fmrl_dist.distributed.processes import Runtime, start_runtime
 from fmrl_dist.distributed.signals import Stopped, StopRequest, ask_for_requeue, forget_requeue
+from fmrl_dist.evaluation.baselines import baseline_histograms
 from fmrl_dist.evaluation.histograms import EvaluationProtocol, count_target_ranks
 from fmrl_dist.evaluation.ranker import ranker_of_checkpoint
-from fmrl_dist.evaluation.report import EvaluatedModel, figures, print_and_write
+from fmrl_dist.evaluation.report import EvaluatedModel, report
 from fmrl_dist.training.agreement import StepResult, agree, count_targets, stop_if_not_finite
 from fmrl_dist.training.checks import check_inline, check_something_tells_items_apart, note_on_other_config
 from fmrl_dist.training.demo_store import build_missing_demo_store
@@ -382,11 +383,12 @@ def _evaluate_best(config: Config, runtime: Runtime, store: Store, folder: Path,
     stop.raise_together(runtime, stop.requested)  # what comes next can take a while before it listens
     best = load_best(folder, runtime)
     ranker = ranker_of_checkpoint(best, config, store, runtime)
-    protocol = EvaluationProtocol(store, "test", mask_seen=False)
-    histograms = count_target_ranks(ranker, protocol, runtime, stop)
+    protocol = EvaluationProtocol.of_report(store, "test", mask_seen=False, config=config.eval)
+    counts = count_target_ranks(ranker, protocol, runtime, stop)
+    baselines = baseline_histograms(config.eval.baselines, store, "test", runtime, stop)
     if runtime.is_main:
         model = EvaluatedModel(best.state.step, best.sha256, best.manifest_sha256)
-        print_and_write(figures(histograms, ranker.model.sizes, protocol, model), folder, model)
+        report(counts, baselines, ranker.model.sizes, protocol, model, folder)
         mark_finished(folder, best)
 
 

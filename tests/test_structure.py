@@ -25,7 +25,7 @@ SUBFOLDERS = {
     "benchmarks": {"gpu"},
 }
 COMMANDS = {
-    "fmrl_dist": {"train", "evaluate", "export", "plan"},
+    "fmrl_dist": {"train", "evaluate", "export", "plan", "compare", "baselines"},
     "shards": {"build", "verify", "inspect", "random_image_encoder"},
     "launch": {"submit", "sweep"},
 }

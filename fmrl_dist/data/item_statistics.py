@@ -1,4 +1,5 @@
-"""Statistics computed once per store and kept (``Store.derived_folder``): item frequencies, alias tables.
+"""Statistics computed once per store and kept (``Store.derived_folder``): item frequencies, alias tables,
+training counts.
 
 Each file's name contains the manifest's hash and the parameters, so a rebuilt store gets new files. A file is written
 under a temporary name and renamed; processes that compute it at once write the same bytes. A file is a ``.npy``
@@ -35,6 +36,15 @@ def popularity_table(store: Store, power: float) -> np.ndarray:
     return _computed_once(
         store, f"popularity-{power!r}", ROW, lambda: alias_table((_train_counts(store) + 1.0) ** power)
     )
+
+
+def train_counts(store: Store) -> np.ndarray:
+    """How often each item occurs in training histories, memory-mapped int64 [V].
+
+    Raises:
+        UserError: the vocabulary is missing or damaged, or the table cannot be written or read.
+    """
+    return _computed_once(store, "train-counts", np.dtype(np.int64), lambda: _train_counts(store))
 
 
 def target_log_shares(store: Store, rule: WindowRule) -> np.ndarray:

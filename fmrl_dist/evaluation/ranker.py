@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
 
 from fmrl_dist.checkpoint.export_folder import Recommender
 from fmrl_dist.checkpoint.folder import Checkpoint
@@ -17,15 +21,29 @@ from fmrl_dist.evaluation.split_catalogue import SplitCatalogue, is_shared
 from fmrl_dist.model.embed_catalogue import embed_catalogue
 from fmrl_dist.model.fmrlrec import FMRLRec
 
+CPU = torch.device("cpu")
+
+
+class SequenceModel(Protocol):
+    """What turns packed histories into outputs, which are scored against items."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Prefixes of outputs and items that are ranked with."""
+
+    def __call__(self, items: Tensor, starts: Tensor, from_start: Tensor) -> Tensor:
+        """Outputs [N, D] for histories of N items without start positions, as :meth:`FMRLRec.forward` makes them."""
+
 
 @dataclass(frozen=True)
 class Ranker:
     """A model in evaluation mode, and the catalogue."""
 
-    model: FMRLRec
+    model: SequenceModel
     catalogue: Catalogue
     max_length: int  # number of last events of a history that the model reads
     normalize: bool  # whether scores are cosines of each size's prefixes
+    device: torch.device = CPU  # of model and catalogue
 
 
 def build_ranker(model: FMRLRec, config: Config, store: Store, table: ItemTable | None, runtime: Runtime) -> Ranker:
@@ -50,7 +68,7 @@ def build_ranker(model: FMRLRec, config: Config, store: Store, table: ItemTable 
         catalogue = SplitCatalogue.embed(runtime.rank, runtime.world_size, len(table.values), embed)
     else:
         catalogue = EmbeddedCatalogue(embed_catalogue(model.encoder, table.values, table.present))
-    return Ranker(model, catalogue, config.data.max_length, config.loss.normalize)
+    return Ranker(model, catalogue, config.data.max_length, config.loss.normalize, runtime.device)
 
 
 def ranker_of_checkpoint(checkpoint: Checkpoint, config: Config, store: Store, runtime: Runtime) -> Ranker:
@@ -70,4 +88,5 @@ def ranker_of_checkpoint(checkpoint: Checkpoint, config: Config, store: Store, r
 def ranker_of_export(recommender: Recommender) -> Ranker:
     """An exported model and its own item embeddings."""
     catalogue = EmbeddedCatalogue(recommender.items)
-    return Ranker(recommender.model, catalogue, recommender.max_length, recommender.normalize)
+    device = recommender.items.device
+    return Ranker(recommender.model, catalogue, recommender.max_length, recommender.normalize, device)
