@@ -152,4 +152,6 @@ def construct_model(
         r_max=config.r_max,
         matmul_dtype=matmul_dtype,
         scan=scan,
+        id_width=config.id_width,
+        id_init=config.id_init,
     )

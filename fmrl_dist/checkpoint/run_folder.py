@@ -36,7 +36,10 @@ RESTART_PATIENCE_S = 150.0
 FIXED = {
     "data": ("max_length", "windows"),
     "store": ("feature_mode",),
-    "model": ("sizes", "depth", "dropout", "lru_dropout", "r_min", "r_max", "features", "id_table", "feature_scale"),
+    "model": (
+        *("sizes", "depth", "dropout", "lru_dropout", "r_min", "r_max", "features", "feature_scale"),
+        *("id_table", "id_width", "id_init", "id_dropout"),
+    ),
     "loss": (
         "predict_first",
         "size_weights",
@@ -59,6 +62,8 @@ FIXED = {
         "min_lr_ratio",
         "warmup_steps",
         "weight_decay",
+        "id_lr_factor",
+        "id_weight_decay",
         "beta1",
         "beta2",
         "eps",
