@@ -54,6 +54,7 @@ class TrainingModule(nn.Module):
         super().__init__()
         assert settings.sizes == model.sizes
         assert settings.temperatures is not None or not normalize, "the configuration asks for them"
+        assert id_rows is not None or model.encoder.id_table is None, "a step would leave the ids out"
         self.model = model
         # A plain attribute, not a buffer: DDP would broadcast it, a checkpoint would hold it, and it may lie on disk.
         self.columns, self.part, self.id_rows = columns, part, id_rows
