@@ -150,6 +150,8 @@ def construct_model(
         lru_dropout=config.lru_dropout,
         r_min=config.r_min,
         r_max=config.r_max,
+        input_norm=config.input_norm,
+        output_norm=config.output_norm,
         matmul_dtype=matmul_dtype,
         scan=scan,
         id_width=config.id_width,

@@ -159,6 +159,8 @@ class ModelConfig:
     lru_dropout: Fraction = 0.5  # rate after the LRU
     r_min: float = 0.0  # inner radius of the ring on which |Λ| starts, below r_max
     r_max: float = 0.1  # outer radius of that ring, at most 1
+    input_norm: bool = False  # a layer-norm per chunk before the first block (not in the paper)
+    output_norm: bool = False  # and one after the last block, before scoring
     features: tuple[str, ...] | None = None  # names of features to read; null: every feature of the store
     id_table: bool = False  # a trained embedding per item (the paper's "w/o Lang. & Image" is features: [] and this)
     id_width: NonNegativeInt = 0  # first channels that the id table is added to, one of sizes; 0: all of them

@@ -8,6 +8,9 @@ features. The model knows plain tensors and values only: no rank, no config obje
     block          x + Dropout(LRU(LayerNorm(x))), x + FFN(LayerNorm(x))    eq. 8-12
     scores         z·Eᵀ, cut to the first m channels for size m             eq. 13
 
+Before the first and after the last block there may be a further layer-norm each, which the paper does not have: without
+them the residual carries the last item's own embedding, at whatever scale it has, into its own score.
+
 Every parameter is real and has the width as its leading channels, so cutting each dimension to its first m channels
 gives the model of size m (``truncate``).
 """
@@ -238,6 +241,7 @@ class FMRLRec(nn.Module):
         dropout: rate on the input embeddings and in the FFN.
         lru_dropout: rate after the LRU.
         r_min, r_max: ring of |Λ| at initialisation.
+        input_norm, output_norm: whether a nested layer-norm comes before the first block, and after the last.
         matmul_dtype: of the products' inputs in training mode; None keeps the parameters' own, and so does evaluation.
         scan: an implementation of :func:`fmrl_dist.model.scan.packed_scan`.
         id_width: w, the first channels that the id table is added to, one of ``sizes``; 0 for all.
@@ -254,6 +258,8 @@ class FMRLRec(nn.Module):
         lru_dropout: float = 0.0,
         r_min: float = 0.0,
         r_max: float = 0.1,
+        input_norm: bool = False,
+        output_norm: bool = False,
         matmul_dtype: torch.dtype | None = None,
         scan: str = "auto",
         id_width: int = 0,
@@ -266,7 +272,9 @@ class FMRLRec(nn.Module):
         self.ring = {"r_min": r_min, "r_max": r_max}
         self.matmul_dtype, self.scan = matmul_dtype, scan
         self.encoder = ItemEncoder(self.width, feature_dims, num_items, matmul_dtype, id_width, id_init)
+        self.input_norm = NestedLayerNorm(self.sizes) if input_norm else nn.Identity()
         self.input_dropout = nn.Dropout(dropout)
+        self.output_norm = NestedLayerNorm(self.sizes) if output_norm else nn.Identity()
         self.blocks = nn.ModuleList(
             ResidualBlock(self.sizes, dropout, lru_dropout, r_min, r_max, matmul_dtype, scan) for _ in range(depth)
         )
@@ -291,10 +299,11 @@ class FMRLRec(nn.Module):
             z [P, D], P = N + from_start.sum(), each history's start position (if any) before its items.
         """
         rows, begins = self._insert_start_positions(embeddings, starts, from_start)
-        x = self.input_dropout(rows)
+        x = self.input_dropout(self.input_norm(rows))
         for block in self.blocks:
             x = block(x, begins)
-        return x
+        z: Tensor = self.output_norm(x)
+        return z
 
     def _insert_start_positions(self, embeddings: Tensor, starts: Tensor, from_start: Tensor) -> tuple[Tensor, Tensor]:
         inserted_before = F.pad(from_start.long().cumsum(0), (1, 0))  # [B+1]
@@ -312,12 +321,12 @@ class FMRLRec(nn.Module):
 
     def step(self, state: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """One event of each of B histories: state [B, depth, 2, D], item embeddings [B, D] → new state, z [B, D]."""
-        x, new_states = self.input_dropout(embeddings), []
+        x, new_states = self.input_dropout(self.input_norm(embeddings)), []
         for layer, block in enumerate(self.blocks):
             assert isinstance(block, ResidualBlock)
             new_state, x = block.step(state[:, layer], x)
             new_states.append(new_state)
-        return torch.stack(new_states, 1), x
+        return torch.stack(new_states, 1), self.output_norm(x)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -330,6 +339,8 @@ class FMRLRec(nn.Module):
             "id_width": self.id_width,
             **self.rates,
             **self.ring,
+            "input_norm": isinstance(self.input_norm, NestedLayerNorm),
+            "output_norm": isinstance(self.output_norm, NestedLayerNorm),
         }
 
     def truncate(self, size: int) -> FMRLRec:

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -147,7 +148,8 @@ def models(draw: st.DrawFn) -> tuple[FMRLRec, int, int]:
     dims = {name: draw(st.integers(1, 6)) for name in sorted(names)}
     num_items = draw(st.integers(1, 60))
     id_rows = num_items if draw(st.booleans()) or not dims else 0
-    model = FMRLRec(sizes, draw(st.integers(1, 3)), dims, id_rows, dropout=0.3).eval()
+    norms: dict[str, Any] = {"input_norm": draw(st.booleans()), "output_norm": draw(st.booleans())}
+    model = FMRLRec(sizes, draw(st.integers(1, 3)), dims, id_rows, dropout=0.3, **norms).eval()
     for values in itertools.chain(model.parameters(), model.buffers()):
         values.data.normal_(0, 0.5)
     return model, num_items, draw(st.sampled_from(sizes))
@@ -246,6 +248,8 @@ def test_files_hold_the_slice(run: Path, shop: Path, size: int) -> None:
             "lru_dropout": 0.2,
             "r_min": 0.0,
             "r_max": 0.1,
+            "input_norm": False,
+            "output_norm": False,
         },
         "num_items": 40,
         "max_length": 50,

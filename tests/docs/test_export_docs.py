@@ -29,9 +29,10 @@ def section() -> str:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Size 8 of 16, two blocks, with an id table: every kind of tensor there is."""
+    """Size 8 of 16, two blocks, with an id table and all norms: every kind of tensor there is."""
     root = tmp_path_factory.mktemp("docs")
-    words = ("--model.sizes", "[4, 8, 16]", "--model.width", 16, "--model.depth", DEPTH, "--model.id_table", "true")
+    words = ["--model.sizes", "[4, 8, 16]", "--model.width", 16, "--model.depth", DEPTH]
+    words += [word for key in ("id_table", "input_norm", "output_norm") for word in (f"--model.{key}", "true")]
     run = train_here(make_shop(root), root / "run", *words, "--train.max_steps", 20)
     run_here(export.main, ["--checkpoint", run, "--size", SIZE, "--output", root / "export"])
     return root / "export"

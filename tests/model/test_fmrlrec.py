@@ -67,11 +67,13 @@ def make_case(
     seed: int = 0,
     dropout: float = 0.0,
     lru_dropout: float = 0.0,
+    norms: tuple[bool, bool] = (False, False),
     id_width: int = 0,
 ) -> Case:
     torch.manual_seed(seed)
-    num_table_rows = NUM_ITEMS if id_table else 0
-    model = FMRLRec(sizes, depth, feature_dims, num_table_rows, dropout, lru_dropout, id_width=id_width).double()
+    num_table_rows, (input_norm, output_norm) = NUM_ITEMS if id_table else 0, norms
+    options: dict[str, Any] = {"input_norm": input_norm, "output_norm": output_norm, "id_width": id_width}
+    model = FMRLRec(sizes, depth, feature_dims, num_table_rows, dropout, lru_dropout, **options).double()
     with torch.no_grad():
         for values in itertools.chain(model.parameters(), [model.encoder.feature_shift, model.encoder.feature_scale]):
             values.normal_(0, 0.5)  # masked entries too: the mask, not their value, must keep them out
@@ -98,8 +100,23 @@ def cases(draw: st.DrawFn) -> Case:
         lengths=tuple(lengths),
         flags=tuple(draw(st.lists(st.booleans(), min_size=len(lengths), max_size=len(lengths)))),
         seed=draw(st.integers(0, 2**16)),
+        norms=draw(st.tuples(st.booleans(), st.booleans())),
         id_width=draw(st.sampled_from((0, *sizes))),
     )
+
+
+def test_norms_before_and_after_the_blocks() -> None:
+    """With all else equal, the input norm acts on what enters the blocks, the output norm on what leaves them."""
+    plain, normed = make_case(), make_case(norms=(True, True))
+    normed.model.load_state_dict(plain.model.state_dict(), strict=False)
+    rows = plain.catalogue()[plain.items]
+    for norm in (normed.model.input_norm, normed.model.output_norm):
+        norm.load_state_dict({"weight": torch.rand(SIZES[-1]) + 0.5, "bias": torch.randn(SIZES[-1])})
+    start = plain.model.encoder.bias.detach().clone()
+    with torch.no_grad():
+        plain.model.encoder.bias.copy_(normed.model.input_norm(start[None])[0])  # the start position's row
+    expected = normed.model.output_norm(plain.outputs(normed.model.input_norm(rows)))
+    assert_relatively_close(normed.outputs(rows), expected, 1e-12)
 
 
 def random_models(test: Any) -> Any:
