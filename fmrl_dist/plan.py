@@ -226,8 +226,8 @@ def recommend(
     require(
         bool(fits),
         f"no loss fits: a step needs at least {least / 2**30:.1f} GiB of a rank's {memory_bytes / 2**30:.1f}; take "
-        "fewer positions at once (train.micro_batches, train.batch_size), narrow the id table (model.id_width) or turn it "
-        "off, or add ranks",
+        "fewer positions at once (train.micro_batches, train.batch_size), a narrower id table or none (model.id_width, "
+        "model.id_table), or add ranks",
     )
     exact = sorted((loss for loss in fits if loss != "sampled"), key=lambda loss: costs[loss].operations)
     if not exact:
