@@ -88,9 +88,10 @@ def on_each_rank(full: bool) -> dict[str, Any]:
     else:
         table = ReplicatedIdTable(make_model(), TRAIN, dropout, cold_mask(), runtime)
     norms = train_table(table, runtime, full)
+    num_held = len(table.of_scored()) if full else NUM_ITEMS
     weights, moments = table.weights(), table.moments()
     held = {} if weights is None else {"weights": weights.tolist()} | {k: v.tolist() for k, v in moments.items()}
-    return {"norms": norms, "num_weights": table.num_weights} | held
+    return {"norms": norms, "num_weights": table.num_weights, "num_held": num_held} | held
 
 
 def specification(num_ranks: int, full: bool) -> dict[str, Any]:
@@ -141,6 +142,9 @@ def test_steps_are_those_of_a_whole_table(num_ranks: int, full: bool) -> None:
     for rank in ranks:
         assert rank["norms"][:NOT_FINITE] == ranks[0]["norms"][:NOT_FINITE] and rank["num_weights"] == NUM_ITEMS * WIDTH
         assert ("weights" in rank) == (rank is ranks[0])
+    assert [rank["num_held"] for rank in ranks] == (
+        torch.tensor(slice_bounds(NUM_ITEMS, num_ranks)).diff().tolist() if full else [NUM_ITEMS] * num_ranks
+    )
     assert all(not any(ranks[0][key][item]) for item in COLD for key in ("weights", "exp_avg", "exp_avg_sq"))
 
 
@@ -156,6 +160,7 @@ def make_engine(runtime: Runtime, num_items: int) -> DataParallelEngine:
     ids = ReplicatedIdTable(model, TRAIN, IdDropout(0.1, 0), cold, runtime)
     columns = TableColumns(model.encoder, table, torch.float32)
     module = TrainingModule(model, columns, LossSettings((4, 8)), id_rows=ids)
+    assert not any("id_table" in name for name in module.state_dict()), "or data parallelism would average all rows"
     optimizer = build_optimizer(model, 1e-3, (0.9, 0.999), 1e-8, 0.01)
     return DataParallelEngine(runtime, module, optimizer, 5.0, ids)
 
@@ -208,6 +213,35 @@ def test_a_sampled_step_does_not_grow_with_the_catalogue() -> None:
         distinct = len(torch.cat([make_batch(0).items, make_batch(0).targets, make_batch(0).negatives]).unique())
         assert 0 < few_bytes == many_bytes < 2 * 2 * distinct * (8 + 4 * 8)
         assert many_s < 4 * few_s
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
+    """The others' and the rows' alike, wherever it is not finite."""
+    for broken in ("ids", "weight"):
+        engine, batch = make_engine(start_runtime(1, lanes=2), 1000), make_batch(0)
+        module, table = engine._module, engine._id_table
+        assert table is not None
+        engine.set_learning_rate(0.1)
+        engine.add_gradients(batch, lambda sums: sums.sum(), last=True)
+        assert engine.clip_and_step().isfinite()
+        before = state_of(module, table)
+        engine.add_gradients(batch, lambda sums: sums.sum(), last=True)
+        rows = table._read[0][1] if broken == "ids" else module.model.encoder.weight  # type: ignore[attr-defined]
+        assert rows.grad is not None
+        rows.grad[0] = torch.nan
+        assert not engine.clip_and_step().isfinite()
+        after = state_of(module, table)
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+        engine.add_gradients(batch, lambda sums: sums.sum(), last=True)
+        assert engine.clip_and_step().isfinite()
+        assert not torch.equal(state_of(module, table)["weights"], before["weights"])
+
+
+def state_of(module: TrainingModule, table: SeparateIdTable) -> dict[str, Tensor]:
+    weights = table.weights()
+    assert weights is not None
+    tensors = module.state_dict() | table.moments() | {"weights": weights}
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def test_dropout_is_of_a_share_of_the_items_and_of_others_in_each_step() -> None:
