@@ -131,8 +131,8 @@ def _ids(step: Step, loss: str, copies: int) -> int:
         batch_rows = step.num_ranks * (step.drawn + 2 * step.positions)
         return FLOAT * step.id_width * (TABLE_COPIES * step.num_items + ROW_COPIES * min(batch_rows, step.num_items))
     rows = step.num_items if loss == "whole" else -(-step.num_items // step.num_ranks)
-    # Two gradients are added, of the batch's items and of the scored ones; dropout makes a copy, with its gradient.
-    return FLOAT * step.id_width * rows * ((copies if loss == "whole" else ADAM_COPIES) + 1 + 2 * step.id_dropout)
+    # Two gradients are added, of the batch's items and of the scored ones; dropout makes a copy.
+    return FLOAT * step.id_width * rows * ((copies if loss == "whole" else ADAM_COPIES) + 1 + step.id_dropout)
 
 
 def _full(step: Step, num_columns: int, split: bool) -> Cost:

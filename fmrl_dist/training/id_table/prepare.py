@@ -37,6 +37,7 @@ def prepare_id_table(model: FMRLRec, run: Run, split: bool) -> tuple[IdRows | No
     if config.loss.softmax == "sampled":
         replicated = ReplicatedIdTable(model, config.train, dropout, cold, runtime)
         return replicated, replicated
+    model.encoder.to(runtime.device)  # first: a gradient's hook is of the device on which it is registered
     return ModelIdTable(model.encoder, dropout, cold.nonzero()[:, 0].to(runtime.device)), None
 
 
