@@ -4,6 +4,7 @@
     model.safetensors             its state dict, float32
     item_embeddings.safetensors   the scoring embeddings: no item features are needed to deploy
     vocab.parquet                 copied from the store: external ids, training counts, titles if any
+    fit-<feature>.safetensors     copied from the store: what a new item's text is encoded with, of a fitted feature
 
 V items, D the model's width, which is the exported size.
 """
@@ -13,9 +14,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,12 +25,20 @@ from torch import Tensor
 
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import file_sha256, foreign_entries, json_sha256, replaced_folder
-from fmrl_dist.data.store.manifest import VOCAB_FILE
-from fmrl_dist.model.fmrlrec import CONFIG_FILE, FORMAT_VERSION, MODEL_FILE, FMRLRec
+from fmrl_dist.data.feature_identity import MadeBy
+from fmrl_dist.data.store.manifest import VOCAB_FILE, fit_file
+from fmrl_dist.model.export_config import (
+    CONFIG_FILE,
+    check_export_file,
+    export_config_text,
+    read_export_config,
+)
+from fmrl_dist.model.fmrlrec import MODEL_FILE, FMRLRec
 
 ITEMS_FILE = "item_embeddings.safetensors"
 ITEMS_TENSOR = "item_embeddings"
-EVALUATION = re.compile(r"evaluation(-[a-z0-9-]+)?\.(json|png|parts)")  # what fmrl_dist.evaluate adds
+# What an export may also have: fits of its features, and what fmrl_dist.evaluate adds.
+ADDED = re.compile(r"fit-[a-z][a-z0-9_]*\.safetensors|evaluation(-[a-z0-9-]+)?\.(json|png|parts)", re.ASCII)
 FILES = (CONFIG_FILE, MODEL_FILE, ITEMS_FILE, VOCAB_FILE)
 
 
@@ -75,7 +84,7 @@ def check_output(folder: Path, overwrite: bool) -> None:
     if not folder.exists():
         return
     require(is_export(folder), f"{folder} exists and is not an export; choose another --output")
-    foreign = foreign_entries(folder, lambda name: name in FILES or EVALUATION.fullmatch(name) is not None)
+    foreign = foreign_entries(folder, lambda name: name in FILES or ADDED.fullmatch(name) is not None)
     require(
         not foreign,
         f"{folder} holds {', '.join(foreign[:3])}, which an export does not have; move it away, or choose another "
@@ -84,22 +93,36 @@ def check_output(folder: Path, overwrite: bool) -> None:
     require(overwrite, f"export {folder} exists; keep it, or replace it with --overwrite")
 
 
-def write_export(recommender: Recommender, folder: Path, vocab: bytes) -> None:
-    """Write ``folder``, replacing an existing export; ``vocab`` is the store's vocabulary file."""
+def write_export(
+    recommender: Recommender, folder: Path, vocab: bytes, encoders: Mapping[str, MadeBy], fits: Mapping[str, bytes]
+) -> None:
+    """Write ``folder``, replacing an existing export.
+
+    Args:
+        recommender: the model and its catalogue.
+        folder: to write.
+        vocab: the store's vocabulary file.
+        encoders: what made each feature that the model reads.
+        fits: file of each of those that was fitted to its items.
+    """
     config = {
-        "format_version": FORMAT_VERSION,
         "model": recommender.model.arguments,
         "num_items": len(recommender.items),
         "max_length": recommender.max_length,
         "predict_first": recommender.predict_first,
         "normalize": recommender.normalize,
+        "feature_encoders": encoders,
         "origin": asdict(recommender.origin),
     }
     with replaced_folder(folder) as aside:
-        (aside / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        (aside / VOCAB_FILE).write_bytes(vocab)
         _save(recommender.model.state_dict(), aside / MODEL_FILE)
         _save({ITEMS_TENSOR: recommender.items}, aside / ITEMS_FILE)
-        (aside / VOCAB_FILE).write_bytes(vocab)
+        names = [MODEL_FILE, ITEMS_FILE, VOCAB_FILE]
+        for feature, data in fits.items():
+            (aside / fit_file(feature)).write_bytes(data)
+            names.append(fit_file(feature))
+        (aside / CONFIG_FILE).write_text(export_config_text(config, aside, names), encoding="utf-8")
         for name in (MODEL_FILE, ITEMS_FILE):  # safetensors makes files readable only by their owner
             shutil.copymode(aside / CONFIG_FILE, aside / name)
 
@@ -112,7 +135,8 @@ def read_export(folder: Path) -> Recommender:
     """
     model = FMRLRec.from_pretrained(folder)
     try:
-        config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = read_export_config(folder)
+        check_export_file(folder, config, ITEMS_FILE)
         items = load_file(folder / ITEMS_FILE)[ITEMS_TENSOR]
         if not items.isfinite().all():
             raise ValueError(f"{ITEMS_FILE} holds numbers that are not finite")
@@ -125,10 +149,31 @@ def read_export(folder: Path) -> Recommender:
             raise ValueError(
                 f"max_length, predict_first, normalize are {max_length!r}, {predict_first!r}, {normalize!r}"
             )
+    except UserError:
+        raise
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
-        problem = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"export {folder} is damaged ({problem}); export it again") from None
+        raise _damaged(folder, error) from None
     return Recommender(model, items, max_length, predict_first, origin, normalize)
+
+
+def read_export_vocabulary(folder: Path) -> bytes:
+    """The vocabulary file of an export.
+
+    Raises:
+        UserError: the export is damaged.
+    """
+    try:
+        check_export_file(folder, read_export_config(folder), VOCAB_FILE)
+        return (folder / VOCAB_FILE).read_bytes()
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, error) from None
+
+
+def _damaged(folder: Path, error: Exception) -> UserError:
+    problem = " ".join(f"{type(error).__name__}: {error}".split())
+    return UserError(f"export {folder} is damaged ({problem}); export it again")
 
 
 def export_sha256(folder: Path) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fmrl_dist.base.errors import UserError
 from fmrl_dist.data.batches import Packed
 from fmrl_dist.distributed.processes import Runtime
 from fmrl_dist.distributed.signals import StopRequest
@@ -75,6 +76,9 @@ def stop_if_not_finite(runtime: Runtime, step: int, last_step: StepResult | None
         step: the last step, counted from 1.
         last_step: its result.
         num_not_finite: the agreed count.
+
+    Raises:
+        UserError: on every process.
     """
     if not num_not_finite or last_step is None:
         return
@@ -84,7 +88,7 @@ def stop_if_not_finite(runtime: Runtime, step: int, last_step: StepResult | None
         what, of_users = "loss", f"; users of the batch: {users[:8]}…"
     elif not bool(last_step.grad_norm.isfinite()):
         what = "gradient"
-    raise FloatingPointError(
+    raise UserError(
         f"step {step}, rank {runtime.rank}: {what} is not finite{of_users}. "
         "The last checkpoint is untouched; lower train.lr, or look for extreme features with shards.verify"
     )

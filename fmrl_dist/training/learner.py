@@ -13,9 +13,10 @@ from torch import Tensor
 
 from fmrl_dist.base.errors import require
 from fmrl_dist.checkpoint.folder import Checkpoint, TrainState, load_checkpoint
-from fmrl_dist.checkpoint.restore import load_weights
+from fmrl_dist.checkpoint.restore import check_features, load_weights
 from fmrl_dist.checkpoint.writer import CheckpointWriter
-from fmrl_dist.data.item_table import ItemTable, feature_encoders, load_item_table
+from fmrl_dist.data.feature_identity import feature_encoders
+from fmrl_dist.data.item_table import ItemTable, load_item_table
 from fmrl_dist.losses.item_tiles import RowMatrix
 from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.model.fmrlrec import FMRLRec
@@ -120,7 +121,7 @@ def load_initial_weights(model: FMRLRec, run: Run) -> None:
     """Start a fresh run from the weights of another one (``train.init``), with a schedule of its own.
 
     Raises:
-        UserError: they are of another model, or an id table is of another store's items.
+        UserError: they are of another model or of other features, or an id table is of another store's items.
     """
     source = load_checkpoint(Path(run.config.train.init), with_optimizer=False)
     require(
@@ -132,6 +133,7 @@ def load_initial_weights(model: FMRLRec, run: Run) -> None:
         not run.config.model.id_table or source.manifest_sha256 == run.store.manifest.sha256,
         f"train.init {source.path} has an id table of another store's items; use that store, or no model.id_table",
     )
+    check_features(run.store, source)
     load_weights(model, source)
 
 

@@ -40,6 +40,7 @@ def validate(run: Run, learner: Learner, stop: StopRequest) -> dict[str, float]:
 
     Raises:
         Stopped: a signal came before the end.
+        UserError: damaged blocks cost too many of the users.
     """
     module = learner.module
     module.eval()
@@ -47,8 +48,8 @@ def validate(run: Run, learner: Learner, stop: StopRequest) -> dict[str, float]:
     protocol = EvaluationProtocol(run.store, "valid", mask_seen=False, num_users=run.config.eval.users)
     histograms = count_target_ranks(ranker, protocol, run.runtime, stop)
     module.train()
-    num_lost = num_users_in(protocol) - int(histograms[0].sum()) if not protocol.num_users else 0
-    check_lost_users(num_lost, num_users_in(protocol), "valid", run.store)
+    num_users = min(protocol.num_users or num_users_in(protocol), num_users_in(protocol))
+    check_lost_users(num_users - int(histograms[0].sum()), num_users, "valid", run.store)
     return {
         f"{metric}@{size}": value
         for size, histogram in zip(module.model.sizes, histograms, strict=True)

@@ -1,7 +1,8 @@
 """How the commands of this package react to signals, whatever signal dispositions they have inherited.
 
 A shell that starts a command in the background lets it ignore INT, and so do all processes that the command starts. So
-a command that must react to INT or TERM installs its own handlers, and never relies on INT to end another process.
+a command that must react to INT, TERM or HUP (its terminal is gone) installs its own handlers, and never relies on INT
+to end another process.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-ENDING = (signal.SIGINT, signal.SIGTERM)
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class EndedBySignal(SystemExit):
@@ -41,7 +42,7 @@ def listening(numbers: Sequence[signal.Signals]) -> Iterator[SignalListener]:
 
 @contextmanager
 def ending_signals_raise() -> Iterator[None]:
-    """Raise :class:`EndedBySignal` when INT or TERM arrives while the context lasts."""
+    """Raise :class:`EndedBySignal` when one of :data:`ENDING` arrives while the context lasts."""
 
     def raise_it(number: int, _: FrameType | None) -> None:
         raise EndedBySignal(number)
@@ -52,7 +53,8 @@ def ending_signals_raise() -> Iterator[None]:
 
 @contextmanager
 def _handling(numbers: Sequence[signal.Signals], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number in numbers}
+    kept = [number for number in numbers if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in numbers if number not in kept}  # as nohup promises
     try:
         yield
     finally:

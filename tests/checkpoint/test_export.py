@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 from fmrl_dist import evaluate, export
+from fmrl_dist.base.files import file_sha256, json_sha256
 from fmrl_dist.checkpoint.export_folder import FILES, ITEMS_FILE, Origin, Recommender, read_export, write_export
 from fmrl_dist.checkpoint.folder import load_checkpoint
 from fmrl_dist.checkpoint.restore import build_recommender
@@ -29,7 +30,8 @@ from fmrl_dist.data.batches import EvaluationBlock, evaluation_blocks
 from fmrl_dist.data.item_table import load_item_table
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.evaluation.metrics import CUTOFF
-from fmrl_dist.model.fmrlrec import CONFIG_FILE, MODEL_FILE, FMRLRec
+from fmrl_dist.model.export_config import CONFIG_FILE
+from fmrl_dist.model.fmrlrec import MODEL_FILE, FMRLRec
 from shards.store.builder import build_store
 from tests.fixtures.ranking import target_ranks
 from tests.fixtures.training import (
@@ -171,7 +173,7 @@ def test_an_export_of_any_model_ranks_like_the_model(case: tuple[FMRLRec, int, i
     present = torch.rand(num_items, len(model.encoder.feature_dims)) < 0.7
     small = recommender_of(model.truncate(size), values, present)
     with tempfile.TemporaryDirectory() as folder:
-        write_export(small, Path(folder) / "export", b"unused here")
+        write_export(small, Path(folder) / "export", b"unused here", {}, {})
         found = read_export(Path(folder) / "export")
     assert_same_recommender(found, small)
     events = torch.randint(num_items, (sum(lengths),))
@@ -238,8 +240,11 @@ def test_files_hold_the_slice(run: Path, shop: Path, size: int) -> None:
     np.testing.assert_allclose(items, large.items[:, :size], rtol=0, atol=1e-6)
     assert (folder / "vocab.parquet").read_bytes() == (store.path / "vocab.parquet").read_bytes()
     assert pq.read_table(folder / "vocab.parquet").column_names == ["item", "external_id", "train_count", "title"]
-    assert json.loads((folder / CONFIG_FILE).read_text()) == {
-        "format_version": 1,
+    found = json.loads((folder / CONFIG_FILE).read_text())
+    assert found.pop("sha256") == json_sha256(found)
+    assert found.pop("sha256_of") == {name: file_sha256(folder / name) for name in FILES if name != CONFIG_FILE}
+    assert found == {
+        "format_version": 2,
         "model": {
             "sizes": [m for m in SIZES if m <= size],
             "depth": 2,
@@ -257,6 +262,10 @@ def test_files_hold_the_slice(run: Path, shop: Path, size: int) -> None:
         "max_length": 50,
         "predict_first": True,
         "normalize": False,
+        "feature_encoders": {
+            name: {"encoder": "npy", "revision": file_sha256(shop.parent / "raw" / f"{name}.npy"), "recipe": recipe}
+            for name, recipe in {"vector": {"source": "npy"}, "colour": {"source": "npy"}}.items()
+        },
         "origin": {
             "fmrl_dist_version": "0.1.0",
             "step": checkpoint.state.best_step,

@@ -65,6 +65,11 @@ def test_unknown_key(raw: Any, message: str, tmp_path: Path) -> None:
     assert refusal(tmp_path, raw).startswith(message)
 
 
+@pytest.mark.parametrize(("section", "key"), [("train", "lr"), ("model", "feature_scale")])
+def test_an_integer_that_no_float_holds(section: str, key: str, tmp_path: Path) -> None:
+    assert refusal(tmp_path, {section: {key: 10**400}}).startswith(f"{section}.{key} is 1000")
+
+
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
@@ -91,6 +96,7 @@ def test_wrong_type(raw: Any, message: str, tmp_path: Path) -> None:
     [
         ({"model": {"sizes": []}}, "model.sizes is empty"),
         ({"model": {"sizes": [8, 8, 128]}}, "model.sizes [8, 8, 128] do not increase"),
+        ({"model": {"sizes": [4] * 10_000}}, "model.sizes has 10,000 numbers; expected at most 64"),
         ({"model": {"sizes": [16, 8]}}, "model.sizes [16, 8] do not increase"),
         ({"model": {"sizes": [2, 128]}}, "model.sizes [2, 128] have a chunk of 2 channels"),
         ({"model": {"sizes": [8, 11, 128]}}, "model.sizes [8, 11, 128] have a chunk of 3 channels"),

@@ -37,7 +37,7 @@ from tests.fixtures.negatives import NO_DROPOUT, loaded, make_module, sampled
 from tests.fixtures.processes import run_processes
 from tests.fixtures.training import NUM_ITEMS, evaluation, make_shop, records, refusal, run_here, train_here
 
-KINDS = ("uniform", "popularity", "in_batch", "mixed")
+KINDS = ("uniform", "popularity", "in_batch", "mixed", "stratified")
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def expected_counts(kind: str, store: Store, num_drawn: int, targets: np.ndarray
     return counts
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS[:-1])
 def test_a_lanes_negatives_and_their_expected_counts(kind: str, shop: Path, store: Store) -> None:
     sampler = make_sampler(loaded(shop, *sampled(kind)), store)
     assert sampler is not None
@@ -202,6 +202,17 @@ def test_a_lanes_negatives_and_their_expected_counts(kind: str, shop: Path, stor
     ids, log_expected = sampler.negatives(drawn, targets)
     assert ids.tolist() == [*drawn.tolist(), *(targets.tolist() if kind in ("in_batch", "mixed") else [])]
     np.testing.assert_allclose(np.exp(log_expected), expected_counts(kind, store, 7, targets)[ids], rtol=1e-5)
+
+
+@given(st.lists(st.integers(0, 19), min_size=1, max_size=30), st.lists(st.integers(0, 19), min_size=1, max_size=30))
+def test_strata_are_the_targets_once_and_a_sample_of_all_others(drawn: list[int], targets: list[int]) -> None:
+    sampler = NegativeSampler(20, len(drawn), seed=0, stratified=True)
+    ids, log_expected = sampler.negatives(np.array(drawn), np.array(targets))
+    certain = sorted(set(targets))
+    others = [item for item in drawn if item not in set(targets)]
+    assert ids.tolist() == certain + others and log_expected.dtype == np.float32
+    np.testing.assert_array_equal(log_expected[: len(certain)], 0)
+    np.testing.assert_allclose(np.exp(log_expected[len(certain) :]), len(others) / (20 - len(certain)), rtol=1e-6)
 
 
 def test_steps_lanes_and_seeds_draw_differently() -> None:

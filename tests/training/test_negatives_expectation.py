@@ -65,7 +65,15 @@ def bias(
 
 @pytest.mark.parametrize(
     ("kind", "scope"),
-    [("uniform", "lane"), ("popularity", "lane"), ("mixed", "lane"), ("uniform", "batch"), ("mixed", "batch")],
+    [
+        ("uniform", "lane"),
+        ("popularity", "lane"),
+        ("mixed", "lane"),
+        ("stratified", "lane"),
+        ("uniform", "batch"),
+        ("mixed", "batch"),
+        ("stratified", "batch"),
+    ],
 )
 def test_bias_of_loss_and_gradients_shrinks_with_the_number_drawn(
     kind: str, scope: str, shop: Path, module: TrainingModule

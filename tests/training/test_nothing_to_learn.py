@@ -14,7 +14,7 @@ from fmrl_dist.checkpoint.folder import load_checkpoint
 from fmrl_dist.config.loading import load_config
 from fmrl_dist.data.store.reader import Store
 from shards.store.builder import build_store
-from tests.fixtures.checkpoints import reseal
+from tests.fixtures.checkpoints import reseal, reseal_export
 from tests.fixtures.training import STEPS_PER_EPOCH, figures, make_shop, records, refusal, run_here, train_here
 
 
@@ -70,6 +70,15 @@ def test_all_users_to_evaluate_lost(shop: Path, trained: Path, tmp_path: Path) -
     assert (run / "evaluation.json").read_bytes() == before
 
 
+def test_all_users_to_validate_lost(shop: Path, tmp_path: Path) -> None:
+    """Of a subset too: without figures, the first checkpoint would be the best."""
+    store = damaged_store(shop, tmp_path / "store", "valid", 0)
+    words = ["--config", shop, "--store.path", store, "--store.on_bad_shard", "skip", "--run.dir", tmp_path / "run"]
+    assert "cost 100 of 100 valid users" in refusal(train.main, *words)
+    assert "cost 50 of 50 valid users" in refusal(train.main, *words, "--eval.users", 50, "--resume", "auto")
+    assert not (tmp_path / "run" / "evaluation.json").exists()
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_weights_that_are_not_finite(value: float, trained: Path, tmp_path: Path) -> None:
     """In a checkpoint, an exported model and exported items; each once ranked everything equal."""
@@ -78,6 +87,7 @@ def test_weights_that_are_not_finite(value: float, trained: Path, tmp_path: Path
     for name in ("model.safetensors", "item_embeddings.safetensors"):
         broken = Path(shutil.copytree(tmp_path / "export", tmp_path / name))
         spoil(broken / name, value)
+        reseal_export(broken)
         line = refusal(evaluate.main, "--checkpoint", broken, "--threads", 1)
         assert f"is damaged (ValueError: {name} holds numbers that are not finite)" in line
     best = load_checkpoint(run).path

@@ -82,7 +82,7 @@ def train_on_each_rank(config: str, folder: str) -> dict[str, Any]:
     dist.barrier()
     try:
         train_here(Path(config), root / "broken", "--resume", "auto")
-    except FloatingPointError as error:
+    except UserError as error:
         said["broken"] = str(error)
     dist.barrier()
     said["after"] = digest(root / "broken")
@@ -92,7 +92,7 @@ def train_on_each_rank(config: str, folder: str) -> dict[str, Any]:
         said["lanes"] = str(error)
     try:
         stop_where_one_loss_is_infinite()
-    except FloatingPointError as error:
+    except UserError as error:
         said["infinite"] = str(error)
     return said
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from functools import partial
@@ -12,9 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.local.processes import LocalJob, end_jobs, is_alive
+from launch.local.processes import LocalJob, end_jobs, is_alive, send_signal
 from launch.local.signals import EndedBySignal, ending_signals_raise
 from tests.fixtures.demo_runs import ignoring, wait_for
+from tests.fixtures.processes import REPOSITORY, clean_environment
 
 # A child in the job's session, one in a session of its own, as launchers start their trainers; and the job waits.
 FAMILY = "sleep 1000 & setsid sleep 1000 & echo ready; wait; wait"
@@ -93,6 +96,41 @@ def test_a_second_signal_ends_the_grace_period(tmp_path: Path) -> None:
     assert time.monotonic() - start_s < 30
     assert ended.value.code == 130
     assert_gone(job, family)
+
+
+COMMAND = """
+import sys
+from pathlib import Path
+from fmrl_dist.base.errors import run_command
+from launch.local.signals import ENDING, listening
+from launch.submit import run_local_job
+
+def main(argv):
+    with listening(ENDING) as signals:
+        run_local_job("train", ["bash", "-c", "echo $$; sleep 1000; true"], Path(argv[0]), signals)
+
+run_command(main)
+"""
+
+
+def test_a_command_whose_terminal_is_gone_ends_its_job(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with subprocess.Popen(
+        [sys.executable, "-c", COMMAND, str(log)],
+        cwd=REPOSITORY,
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    ) as command:
+        wait_for("the job", lambda: log.exists() and log.read_text().endswith("\n"))
+        job = psutil.Process(int(log.read_text()))
+        family = [job, *job.children()]
+        try:
+            os.kill(command.pid, signal.SIGHUP)
+            assert command.wait(timeout=30) == 128 + signal.SIGHUP
+            assert [process for process in family if is_alive(process)] == []
+        finally:
+            send_signal(family, signal.SIGKILL)
 
 
 def test_another_process_with_the_same_id_is_left_alone(tmp_path: Path) -> None:

@@ -18,13 +18,23 @@ def ignored_int() -> object:
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", ENDING, ids=lambda number: number.name)
 def test_a_signal_raises_while_the_context_lasts(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with pytest.raises(EndedBySignal) as ended, ending_signals_raise():
         os.kill(os.getpid(), number)
     assert ended.value.code == 128 + number
     assert signal.getsignal(number) == before
+
+
+def test_hup_stays_ignored_where_nohup_has_it_so() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ending_signals_raise(), listening(ENDING) as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_listener_notes_the_last_signal() -> None:
