@@ -185,11 +185,21 @@ class ZeroEngine:
         """Let DeepSpeed clip by the joint norm, and skip the step where the id table's is not finite."""
         self._id_norm = torch.zeros((), device=self._runtime.device)
         if self._partitioned:
-            norm_groups = zero._get_norm_groups
-            zero._get_norm_groups = lambda: [*norm_groups(), self._id_norm]
+            norms_of_groups = zero._get_norm_groups
+
+            def with_ids() -> list[Tensor]:
+                norms = norms_of_groups()
+                return [*norms, self._id_norm.to(norms[0])]
+
+            zero._get_norm_groups = with_ids
         else:
-            total_norm = zero.scaled_global_norm
-            zero.scaled_global_norm = lambda: torch.hypot(total_norm(), self._id_norm)
+            norm_of_groups = zero.scaled_global_norm
+
+            def joint_norm() -> Tensor:
+                norm = norm_of_groups()
+                return torch.hypot(norm, self._id_norm.to(norm))
+
+            zero.scaled_global_norm = joint_norm
 
     def add_gradients(self, batch: Packed, loss_of: LossOf, last: bool) -> Tensor:
         loss_sums: Tensor = self._engine(batch, torch.zeros((), device=self._runtime.device, requires_grad=True))
