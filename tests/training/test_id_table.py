@@ -184,28 +184,46 @@ def make_batch(rank: int) -> SampledBatch:
     )
 
 
+class SentBytes:
+    """Counts what this rank sends by ``all_to_all``."""
+
+    def __init__(self) -> None:
+        self.total, self._send = 0, dist.all_to_all_single
+        dist.all_to_all_single = self._count  # type: ignore[assignment]
+
+    def _count(self, output: Tensor, rows: Tensor, *counts: Any) -> None:
+        self.total += rows.numel() * rows.element_size()
+        self._send(output, rows, *counts)
+
+
 def cost_of_a_step(num_items: list[int]) -> list[list[float]]:
     """For each number of items: bytes that this rank sends in one step, and the least seconds of some."""
-    runtime, found = start_runtime(1, lanes=2), []
-    send, sent = dist.all_to_all_single, 0
-
-    def count(output: Tensor, rows: Tensor, *counts: Any) -> None:
-        nonlocal sent
-        sent += rows.numel() * rows.element_size()
-        send(output, rows, *counts)
-
-    dist.all_to_all_single = count  # type: ignore[assignment]
+    runtime, sent, found = start_runtime(1, lanes=2), SentBytes(), []
     for number in num_items:
-        engine, batch, sent, seconds = make_engine(runtime, number), make_batch(runtime.rank), 0, []
+        engine, batch, before, seconds = make_engine(runtime, number), make_batch(runtime.rank), sent.total, []
         for _ in range(12):
             began = time.perf_counter()
             engine.add_gradients(batch, lambda sums: sums.sum(), last=True)
             engine.clip_and_step()
             seconds.append(time.perf_counter() - began)
-        found.append([sent / 12, min(seconds)])
+        found.append([(sent.total - before) / 12, min(seconds)])
     return found
 
 
+def bytes_of_owned_rows(num_items: list[int]) -> list[int]:
+    """For each number of items: bytes that this rank sends for the rows of its batch and their gradients."""
+    runtime, sent, found = start_runtime(1, lanes=2), SentBytes(), []
+    for number in num_items:
+        model, cold = FMRLRec((4, 8), 1, {"text": 4}, number), torch.zeros(number, dtype=torch.bool)
+        table = OwnedIdTable(model, slice_bounds(number, 2), TRAIN, IdDropout(0.0, 0), cold, runtime)
+        before = sent.total
+        table.of_batch(batch_ids(0, runtime.rank, 0)).sum().backward()
+        table.gradient_norm()
+        found.append(sent.total - before)
+    return found
+
+
+@pytest.mark.alone
 @pytest.mark.multiproc
 def test_a_sampled_step_does_not_grow_with_the_catalogue() -> None:
     """Of a thousand and of two million items: updating all their rows would take a hundred times as long."""
@@ -213,6 +231,13 @@ def test_a_sampled_step_does_not_grow_with_the_catalogue() -> None:
         distinct = len(torch.cat([make_batch(0).items, make_batch(0).targets, make_batch(0).negatives]).unique())
         assert 0 < few_bytes == many_bytes < 2 * 2 * distinct * (8 + 4 * 8)
         assert many_s < 4 * few_s
+
+
+@pytest.mark.multiproc
+def test_owned_rows_travel_for_the_batch_alone() -> None:
+    """Ids, rows and gradients of 12 items of each rank, and a count for each rank."""
+    few, many = torch.tensor(run_processes(2, bytes_of_owned_rows, [NUM_ITEMS, 100_000])).sum(0).tolist()
+    assert few == many == 2 * (12 * (8 + 2 * 4 * 8) + 2 * 8)
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
