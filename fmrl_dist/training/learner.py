@@ -50,9 +50,8 @@ class Learner:
     @property
     def num_parameters(self) -> int:
         """Of the whole model."""
-        return sum(parameter.numel() for parameter in self.module.model.parameters()) + (
-            0 if self.id_table is None else self.id_table.num_weights
-        )
+        own = sum(parameter.numel() for parameter in self.module.model.parameters())
+        return own if self.id_table is None else own + self.id_table.num_weights
 
     def state_dict(self) -> dict[str, Tensor]:
         """All of the model's tensors on rank 0; other ranks must call it, too."""

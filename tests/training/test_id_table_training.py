@@ -24,9 +24,10 @@ from fmrl_dist.data.order import Order
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.train_stream import TrainStream
 from fmrl_dist.data.windows import WindowRule
+from fmrl_dist.evaluation import split_catalogue
 from tests.fixtures.checkpoints import reseal
 from tests.fixtures.engines import DDP, train_under, zero
-from tests.fixtures.processes import REPOSITORY, clean_environment
+from tests.fixtures.processes import REPOSITORY, clean_environment, run_processes
 from tests.fixtures.training import STEPS_PER_EPOCH, evaluation, figures, make_shop, records, refusal, train_here
 
 NUM_ITEMS = 301
@@ -100,13 +101,21 @@ def test_the_full_softmax_is_the_same_whole_and_split(shop: Path, tmp_path: Path
     expected = train_here(shop, tmp_path / "one", *words)
     train_under(DDP, shop, tmp_path / "whole", *words)
     assert_equal_runs(tmp_path / "whole", expected)
-    train_under(DDP, shop, tmp_path / "split", *words, *split, num_processes=3)
+    line = [str(shop), str(tmp_path / "split"), [*words, *split]]
+    run_processes(3, train_in_small_tiles, *line, environment=DDP)
     assert_equal_runs(tmp_path / "split", expected)
     train_here(shop, tmp_path / "passed-on", *words, "--train.max_steps", 4)
     further = [*words, *split, "--resume", "auto", "--train.micro_batches", 2, "--train.max_steps", 11]
     train_under(zero(1), shop, tmp_path / "passed-on", *further)
     train_here(shop, tmp_path / "passed-on", *words, "--resume", "auto")
     assert_equal_runs(tmp_path / "passed-on", expected)
+
+
+def train_in_small_tiles(config: str, run: str, words: list[str]) -> None:
+    """An evaluation deals the items out in whole tiles: with small ones, each of three ranks gets some."""
+    split_catalogue.COMPARED_ITEMS = 64
+    assert split_catalogue.tile_bounds(NUM_ITEMS, 3) == [0, 64, 192, NUM_ITEMS]
+    train_here(Path(config), Path(run), *words)
 
 
 def test_a_killed_run_resumes_bit_for_bit(shop: Path, tmp_path: Path) -> None:
