@@ -65,6 +65,8 @@ def assert_equal_runs(found: Path, expected: Path) -> None:
     for record, other in zip(records(found), records(expected), strict=True):
         for key in ("step", "loss", "loss@4", "loss@8", "grad_norm", "lr"):
             assert record[key] == pytest.approx(other[key], rel=1e-5), (record["step"], key)
+    validated = {record["step"]: record for record in records(found, "valid")}  # also where a part of a run ended
+    assert all(validated[record["step"]] == record for record in records(expected, "valid"))
     assert evaluation(found) == evaluation(expected)
     for file in ("model", "optimizer"):
         ours, theirs = tensors_of(found, file), tensors_of(expected, file)
