@@ -166,6 +166,9 @@ class ModelConfig:
     output_norm: bool = False  # and one after the last block, before scoring
     features: tuple[str, ...] | None = None  # names of features to read; null: every feature of the store
     id_table: bool = False  # a trained embedding per item (the paper's "w/o Lang. & Image" is features: [] and this)
+    id_width: NonNegativeInt = 0  # first channels that the id table is added to, one of sizes; 0: all of them
+    id_init: NonNegativeFloat | None = None  # standard deviation of the id table's first rows; null: 1/√width
+    id_dropout: Fraction = 0.0  # share of the items whose ids a training step leaves out, wherever these items occur
     # how the recurrence is computed in training: auto: by device | doubling | triton | plain: one event at a time
     scan: Literal["auto", "doubling", "triton", "plain"] = "auto"
     # none: features as they are | a number: features times it | standardize: mean 0, and mean variance 1
@@ -183,6 +186,15 @@ class ModelConfig:
         require(
             self.features != () or self.id_table,
             "model.features is empty and model.id_table is off: nothing would distinguish items; turn one on",
+        )
+        require(
+            self.id_width in (0, *self.sizes),
+            f"model.id_width is {self.id_width}; expected 0 or one of model.sizes {list(self.sizes)}",
+        )
+        require(
+            self.features != () or self.id_dropout == 0,
+            f"model.id_dropout is {self.id_dropout} and model.features is empty: nothing would distinguish items "
+            "without their ids; set it to 0",
         )
 
     @property
@@ -279,6 +291,8 @@ class TrainConfig:
     lr: PositiveFloat = 1e-3  # peak learning rate of AdamW, reached after warm-up
     min_lr_ratio: NonNegativeFloat = 0.0  # learning rate at the end of the cosine, as a share of the peak
     weight_decay: NonNegativeFloat = 1e-2  # AdamW's weight decay, of nested and projection matrices only
+    id_lr_factor: PositiveFloat = 1.0  # learning rate of the id table, as a multiple of all others'
+    id_weight_decay: NonNegativeFloat = 0.0  # AdamW's weight decay of the id table; sampled: of a batch's rows
     beta1: Fraction = 0.9  # AdamW's decay of the first moment
     beta2: Fraction = 0.999  # AdamW's decay of the second moment
     eps: PositiveFloat = 1e-9  # AdamW's epsilon

@@ -62,8 +62,29 @@ def target_log_shares(store: Store, rule: WindowRule) -> np.ndarray:
         with np.errstate(divide="ignore"):
             return np.log(counts / counts.sum()).astype(np.float32)
 
-    name = f"targets-{rule.max_length}-{rule.windows}-{int(rule.predict_first)}{'-skip' if store.skips_damaged else ''}"
-    return _computed_once(store, name, np.dtype(np.float32), compute)
+    return _computed_once(store, f"targets-{_name(store, rule)}", np.dtype(np.float32), compute)
+
+
+def trained_items(store: Store, rule: WindowRule) -> np.ndarray:
+    """Whether a training position reads or predicts each item, memory-mapped bool [V]; a pass over the users."""
+
+    def compute() -> np.ndarray:
+        trained = np.zeros(store.manifest.num_items, np.bool_)
+        for block in store.manifest.splits["train"]:
+            arrays = store.read_or_skip(block)
+            if arrays is None:
+                continue
+            begins = arrays["starts"][:-1]
+            owner, first, last = target_windows(np.diff(arrays["starts"]), rule)
+            first = np.maximum(first - 1, 0)  # the input of the first target; item 1 has none
+            trained[arrays["items"][ragged_rows(begins[owner] + first, last - first)]] = True
+        return trained
+
+    return _computed_once(store, f"trained-{_name(store, rule)}", np.dtype(np.bool_), compute)
+
+
+def _name(store: Store, rule: WindowRule) -> str:
+    return f"{rule.max_length}-{rule.windows}-{int(rule.predict_first)}{'-skip' if store.skips_damaged else ''}"
 
 
 def _train_counts(store: Store) -> np.ndarray:

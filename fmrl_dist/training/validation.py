@@ -23,7 +23,7 @@ def note_validation(
     """Validate, log the result, and update the best so far; False if a signal interrupted it: it is still due."""
     epoch = (state.step - 1) // run.order.steps_per_epoch
     try:
-        with learner.engine.whole_weights():
+        with learner.whole_model():
             record = validate(run, learner, stop)
     except Stopped:
         return False

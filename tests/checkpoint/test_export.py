@@ -156,8 +156,9 @@ def models(draw: st.DrawFn) -> tuple[FMRLRec, int, int]:
     dims = {name: draw(st.integers(1, 6)) for name in sorted(names)}
     num_items = draw(st.integers(1, 60))
     id_rows = num_items if draw(st.booleans()) or not dims else 0
-    norms: dict[str, Any] = {"input_norm": draw(st.booleans()), "output_norm": draw(st.booleans())}
-    model = FMRLRec(sizes, draw(st.integers(1, 3)), dims, id_rows, dropout=0.3, **norms).eval()
+    options: dict[str, Any] = {"input_norm": draw(st.booleans()), "output_norm": draw(st.booleans())}
+    options |= {"id_width": draw(st.sampled_from([0, *sizes]))}
+    model = FMRLRec(sizes, draw(st.integers(1, 3)), dims, id_rows, dropout=0.3, **options).eval()
     for values in itertools.chain(model.parameters(), model.buffers()):
         values.data.normal_(0, 0.5)
     return model, num_items, draw(st.sampled_from(sizes))
@@ -255,6 +256,7 @@ def test_files_hold_the_slice(run: Path, shop: Path, size: int) -> None:
             "depth": 2,
             "feature_dims": {"vector": 6, "colour": 4},
             "num_items": 0,
+            "id_width": 0,
             "dropout": 0.2,
             "lru_dropout": 0.2,
             "r_min": 0.0,
