@@ -307,7 +307,7 @@ def test_command_of_one_rank_names_no_split(capsys: pytest.CaptureFixture[str]) 
             ["--items", "5", "--gpus", "2", "--loss.normalize", "true", "--loss.temperatures", "[1, 1, 1, 1, 1]"],
             "loss.normalize is on, whose cost is not predicted",
         ),
-        (["--items", "100000000", "--gpus", "8", "--model.id_table", "true"], "no loss fits: a step needs at least "),
+        (["--items", "1000000000", "--gpus", "8", "--model.id_table", "true"], "no loss fits: a step needs at least "),
     ],
 )
 def test_refusals(words: list[str], line: str) -> None:
