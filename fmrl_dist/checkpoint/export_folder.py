@@ -89,9 +89,14 @@ def check_output(folder: Path, overwrite: bool) -> None:
 
 
 def write_export(
-    recommender: Recommender, folder: Path, vocab: bytes, encoders: Mapping[str, MadeBy], fits: Mapping[str, bytes]
+    recommender: Recommender,
+    folder: Path,
+    vocab: bytes,
+    encoders: Mapping[str, MadeBy],
+    fits: Mapping[str, bytes],
+    overwrite: bool,
 ) -> None:
-    """Write ``folder``, replacing an existing export.
+    """Write ``folder``.
 
     Args:
         recommender: the model and its catalogue.
@@ -99,6 +104,10 @@ def write_export(
         vocab: the store's vocabulary file.
         encoders: what made each feature that the model reads.
         fits: file of each of those that was fitted to its items.
+        overwrite: replace an existing export.
+
+    Raises:
+        UserError: as :func:`check_output`, or another process is writing ``folder``.
     """
     config = {
         "format_version": FORMAT_VERSION,
@@ -111,6 +120,7 @@ def write_export(
         "origin": asdict(recommender.origin),
     }
     with replaced_folder(folder) as aside:
+        check_output(folder, overwrite)  # another process may have written it since it was looked at
         (aside / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         _save(recommender.model.state_dict(), aside / MODEL_FILE)
         _save({ITEMS_TENSOR: recommender.items}, aside / ITEMS_FILE)
@@ -119,6 +129,8 @@ def write_export(
             (aside / fit_file(name)).write_bytes(data)
         for name in (MODEL_FILE, ITEMS_FILE):  # safetensors makes files readable only by their owner
             shutil.copymode(aside / CONFIG_FILE, aside / name)
+        if not overwrite:
+            check_output(folder, overwrite)  # or meanwhile, where there are no locks
 
 
 def read_export(folder: Path) -> Recommender:
