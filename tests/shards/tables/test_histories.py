@@ -112,6 +112,19 @@ def test_ids_of_a_csv_stay_what_they_are(tmp_path: Path) -> None:
     assert read_split(store, "test") == {0: [0, 1, 2, 3, 4, 5], 1: [5, 4, 3, 2, 1, 0]}
 
 
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_two_columns_of_one_name(ending: str, tmp_path: Path) -> None:
+    write_raw(tmp_path)
+    table = pa.Table.from_arrays(
+        [pa.array(list("abcdef")), *[pa.array(list("123456"))] * 2], ["item_id", "title", "title"]
+    )
+    write = pq.write_table if ending == "parquet" else pyarrow.csv.write_csv
+    write(table, tmp_path / f"items.{ending}")
+    items = {"path": f"items.{ending}", "title": "title"}
+    with pytest.raises(UserError, match=rf"items\.{ending} has several columns 'title'; give each its own name"):
+        build_store(tiny_config(tmp_path, tmp_path / "store", features={}, items=items))
+
+
 WRITTEN = ["007", "0x1A", "1.50", "true", "2021-01-01", "1E5"]
 
 
