@@ -185,7 +185,7 @@ def run_here(chain: JobChain) -> None:
                 if stage.name == "train" and not is_finished(chain.config.run.dir):
                     fail(
                         stage.name,
-                        f"it was stopped before run {chain.config.run.dir} was finished; run this again",
+                        f"it was stopped before {chain.config.run.dir} was finished; run this again",
                         log,
                     )
 

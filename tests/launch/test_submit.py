@@ -176,7 +176,7 @@ def test_a_chain_does_not_go_on_after_a_training_that_was_stopped(tmp_path: Path
                 trainer.terminate()
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert f"train failed: it was stopped, and {run} is not finished; run this again" in output
+    assert f"train failed: it was stopped before {run} was finished; run this again" in output
     assert "evaluate" not in output
     assert not (run / "evaluation.json").exists() and not (run / "export-8").exists()
 
