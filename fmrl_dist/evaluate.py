@@ -9,7 +9,6 @@ import fmrl_dist.base.parent_process  # noqa: F401  # first: importing torch tak
 
 # isort: split
 import argparse
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -46,6 +45,7 @@ from fmrl_dist.evaluation.parts import (
     Part,
     join_parts,
     parts_folder,
+    remove_parts,
     write_part,
 )
 from fmrl_dist.evaluation.rank_counts import RankCounts
@@ -157,7 +157,7 @@ def join(source: ModelSource, protocol: EvaluationProtocol, baselines: Mapping[s
     identity = identity_of(source, protocol, model)
     folder = parts_folder(source.folder, identity, model.manifest_sha256)
     report(join_parts(folder, identity), baselines, source.sizes, protocol, model, source.folder)
-    shutil.rmtree(folder)
+    remove_parts(folder)
 
 
 def identity_of(source: ModelSource, protocol: EvaluationProtocol, model: EvaluatedModel) -> EvaluationIdentity:

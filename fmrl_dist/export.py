@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     recommender = build_recommender(checkpoint, config, store, torch.device("cpu"), arguments.size)
     encoders = {name: made_by for name, made_by in feature_encoders(store).items() if name in checkpoint.features}
     fits = {name: store.read_fit(name) for name in store.manifest.fits if name in checkpoint.features}
-    write_export(recommender, output, store.read_table(VOCAB_FILE), encoders, fits)
+    write_export(recommender, output, store.read_table(VOCAB_FILE), encoders, fits, arguments.overwrite)
     num_parameters = sum(parameter.numel() for parameter in recommender.model.parameters())
     print(f"size {arguments.size}: {num_parameters:,} parameters, {len(recommender.items):,} items")
     print(file_table(output))

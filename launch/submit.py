@@ -9,11 +9,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import shlex
+import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fmrl_dist.base.errors import require, run_command
+from fmrl_dist.base.locks import only_writer
 from fmrl_dist.config.command_line import command_parser, parse_command
 from fmrl_dist.config.credentials import refuse_credentials_in_config, refuse_credentials_in_words
 from fmrl_dist.config.sections import Config
@@ -105,7 +108,7 @@ def print_batch_scripts(chain: JobChain, options: Mapping[str, Mapping[str, str]
     for job in chain.jobs(options):
         print(f"### {job.stage}, {len(job.scripts)} job{'s' * (len(job.scripts) > 1)}")
         for line in dict.fromkeys(shlex.join(("bash", script.path, *script.arguments)) for script in job.scripts):
-            print(f"### {line}")
+            print("\n### ".join(f"### {line}".split("\n")))  # an argument may have several lines
         print(sbatch_text(job, after), flush=True)
         after = f"{job.stage.upper()}_JOB"
 
@@ -121,23 +124,24 @@ def submit_chain(chain: JobChain, options: Mapping[str, Mapping[str, str]]) -> l
     """Submit all stages and record their jobs; if that ends early, those already submitted are cancelled.
 
     Raises:
-        UserError: the chain is in progress, or sbatch rejects a stage.
+        UserError: the chain is in progress, another process submits it, or sbatch rejects a stage.
     """
     import_submitit()
     require_slurm()
-    require_ended(chain.folder, f"the chain of {chain.config.run.dir}")
     submitted: list[SubmittedStage] = []
-    try:
-        for job in chain.jobs(options):
-            submitted.append(submit(job, after=submitted[-1].number if submitted else ""))
-            write_record(chain.folder, submitted)
-    except BaseException:
-        if submitted:
-            cancel(all_jobs(submitted))
-        else:
-            with contextlib.suppress(OSError):  # it is not empty: it holds an older record
-                chain.folder.rmdir()
-        raise
+    with only_writer(chain.folder):
+        require_ended(chain.folder, f"the chain of {chain.config.run.dir}")
+        try:
+            for job in chain.jobs(options):
+                submitted.append(submit(job, after=submitted[-1].number if submitted else ""))
+                write_record(chain.folder, submitted)
+        except BaseException:
+            if submitted:
+                cancel(all_jobs(submitted))
+            else:
+                with contextlib.suppress(OSError):  # it is not empty: it holds an older record
+                    chain.folder.rmdir()
+            raise
     for stage in submitted:
         tasks = f", {len(stage.jobs)} tasks" if len(stage.jobs) > 1 else ""
         print(f"{stage.stage:<9} job {stage.number}{tasks}")
@@ -169,14 +173,21 @@ def run_here(chain: JobChain) -> None:
     """Run one command after another on this machine, until one fails; INT and TERM end it with all its processes.
 
     Raises:
-        SystemExit: a command failed, or a signal arrived.
+        UserError: another process runs or submits a chain of this run.
+        SystemExit: a command failed, the training was stopped, or a signal arrived.
     """
-    with listening(ENDING) as signals:
+    with only_writer(chain.folder), listening(ENDING) as signals:
         for stage in chain.local_stages():
             for number, command in enumerate(stage.commands):
                 log = chain.folder / f"{chain.job_name(stage.name)}_{number}_log.out"
                 print(f"{stage.name:<9} {log}", flush=True)
                 run_local_job(stage.name, command, log, signals)
+                if stage.name == "train" and not is_finished(chain.config.run.dir):
+                    fail(
+                        stage.name,
+                        f"it was stopped before {chain.config.run.dir} was finished; run this again",
+                        log,
+                    )
 
 
 def run_local_job(stage: str, command: Sequence[str], log: Path, signals: SignalListener) -> None:
@@ -190,13 +201,19 @@ def run_local_job(stage: str, command: Sequence[str], log: Path, signals: Signal
     while job.status is None and signals.received is None:
         time.sleep(LOCAL_POLL_S)
     if signals.received is not None:
-        print(f"{stage:<9} interrupted", flush=True)
         with ending_signals_raise():  # a second signal ends the grace period
             end_jobs([job])
+        print(f"{stage:<9} interrupted", flush=True)  # at the end: a terminal that is gone refuses it
         raise EndedBySignal(signals.received)
     if job.status != 0:
         fail(stage, f"exit code {job.status}: {shlex.join(command)}", log)
     print(f"{stage:<9} done in {time.monotonic() - start:.0f} s", flush=True)
+
+
+def is_finished(run: str) -> bool:
+    """Whether a run says that it is: a training that was stopped has saved, and exits with 0 too."""
+    command = [sys.executable, "-m", "fmrl_dist.checkpoint.progress", run]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False).stdout.startswith("finished ")
 
 
 if __name__ == "__main__":

@@ -20,15 +20,18 @@ from pathlib import Path
 import yaml
 
 from fmrl_dist.base.errors import UserError, require, run_command
+from fmrl_dist.base.locks import only_writer
 from fmrl_dist.base.urls import is_url
 from fmrl_dist.config.command_line import CommandParser
 from fmrl_dist.config.credentials import refuse_credentials_in_words
+from fmrl_dist.config.sections import check_path
 from launch.local.processes import LocalJob, end_jobs
 from launch.local.signals import ENDING, EndedBySignal, ending_signals_raise, listening
 from launch.slurm.follow import summary
 from launch.slurm.job_states import (
     LIVE,
     UNKNOWN,
+    cancel,
     has_slurm,
     import_submitit,
     patient_states,
@@ -44,6 +47,7 @@ from launch.sweeps.folder import (
     has_started,
     open_folder,
     prepare_folder,
+    record_store,
     refused_when_gone,
     worker_lock,
 )
@@ -113,6 +117,7 @@ def main(argv: list[str]) -> None:
     require(Path(SCRIPT).is_file(), f"{Path.cwd()} is not the repository's root; start a sweep from there")
     space = read_space(arguments.space)
     folder = arguments.folder or Path("runs") / f"{space.study}-sweep"
+    check_path("--folder", str(folder))
     sweep = Sweep(space, folder, arguments.workers, options)
     if arguments.status:
         print_status(folder)
@@ -159,7 +164,7 @@ def run_sweep(sweep: Sweep, local: bool, wait: bool) -> None:
     """Start or resume a sweep. On this machine, or with ``wait``, return at its end; otherwise once it is submitted.
 
     Raises:
-        UserError: its workers are running, its space has changed, its store is missing, or there is no SLURM.
+        UserError: its workers are running, its space or store has changed, the store is missing, or there is no SLURM.
         SystemExit: trials are left at the end, or all have failed; or a signal arrived.
     """
     import_optuna()
@@ -172,12 +177,14 @@ def run_sweep(sweep: Sweep, local: bool, wait: bool) -> None:
     with refused_when_gone(sweep.folder):
         study = SweepStudy(sweep.folder, sweep.space)
         if not is_over(study, sweep.space):
-            if has_slurm():
-                require_ended(sweep.folder / JOBS, f"the sweep in {sweep.folder}")
+            with only_writer(sweep.folder / JOBS):
+                if has_slurm():
+                    require_ended(sweep.folder / JOBS, f"the sweep in {sweep.folder}")
+                record_store(sweep.folder, sweep.space.config().store)
+                jobs = [] if local else submit_workers(sweep)
             if local:
                 run_workers_here(sweep)
             else:
-                jobs = submit_workers(sweep)
                 if not wait:
                     return
                 wait_for_slurm(jobs, study, sweep.space)
@@ -217,7 +224,11 @@ def require_store(space: SearchSpace) -> None:
 def submit_workers(sweep: Sweep) -> Sequence[str]:
     """Submit the array of workers and record it; returns the ids of its tasks."""
     workers = submit(sweep.job)
-    write_record(sweep.folder / JOBS, [workers])
+    try:
+        write_record(sweep.folder / JOBS, [workers])
+    except BaseException:
+        cancel(workers.jobs)  # nobody would know of them
+        raise
     print(f"{sweep.name}: job(s) {', '.join(workers.jobs)}, logs in {sweep.folder / JOBS}")
     status = f"python -m launch.sweep {sweep.folder / SPACE} --folder {sweep.folder} --status"
     print(f"see its progress: {status}", flush=True)
@@ -231,10 +242,13 @@ def run_workers_here(sweep: Sweep) -> None:
         SystemExit: such a signal arrived.
     """
     with listening(ENDING) as signals:
-        jobs = [
-            LocalJob(command, sweep.folder / JOBS / f"{sweep.name}_{index}_log.out")
-            for index, command in enumerate(sweep.commands)
-        ]
+        jobs: list[LocalJob] = []
+        try:
+            for index, command in enumerate(sweep.commands):
+                jobs.append(LocalJob(command, sweep.folder / JOBS / f"{sweep.name}_{index}_log.out"))
+        except BaseException:  # such as a full disk
+            end_jobs(jobs)
+            raise
         while signals.received is None and any(job.status is None for job in jobs):
             time.sleep(POLL_S)
         if signals.received is not None:

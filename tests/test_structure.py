@@ -31,7 +31,7 @@ COMMANDS = {
 }
 MAX_FILES = 16  # of a folder
 SHARDS_MAY_IMPORT = ("fmrl_dist.__version__", "fmrl_dist.base", "fmrl_dist.config", "fmrl_dist.data.store")
-LAUNCH_MAY_IMPORT = ("fmrl_dist.__version__", "fmrl_dist.base", "fmrl_dist.config")
+LAUNCH_MAY_IMPORT = ("fmrl_dist.__version__", "fmrl_dist.base", "fmrl_dist.config", "fmrl_dist.data.store")
 RANKS_AND_LAUNCHERS = ("torch.distributed", "accelerate", "deepspeed")
 SOURCES = sorted(path for folder in (*PACKAGES, "benchmarks") for path in (REPOSITORY / folder).rglob("*.py"))
 UNPICKLERS = ("pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")

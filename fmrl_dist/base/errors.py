@@ -29,6 +29,7 @@ CANNOT_WRITE = {  # and how to mend it
     errno.EISDIR: "move this folder away",
 }
 AGAIN_S = 0.01  # until a signal is raised again whose exception Python has ignored
+NO_READER = (errno.EPIPE, errno.EIO)  # of a pipe, of a terminal that is gone
 EXIT_NO_READER = 128 + signal.SIGPIPE  # what a shell shows for a program that ``| head`` ended
 
 
@@ -101,9 +102,9 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     try:
         status = _run(main, first)
         sys.stdout.flush()
-    except BrokenPipeError:
-        if _stdout_is_read():
-            raise  # a different pipe broke
+    except OSError as error:
+        if error.errno not in NO_READER or _stdout_is_read():
+            raise  # another pipe, or a disk
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python reports it again at exit
         status = EXIT_NO_READER
     finally:
@@ -159,7 +160,7 @@ def one_line(message: str) -> str:
 
 
 def _stdout_is_read() -> bool:
-    """Whether the other end of stdout is open: for a pipe that nobody reads, the kernel reports an error."""
+    """Whether the other end of stdout is open: for one that nobody reads, the kernel reports an error."""
     poll = select.poll()
     poll.register(sys.stdout, select.POLLOUT)
     return not any(events & select.POLLERR for _, events in poll.poll(0))

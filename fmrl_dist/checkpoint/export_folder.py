@@ -94,9 +94,14 @@ def check_output(folder: Path, overwrite: bool) -> None:
 
 
 def write_export(
-    recommender: Recommender, folder: Path, vocab: bytes, encoders: Mapping[str, MadeBy], fits: Mapping[str, bytes]
+    recommender: Recommender,
+    folder: Path,
+    vocab: bytes,
+    encoders: Mapping[str, MadeBy],
+    fits: Mapping[str, bytes],
+    overwrite: bool,
 ) -> None:
-    """Write ``folder``, replacing an existing export.
+    """Write ``folder``.
 
     Args:
         recommender: the model and its catalogue.
@@ -104,6 +109,10 @@ def write_export(
         vocab: the store's vocabulary file.
         encoders: what made each feature that the model reads.
         fits: file of each of those that was fitted to its items.
+        overwrite: replace an existing export.
+
+    Raises:
+        UserError: as :func:`check_output`, or another process is writing ``folder``.
     """
     config = {
         "model": recommender.model.arguments,
@@ -115,6 +124,7 @@ def write_export(
         "origin": asdict(recommender.origin),
     }
     with replaced_folder(folder) as aside:
+        check_output(folder, overwrite)  # another process may have written it since it was looked at
         (aside / VOCAB_FILE).write_bytes(vocab)
         _save(recommender.model.state_dict(), aside / MODEL_FILE)
         _save({ITEMS_TENSOR: recommender.items}, aside / ITEMS_FILE)
@@ -125,6 +135,8 @@ def write_export(
         (aside / CONFIG_FILE).write_text(export_config_text(config, aside, names), encoding="utf-8")
         for name in (MODEL_FILE, ITEMS_FILE):  # safetensors makes files readable only by their owner
             shutil.copymode(aside / CONFIG_FILE, aside / name)
+        if not overwrite:
+            check_output(folder, overwrite)  # or meanwhile, where there are no locks
 
 
 def read_export(folder: Path) -> Recommender:

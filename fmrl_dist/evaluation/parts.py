@@ -11,6 +11,7 @@ part again replaces it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import re
@@ -28,6 +29,7 @@ from fmrl_dist.checkpoint.run_folder import evaluation_file
 from fmrl_dist.evaluation.rank_counts import RankCounts, sorted_users
 
 PART = re.compile(r"([1-9][0-9]{0,5})/([1-9][0-9]{0,5})")
+OUR_FILE = re.compile(r"\.?[1-9][0-9]{0,5}-of-[1-9][0-9]{0,5}\.(json|safetensors)(\.[0-9a-f]{16})?", re.ASCII)
 PART_FILE = re.compile(r"([1-9][0-9]{0,5})-of-([1-9][0-9]{0,5})\.json")
 
 
@@ -158,6 +160,15 @@ def _describe(setting: ComputeSetting) -> str:
 def _parts_in(folder: Path) -> set[Part]:
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return {Part(int(found[1]), int(found[2])) for name in names if (found := PART_FILE.fullmatch(name))}
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove all parts, also what killed processes left of them; the folder stays where others put files into it."""
+    for path in folder.iterdir():
+        if OUR_FILE.fullmatch(path.name):
+            path.unlink()
+    with contextlib.suppress(OSError):  # it is not empty
+        folder.rmdir()
 
 
 def _tensors_file(part_file: Path) -> Path:

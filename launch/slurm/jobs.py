@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from fmrl_dist.base.errors import UserError
+from fmrl_dist.config.sections import check_path
 from launch.slurm.job_states import import_submitit, require_slurm
 from launch.slurm.record import SubmittedStage
 
+SUBMITITS = re.compile(r"[0-9a-f]{32}\.pkl|\.submission_file_[0-9a-f]{32}\.sh", re.ASCII)
 SBATCH_LINE = re.compile(r"#SBATCH --([a-z][a-z-]*)(?:=(\S+))?")
 
 
@@ -79,7 +81,8 @@ def submit(job: BatchJob, after: str = "") -> SubmittedStage:
             tasks = executor.submit_array(job.scripts)
     except RuntimeError as error:
         for written in set(job.folder.iterdir()) - before:
-            written.unlink()
+            if SUBMITITS.fullmatch(written.name):
+                written.unlink()
         complaint = " ".join(str(error).replace("sbatch: error: ", "").split())
         raise UserError(f"sbatch rejects {job.name}: {complaint}; change its options") from None
     return SubmittedStage(
@@ -134,6 +137,7 @@ def _parameters(job: BatchJob, after: str) -> dict[str, Any]:
     They unset what submitit sets by default: a time limit of five minutes, an accounting key, a signal before the end,
     and srun, which the script calls itself.
     """
+    check_path("the folder of the jobs' logs", str(job.folder.absolute()))  # a part of the batch script
     sbatch = {**script_options(Path(job.scripts[0].path)), **job.options}
     for set_by_submitit in ("job-name", "output", "array"):
         sbatch.pop(set_by_submitit, None)

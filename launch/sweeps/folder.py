@@ -1,6 +1,7 @@
 """The folder of a sweep.
 
 space.yaml, base.yaml   what is searched, as it was when the sweep started: editing the original files changes nothing
+store.json              the store that all trials are trained on, by its manifest's hash
 journal.log             the study (launch/sweeps/study.py)
 trial-0003/             the run of a trial; its output is in trial-0003.log
 worker-0.lock           held by the worker and by the training that it has started
@@ -11,6 +12,7 @@ best.yaml               at the end: the config with the best values
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,12 +23,16 @@ import yaml
 
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import write_atomically
+from fmrl_dist.base.json_text import read_object
 from fmrl_dist.base.locks import LockHeldError, lock_file
+from fmrl_dist.base.urls import hide_credentials
 from fmrl_dist.base.yaml_text import read_yaml
+from fmrl_dist.config.sections import StoreConfig
+from fmrl_dist.data.store.reader import Store
 from launch.sweeps.space import SearchSpace, overrides, read_space
 from launch.sweeps.study import JOURNAL, SweepStudy, Trial
 
-SPACE, BASE, BEST, JOBS = "space.yaml", "base.yaml", "best.yaml", "jobs"
+SPACE, BASE, STORE, BEST, JOBS = "space.yaml", "base.yaml", "store.json", "best.yaml", "jobs"
 LOCK_POLL_S = 0.5
 
 
@@ -59,6 +65,31 @@ def prepare_folder(folder: Path, space: SearchSpace) -> SearchSpace:
     write_atomically(folder / BASE, yaml.safe_dump(base, sort_keys=False).encode())
     write_atomically(folder / SPACE, yaml.safe_dump(recorded, sort_keys=False).encode())
     return read_space(folder / SPACE)
+
+
+def record_store(folder: Path, access: StoreConfig) -> None:
+    """Record which store a new sweep trains on; for one that is resumed, :func:`check_store`."""
+    if not (folder / STORE).exists():
+        record = {"manifest_sha256": Store.open(access.path, access).manifest.sha256}
+        write_atomically(folder / STORE, f"{json.dumps(record)}\n".encode())
+    check_store(folder, access)
+
+
+def check_store(folder: Path, access: StoreConfig) -> None:
+    """Refuse another store than that of the first trials: figures on two stores do not compare.
+
+    Raises:
+        UserError: it was built anew from something else, is missing, or is not recorded.
+    """
+    mend = f"choose another --folder than {folder}"
+    require((folder / STORE).is_file(), f"{folder / STORE} is missing; restore it, or {mend}")
+    known = read_object(folder / STORE, "record", mend).get("manifest_sha256")
+    now = Store.open(access.path, access).manifest.sha256
+    require(
+        known == now,
+        f"store {hide_credentials(access.path)} has the manifest {now[:12]}, but the sweep in {folder} began on one "
+        f"with {str(known)[:12]}, and its trials would not compare; restore that store, or {mend}",
+    )
 
 
 def open_folder(folder: Path) -> tuple[SearchSpace, SweepStudy]:

@@ -26,9 +26,18 @@ from fmrl_dist.base.errors import require, run_command
 from fmrl_dist.base.files import write_atomically
 from fmrl_dist.base.json_text import read_objects
 from fmrl_dist.config.command_line import CommandParser
+from fmrl_dist.config.sections import Config
 from launch.local.processes import process_tree, send_signal
 from launch.local.signals import SignalListener, listening
-from launch.sweeps.folder import open_folder, refused_when_gone, run_of, stopped_file, training_arguments, worker_lock
+from launch.sweeps.folder import (
+    check_store,
+    open_folder,
+    refused_when_gone,
+    run_of,
+    stopped_file,
+    training_arguments,
+    worker_lock,
+)
 from launch.sweeps.space import metric_of
 from launch.sweeps.study import SweepStudy, Trial
 
@@ -73,7 +82,7 @@ class Worker:
             space, study = open_folder(self.folder)
             while self.signals.received is None and (trial := study.take(self.index)) is not None:
                 print(f"worker {self.index}: trial {trial.number}, {json.dumps(trial.parameters)}", flush=True)
-                self._train(study, trial, metric_of(space.config(trial.parameters)), lock)
+                self._train(study, trial, space.config(trial.parameters), lock)
         if self.signals.received is not None:
             raise WorkerStopped(self.signals.received.name)
         trials = study.trials()
@@ -82,13 +91,15 @@ class Worker:
             print(f"error: all {len(trials)} trials of {self.folder} failed; last: {trials[-1].why}", file=sys.stderr)
             raise SystemExit(1)
 
-    def _train(self, study: SweepStudy, trial: Trial, metric: str, lock: int) -> None:
+    def _train(self, study: SweepStudy, trial: Trial, config: Config, lock: int) -> None:
         """Train a trial, or the rest of it, and record its result in the study.
 
         Raises:
+            UserError: the sweep's store is missing, or another one is in its place; the trial is not counted as failed.
             WorkerStopped: a signal arrived before it was finished.
         """
-        run = run_of(self.folder, trial)
+        check_store(self.folder, config.store)
+        run, metric = run_of(self.folder, trial), metric_of(config)
         arguments = [*training_arguments(self.folder, trial.parameters, run), "--resume", "auto"]
         with run.with_suffix(".log").open("ab") as log:
             start = log.tell()

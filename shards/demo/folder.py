@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import secrets
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fmrl_dist.base.errors import UserError
+from fmrl_dist.base.locks import only_writer
 from shards.demo.catalogue import make_attributes
 from shards.demo.histories import MIN_EVENTS, make_histories, sequence_table
 from shards.demo.item_images import image_table
@@ -27,7 +28,7 @@ def write_demo(root: Path, users: int, items: int, seed: int) -> None:
     A folder that already holds exactly this demo data is left as it is.
 
     Raises:
-        UserError: a number is out of range, or ``root/demo`` exists and holds something else.
+        UserError: a number is out of range, ``root/demo`` holds something else, or another process writes it.
     """
     for name, value, least in (("users", users, 1), ("items", items, 2 * MIN_EVENTS), ("seed", seed, 0)):
         if value < least:
@@ -37,6 +38,17 @@ def write_demo(root: Path, users: int, items: int, seed: int) -> None:
     if folder.exists():
         _check_same(folder, FILES, origin)
         return
+    try:
+        with only_writer(folder):
+            if folder.exists():  # another process has written it since
+                _check_same(folder, FILES, origin)
+            else:
+                _write_folder(folder, _tables(users, items, seed), origin)
+    except OSError as error:
+        raise UserError(f"the demo data cannot be written to {folder}: {error}; choose another data.root") from None
+
+
+def _tables(users: int, items: int, seed: int) -> dict[str, pa.Table]:
     attributes = make_attributes(items, seed)
     ids = [f"item-{row:06d}" for row in range(items)]
     tables = (
@@ -44,19 +56,17 @@ def write_demo(root: Path, users: int, items: int, seed: int) -> None:
         item_table(attributes, ids, seed),
         image_table(attributes, ids, seed),
     )
-    _write_folder(folder, dict(zip(FILES, tables, strict=True)), origin)
+    return dict(zip(FILES, tables, strict=True))
 
 
 def _write_folder(folder: Path, tables: dict[str, pa.Table], origin: dict[str, int]) -> None:
     """Write the tables beside ``folder``, then rename: it appears whole or not at all."""
-    aside = folder.with_name(f".{folder.name}-{os.getpid()}")
+    aside = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}")
+    aside.mkdir()
     try:
-        aside.mkdir(parents=True)
         for name, table in tables.items():
             pq.write_table(table.replace_schema_metadata({ORIGIN_KEY: json.dumps(origin)}), aside / name)
         aside.rename(folder)
-    except OSError as error:
-        raise UserError(f"the demo data cannot be written to {folder}: {error}; choose another data.root") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

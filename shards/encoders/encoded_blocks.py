@@ -10,9 +10,11 @@ key, and so the folder: rows of another encoding are never mistaken for ours.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,33 @@ import numpy as np
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.files import write_atomically
 
+RECIPE, ROWS = "encoding.json", "rows.npy"
+FOLDER = re.compile(r"[a-z][a-z0-9_]*-[0-9a-f]{12}", re.ASCII)
+# Also what a killed process was writing.
+OUR_FILE = re.compile(r"rows\.npy|encoding\.json|\d{6,}\.npz|\.(encoding\.json|\d{6,}\.npz)\.[0-9a-f]{16}", re.ASCII)
+
 
 def encoding_folder(store: Path) -> Path:
     """Where the encodings of a store are kept until the store is complete."""
     return store.with_name(f"{store.name}.encoding")
+
+
+def remove_encodings(parent: Path) -> None:
+    """Remove all encodings in ``parent``, and ``parent`` where nothing else is in it: files of others stay."""
+    if not parent.is_dir():
+        return
+    for folder in parent.iterdir():
+        if FOLDER.fullmatch(folder.name) and not folder.is_symlink() and (folder / RECIPE).is_file():
+            for path in folder.iterdir():
+                if OUR_FILE.fullmatch(path.name):
+                    path.unlink()
+            _remove_if_empty(folder)
+    _remove_if_empty(parent)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 class EncodedBlocks:
@@ -43,7 +68,7 @@ class EncodedBlocks:
         self.folder = parent / f"{feature}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         self.num_blocks = num_blocks
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / "encoding.json", text.encode())
+        write_atomically(self.folder / RECIPE, text.encode())
 
     def announce(self, encoder: str) -> None:
         """Print which encoder starts, and how many blocks an earlier build has finished."""
@@ -76,7 +101,7 @@ class EncodedBlocks:
         Raises:
             UserError: a block's file is damaged, or has another dim.
         """
-        rows = np.lib.format.open_memmap(self.folder / "rows.npy", "w+", np.float16, (num_items, dim))
+        rows = np.lib.format.open_memmap(self.folder / ROWS, "w+", np.float16, (num_items, dim))
         present = np.zeros(num_items, np.bool_)
         for block in range(self.num_blocks):
             ids, block_rows, _ = self._read(block)

@@ -20,6 +20,7 @@ from fmrl_dist.base.errors import UserError
 
 DEFAULT_PARTS = ("Title: {title}", "Price: {price}", "Brand: {brand}", "Categories: {categories}")
 UNTITLED = "Untitled Item"
+NO_TEXT = re.compile(r"[,_%+]|[bcdeEfFgGnoxX]$")  # a format that no text fits
 MAX_WIDTH = 1000  # of a format: a width of 10^9 would be a text of that many characters for each item
 
 Pieces = list[tuple[str, str | None, str]]  # literal text, then a column and its format
@@ -35,6 +36,12 @@ class ItemTexts(NamedTuple):
 def template_columns(parts: Sequence[str]) -> list[str]:
     """Columns of the item table that the template names, each once."""
     return list(dict.fromkeys(column for part in parts for _, column, _ in _parse(part) if column is not None))
+
+
+def number_columns(parts: Sequence[str]) -> set[str]:
+    """Columns that the template names only with formats of numbers or dates: ``{price:.2f}``."""
+    uses = [(column, spec) for part in parts for _, column, spec in _parse(part) if column is not None]
+    return {column for column, _ in uses} - {column for column, spec in uses if not NO_TEXT.search(spec)}
 
 
 def parts_for(given: Sequence[str], columns: Sequence[str]) -> Sequence[str]:

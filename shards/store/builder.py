@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import pyarrow.parquet as pq
 
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import foreign_entries, replaced_folder
+from fmrl_dist.base.locks import only_writer
 from fmrl_dist.base.progress import Progress
 from fmrl_dist.base.urls import hide_credentials, is_url
 from fmrl_dist.config.features import TextFeature
@@ -39,9 +39,9 @@ from fmrl_dist.data.store.manifest import (
 )
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.store.tables import rows_sha256
-from shards.encoders.encoded_blocks import encoding_folder
+from shards.encoders.encoded_blocks import encoding_folder, remove_encodings
 from shards.encoders.item_feature import ItemFeature
-from shards.encoders.item_text import parts_for, template_columns
+from shards.encoders.item_text import number_columns, parts_for, template_columns
 from shards.encoders.sources import check_source, make_feature
 from shards.store.block_writer import BlockWriter
 from shards.store.inputs import input_files, record
@@ -72,9 +72,14 @@ def build_store(config: Config, overwrite: bool = False) -> tuple[Store, list[It
         raise UserError(f"store {config.store.path} is a circle of links; choose another --store.path") from None
     _check_target(target, overwrite)
     make_demo_data(config.data)
-    with replaced_folder(target) as aside:
-        features = _write_store(config, aside, encoding_folder(target))
-    shutil.rmtree(encoding_folder(target), ignore_errors=True)
+    encoding = encoding_folder(target)
+    with only_writer(encoding):
+        with replaced_folder(target) as aside:
+            _check_target(target, overwrite)  # another build may have ended since
+            features = _write_store(config, aside, encoding)
+            if not overwrite:
+                _check_target(target, overwrite)  # or ends meanwhile, where there are no locks
+        remove_encodings(encoding)
     return Store.open(target), features
 
 
@@ -126,11 +131,13 @@ class _RawData:
         """
         path = Path(config.root) / config.items.path
         id_column, title = config.items.id, config.items.title
-        texts = _text_columns(config, path)
+        parts = _text_parts(config, path)
+        texts = template_columns(parts)
         columns = [id_column, *([title] if title else []), *texts]
         _check_kinds(path, config, table_types(path, columns), texts)
         check_histories(Path(config.root) / config.sequences.path, config.sequences)
-        items = read_table(path, columns, ids=[id_column])
+        as_written = [name for name in columns if name == title or name not in number_columns(parts)]
+        items = read_table(path, columns, text=as_written, ids=[id_column])
         _check_kinds(path, config, dict(zip(items.column_names, items.schema.types, strict=True)), texts)
         where = f"column {id_column!r} of {path}"
         ids = ItemIds(as_ids(items[id_column], where))
@@ -161,11 +168,11 @@ class _RawData:
         progress.close()
 
 
-def _text_columns(data: DataConfig, path: Path) -> list[str]:
-    """Columns of the item table at ``path`` that the texts of this build are made of."""
+def _text_parts(data: DataConfig, path: Path) -> list[str]:
+    """Parts of all texts that this build makes of the item table at ``path``."""
     given = [feature.text or data.text for feature in data.features.values() if isinstance(feature, TextFeature)]
     known = table_columns(path) if () in given else []
-    return list(dict.fromkeys(column for parts in given for column in template_columns(parts_for(parts, known))))
+    return [part for parts in given for part in parts_for(parts, known)]
 
 
 def _check_kinds(path: Path, data: DataConfig, types: Mapping[str, pa.DataType], texts: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from fmrl_dist import evaluate, export
 from fmrl_dist.base.files import file_sha256, json_sha256
+from fmrl_dist.checkpoint import export_folder
 from fmrl_dist.checkpoint.export_folder import FILES, ITEMS_FILE, Origin, Recommender, read_export, write_export
 from fmrl_dist.checkpoint.folder import load_checkpoint
 from fmrl_dist.checkpoint.restore import build_recommender
@@ -179,7 +181,7 @@ def test_an_export_of_any_model_ranks_like_the_model(case: tuple[FMRLRec, int, i
     present = torch.rand(num_items, len(model.encoder.feature_dims)) < 0.7
     small = recommender_of(model.truncate(size), values, present)
     with tempfile.TemporaryDirectory() as folder:
-        write_export(small, Path(folder) / "export", b"unused here", {}, {})
+        write_export(small, Path(folder) / "export", b"unused here", {}, {}, overwrite=False)
         found = read_export(Path(folder) / "export")
     assert_same_recommender(found, small)
     events = torch.randint(num_items, (sum(lengths),))
@@ -327,6 +329,23 @@ def test_an_export_is_replaced_only_when_asked(run: Path, exported: Path) -> Non
     assert FMRLRec.from_pretrained(exported).width == 4
     left = {path.name for path in run.iterdir() if path.name.startswith((".", "export"))}
     assert left == {".lock", "export-8"}
+
+
+@pytest.mark.parametrize(("module", "moment"), [(export, "build_recommender"), (export_folder, "_save")])
+def test_an_export_that_another_process_has_written_meanwhile_stays(
+    module: ModuleType, moment: str, run: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the first look and the lock, or, where a file system has no locks, while this process writes."""
+    output, before, original = tmp_path / "new", contents(exported), getattr(module, moment)
+
+    def end_other_export(*arguments: object) -> object:
+        shutil.copytree(exported, output, dirs_exist_ok=True)
+        return original(*arguments)
+
+    monkeypatch.setattr(module, moment, end_other_export)
+    words = ["--checkpoint", run, "--size", 4, "--output", output]
+    assert f"export {output} exists; keep it, or replace it with --overwrite" in refusal(export.main, *words)
+    assert contents(output) == before
 
 
 def test_nothing_but_an_export_is_overwritten(run: Path, tmp_path: Path) -> None:

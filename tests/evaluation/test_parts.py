@@ -165,6 +165,13 @@ def test_missing_parts(run: Path, parts: Path) -> None:
     evaluate_here(run, "--join")
 
 
+def test_files_of_others_stay_beside_parts(run: Path, parts: Path) -> None:
+    (parts / f".1-of-3.json.{'0' * 16}").touch()  # of a process that was killed
+    (parts / "notes.txt").write_text("mine")
+    evaluate_here(run, "--join")
+    assert [path.name for path in parts.iterdir()] == ["notes.txt"]
+
+
 def test_parts_of_another_division(run: Path, parts: Path) -> None:
     evaluate_here(run, "--part", "1/2")
     assert join_refusal(run) == f"{parts} holds parts of 2 and of 3; keep the files of one N only and join again"

@@ -137,6 +137,50 @@ def test_the_cause_of_a_failure_is_shown_before_the_traceback_of_a_launcher(
         assert capsys.readouterr().out.splitlines()[1:] == [f"    {end}"]
 
 
+def test_an_argument_of_several_lines_stays_a_comment(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--dry-run", "--stages", "train", "--data.text_separator", "a\nintruder\nb"])
+    found = [line for line in capsys.readouterr().out.splitlines() if "intruder" in line]
+    assert found and all(line.startswith("### ") for line in found)
+
+
+def test_two_chains_of_one_run_are_not_started_at_once(tmp_path: Path) -> None:
+    script = "import sys; from pathlib import Path; from fmrl_dist.base.locks import only_writer\n"
+    script += "with only_writer(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script, tmp_path / "run.jobs"],
+        cwd=REPOSITORY,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        complaint = refusal(main, *demo_arguments(tmp_path, "run"), "--cluster", "local")
+        assert f"process {other.pid} of " in complaint and f"is writing {tmp_path}/run.jobs" in complaint
+        other.communicate()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_chain_does_not_go_on_after_a_training_that_was_stopped(tmp_path: Path) -> None:
+    """A trainer that gets TERM saves and exits with 0."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "launch.submit", *demo_arguments(tmp_path, "run"), "--cluster", "local"]
+    with subprocess.Popen(
+        [*command, "--sizes", "8"],
+        env=clean_environment() | {"CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        with paused(run, 20):
+            for trainer in trainers(run):
+                trainer.terminate()
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"train failed: it was stopped before {run} was finished; run this again" in output
+    assert "evaluate" not in output
+    assert not (run / "evaluation.json").exists() and not (run / "export-8").exists()
+
+
 @pytest.mark.slow
 def test_an_interrupted_chain_on_this_machine_resumes(tmp_path: Path) -> None:
     """Started with INT ignored, as in the background of a shell, it ends by INT with all its processes, after saving.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -113,21 +114,25 @@ run_command(main)
 """
 
 
-def test_a_command_whose_terminal_is_gone_ends_its_job(tmp_path: Path) -> None:
-    log = tmp_path / "log"
+@pytest.mark.parametrize("stdout", ["pipe", "terminal"])
+def test_a_command_whose_terminal_is_gone_ends_its_job(stdout: str, tmp_path: Path) -> None:
+    """What is written to the terminal then raises an error."""
+    log, (terminal, ours) = tmp_path / "log", pty.openpty()
     with subprocess.Popen(
         [sys.executable, "-c", COMMAND, str(log)],
         cwd=REPOSITORY,
         env=clean_environment(),
-        stdout=subprocess.PIPE,
+        stdout=subprocess.PIPE if stdout == "pipe" else ours,
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     ) as command:
+        os.close(ours)
         wait_for("the job", lambda: log.exists() and log.read_text().endswith("\n"))
         job = psutil.Process(int(log.read_text()))
         family = [job, *job.children()]
         try:
+            os.close(terminal)
             os.kill(command.pid, signal.SIGHUP)
-            assert command.wait(timeout=30) == 128 + signal.SIGHUP
+            assert command.wait(timeout=30) == 128 + (signal.SIGHUP if stdout == "pipe" else signal.SIGPIPE)
             assert [process for process in family if is_alive(process)] == []
         finally:
             send_signal(family, signal.SIGKILL)

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from launch import sweep
 from launch.sweeps.folder import run_of
 from launch.sweeps.study import Trial
 from tests.fixtures.demo_runs import NUM_STEPS, has_pending, paused, wait_for
 from tests.fixtures.slurm_cluster import SlurmCluster
-from tests.fixtures.sweeps import best_in_run, start_sweep, trials_of, write_space
+from tests.fixtures.sweeps import best_in_run, start_sweep_on_store, trials_of, write_space
 from tests.fixtures.training import records
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.multiproc, pytest.mark.timeout(600)]
@@ -27,7 +26,7 @@ RARELY = {"train.checkpoint_every_steps": 1000, "eval.every_steps": NUM_STEPS}
 def command(slurm: SlurmCluster, tmp_path: Path) -> list[str]:
     """That of a sweep of two trials, whose store is there."""
     path = write_space(tmp_path, trials=2, fixed=RARELY)
-    sweep.require_store(start_sweep(path, tmp_path / "sweep")[0])
+    start_sweep_on_store(path, tmp_path / "sweep")
     return [sys.executable, "-m", "launch.sweep", str(path), "--folder", str(tmp_path / "sweep")]
 
 

@@ -21,7 +21,7 @@ from launch.sweeps.study import best_of
 from launch.sweeps.worker import failure_in
 from tests.fixtures.demo_runs import METRIC, NUM_STEPS, STEPS_PER_EPOCH, has_pending, ignoring, paused, wait_for
 from tests.fixtures.processes import REPOSITORY, clean_environment
-from tests.fixtures.sweeps import best_in_run, start_sweep, trials_of, write_space
+from tests.fixtures.sweeps import best_in_run, start_sweep_on_store, trials_of, write_space
 from tests.fixtures.training import records, refusal, run_module
 
 
@@ -113,7 +113,7 @@ def worker_of(folder: Path) -> Iterator[subprocess.Popen[str]]:
 def test_a_worker_that_is_stopped_or_killed_resumes_its_trial(shop: Path) -> None:
     """TERM, then kill -9 of the worker alone, then of all: the trial is one resumed run, and is counted once."""
     path, folder = write_space(shop, trials=1), shop / "killed"
-    sweep.require_store(start_sweep(path, folder)[0])
+    start_sweep_on_store(path, folder)
     run = folder / "trial-0000"
     with worker_of(folder) as process:
         with paused(run, 20):
@@ -153,7 +153,7 @@ def test_a_worker_that_is_stopped_or_killed_resumes_its_trial(shop: Path) -> Non
 def test_an_interrupted_local_sweep_ends_its_workers(shop: Path) -> None:
     """Started with INT ignored, it ends by INT, in one line, with its trial saved; no process is left."""
     path, folder = write_space(shop, trials=1), shop / "interrupted"
-    sweep.require_store(start_sweep(path, folder)[0])
+    start_sweep_on_store(path, folder)
     command = [sys.executable, "-m", "launch.sweep", str(path), "--cluster", "local", "--folder", str(folder)]
     process = subprocess.Popen(
         [*ignoring(signal.SIGINT), *command],

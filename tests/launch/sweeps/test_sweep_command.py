@@ -7,15 +7,22 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
+import psutil
 import pytest
 
+from fmrl_dist.base.errors import UserError
 from launch import sweep
+from launch.local.processes import is_alive
 from launch.slurm.job_states import COMMANDS
-from launch.slurm.jobs import script_options
+from launch.slurm.jobs import BatchJob, batch_script, sbatch_text, script_options
 from launch.slurm.record import SubmittedStage, write_record
 from launch.sweeps.folder import worker_lock
+from launch.sweeps.space import read_space
 from launch.sweeps.worker import main as run_worker
-from tests.fixtures.sweeps import start_sweep, trials_of, write_space
+from shards.store.builder import build_store
+from tests.fixtures.stores import tiny_config, write_raw
+from tests.fixtures.sweeps import start_sweep, start_sweep_on_store, trials_of, write_space
 from tests.fixtures.training import refusal
 
 
@@ -130,6 +137,69 @@ def test_jobs_that_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     study.complete(trial.number, 0.5)
     sweep.main([*map(str, arguments)])
     assert capsys.readouterr().out.endswith(f"wrote {folder}/best.yaml\n")
+
+
+def test_trials_of_one_store(tmp_path: Path) -> None:
+    """A sweep whose store was built again from something else does not go on, nor does its worker."""
+    path, folder = write_space(tmp_path), tmp_path / "sweep"
+    rows = write_raw(tmp_path / "raw")
+    before, _ = build_store(tiny_config(tmp_path / "raw", tmp_path / "store"))
+    study = start_sweep_on_store(path, folder)
+    trial = study.take(0)
+    np.save(tmp_path / "raw" / "vectors.npy", rows + 1)
+    now, _ = build_store(tiny_config(tmp_path / "raw", tmp_path / "store"), overwrite=True)
+    for complaint in (
+        refusal(sweep.main, path, "--cluster", "local", "--folder", folder),
+        refusal(run_worker, folder, 0),
+    ):
+        assert f"store {tmp_path}/store has the manifest {now.manifest.sha256[:12]}, but the sweep in " in complaint
+        assert f"{folder} began on one with {before.manifest.sha256[:12]}, and its trials would not" in complaint
+    assert trials_of(folder) == [trial]
+    (folder / "store.json").unlink()
+    assert f"{folder}/store.json is missing; restore it, or choose another" in refusal(run_worker, folder, 0)
+
+
+def test_paths_that_no_script_survives(tmp_path: Path) -> None:
+    words = ["configs/sweeps/demo.yaml", "--dry-run", "--folder", f"{tmp_path}/a\ncommand\n#"]
+    assert refusal(sweep.main, *words).startswith(f"error: --folder is {words[-1]!r}, with a character that cannot be")
+    scripts = (batch_script("launch/sweep.slurm"),)
+    with pytest.raises(UserError, match="the folder of the jobs' logs is .* cannot be printed"):
+        sbatch_text(BatchJob("workers", "name", scripts, tmp_path / "a\ncommand\n#", {}))
+
+
+def test_jobs_that_cannot_be_recorded_are_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_slurm(tmp_path / "bin", monkeypatch, "true")
+    (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\necho Submitted batch job 7\n")
+    (tmp_path / "bin" / "scancel").write_text(f"#!/bin/sh\necho $* >> {tmp_path}/cancelled\n")
+    job = sweep.Sweep(read_space(write_space(tmp_path)), tmp_path / "sweep", 2, {})
+    (tmp_path / "sweep" / "jobs" / "submitted.json").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        sweep.submit_workers(job)
+    assert (tmp_path / "cancelled").read_text() == "7\n"
+
+
+def test_files_of_others_stay_beside_jobs_that_sbatch_rejects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_slurm(tmp_path / "bin", monkeypatch, "true")
+    jobs = tmp_path / "sweep" / "jobs"
+    (tmp_path / "bin" / "sbatch").write_text(
+        f"#!/bin/sh\necho mine > {jobs}/notes.txt\necho no such partition >&2\nexit 1\n"
+    )
+    job = sweep.Sweep(read_space(write_space(tmp_path)), tmp_path / "sweep", 2, {})
+    with pytest.raises(UserError, match="sbatch rejects small-sweep: no such partition"):
+        sweep.submit_workers(job)
+    assert [path.name for path in jobs.iterdir()] == ["notes.txt"]
+
+
+def test_a_worker_that_cannot_start_ends_those_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep.Sweep, "commands", [("sleep", "1234")] * 2)
+    job = sweep.Sweep(read_space(write_space(tmp_path)), tmp_path / "sweep", 2, {})
+    (tmp_path / "sweep" / "jobs" / "small-sweep_1_log.out").mkdir(parents=True)
+    before = set(psutil.Process().children())
+    with pytest.raises(IsADirectoryError):
+        sweep.run_workers_here(job)
+    assert (tmp_path / "sweep" / "jobs" / "small-sweep_0_log.out").exists()
+    started = set(psutil.Process().children()) - before
+    assert [child for child in started if is_alive(child)] == []
 
 
 def test_a_controller_that_is_busy(

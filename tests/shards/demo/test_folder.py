@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from fmrl_dist.base.errors import EXIT_USER_ERROR, UserError
 from fmrl_dist.config.features import PixelsFeature
 from fmrl_dist.config.loading import DEMO_CONFIG, load_config
+from shards.demo import folder
 from shards.demo.folder import FILES, write_demo
 from tests.fixtures.commands import run_main
 from tests.fixtures.demo import ITEMS, SEED, USERS
@@ -44,6 +47,23 @@ def test_command_writes_once_and_refuses_another_seed(tmp_path: Path) -> None:
     assert other.stderr.count("\n") == 1
     assert "'seed': 0" in other.stderr
     assert (tmp_path / "demo" / FILES[0]).stat().st_mtime_ns == before
+
+
+def test_what_another_process_writes_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the first look and the lock; and a folder of a process with the same id, as on another machine."""
+    theirs = tmp_path / f".demo-{os.getpid()}"
+    theirs.mkdir()
+    original = folder.only_writer
+
+    def write_first(target: Path) -> AbstractContextManager[bool]:
+        monkeypatch.setattr(folder, "only_writer", original)
+        write_demo(tmp_path, users=30, items=40, seed=1)
+        return original(target)
+
+    monkeypatch.setattr(folder, "only_writer", write_first)
+    with pytest.raises(UserError, match="'seed': 1}; expected .*'seed': 0}"):
+        write_demo(tmp_path, users=30, items=40, seed=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [theirs.name, "demo"]
 
 
 def test_foreign_folder_is_left_alone(tmp_path: Path) -> None:

@@ -11,8 +11,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from fmrl_dist.base.errors import UserError
-from shards.store.builder import build_store
-from tests.fixtures.stores import HISTORIES, read_split, rows_of, tiny_config, write_histories, write_items, write_raw
+from shards.encoders.item_text import item_texts
+from shards.store.builder import _RawData, build_store
+from tests.fixtures.stores import (
+    HISTORIES,
+    read_columns,
+    read_split,
+    rows_of,
+    tiny_config,
+    write_histories,
+    write_items,
+    write_raw,
+)
 
 
 def test_csv_equals_parquet(tmp_path: Path) -> None:
@@ -100,6 +110,47 @@ def test_ids_of_a_csv_stay_what_they_are(tmp_path: Path) -> None:
     assert pq.read_table(tmp_path / "store" / "vocab.parquet")["external_id"].to_pylist() == items
     assert pq.read_table(tmp_path / "store" / "users.parquet")["external_id"].to_pylist() == ["7", "007"]
     assert read_split(store, "test") == {0: [0, 1, 2, 3, 4, 5], 1: [5, 4, 3, 2, 1, 0]}
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_two_columns_of_one_name(ending: str, tmp_path: Path) -> None:
+    write_raw(tmp_path)
+    table = pa.Table.from_arrays(
+        [pa.array(list("abcdef")), *[pa.array(list("123456"))] * 2], ["item_id", "title", "title"]
+    )
+    write = pq.write_table if ending == "parquet" else pyarrow.csv.write_csv
+    write(table, tmp_path / f"items.{ending}")
+    items = {"path": f"items.{ending}", "title": "title"}
+    with pytest.raises(UserError, match=rf"items\.{ending} has several columns 'title'; give each its own name"):
+        build_store(tiny_config(tmp_path, tmp_path / "store", features={}, items=items))
+
+
+WRITTEN = ["007", "0x1A", "1.50", "true", "2021-01-01", "1E5"]
+
+
+def test_texts_of_a_csv_stay_as_they_are_written(tmp_path: Path) -> None:
+    """Titles, and the columns of a template: each column alone would be taken for numbers, dates or truth values."""
+    write_raw(tmp_path)
+    names = [f"c{number}" for number in range(len(WRITTEN))]
+    rows = [",".join([item, *WRITTEN]) for item in "abcdef"]
+    (tmp_path / "items.csv").write_text("\n".join([",".join(["item_id", *names]), *rows]))
+    for title, written in zip(names, WRITTEN, strict=True):
+        items = {"path": "items.csv", "title": title}
+        store, _ = build_store(tiny_config(tmp_path, tmp_path / title, features={}, items=items))
+        assert read_columns(store, "vocab.parquet")["title"] == [written] * 6
+    parts = [f"{{{name}}}" for name in names]
+    features = {"words": {"source": "tfidf", "dim": 1, "text": parts}}
+    raw = _RawData.read(tiny_config(tmp_path, tmp_path / "store", items=items, features=features).data)
+    assert item_texts(raw.items, parts, " ").texts == [" ".join(WRITTEN)] * 6
+
+
+def test_a_number_of_a_csv_may_have_a_numbers_format(tmp_path: Path) -> None:
+    write_raw(tmp_path)
+    (tmp_path / "items.csv").write_text("item_id,title,price\na,007,7.5\nb,8,\n")
+    items = {"path": "items.csv", "title": ""}
+    features, text = {"words": {"source": "tfidf", "dim": 1}}, ["{title} costs {price:.2f}"]
+    raw = _RawData.read(tiny_config(tmp_path, tmp_path / "store", items=items, features=features, text=text).data)
+    assert item_texts(raw.items, text, "").texts == ["007 costs 7.50", "Untitled Item"]
 
 
 @pytest.mark.parametrize("word", ["0042", "42.0", "+42", "4e1"])
