@@ -164,8 +164,9 @@ def _put_copy_in_its_place(folder: Path, link: Path) -> Path | None:
     record = _record(link)
     if record is None:
         raise UserError(f"{link} is a folder but not an intact checkpoint; expected a link: move it away, then resume")
-    for original, known in _records(folder):
-        if known["sha256"] == record["sha256"]:
+    for original in _named_by_step(folder):
+        known = _record(original)
+        if known is not None and known["sha256"] == record["sha256"]:
             shutil.rmtree(link)
             return original
     return link.rename(_unused_path(folder, record["state"]["step"]))
@@ -182,11 +183,27 @@ def _prune(folder: Path, keep: int) -> None:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """The checkpoints of a run, starting with the target of ``latest``, if there is that link."""
+    """The checkpoints of a run, starting with the target of ``latest``, if there is that link.
+
+    In a copy, they may be folders named as the links: such folders are among them.
+    """
     latest = (folder / "latest").resolve()
-    paths = [path for path in folder.glob("step-*") if STEP_NAME.fullmatch(path.name)]
-    paths.sort(key=lambda path: [int(number) for number in path.name.split("-")[1:]], reverse=True)
+    named = [(_numbers(path), path) for path in _named_by_step(folder)]
+    for copy in (folder / "latest", folder / "best"):
+        if copy.is_dir() and not copy.is_symlink():
+            record = _record(copy)
+            named.append(([-1 if record is None else record["state"]["step"]], copy))
+    paths = [path for _, path in sorted(named, reverse=True)]
     return sorted(paths, key=lambda path: path.resolve() != latest)
+
+
+def _named_by_step(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("step-*") if STEP_NAME.fullmatch(path.name)]
+
+
+def _numbers(path: Path) -> list[int]:
+    """Step of a checkpoint's name, and which save of that step it is."""
+    return [int(number) for number in path.name.split("-")[1:]]
 
 
 def linked_checkpoint(folder: Path, link: str) -> Path | None:
@@ -227,7 +244,8 @@ def _record(path: Path) -> dict[str, Any] | None:
     try:
         record: dict[str, Any] = json.loads((path / RECORD_FILE).read_text())
         whole = {name: value for name, value in record.items() if name != "sha256"}
-        intact = record["sha256"] == json_sha256(whole) and {"step", "best_step"} <= record["state"].keys()
+        steps = {type(record["state"][name]) for name in ("step", "best_step")}
+        intact = record["sha256"] == json_sha256(whole) and steps == {int}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     return record if intact else None
