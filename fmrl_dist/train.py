@@ -53,6 +53,7 @@ from fmrl_dist.evaluation.ranker import ranker_of_checkpoint
 from fmrl_dist.evaluation.report import EvaluatedModel, figures, print_and_write
 from fmrl_dist.training.agreement import StepResult, agree, count_targets, stop_if_not_finite
 from fmrl_dist.training.checks import check_inline, check_something_tells_items_apart
+from fmrl_dist.training.content_checks import check_targets
 from fmrl_dist.training.demo_store import build_missing_demo_store
 from fmrl_dist.training.learner import Learner, prepare_learner, save
 from fmrl_dist.training.logbook import Logbook
@@ -98,6 +99,7 @@ def train_and_evaluate(config: Config, runtime: Runtime, resume: str | None, sto
             f"store {store.location} has no validation and test users; expected histories of 3 events or more"
         )
     check_inline(config, store)
+    check_targets(config, store)
     check_something_tells_items_apart(config, store)
     runtime.require_same("store", store.manifest.sha256)
     checkpoint = open_run(config, resume, store.manifest.sha256, runtime.say)

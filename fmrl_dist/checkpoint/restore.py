@@ -10,11 +10,14 @@ from fmrl_dist.checkpoint.export_folder import Origin, Recommender
 from fmrl_dist.checkpoint.folder import Checkpoint
 from fmrl_dist.config.sections import Config, ModelConfig
 from fmrl_dist.data.item_table import ItemTable, feature_dims, feature_encoders, load_item_table
+from fmrl_dist.data.items_differ import check_items_differ
 from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.vocabulary import external_ids, rows_of
 from fmrl_dist.model.embed_catalogue import embed_catalogue
 from fmrl_dist.model.fmrlrec import FMRLRec
+
+ID_TABLE = "encoder.id_table"  # a model's tensor
 
 
 def restore_model(config: ModelConfig, checkpoint: Checkpoint) -> FMRLRec:
@@ -46,10 +49,14 @@ def load_catalogue_table(store: Store, checkpoint: Checkpoint) -> ItemTable:
     """The features that a checkpoint's model reads, from ``store``.
 
     Raises:
-        UserError: the store lacks one, has it with another dim, or another encoder made it.
+        UserError: the store lacks one, has it with another dim, or another encoder made it; or all its items are the
+            same to the model.
     """
     check_features(store, checkpoint)
-    return load_item_table(store, tuple(checkpoint.features))
+    table = load_item_table(store, tuple(checkpoint.features))
+    if ID_TABLE not in checkpoint.model:
+        check_items_differ(store, None, table)
+    return table
 
 
 def match_id_table(model: FMRLRec, checkpoint: Checkpoint, store: Store) -> None:

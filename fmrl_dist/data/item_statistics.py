@@ -39,7 +39,11 @@ def popularity_table(store: Store, power: float) -> np.ndarray:
 
 
 def target_log_shares(store: Store, rule: WindowRule) -> np.ndarray:
-    """Log of each item's share of an epoch's training targets, memory-mapped float32 [V]; -inf if never a target."""
+    """Log of each item's share of an epoch's training targets, float32 [V]; -inf if never a target.
+
+    It is memory-mapped, unless damaged blocks are left out: what can be read then may change from start to start, so it
+    is counted at each, and not kept.
+    """
 
     def compute() -> np.ndarray:
         counts = np.zeros(store.manifest.num_items, np.int64)
@@ -53,7 +57,9 @@ def target_log_shares(store: Store, rule: WindowRule) -> np.ndarray:
         with np.errstate(divide="ignore"):
             return np.log(counts / counts.sum()).astype(np.float32)
 
-    name = f"targets-{rule.max_length}-{rule.windows}-{int(rule.predict_first)}{'-skip' if store.skips_damaged else ''}"
+    if store.skips_damaged:
+        return compute()
+    name = f"targets-{rule.max_length}-{rule.windows}-{int(rule.predict_first)}"
     return _computed_once(store, name, np.dtype(np.float32), compute)
 
 

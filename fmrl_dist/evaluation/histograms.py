@@ -20,6 +20,7 @@ from fmrl_dist.evaluation.metrics import CUTOFF
 from fmrl_dist.evaluation.parts import WHOLE, Part
 from fmrl_dist.evaluation.ranker import Ranker
 from fmrl_dist.evaluation.target_ranks import TargetRanks, hidden_items
+from fmrl_dist.model.embed_catalogue import check_rankable
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,9 @@ def target_rank_histograms(
     """Histogram of 2·target rank for each size over the users of ``blocks``, int64 [S, 2·CUTOFF + 1].
 
     If ``stop.cut_short`` is set afterwards, the result is partial and must be discarded.
+
+    Raises:
+        UserError: the model's outputs are not finite, or too large.
     """
     model, catalogue = ranker.model, ranker.catalogue
     device = model.encoder.bias.device
@@ -78,6 +82,7 @@ def target_rank_histograms(
         users = []
         for block, inputs in zip(group, catalogue.inputs(group), strict=True):
             z = model(inputs, block.starts, block.from_start)[block.starts[1:] - 1]
+            check_rankable(z, "outputs")
             hidden = hidden_items(block, mask_seen)
             users.append(TargetRanks(z, block.targets, hidden, model.sizes, ranker.normalize))
         catalogue.compare(users, stop)

@@ -10,9 +10,11 @@ import torch
 
 from fmrl_dist.base.errors import require
 from fmrl_dist.checkpoint.folder import Checkpoint, TrainState, load_checkpoint
-from fmrl_dist.checkpoint.restore import load_weights
+from fmrl_dist.checkpoint.restore import check_features, load_weights
 from fmrl_dist.checkpoint.writer import CheckpointWriter
+from fmrl_dist.config.loading import config_from_dict
 from fmrl_dist.data.item_table import ItemTable, feature_encoders, load_item_table
+from fmrl_dist.data.items_differ import check_items_differ
 from fmrl_dist.losses.item_tiles import RowMatrix
 from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.model.fmrlrec import FMRLRec
@@ -23,6 +25,9 @@ from fmrl_dist.training.item_columns import TableColumns, catalogue_columns, cat
 from fmrl_dist.training.module import TrainingModule
 from fmrl_dist.training.optimizer import build_optimizer
 from fmrl_dist.training.run import Run
+
+# Keys of the model that say what its tensors mean, whatever their shapes; where |Λ| began, and dropout, may change.
+MEANING = ("sizes", "depth", "input_norm", "output_norm", "feature_scale", "id_table")
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
     )
     torch.manual_seed(config.train.seed)
     table = load_item_table(run.store, config.model.features) if not run.inline else None
+    if not config.model.id_table:
+        check_items_differ(run.store, config.model.features, table)
     if table is not None:
         model = build_model(config.model, table, runtime.matmul_dtype)
     else:
@@ -93,14 +100,24 @@ def load_initial_weights(model: FMRLRec, run: Run) -> None:
     """Start a fresh run from the weights of another one (``train.init``), with a schedule of its own.
 
     Raises:
-        UserError: they are of another model, or an id table is of another store's items.
+        UserError: they are of another model, read other features, or an id table is of another store's items.
     """
     source = load_checkpoint(Path(run.config.train.init), with_optimizer=False)
+    features = model.encoder.feature_dims
     require(
-        source.features == model.encoder.feature_dims,
-        f"train.init {source.path} reads features {source.features}, this run {model.encoder.feature_dims}; choose "
-        "another, or give model.features",
+        list(source.features.items()) == list(features.items()),  # in this order: it is that of the columns
+        f"train.init {source.path} reads features {source.features}, this run {features}; choose another, or give "
+        f"model.features {list(source.features)}",
     )
+    check_features(run.store, source)
+    theirs, ours = config_from_dict(source.config).model, run.config.model
+    for key in MEANING:
+        before, now = getattr(theirs, key), getattr(ours, key)
+        require(
+            before == now,
+            f"train.init {source.path} has model.{key} {before!r}, this run {now!r}: its weights mean something else; "
+            f"choose another, or give model.{key}",
+        )
     require(
         not run.config.model.id_table or source.manifest_sha256 == run.store.manifest.sha256,
         f"train.init {source.path} has an id table of another store's items; use that store, or no model.id_table",
