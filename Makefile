@@ -23,8 +23,7 @@ $(VENV)/installed-images: $(VENV)/installed
 	touch $@
 
 train: setup  ## the demo: generate data, build its store, train, evaluate every size
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		-m fmrl_dist.train --resume auto
+	$(BIN)/python -m fmrl_dist.train --resume auto
 
 test: setup  ## the fast tests
 	$(BIN)/python -m tests.run -m "not slow and not slurm"

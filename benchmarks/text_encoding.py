@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from fmrl_dist.base.errors import UserError, require, run_command
 from fmrl_dist.config.features import TransformersFeature
 from fmrl_dist.config.sections import DataConfig
-from shards.encoders.item_text import item_texts, template_columns
+from shards.encoders.item_text import DEFAULT_PARTS, item_texts, template_columns
 from shards.encoders.text_encoder import TextEncoder, load_encoder, pool
 
 PLAIN_BATCH = 32
@@ -68,7 +68,7 @@ def check_equal(ours: np.ndarray, plain: np.ndarray) -> None:
 
 def read_texts(path: Path, count: int) -> list[str]:
     """A fixed sample of the texts of the item table, in the table's order."""
-    parts = DataConfig().text
+    parts = DEFAULT_PARTS
     table = pq.read_table(path, columns=template_columns(parts))
     texts, has_text = item_texts(table, parts, DataConfig().text_separator)
     items = np.flatnonzero(has_text)

@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import fmrl_dist.base.parent_process  # noqa: F401  # first: importing torch takes seconds, and the launcher may die in them
+
+# isort: split
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,6 +22,7 @@ from fmrl_dist.checkpoint.export_folder import Recommender, export_sha256, is_ex
 from fmrl_dist.checkpoint.folder import load_checkpoint
 from fmrl_dist.checkpoint.run_folder import run_of_best
 from fmrl_dist.config.command_line import CommandParser
+from fmrl_dist.config.credentials import warn_of_credentials
 from fmrl_dist.config.loading import config_from_dict
 from fmrl_dist.config.sections import StoreConfig
 from fmrl_dist.data.store.manifest import VOCAB_FILE
@@ -62,6 +66,7 @@ def main(argv: list[str]) -> None:
     share.add_argument("--part", type=Part.parse, help="evaluate only part I/N of the users, to be joined later")
     share.add_argument("--join", action="store_true", help="join all parts evaluated with the same options")
     arguments = parser.parse_args(argv)
+    warn_of_credentials(argv)
     require(arguments.threads >= 0, f"--threads is {arguments.threads}; expected at least 1, or 0 to share the cores")
 
     open_source = open_export if is_export(arguments.checkpoint) else open_checkpoint

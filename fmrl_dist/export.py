@@ -12,7 +12,9 @@ from fmrl_dist.checkpoint.folder import Checkpoint, load_checkpoint
 from fmrl_dist.checkpoint.restore import build_recommender
 from fmrl_dist.checkpoint.run_folder import run_of_best
 from fmrl_dist.config.command_line import CommandParser
+from fmrl_dist.config.credentials import warn_of_credentials
 from fmrl_dist.config.loading import config_from_dict
+from fmrl_dist.data.feature_identity import feature_encoders
 from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.data.store.reader import Store
 
@@ -25,6 +27,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--store", help="shard store of the catalogue, a folder or URL (default: the recorded one)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing export")
     arguments = parser.parse_args(argv)
+    warn_of_credentials(argv)
 
     checkpoint = load_checkpoint(arguments.checkpoint, with_optimizer=False)
     config = config_from_dict(checkpoint.config)
@@ -32,7 +35,9 @@ def main(argv: list[str]) -> None:
     check_output(output, arguments.overwrite)
     store = Store.open(arguments.store or config.store.path, config.store)
     recommender = build_recommender(checkpoint, config, store, torch.device("cpu"), arguments.size)
-    write_export(recommender, output, store.read_table(VOCAB_FILE))
+    encoders = {name: made_by for name, made_by in feature_encoders(store).items() if name in checkpoint.features}
+    fits = {name: store.read_fit(name) for name in store.manifest.fits if name in checkpoint.features}
+    write_export(recommender, output, store.read_table(VOCAB_FILE), encoders, fits)
     num_parameters = sum(parameter.numel() for parameter in recommender.model.parameters())
     print(f"size {arguments.size}: {num_parameters:,} parameters, {len(recommender.items):,} items")
     print(file_table(output))
@@ -49,7 +54,8 @@ def default_output(checkpoint: Checkpoint, size: int) -> Path:
 
 def file_table(folder: Path) -> str:
     """Bytes of each file of an export, and in total."""
-    rows = [((folder / name).stat().st_size, name) for name in FILES]
+    fits = sorted(path.name for path in folder.glob("fit-*.safetensors"))
+    rows = [((folder / name).stat().st_size, name) for name in (*FILES, *fits)]
     rows.append((sum(num_bytes for num_bytes, _ in rows), "total"))
     return "\n".join(f"{num_bytes:>15,} bytes  {name}" for num_bytes, name in rows)
 

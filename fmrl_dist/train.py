@@ -7,6 +7,9 @@ Dropout is seeded by (seed, step, rank): a resumed run draws what the uninterrup
 
 from __future__ import annotations
 
+import fmrl_dist.base.parent_process  # noqa: F401  # first: importing torch takes seconds, and the launcher may die in them
+
+# isort: split
 import math
 import time
 from collections.abc import Sequence
@@ -26,6 +29,7 @@ from fmrl_dist.checkpoint.folder import Checkpoint, TrainState, linked_checkpoin
 from fmrl_dist.checkpoint.run_folder import (
     FINAL_EVALUATION,
     claimed_run_folder,
+    files_of_store,
     is_finished,
     mark_finished,
     open_run,
@@ -35,13 +39,13 @@ from fmrl_dist.checkpoint.run_folder import (
 )
 from fmrl_dist.checkpoint.writer import CheckpointWriter
 from fmrl_dist.config.command_line import command_parser, parse_command
+from fmrl_dist.config.credentials import warn_of_credentials
 from fmrl_dist.config.sections import Config
 from fmrl_dist.data.batches import Packed
 from fmrl_dist.data.feed import BatchFeed
 from fmrl_dist.data.item_table import feature_dims
 from fmrl_dist.data.negatives import NegativeSampler, make_sampler
 from fmrl_dist.data.order import Order
-from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.streamed_negatives import StreamedNegatives
 from fmrl_dist.data.train_stream import TrainStream
@@ -52,7 +56,7 @@ from fmrl_dist.evaluation.histograms import EvaluationProtocol, count_target_ran
 from fmrl_dist.evaluation.ranker import ranker_of_checkpoint
 from fmrl_dist.evaluation.report import EvaluatedModel, figures, print_and_write
 from fmrl_dist.training.agreement import StepResult, agree, count_targets, stop_if_not_finite
-from fmrl_dist.training.checks import check_inline, check_something_tells_items_apart
+from fmrl_dist.training.checks import check_inline, check_something_tells_items_apart, note_on_other_config
 from fmrl_dist.training.content_checks import check_targets
 from fmrl_dist.training.demo_store import build_missing_demo_store
 from fmrl_dist.training.learner import Learner, prepare_learner, save
@@ -101,6 +105,8 @@ def train_and_evaluate(config: Config, runtime: Runtime, resume: str | None, sto
     check_inline(config, store)
     check_targets(config, store)
     check_something_tells_items_apart(config, store)
+    if note := note_on_other_config(config, store):
+        runtime.say(note)
     runtime.require_same("store", store.manifest.sha256)
     checkpoint = open_run(config, resume, store.manifest.sha256, runtime.say)
     if runtime.is_main:
@@ -151,8 +157,9 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest, cl
     stopped = False  # by a signal, as agreed by all processes
     result: StepResult | None = None
 
-    vocabulary = run.store.read_table(VOCAB_FILE) if config.model.id_table and runtime.is_main else None
-    claim.enter_context(claimed_run_folder(run.folder, config, runtime, vocabulary))
+    features = model.encoder.feature_dims
+    store_files = files_of_store(run.store, features, config.model.id_table) if runtime.is_main else {}
+    claimed = claim.enter_context(claimed_run_folder(run.folder, config, runtime, store_files))
     with (
         Logbook(
             run.folder,
@@ -200,6 +207,7 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest, cl
                 record = step_metrics.record() | {"lr": result.lr, "grad_norm": float(result.grad_norm)}
                 # All processes see the same losses and norm here: none saves what is not finite.
                 stop_if_not_finite(runtime, state.step, result, not all(map(math.isfinite, record.values())))
+                claimed.check()
                 logbook.write({"step": state.step, "epoch": epoch, "split": "train"} | record)
                 if slow_ranks := monitor.record(state.step):
                     progress.say(slow_ranks)
@@ -210,6 +218,7 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest, cl
                 stopped = not note_validation(run, learner, state, logbook, progress, stop)
                 monitor.is_alive()
             if save_now:
+                claimed.check()
                 save(run, learner, state, writer)
                 clock.restart()
                 timer.restart()
@@ -388,6 +397,7 @@ def main(argv: list[str]) -> None:
     parser = command_parser("fmrl_dist.train", "Train every size at once, then evaluate the best checkpoint on test.")
     parser.add_argument("--resume", metavar="auto|PATH", help="resume from the run's latest checkpoint, or from PATH")
     arguments, config = parse_command(parser, argv)
+    warn_of_credentials(argv)
     train(config, arguments.resume)
 
 

@@ -13,13 +13,23 @@ refuse() {
   exit 2
 }
 
+[[ $SLURM_SUBMIT_DIR -ef $PWD ]] ||
+  echo "submitted in $SLURM_SUBMIT_DIR; this job runs in $PWD, and relative paths start there" >&2
+
+# SLURM and lists of processes show every argument.
+for argument in "$@"; do
+  [[ ! $argument =~ ://.*[@?#] ]] ||
+    refuse "an argument holds a URL with credentials, which SLURM has recorded: replace them, leave them out of the URL, and \
+give them by the environment or by a file (docs/cluster.md, Credentials)"
+done
+
 # If sbatch passes on few variables (--export=NONE, the default of some clusters), srun would do the same.
 export SLURM_EXPORT_ENV=ALL
 
 # The virtual environment, on a file system that all nodes share.
-venv=${FMRL_VENV:-$SLURM_SUBMIT_DIR/.venv}
+venv=${FMRL_VENV:-$PWD/.venv}
 [[ -x $venv/bin/accelerate-launch ]] ||
-  refuse "no virtual environment in $venv; run make setup in $SLURM_SUBMIT_DIR, or set FMRL_VENV"
+  refuse "no virtual environment in $venv; run make setup in $PWD, or set FMRL_VENV"
 export PATH=$venv/bin:$PATH
 
 # One process for each GPU that the job has on a node; one process if it has none.

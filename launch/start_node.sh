@@ -19,16 +19,22 @@ read -r first_node < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 # outgoing connections.
 port=$((20000 + SLURM_JOB_ID % 10000))
 
+# The time limit's signal would end the launcher; the trainers have handlers of their own.
+trap '' USR1
+if ((processes == 1)) && [[ ! ${FMRL_DEEPSPEED:-} ]]; then
+  # Without a launcher, which would pass on no signal. It would set these.
+  export ACCELERATE_MIXED_PRECISION=no OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+  exec python -m "$@"
+fi
+
 options=(--num_machines "$nodes" --num_processes "$processes" --mixed_precision no --dynamo_backend no)
 meet=(--machine_rank "$SLURM_NODEID" --main_process_ip "$first_node" --main_process_port "$port")
 if [[ ${FMRL_DEEPSPEED:-} ]]; then
   # "standard" is PyTorch's launcher, as without DeepSpeed; the others connect to the nodes by ssh.
   options+=(--use_deepspeed --deepspeed_config_file "$FMRL_DEEPSPEED" --deepspeed_multinode_launcher standard "${meet[@]}")
-elif ((processes > 1)); then
+else
   # The launcher's option for several processes, with or without GPUs; --cpu would start one.
   options+=(--multi_gpu "${meet[@]}")
 fi
-# The time limit's signal would end the launcher; the trainers have handlers of their own.
-trap '' USR1
 # Not `accelerate launch`: it imports timm if installed, and with it a torchvision that may not match PyTorch.
 exec accelerate-launch "${options[@]}" -m "$@"

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fmrl_dist.base.errors import require, run_command
 from fmrl_dist.config.command_line import command_parser, parse_command
+from fmrl_dist.config.credentials import refuse_credentials_in_config, refuse_credentials_in_words
 from fmrl_dist.config.sections import Config
 from launch.local.processes import LocalJob, end_jobs
 from launch.local.signals import ENDING, EndedBySignal, SignalListener, ending_signals_raise, listening
@@ -37,7 +38,9 @@ LOCAL_POLL_S = 0.2
 
 def main(argv: list[str]) -> None:
     parser = submit_parser()
+    refuse_credentials_in_words(argv)
     arguments, config = parse_command(parser, argv)
+    refuse_credentials_in_config(config)
     chain = make_chain(arguments, config, overrides=parser.parse_known_args(argv)[1])
     options = parse_sbatch(arguments.sbatch, JOB_STAGES)
     require(Path("launch/train.slurm").is_file(), f"{Path.cwd()} is not the repository's root; submit from there")

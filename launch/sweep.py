@@ -22,6 +22,7 @@ import yaml
 from fmrl_dist.base.errors import UserError, require, run_command
 from fmrl_dist.base.urls import is_url
 from fmrl_dist.config.command_line import CommandParser
+from fmrl_dist.config.credentials import refuse_credentials_in_words
 from launch.local.processes import LocalJob, end_jobs
 from launch.local.signals import ENDING, EndedBySignal, ending_signals_raise, listening
 from launch.slurm.follow import summary
@@ -37,7 +38,15 @@ from launch.slurm.job_states import (
 from launch.slurm.jobs import BatchJob, batch_script, sbatch_text, submit
 from launch.slurm.options import add_sbatch_option, parse_sbatch
 from launch.slurm.record import RECORD, cancel_recorded, read_record, require_ended, write_record
-from launch.sweeps.folder import JOBS, SPACE, has_started, open_folder, prepare_folder, worker_lock
+from launch.sweeps.folder import (
+    JOBS,
+    SPACE,
+    has_started,
+    open_folder,
+    prepare_folder,
+    refused_when_gone,
+    worker_lock,
+)
 from launch.sweeps.report import finish, is_over, status_text
 from launch.sweeps.space import SearchSpace, metric_of, overrides, read_space
 from launch.sweeps.study import SweepStudy, import_optuna
@@ -91,6 +100,7 @@ class Sweep:
 
 
 def main(argv: list[str]) -> None:
+    refuse_credentials_in_words(argv)
     arguments = sweep_parser().parse_args(argv)
     local = arguments.cluster == "local"
     require(arguments.workers >= 1, f"--workers is {arguments.workers}; expected at least 1")
@@ -159,18 +169,19 @@ def run_sweep(sweep: Sweep, local: bool, wait: bool) -> None:
     require_free(sweep)
     require_store(sweep.space)
     sweep = replace(sweep, space=prepare_folder(sweep.folder, sweep.space))
-    study = SweepStudy(sweep.folder, sweep.space)
-    if not is_over(study, sweep.space):
-        if has_slurm():
-            require_ended(sweep.folder / JOBS, f"the sweep in {sweep.folder}")
-        if local:
-            run_workers_here(sweep)
-        else:
-            jobs = submit_workers(sweep)
-            if not wait:
-                return
-            wait_for_slurm(jobs, study, sweep.space)
-    finish(sweep.folder, sweep.space, study)
+    with refused_when_gone(sweep.folder):
+        study = SweepStudy(sweep.folder, sweep.space)
+        if not is_over(study, sweep.space):
+            if has_slurm():
+                require_ended(sweep.folder / JOBS, f"the sweep in {sweep.folder}")
+            if local:
+                run_workers_here(sweep)
+            else:
+                jobs = submit_workers(sweep)
+                if not wait:
+                    return
+                wait_for_slurm(jobs, study, sweep.space)
+        finish(sweep.folder, sweep.space, study)
 
 
 def require_free(sweep: Sweep) -> None:
@@ -258,7 +269,8 @@ def print_status(folder: Path) -> None:
     space, study = open_folder(folder)
     print(status_text(folder, space, study.trials()))
     if (folder / JOBS / RECORD).exists() and has_slurm():
-        (workers,) = read_record(folder / JOBS)
+        workers, *others = read_record(folder / JOBS)
+        require(not others, f"{folder / JOBS / RECORD} is not a record of a sweep's jobs; find them with squeue")
         print(summary(workers, states(workers.jobs)))
 
 

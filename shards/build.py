@@ -12,7 +12,8 @@ from fmrl_dist.config.sections import Config
 from fmrl_dist.data.store.manifest import MANIFEST_FILE
 from fmrl_dist.data.store.reader import Store
 from shards.encoders.item_feature import ItemFeature
-from shards.store.builder import build_store
+from shards.store.builder import build_store, make_demo_data
+from shards.store.inputs import check_built_from
 
 
 def main(argv: list[str]) -> None:
@@ -22,21 +23,30 @@ def main(argv: list[str]) -> None:
     existing.add_argument("--keep", action="store_true", help="keep a store that is already there, and build none")
     arguments, config = parse_command(parser, argv)
     if arguments.keep and (is_url(config.store.path) or Path(config.store.path, MANIFEST_FILE).is_file()):
-        kept = kept_store(config)
+        kept, is_recorded = kept_store(config)
         print(f"kept {kept.location}: {kept.manifest.num_users:,} users, {kept.manifest.num_items:,} items")
+        if not is_recorded:
+            print(
+                f"note: an older version built {kept.location}, and did not record what from: only names of features "
+                "and arrays were compared; --overwrite builds it again, with the record"
+            )
         return
     start = time.monotonic()
     store, features = build_store(config, overwrite=arguments.overwrite)
     _print_summary(store, features, time.monotonic() - start)
 
 
-def kept_store(config: Config) -> Store:
-    """The store that is already there: every shard in full length, with the config's features.
+def kept_store(config: Config) -> tuple[Store, bool]:
+    """The store that is already there, every shard in full length, if it was built from what the config names.
 
-    Blocks are not checked here: every later read checks them.
+    Blocks are not checked here: every later read checks them. The input tables are read once, to be hashed.
+
+    Returns:
+        The store, and whether it records what it was built from: a store of an older version does not, so little can
+        be compared.
 
     Raises:
-        UserError: it is incomplete, or was built from another config.
+        UserError: it is incomplete, or was built from something else.
     """
     store = Store.open(config.store.path, config.store)
     mend = "build it again with --overwrite, or choose another --store.path"
@@ -49,10 +59,8 @@ def kept_store(config: Config) -> Store:
             size == shard.num_bytes,
             f"store {store.location}: {shard.name} has {size} bytes, the manifest says {shard.num_bytes}; {mend}",
         )
-    found = [feature.name for feature in store.manifest.features]
-    absent = [name for name in config.data.features if name not in found]
-    require(not absent, f"store {store.location} has the features {found}, not the config's {absent}; {mend}")
-    return store
+    make_demo_data(config.data)
+    return store, check_built_from(store, config, mend)
 
 
 def _print_summary(store: Store, features: list[ItemFeature], seconds: float) -> None:

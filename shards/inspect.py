@@ -23,12 +23,14 @@ def describe(store: Store) -> str:
         f"items   {manifest.num_items:,}{' (inline: their features ride with the users)' if manifest.inline else ''}",
         f"users   {manifest.num_users:,} (and {manifest.num_dropped_users:,} dropped: fewer than 2 events)",
         f"events  {manifest.num_events:,} ({manifest.num_events / manifest.num_users:.2f} a user)",
+        f"built   from {_built_from(store)}",
         "",
         f"{'feature':<16}{'dim':>6}{'dtype':>9}{'present':>9}  encoder",
     ]
     for feature in manifest.features:
         share = 100 * feature.present / manifest.num_items
-        encoder = f"{feature.encoder} ({feature.revision[:24]})"
+        precision = (feature.recipe or {}).get("precision")
+        encoder = f"{feature.encoder} ({feature.revision[:24]})" + (f", {precision}" if precision else "")
         lines.append(f"{feature.name:<16}{feature.dim:>6}{feature.dtype:>9}{share:>7.1f} %  {encoder}")
     if not manifest.features:
         lines.append("(none: train with model.id_table)")
@@ -40,6 +42,16 @@ def describe(store: Store) -> str:
         )
         lines.append(f"{split:<8}{len(shards):>8}{samples:>8,}{rows:>12,}{events:>14,}{size / 2**20:>10.1f}")
     return "\n".join(lines)
+
+
+def _built_from(store: Store) -> str:
+    record = store.manifest.built_from
+    if record is None:
+        return "what is not recorded: an older version built it"
+    versions = ", ".join(
+        f"{name} {record.made_with[name]}" for name in ("fmrl-dist", "python") if name in record.made_with
+    )
+    return f"{len(record.files)} files and folders, by {versions} (built_from in manifest.json)"
 
 
 if __name__ == "__main__":

@@ -7,9 +7,11 @@ import os
 import select
 import signal
 import sys
+import traceback
 from collections.abc import Callable
-from types import FrameType
+from types import FrameType, TracebackType
 
+from fmrl_dist.base.parent_process import end_with_launcher
 from fmrl_dist.base.urls import hide_credentials
 
 EXIT_USER_ERROR = 2
@@ -19,6 +21,10 @@ CANNOT_WRITE = {  # and how to mend it
     errno.EROFS: "choose a place that can be written to",
     errno.EACCES: "choose a place that can be written to",
     errno.ESTALE: "mount it again",
+    errno.ENOTDIR: "choose a path that does not lead through a file",
+    errno.EEXIST: "choose a path that does not lead through a file",  # a folder was to be made there
+    errno.ELOOP: "choose a path without a circle of links",
+    errno.ENAMETOOLONG: "choose a shorter path",
 }
 EXIT_NO_READER = 128 + signal.SIGPIPE  # what a shell shows for a program that ``| head`` ended
 
@@ -51,11 +57,13 @@ def require(condition: bool, message: str) -> None:
 def run_command(main: Callable[[list[str]], None]) -> None:
     """Run a command's ``main(argv)``; a :class:`UserError` ends it with one line on stderr and exit code 2.
 
-    A disk that is full, read-only or gone ends it the same way. A command whose output is no longer read
-    (``| head -1``) ends silently. INT, TERM and HUP end it with one line, cleaned up, whatever the parent process had
-    them set to; a command that saves at a signal (``fmrl_dist.train``) has handlers of its own while it does. Any other
-    exception keeps its traceback and Python's exit code 1: that is a crash, a bug of ours.
+    A disk that is full, read-only or gone, or a path that leads through a file, ends it the same way. A command whose
+    output is no longer read (``| head -1``) ends silently. INT, TERM and HUP end it with one line, cleaned up, whatever
+    the parent process had them set to; a command that saves at a signal (``fmrl_dist.train``) has handlers of its own
+    while it does. Any other exception keeps its traceback, without the credentials of URLs, and Python's exit code 1:
+    that is a crash, a bug of ours. A command that a launcher has started ends when the launcher has died, as at TERM.
     """
+    sys.excepthook = _show_traceback
     before = {number: signal.signal(number, handler) for number, handler in HANDLERS.items()}
     try:
         status = _run(main)
@@ -72,8 +80,13 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         sys.exit(status)
 
 
+def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.stderr.write(hide_credentials("".join(traceback.format_exception(kind, error, trace))))
+
+
 def _run(main: Callable[[list[str]], None]) -> int | str | None:
     try:
+        end_with_launcher()  # here, as its signal may come at once
         main(sys.argv[1:])
     except UserError as error:
         sys.stderr.write(f"error: {hide_credentials(str(error))}\n")  # one write: other ranks may print the same line

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.locks import only_writer
 
 TEMPORARY = re.compile(r"\.[0-9a-f]{16}(\.old)?", re.ASCII)  # ends the name of a folder that is being filled
@@ -23,6 +24,9 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write ``data`` to a temporary file, flush it, then rename it to ``path``; of concurrent writers, one wins.
 
     Each writer's temporary name is random: processes in different containers or machines can have the same id.
+
+    Raises:
+        UserError: the folder does not exist: it is never created, as it may have been removed meanwhile.
     """
     aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
@@ -31,6 +35,8 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} cannot be written: its folder does not exist, or was deleted or moved") from None
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
@@ -41,7 +47,7 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     """A temporary folder to fill, beside ``target``; at the end it is flushed and replaces ``target`` in one step.
 
     If the block raises, the temporary folder is removed and ``target`` is unchanged. What a killed process left behind
-    is removed by the next one.
+    is removed by the next one. What others put into ``target`` while the block ran is kept there.
 
     Raises:
         UserError: another process is writing ``target``.
@@ -53,12 +59,15 @@ def replaced_folder(target: Path) -> Iterator[Path]:
                     shutil.rmtree(left)
         aside = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
         aside.mkdir(parents=True)
+        replaced = set(os.listdir(target)) if target.exists() else set()
         try:
             yield aside
             for path in (*aside.iterdir(), aside):
                 flush(path)
             if target.exists():
                 _exchange(aside, target)
+                for name in set(os.listdir(aside)) - replaced - set(os.listdir(target)):
+                    (aside / name).rename(target / name)
             else:
                 aside.rename(target)
             flush(target.parent)
@@ -79,8 +88,8 @@ def _exchange(aside: Path, target: Path) -> None:
 
 
 def foreign_entries(folder: Path, is_ours: Callable[[str], bool]) -> list[str]:
-    """Names in a folder that are not of the kind that is to be replaced: they must not be removed with it."""
-    return sorted(path.name for path in folder.iterdir() if not is_ours(path.name))
+    """Names in a folder that are not files of the kind that is to be replaced: they must not be removed with it."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() or not is_ours(path.name))
 
 
 def flush(path: Path) -> None:
@@ -90,6 +99,14 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def home_folder() -> Path | None:
+    """The user's home; None where there is none: a container may give its user's id no name, and set no HOME."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
 
 
 def json_sha256(value: Any) -> str:

@@ -26,6 +26,11 @@ def hide_credentials(text: str) -> str:
     return URL.sub(lambda match: match[1] + _shown(match[2]), text)
 
 
+def holds_credentials(text: str) -> bool:
+    """Whether :func:`hide_credentials` would hide something."""
+    return hide_credentials(text) != text
+
+
 def _shown(rest: str) -> str:
     """What may be shown of the part after ``://``. An @ after the host may end a password that contains a / or a ?, so
     nothing of such a URL is shown."""

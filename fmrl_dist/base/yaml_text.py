@@ -9,11 +9,20 @@ from typing import Any
 import yaml
 
 from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.base.urls import hide_credentials
 
 MAX_BYTES = 128 * 1024  # of a file
 MAX_VALUES = 20_000  # keys and values, each as often as aliases repeat it
 
-_SHORT = reprlib.Repr()
+
+class _Shortened(reprlib.Repr):
+    """A short form of a value. Credentials are hidden first: half of a URL no longer shows where they end."""
+
+    def repr_str(self, x: str, level: int) -> str:
+        return super().repr_str(hide_credentials(x), level)
+
+
+_SHORT = _Shortened()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict = 3, 12, 12, 8
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
 
@@ -34,7 +43,7 @@ def read_yaml(path: Path, what: str) -> Any:
     try:
         return parse_yaml(data.decode("utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or an impossible date
-        raise UserError(f"{what} {path} is not YAML: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{what} {path} is not YAML: {' '.join(_problem(error).split())[:300]}") from None
 
 
 def parse_yaml(text: str) -> Any:
@@ -53,6 +62,15 @@ def parse_yaml(text: str) -> Any:
         return loader.construct_document(node)
     finally:
         loader.dispose()
+
+
+def _problem(error: Exception) -> str:
+    """What an error says, with the place, but not the text there: cut short, it may hold half of a credential."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return str(error)
+    mark = error.problem_mark or error.context_mark
+    place = f", in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    return " ".join(part for part in (error.context, error.problem) if part) + place
 
 
 def shown(value: Any) -> str:

@@ -4,6 +4,7 @@
     model.safetensors             its state dict, float32
     item_embeddings.safetensors   the scoring embeddings: no item features are needed to deploy
     vocab.parquet                 copied from the store: external ids, training counts, titles if any
+    fit-<feature>.safetensors     copied from the store: what a new item's text is encoded with, of a fitted feature
 
 V items, D the model's width, which is the exported size.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,14 @@ from torch import Tensor
 
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import file_sha256, foreign_entries, json_sha256, replaced_folder
-from fmrl_dist.data.store.manifest import VOCAB_FILE
+from fmrl_dist.data.feature_identity import MadeBy
+from fmrl_dist.data.store.manifest import VOCAB_FILE, fit_file
 from fmrl_dist.model.fmrlrec import CONFIG_FILE, FORMAT_VERSION, MODEL_FILE, FMRLRec
 
 ITEMS_FILE = "item_embeddings.safetensors"
 ITEMS_TENSOR = "item_embeddings"
-EVALUATION = re.compile(r"evaluation(-[a-z0-9-]+)?\.(json|png|parts)")  # what fmrl_dist.evaluate adds
+# What an export may also have: fits of its features, and what fmrl_dist.evaluate adds.
+ADDED = re.compile(r"fit-[a-z][a-z0-9_]*\.safetensors|evaluation(-[a-z0-9-]+)?\.(json|png|parts)", re.ASCII)
 FILES = (CONFIG_FILE, MODEL_FILE, ITEMS_FILE, VOCAB_FILE)
 
 
@@ -75,7 +79,7 @@ def check_output(folder: Path, overwrite: bool) -> None:
     if not folder.exists():
         return
     require(is_export(folder), f"{folder} exists and is not an export; choose another --output")
-    foreign = foreign_entries(folder, lambda name: name in FILES or EVALUATION.fullmatch(name) is not None)
+    foreign = foreign_entries(folder, lambda name: name in FILES or ADDED.fullmatch(name) is not None)
     require(
         not foreign,
         f"{folder} holds {', '.join(foreign[:3])}, which an export does not have; move it away, or choose another "
@@ -84,8 +88,18 @@ def check_output(folder: Path, overwrite: bool) -> None:
     require(overwrite, f"export {folder} exists; keep it, or replace it with --overwrite")
 
 
-def write_export(recommender: Recommender, folder: Path, vocab: bytes) -> None:
-    """Write ``folder``, replacing an existing export; ``vocab`` is the store's vocabulary file."""
+def write_export(
+    recommender: Recommender, folder: Path, vocab: bytes, encoders: Mapping[str, MadeBy], fits: Mapping[str, bytes]
+) -> None:
+    """Write ``folder``, replacing an existing export.
+
+    Args:
+        recommender: the model and its catalogue.
+        folder: to write.
+        vocab: the store's vocabulary file.
+        encoders: what made each feature that the model reads.
+        fits: file of each of those that was fitted to its items.
+    """
     config = {
         "format_version": FORMAT_VERSION,
         "model": recommender.model.arguments,
@@ -93,6 +107,7 @@ def write_export(recommender: Recommender, folder: Path, vocab: bytes) -> None:
         "max_length": recommender.max_length,
         "predict_first": recommender.predict_first,
         "normalize": recommender.normalize,
+        "feature_encoders": encoders,
         "origin": asdict(recommender.origin),
     }
     with replaced_folder(folder) as aside:
@@ -100,6 +115,8 @@ def write_export(recommender: Recommender, folder: Path, vocab: bytes) -> None:
         _save(recommender.model.state_dict(), aside / MODEL_FILE)
         _save({ITEMS_TENSOR: recommender.items}, aside / ITEMS_FILE)
         (aside / VOCAB_FILE).write_bytes(vocab)
+        for name, data in fits.items():
+            (aside / fit_file(name)).write_bytes(data)
         for name in (MODEL_FILE, ITEMS_FILE):  # safetensors makes files readable only by their owner
             shutil.copymode(aside / CONFIG_FILE, aside / name)
 

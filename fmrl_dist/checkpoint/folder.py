@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import file_sha256, flush, json_sha256
+from fmrl_dist.data.feature_identity import MadeBy
 
 CHECKPOINT_VERSION = 3
 RECORD_FILE = "state.json"
@@ -69,7 +70,7 @@ class Checkpoint:
     features: dict[str, int]  # feature → dim, as the model was built
     num_items: int
     manifest_sha256: str
-    feature_encoders: dict[str, str]  # what made each feature of the store; empty in older checkpoints
+    feature_encoders: dict[str, MadeBy]  # what made each feature of the store; empty in older checkpoints
     sha256: str  # of its record, which contains the hashes of its tensors
 
 
@@ -84,7 +85,7 @@ def save_checkpoint(
     """Write ``folder/step-…`` and point ``latest`` at it, and ``best`` too if its evaluation is the best so far.
 
     Args:
-        folder: the run's ``checkpoints``.
+        folder: the run's ``checkpoints``; created in the run's folder, which must exist.
         state: the run's progress.
         model: the unwrapped model's state dict, on the CPU.
         optimizer: the complete AdamW state, named as by :func:`optimizer_tensors`.
@@ -97,7 +98,8 @@ def save_checkpoint(
     _prune(folder, keep)
     path = _unused_path(folder, state.step)
     aside = folder / f".{path.name}"
-    aside.mkdir(parents=True)
+    folder.mkdir(exist_ok=True)  # not its parents: a run's folder that is gone stays so
+    aside.mkdir()
     try:
         for name, tensors in zip(TENSOR_FILES, (model, optimizer), strict=True):
             _save_tensors(tensors, aside / f"{name}.safetensors")
@@ -300,7 +302,7 @@ def _read_checkpoint(path: Path, with_optimizer: bool) -> Checkpoint:
         facts["feature_encoders"] = record.get("feature_encoders", {})
     except (UserError, FileNotFoundError):
         raise
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         problem = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"checkpoint {path} is damaged ({problem}); use another, or start over") from None
     return Checkpoint(path, model, optimizer, state, sha256=sha256, **facts)

@@ -9,9 +9,11 @@ from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.checkpoint.export_folder import Origin, Recommender
 from fmrl_dist.checkpoint.folder import Checkpoint
 from fmrl_dist.config.sections import Config, ModelConfig
-from fmrl_dist.data.item_table import ItemTable, feature_dims, feature_encoders, load_item_table
+from fmrl_dist.data.feature_identity import encoder_differences, feature_encoders
+from fmrl_dist.data.item_table import ItemTable, feature_dims, load_item_table
 from fmrl_dist.data.items_differ import check_items_differ
-from fmrl_dist.data.store.manifest import VOCAB_FILE
+from fmrl_dist.data.store.built_from import list_differences
+from fmrl_dist.data.store.manifest import VOCAB_FILE, fit_file
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.vocabulary import external_ids, rows_of
 from fmrl_dist.model.embed_catalogue import embed_catalogue
@@ -94,11 +96,16 @@ def check_features(store: Store, checkpoint: Checkpoint) -> None:
         )
     found = feature_encoders(store)
     for name in checkpoint.features:
-        made_by = checkpoint.feature_encoders.get(name, found[name])
+        differences = encoder_differences(checkpoint.feature_encoders.get(name, found[name]), found[name])
+        mend = "with the same settings,"
+        if name in store.manifest.fits and any(difference.startswith("revision ") for difference in differences):
+            run = checkpoint.path.parent.parent
+            place = run if (run / fit_file(name)).is_file() else "the run, or its store"
+            mend = f"with data.features.{name}.fit: {place}, which keeps the fit,"
         require(
-            found[name] == made_by,
-            f"checkpoint {checkpoint.path} was trained on feature {name!r} of {made_by}; that of store "
-            f"{store.location} is of {found[name]}: build the store with the same encoder, or train on this one",
+            not differences,
+            f"checkpoint {checkpoint.path} was trained on another feature {name!r} than that of store "
+            f"{store.location}: {list_differences(differences)}; build the store {mend} or train on this one",
         )
 
 

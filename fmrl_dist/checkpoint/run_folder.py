@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fmrl_dist.base.errors import UserError, require
-from fmrl_dist.base.files import write_atomically
+from fmrl_dist.base.files import home_folder, write_atomically
 from fmrl_dist.base.locks import LockHeldError, lock_file
 from fmrl_dist.checkpoint.folder import (
     Checkpoint,
@@ -26,7 +27,8 @@ from fmrl_dist.checkpoint.folder import (
 from fmrl_dist.checkpoint.fresh_start import check_nothing_is_lost, check_own_folder
 from fmrl_dist.config.loading import config_from_dict
 from fmrl_dist.config.sections import Config
-from fmrl_dist.data.store.manifest import VOCAB_FILE
+from fmrl_dist.data.store.manifest import VOCAB_FILE, fit_file
+from fmrl_dist.data.store.reader import Store
 from fmrl_dist.distributed.processes import Runtime
 
 LOCK_FILE = ".lock"
@@ -100,7 +102,7 @@ def open_run(
             none is intact or there though the run was saved.
     """
     folder = Path(config.run.dir)
-    others = (Path("/"), Path.home(), Path.cwd())
+    others = (Path("/"), home_folder(), Path.cwd())
     require(
         folder.resolve() not in others and (folder.is_dir() or not folder.exists()),
         f"run.dir is {config.run.dir!r}; expected a folder of its own, such as runs/first",
@@ -135,8 +137,35 @@ def open_run(
     return checkpoint
 
 
+@dataclass(frozen=True)
+class RunClaim:
+    """A run's folder that this process may write."""
+
+    folder: Path
+    lock: int | None = None  # descriptor of the folder's lock file; None on ranks that write nothing
+
+    def check(self) -> None:
+        """Refuse to go on where the folder is no longer the one that was claimed.
+
+        What is written to its open files would be lost, and what is created by name would be half a run, or in another
+        run's folder.
+
+        Raises:
+            UserError: it was deleted, moved or replaced.
+        """
+        is_there = self.lock is None
+        if self.lock is not None:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                is_there = os.path.samestat((self.folder / LOCK_FILE).stat(), os.fstat(self.lock))
+        require(
+            is_there,
+            f"run folder {self.folder} is gone: it was deleted, moved or replaced while the run wrote to it; "
+            "if it was moved, resume with --resume auto and --run.dir at its new place, else start again",
+        )
+
+
 @contextmanager
-def locked(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
+def locked(folder: Path, say: Callable[[str], None] = print) -> Iterator[RunClaim]:
     """Prevent other processes, on any machine, from training into a run's folder, which is created if needed.
 
     The kernel, or the file server, releases the lock however the process ends; forked workers do not hold it. A file
@@ -164,31 +193,32 @@ def locked(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
             say(f"{folder} cannot be locked ({error.strerror}): nothing prevents a second run from training into it")
         file.truncate(0)
         print(f"process {os.getpid()} of {socket.gethostname()}", file=file, flush=True)
-        yield
+        yield RunClaim(folder, file.fileno())
         file.truncate(0)
 
 
 @contextmanager
 def claimed_run_folder(
-    folder: Path, config: Config, runtime: Runtime, vocabulary: bytes | None = None
-) -> Iterator[None]:
+    folder: Path, config: Config, runtime: Runtime, store_files: Mapping[str, bytes]
+) -> Iterator[RunClaim]:
     """Claim the run's folder, once nothing can be refused any more, and clear its mark that the run is finished.
 
     Args:
         folder: of the run.
         config: of the run, kept in it.
         runtime: this process and its group.
-        vocabulary: the store's, kept with a run whose id table belongs to its items; None for another.
+        store_files: :func:`files_of_store`, to be kept in it; only rank 0 needs them.
 
     Raises:
-        UserError: on every rank; another run is training into it.
+        UserError: on every rank; another run is training into it. Later, on the first rank: the folder is gone.
     """
+    claim = RunClaim(folder)
     runtime.accelerator.wait_for_everyone()  # every rank has looked at the folder before one writes to it
     with ExitStack() as stack:
         refusal = ""
         if runtime.is_main:
             try:
-                stack.enter_context(locked(folder, runtime.say))
+                claim = stack.enter_context(locked(folder, runtime.say))
                 restore_links(folder / "checkpoints", config.train.keep_checkpoints)
             except UserError as error:
                 refusal = str(error)
@@ -196,11 +226,30 @@ def claimed_run_folder(
             raise UserError(refusal or f"another run is training into {folder}")
         if runtime.is_main:
             write_atomically(folder / "config.yaml", config.to_yaml().encode())
-            if vocabulary is not None:
-                write_atomically(folder / VOCAB_FILE, vocabulary)
+            for name, data in store_files.items():
+                write_atomically(folder / name, data)
             (folder / FINISHED_FILE).unlink(missing_ok=True)
             (folder / FINAL_EVALUATION).unlink(missing_ok=True)
-        yield
+        try:
+            yield claim
+        except (UserError, OSError):
+            claim.check()  # the cause of what could not be written, or found
+            raise
+
+
+def files_of_store(store: Store, features: Iterable[str], has_id_table: bool) -> dict[str, bytes]:
+    """What a run keeps of its store, by file name: it says what the run's weights mean when the store is built again.
+
+    Args:
+        store: that it trains on.
+        features: that its model reads; the fits of those that were fitted.
+        has_id_table: then also the vocabulary, which says whose rows it has.
+
+    Raises:
+        UserError: one of them is missing or damaged.
+    """
+    files = {fit_file(name): store.read_fit(name) for name in features if name in store.manifest.fits}
+    return files | ({VOCAB_FILE: store.read_table(VOCAB_FILE)} if has_id_table else {})
 
 
 def evaluation_file(split: str, mask_seen: bool, other_manifest: str = "") -> str:
@@ -233,7 +282,7 @@ def is_finished(folder: Path) -> bool:
     try:
         record = json.loads((folder / FINISHED_FILE).read_text())
         return bool(record["latest_sha256"] == latest_sha256(folder / "checkpoints"))
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return False
 
 

@@ -35,6 +35,8 @@ class TfidfFeature:
     source: Literal["tfidf"] = "tfidf"  # TF-IDF and SVD
     dim: NonNegativeInt = 0  # dimensions that the SVD keeps, at least 1; required
     text: tuple[str, ...] = ()  # parts of the item text; [] for data.text
+    # store (folder or URL), run or export whose fit of this feature is taken, so that its axes are theirs; "": fit anew
+    fit: str = ""
 
     def check(self, key: str) -> None:
         require(self.dim > 0, f"{key} has no dim; source 'tfidf' needs the dimensions that its SVD keeps, at least 1")
@@ -63,7 +65,7 @@ class TransformersFeature:
     pooling: Literal["cls", "mean"] = "cls"  # from token states to a row: the first token's, or the mean
     max_tokens: Annotated[int, Limits(3)] = 512  # a longer text is cut; 3 hold [CLS], a word and [SEP]
     batch_tokens: int = 16_384  # tokens of one forward pass, padding included; at least max_tokens
-    precision: Precision = "auto"  # auto: bf16 where the device multiplies it faster than float32
+    precision: Precision = "auto"  # auto: bf16 where the device multiplies it fast, else fp32; the manifest says which
     text: tuple[str, ...] = ()  # parts of the item text; [] for data.text
 
     def check(self, key: str) -> None:
@@ -86,7 +88,7 @@ class OpenClipFeature:
     pretrained: str = "webli"  # a tag that open_clip knows for the model, or a file of weights
     batch_images: PositiveInt = 64  # images of one forward pass
     workers: NonNegativeInt = 2  # processes that decode; 0: decode in the main process
-    precision: Precision = "auto"  # auto: bf16 where the device multiplies it faster than float32
+    precision: Precision = "auto"  # auto: bf16 where the device multiplies it fast, else fp32; the manifest says which
 
     def check(self, key: str) -> None:
         _require_path(self, key, self.path)

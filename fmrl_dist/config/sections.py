@@ -69,7 +69,7 @@ class DemoConfig:
 class SequenceTableConfig:
     """The histories: a table of whole sequences, or of single interactions (Parquet or CSV)."""
 
-    path: str = "sequences.parquet"  # Parquet or CSV file, relative to data.root
+    path: str = "sequences.parquet"  # Parquet or CSV file, or folder of such parts, relative to data.root
     # sequences: one row per user with a list of items, oldest first | interactions: one row per event
     layout: Literal["sequences", "interactions"] = "sequences"
     user: str = "user_id"  # column of user ids
@@ -84,7 +84,7 @@ class SequenceTableConfig:
 class ItemTableConfig:
     """The catalogue: one row per item. An item's row is its internal id."""
 
-    path: str = "items.parquet"  # Parquet or CSV file, relative to data.root
+    path: str = "items.parquet"  # Parquet or CSV file, or folder of such parts, relative to data.root
     id: str = "item_id"  # column of item ids
     title: str = ""  # column of titles, "" for none; kept in the vocabulary for reading recommendations
 
@@ -99,8 +99,9 @@ class DataConfig:
     items: ItemTableConfig = field(default_factory=ItemTableConfig)
     # item features by name; each has a source, and that source's keys
     features: dict[str, FeatureConfig] = field(default_factory=dict)
-    # parts of an item's text, with columns of the item table in braces; an item lacks the parts whose columns it lacks
-    text: tuple[str, ...] = ("Title: {title}", "Price: {price}", "Brand: {brand}", "Categories: {categories}")
+    # parts of an item's text, with columns of the item table in braces; an item lacks the parts whose columns it lacks;
+    # []: those of "Title: {title}", "Price: {price}", "Brand: {brand}", "Categories: {categories}" that the table has
+    text: tuple[str, ...] = ()
     text_separator: str = "\n"  # what joins the parts of an item's text
     max_length: PositiveInt = 50  # targets of a training window, events of an evaluation history
     # last: one window per user | all: windows that partition the user's targets
@@ -334,6 +335,15 @@ class RunConfig:
         check_path("run.dir", self.dir)
 
 
+def _hidden(value: Any) -> Any:
+    """Plain values with the credentials of every URL hidden."""
+    if isinstance(value, str):
+        return hide_credentials(value)
+    if isinstance(value, list):
+        return [_hidden(part) for part in value]
+    return {key: _hidden(part) for key, part in value.items()} if isinstance(value, dict) else value
+
+
 @dataclass(frozen=True)
 class Config:
     """Everything a run needs, and nothing that it does not."""
@@ -361,10 +371,10 @@ class Config:
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as they may be printed and recorded: a store's URL without its credentials."""
-        values = json.loads(json.dumps(dataclasses.asdict(self)))
-        values["store"]["path"] = hide_credentials(self.store.path)
-        return typing.cast(dict[str, Any], values)
+        """Plain values, as they may be printed and recorded: URLs without their credentials."""
+        values = typing.cast(dict[str, Any], _hidden(json.loads(json.dumps(dataclasses.asdict(self)))))
+        values["data"] |= {"text": list(self.data.text), "text_separator": self.data.text_separator}  # as they are
+        return values
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)

@@ -20,11 +20,10 @@ import pyarrow.parquet as pq
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import write_atomically
 from fmrl_dist.data.alias import ROW, alias_table
+from fmrl_dist.data.store.derived import check_appended_hash
 from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.windows import WindowRule, ragged_rows, target_windows
-
-DIGEST_BYTES = 32  # of a sha256 hash
 
 
 def popularity_table(store: Store, power: float) -> np.ndarray:
@@ -112,9 +111,7 @@ def _write(path: Path, table: np.ndarray) -> None:
 
 def _read(path: Path) -> np.ndarray:
     try:
-        content = np.memmap(path, np.uint8, "r")
-        if hashlib.sha256(content[:-DIGEST_BYTES].data).digest() != content[-DIGEST_BYTES:].tobytes():
-            raise ValueError("its sha256 does not match the appended one")
+        check_appended_hash(path)
         table: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}); delete it, it will be rebuilt") from None

@@ -3,10 +3,11 @@
 V items, F features' total dim, M features. One process per node writes the file once, in ``Store.derived_folder``,
 under a lock; all processes of the node map it and so share its pages. Its name contains the hashes of manifest and
 features, and it gets that name once it is complete and on disk. Every block is checked against the manifest when it is
-unpacked. Afterwards only the file's shape is checked, so that a start does not read all of it.
+unpacked. Every start compares a sample of the file with its hashes (:mod:`fmrl_dist.data.store.piece_hashes`); a file
+that is damaged is unpacked again.
 
-Cost: every item block is read once, and its rows are written at scattered places in the file. Memory holds only one
-flag per item and the pages that the system chooses to cache.
+Cost: every item block is read once, its rows are written at scattered places in the file, and the file is read once to
+be hashed. Memory holds only one flag per item and the pages that the system chooses to cache.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import hashlib
 import math
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,9 +31,12 @@ from torch import Tensor
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import flush
 from fmrl_dist.base.locks import lock_file
+from fmrl_dist.data.store.derived import table_damage
+from fmrl_dist.data.store.piece_hashes import write_hashes
 from fmrl_dist.data.store.reader import Store
 
 LEFT_BEHIND_S = 600.0  # without a write: then the writer of a temporary file is dead
+SMALL_TABLE_BYTES = 1 << 28
 ANNOUNCE_AFTER_S = 5.0  # of waiting for another process, announce it
 
 
@@ -45,7 +50,7 @@ class ItemTable:
 
 
 def load_item_table(store: Store, features: Sequence[str] | None) -> ItemTable:
-    """The features of all items, unpacked unless a process of this node has already done so.
+    """The features of all items, unpacked unless a process of this node has already done so and they are intact.
 
     Args:
         store: an open store.
@@ -61,10 +66,12 @@ def load_item_table(store: Store, features: Sequence[str] | None) -> ItemTable:
     stem = f"items-{hashlib.sha256(','.join(names).encode()).hexdigest()[:8]}-{store.manifest.sha256[:16]}"
     values, present = (store.derived_folder / f"{stem}.{part}.npy" for part in ("values", "present"))
     try:
-        if not values.exists():
+        if table_damage(values) is not None:
             values.parent.mkdir(parents=True, exist_ok=True)
             with _locked(values.with_suffix(".lock")):
-                if not values.exists():
+                if (damage := table_damage(values)) is not None:
+                    if values.exists():
+                        print(f"the item table {values} is damaged ({damage}); it is unpacked again", flush=True)
                     _unpack(store, dims, values, present)
         return ItemTable(
             dims,
@@ -76,14 +83,6 @@ def load_item_table(store: Store, features: Sequence[str] | None) -> ItemTable:
             f"the item table {values} cannot be written or read ({error.strerror or error}); free space, or choose "
             "another folder with --store.cache_dir"
         ) from None
-
-
-def feature_encoders(store: Store) -> dict[str, str]:
-    """What made each feature of a store: encoder and revision, which with a fitted one name what it was fitted on.
-
-    A precomputed array says nothing of what made it, and its hash is another for every catalogue: "npy".
-    """
-    return {f.name: "npy" if f.encoder == "npy" else f"{f.encoder} {f.revision}" for f in store.manifest.features}
 
 
 def feature_dims(store: Store, features: Sequence[str] | None) -> dict[str, int]:
@@ -102,11 +101,13 @@ def feature_dims(store: Store, features: Sequence[str] | None) -> dict[str, int]
 
 
 def _unpack(store: Store, dims: Mapping[str, int], values_path: Path, present_path: Path) -> None:
-    """Write both files under temporary names, then rename them, the values last: if they exist, so does the rest."""
+    """Write files and hashes under temporary names, then rename them, the values last."""
     stem = values_path.stem.partition(".")[0]
     for left in values_path.parent.glob(f".{stem}.*"):  # left behind by a killed process
         if time.time() - left.stat().st_mtime > LEFT_BEHIND_S:
             left.unlink(missing_ok=True)
+    row_bytes = 2 * sum(dims.values()) + len(dims)
+    _check_claim(store, store.manifest.num_items * row_bytes, values_path.parent)
     paths = {present_path: (np.bool_, len(dims)), values_path: (np.float16, sum(dims.values()))}
     # Random names: without a working lock, as on some network file systems, two processes can do this side by side.
     asides = [path.with_name(f".{path.name}.{secrets.token_hex(8)}") for path in paths]
@@ -125,8 +126,13 @@ def _unpack(store: Store, dims: Mapping[str, int], values_path: Path, present_pa
             present[ids] = np.stack([arrays.get(f"{name}.mask", np.ones(len(ids), np.bool_)) for name in dims], 1)
         missing = int((~seen).sum())
         require(missing == 0, f"store {store.location}: {missing} items are in no block; rebuild the store")
-        for array, aside, path in zip((present, values), asides, paths, strict=True):
+        for array in (present, values):
             array.flush()
+        hashes_path = values_path.with_name(f"{stem}.sha256")
+        hashes = hashes_path.with_name(f".{hashes_path.name}.{secrets.token_hex(8)}")
+        asides.append(hashes)
+        write_hashes(hashes, asides[:2])
+        for aside, path in ((asides[0], present_path), (hashes, hashes_path), (asides[1], values_path)):
             flush(aside)
             aside.rename(path)
         flush(values_path.parent)
@@ -134,6 +140,27 @@ def _unpack(store: Store, dims: Mapping[str, int], values_path: Path, present_pa
         for aside in asides:
             aside.unlink(missing_ok=True)
         raise
+
+
+def _check_claim(store: Store, num_bytes: int, folder: Path) -> None:
+    """Refuse a table that the item shards, as long as they really are, cannot hold, or the disk: before it is reserved.
+
+    Raises:
+        UserError: likewise.
+    """
+    if num_bytes > SMALL_TABLE_BYTES:  # for a smaller one, thousands of shards need not be asked for their length
+        there = store.item_bytes()
+        require(
+            num_bytes <= there,
+            f"store {store.location}: the manifest claims an item table of {num_bytes:,} bytes, but the item shards "
+            f"have {there:,}; see python -m shards.verify {store.location}",
+        )
+    free = shutil.disk_usage(folder).free
+    require(
+        num_bytes <= free,
+        f"the item table takes {num_bytes:,} bytes, but {folder} has {free:,} free; free space, or choose another "
+        "folder with --store.cache_dir",
+    )
 
 
 def _reserve(paths: Sequence[Path]) -> None:

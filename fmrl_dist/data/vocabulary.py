@@ -9,9 +9,10 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.base.parquet import bounded_table
+from fmrl_dist.data.store.tables import table_batches
 
 SHOWN = 3  # unknown ids in a message
 
@@ -23,7 +24,7 @@ def external_ids(vocabulary: bytes, where: str) -> pa.Array:
         UserError: it cannot be read.
     """
     try:
-        table = pq.read_table(pa.BufferReader(vocabulary), columns=["external_id"], use_threads=False)
+        table = bounded_table(table_batches(vocabulary, where, ["external_id"]), where)
         return pc.cast(table.column("external_id").combine_chunks(), pa.string())
     except (OSError, pa.ArrowException, LookupError, ValueError) as error:
         problem = " ".join(str(error).split())[:200]

@@ -15,7 +15,10 @@ from typing import Any
 from accelerate.utils import DeepSpeedPlugin
 
 from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.base.json_text import read_object
+from fmrl_dist.base.yaml_text import shown
 
+DEEPSPEED_MEND = "use one such as launch/deepspeed/zero2.json"
 STAGES = (1, 2, 3)
 CASTS = ("fp16", "bf16", "amp", "torch_autocast")  # sections with a key ``enabled``
 OURS = {  # DeepSpeed's key → our setting that decides it
@@ -47,6 +50,8 @@ def checked_plugin(environment: Mapping[str, str]) -> DeepSpeedPlugin:
         f"DeepSpeed config {source} does not exist in {Path.cwd()}; start in the repository's root, "
         "or pass the file with accelerate launch --deepspeed_config_file PATH",
     )
+    if source is not None:
+        check_kinds(read_object(Path(source), "DeepSpeed config", DEEPSPEED_MEND), source)
     try:
         plugin = DeepSpeedPlugin()
     except (ValueError, TypeError, AttributeError) as error:
@@ -54,6 +59,16 @@ def checked_plugin(environment: Mapping[str, str]) -> DeepSpeedPlugin:
         raise UserError(f"DeepSpeed config {source or 'of the launcher'} is not valid: {problem}") from None
     check_zero_config(plugin.deepspeed_config, source or "of the launcher")
     return plugin
+
+
+def check_kinds(config: dict[str, Any], source: str) -> None:
+    """Refuse a section that is no object, which DeepSpeed and Accelerate take it for."""
+    for section in ("zero_optimization", *CASTS):
+        found = config.get(section, {})
+        require(
+            isinstance(found, dict),
+            f"DeepSpeed config {source} has {section} {shown(found)}; expected an object: {DEEPSPEED_MEND}",
+        )
 
 
 def check_zero_config(config: dict[str, Any], source: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -16,6 +18,10 @@ from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.config.sections import TrainPrecision
 from fmrl_dist.distributed.deepspeed import asks_for_deepspeed, checked_plugin, leave_out_unused_build
 
+# By which ranks meet, and find their device.
+MEETING = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# MPI's, which Accelerate reads too, and srun's: processes that such a program starts do not meet.
+STARTERS_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 PATIENCE_S = 4 * 3600.0  # ranks that evaluate different users wait this long for each other
 
 
@@ -126,14 +132,17 @@ def start_runtime(
         patience_s: longest time that one process may wait for another before the run ends.
 
     Raises:
-        UserError: several processes were requested but one was started; the launcher requests a precision, accumulation
+        UserError: several processes were requested but one was started, or only some of the variables are set by which
+            they meet; the launcher requests a precision, accumulation
             or DeepSpeed configuration that is not supported; or there are more processes than lanes.
     """
     refuse_one_process_trap(os.environ)
+    alone = is_alone(os.environ)
     refuse_accumulation(os.environ)
     precision = launched_precision(os.environ, precision)
     in_group = dist.is_initialized()
-    accelerator = start_accelerator(os.environ, patience_s)
+    with without_starters_sizes(os.environ, alone):
+        accelerator = start_accelerator(os.environ, patience_s)
     requested = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != requested:
         raise UserError(
@@ -146,7 +155,7 @@ def start_runtime(
             "raise train.lanes (a divisor of train.batch_size) or start fewer processes"
         )
     cores = len(os.sched_getaffinity(0))
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_ranks = 1 if alone else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     num_threads = max(cores // local_ranks, 1) if threads == "auto" else int(threads)
     torch.set_num_threads(num_threads)
     torch.set_flush_denormal(True)  # decayed states underflow; denormals would only slow it down
@@ -175,6 +184,50 @@ def refuse_one_process_trap(environment: os._Environ[str] | dict[str, str]) -> N
             "several processes were requested but one was started (accelerate launch --cpu does that silently); "
             "start them with accelerate launch --multi_gpu --num_processes N …"
         )
+
+
+def is_alone(environment: os._Environ[str] | dict[str, str]) -> bool:
+    """Whether this process trains or evaluates by itself: no launcher has given it a rank.
+
+    Raises:
+        UserError: it has a rank, but not all of the variables by which ranks meet.
+    """
+    world_size, rank = environment.get("WORLD_SIZE"), environment.get("RANK")
+    if world_size is None and rank is None and "LOCAL_RANK" not in environment:
+        return True
+    if world_size == "1" and "LOCAL_RANK" not in environment:
+        return True
+    found = {name: environment[name] for name in MEETING if name in environment}
+    shown = ", ".join(f"{name} {value!r}" for name, value in found.items())
+    missing = ", ".join(name for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR") if name not in found)
+    mend = "start the processes with accelerate launch, or unset these variables to run a single one"
+    require(not missing, f"the environment has {shown} but not {missing}; {mend}")
+    require(
+        str(world_size).isdecimal() and str(rank).isdecimal() and int(str(rank)) < int(str(world_size)),
+        f"the environment has {shown}; expected RANK to be a number below WORLD_SIZE: {mend}",
+    )
+    return False
+
+
+@contextmanager
+def without_starters_sizes(environment: os._Environ[str] | dict[str, str], alone: bool) -> Iterator[None]:
+    """Hide variables by which Accelerate would take one process for one of several that never meet.
+
+    An ``mpirun`` or ``srun`` further out may have set them for another program. If it is the one that started this
+    process, several train or evaluate the same by themselves, so each says that it is alone.
+    """
+    hidden = {name: environment.pop(name) for name in STARTERS_SIZES if name in environment}
+    for name, value in hidden.items():
+        if alone and value != "1":
+            print(
+                f"{name} is {value}, but this is one process by itself; several start with accelerate launch "
+                "--multi_gpu --num_processes N",
+                flush=True,
+            )
+    try:
+        yield
+    finally:
+        environment.update(hidden)
 
 
 def launched_precision(environment: os._Environ[str] | dict[str, str], configured: TrainPrecision) -> TrainPrecision:

@@ -150,7 +150,7 @@ def _read_part(folder: Path, part: Part, evaluated: EvaluationIdentity) -> tuple
         return ComputeSetting(**record["means"]), _checked(record["histograms"], evaluated)
     except UserError as error:
         raise UserError(f"{error}; {again}") from None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         problem = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{path} is damaged ({problem}); {again}") from None
 

@@ -8,6 +8,7 @@ import torch
 
 from fmrl_dist.base.errors import require
 from fmrl_dist.config.sections import Config
+from fmrl_dist.data.store.built_from import list_differences, recorded_keys
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.distributed.processes import Runtime
 
@@ -102,3 +103,15 @@ def check_something_tells_items_apart(config: Config, store: Store) -> None:
         f"store {store.location} has no features and model.id_table is off: nothing would tell items apart; turn "
         "model.id_table on, or build the store with data.features",
     )
+
+
+def note_on_other_config(config: Config, store: Store) -> str:
+    """How the store differs from the one that this config would build; "" if it does not, or nobody recorded it.
+
+    It is no mistake: a config may name nothing but a store. But whoever changed a key and did not build again sees it.
+    """
+    built_from = store.manifest.built_from
+    differences = built_from.differences(recorded_keys(config)) if built_from is not None else []
+    if not differences:
+        return ""
+    return f"note: store {store.location} was built by another config: {list_differences(differences)}"

@@ -13,7 +13,8 @@ from fmrl_dist.checkpoint.folder import Checkpoint, TrainState, load_checkpoint
 from fmrl_dist.checkpoint.restore import check_features, load_weights
 from fmrl_dist.checkpoint.writer import CheckpointWriter
 from fmrl_dist.config.loading import config_from_dict
-from fmrl_dist.data.item_table import ItemTable, feature_encoders, load_item_table
+from fmrl_dist.data.feature_identity import feature_encoders
+from fmrl_dist.data.item_table import ItemTable, load_item_table
 from fmrl_dist.data.items_differ import check_items_differ
 from fmrl_dist.losses.item_tiles import RowMatrix
 from fmrl_dist.losses.settings import LossSettings
@@ -100,7 +101,7 @@ def load_initial_weights(model: FMRLRec, run: Run) -> None:
     """Start a fresh run from the weights of another one (``train.init``), with a schedule of its own.
 
     Raises:
-        UserError: they are of another model, read other features, or an id table is of another store's items.
+        UserError: they are of another model or of other features, or an id table is of another store's items.
     """
     source = load_checkpoint(Path(run.config.train.init), with_optimizer=False)
     features = model.encoder.feature_dims
@@ -109,7 +110,6 @@ def load_initial_weights(model: FMRLRec, run: Run) -> None:
         f"train.init {source.path} reads features {source.features}, this run {features}; choose another, or give "
         f"model.features {list(source.features)}",
     )
-    check_features(run.store, source)
     theirs, ours = config_from_dict(source.config).model, run.config.model
     for key in MEANING:
         before, now = getattr(theirs, key), getattr(ours, key)
@@ -122,6 +122,7 @@ def load_initial_weights(model: FMRLRec, run: Run) -> None:
         not run.config.model.id_table or source.manifest_sha256 == run.store.manifest.sha256,
         f"train.init {source.path} has an id table of another store's items; use that store, or no model.id_table",
     )
+    check_features(run.store, source)
     load_weights(model, source)
 
 

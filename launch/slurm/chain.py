@@ -122,11 +122,12 @@ class JobChain:
         return ("--config", *self.config_arguments) if has_file else self.config_arguments
 
     def _launcher(self) -> tuple[str, ...]:
-        """As start_node.sh starts it on a single node."""
+        """As start_node.sh starts it on a single node: one process has no launcher, which would keep signals."""
+        if self.processes == 1:
+            return (sys.executable,)
         launcher = Path(sys.executable).with_name("accelerate-launch")
         options = f"--num_machines 1 --num_processes {self.processes} --mixed_precision no --dynamo_backend no"
-        several = "--multi_gpu --main_process_port 0" if self.processes > 1 else ""
-        return (str(launcher), *options.split(), *several.split())
+        return (str(launcher), *options.split(), "--multi_gpu", "--main_process_port", "0")
 
 
 def parse_stages(text: str) -> tuple[str, ...]:

@@ -47,7 +47,8 @@ def batch_script(path: str, *arguments: str) -> BatchScript:
     ``FMRL_CHAIN``: the command that submits an evaluation in parts also submits the job that joins them.
     """
     ours = {name: value for name, value in os.environ.items() if name.startswith("FMRL_")}
-    return BatchScript(path, arguments, {"FMRL_VENV": sys.prefix, **ours, "FMRL_CHAIN": "1"})
+    here = {"FMRL_ROOT": "", "FMRL_CHAIN": "1"}  # the job runs in the folder that it is submitted from
+    return BatchScript(path, arguments, {"FMRL_VENV": sys.prefix, **ours, **here})
 
 
 @dataclass(frozen=True)

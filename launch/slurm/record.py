@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.base.errors import require
 from fmrl_dist.base.files import write_atomically
+from fmrl_dist.base.json_text import read_object
 from launch.slurm.job_states import LIVE, cancel, queue_states
 
 RECORD = "submitted.json"
+JOB_ID = re.compile(r"[0-9]+(_[0-9]+)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -42,11 +46,26 @@ def read_record(folder: Path) -> list[SubmittedStage]:
     """
     path = folder / RECORD
     require(path.is_file(), f"no jobs were submitted: {path} does not exist")
-    try:
-        stages = json.loads(path.read_text())["stages"]
-        return [SubmittedStage(stage["stage"], tuple(stage["jobs"]), tuple(stage["logs"])) for stage in stages]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is not a record of jobs; find its jobs with squeue, and remove the file") from None
+    mend = "find its jobs with squeue, and remove the file"
+    stages = read_object(path, "record", mend).get("stages")
+    is_record = isinstance(stages, list) and len(stages) > 0 and all(map(_is_stage, stages))
+    require(is_record, f"{path} is not a record of jobs; {mend}")
+    assert isinstance(stages, list)
+    return [SubmittedStage(stage["stage"], tuple(stage["jobs"]), tuple(stage["logs"])) for stage in stages]
+
+
+def _is_stage(value: Any) -> bool:
+    """Whether a plain value is a recorded stage: a wrong id would be that of somebody else's job."""
+    if not (isinstance(value, dict) and isinstance(value.get("stage"), str)):
+        return False
+    jobs, logs = value.get("jobs"), value.get("logs")
+    return (
+        isinstance(jobs, list)
+        and isinstance(logs, list)
+        and 0 < len(jobs) == len(logs)
+        and all(isinstance(job, str) and JOB_ID.fullmatch(job) for job in jobs)
+        and all(isinstance(log, str) for log in logs)
+    )
 
 
 def all_jobs(stages: Sequence[SubmittedStage]) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from fmrl_dist.base.errors import run_command
 from fmrl_dist.config.command_line import command_parser
+from fmrl_dist.config.credentials import refuse_credentials_in_config
 from fmrl_dist.config.loading import load_config
 
 
@@ -16,6 +17,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--resume", help="as for fmrl_dist.train; ignored here")
     arguments, overrides = parser.parse_known_args(argv)
     config = load_config(arguments.config, overrides)
+    refuse_credentials_in_config(config)
     print(config.train.num_lanes, config.train.batch_size, config.run.dir)
 
 

@@ -22,6 +22,7 @@ import yaml
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import write_atomically
 from fmrl_dist.base.locks import LockHeldError, lock_file
+from fmrl_dist.base.yaml_text import read_yaml
 from launch.sweeps.space import SearchSpace, overrides, read_space
 from launch.sweeps.study import JOURNAL, SweepStudy, Trial
 
@@ -37,10 +38,6 @@ def prepare_folder(folder: Path, space: SearchSpace) -> SearchSpace:
     """
     config = space.config()
     base = config.to_dict()
-    require(
-        base["store"]["path"] == config.store.path,
-        "store.path holds credentials, which a sweep does not record; put them into the environment (README)",
-    )
     recorded = {
         "base": str(folder / BASE),
         "study": space.study,
@@ -49,7 +46,10 @@ def prepare_folder(folder: Path, space: SearchSpace) -> SearchSpace:
         "parameters": space.raw["parameters"],
     }
     if (folder / SPACE).exists():
-        known, known_base = (yaml.safe_load((folder / name).read_text()) for name in (SPACE, BASE))
+        mend = f"restore it, or choose another --folder than {folder}"
+        require((folder / BASE).is_file(), f"{folder / BASE} is missing; {mend}")
+        known, known_base = (read_yaml(folder / name, "the sweep's") for name in (SPACE, BASE))
+        require(isinstance(known, dict) and "trials" in known, f"{folder / SPACE} is not a sweep's space; {mend}")
         now = {"space": {**recorded, "trials": known["trials"]}, "base": base}
         if difference := _first_difference("", {"space": known, "base": known_base}, now):
             raise UserError(
@@ -113,6 +113,23 @@ def worker_lock(folder: Path, worker: int, patience_s: float) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def refused_when_gone(folder: Path) -> Iterator[None]:
+    """Say that a sweep's folder is gone, where that is why something in it cannot be read or written.
+
+    Raises:
+        UserError: it was deleted or moved meanwhile.
+    """
+    try:
+        yield
+    except (OSError, UserError):
+        require(
+            folder.is_dir(),
+            f"the sweep's folder {folder} does not exist, or was deleted or moved meanwhile",
+        )
+        raise
 
 
 def _first_difference(key: str, before: Any, now: Any) -> str:

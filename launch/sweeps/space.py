@@ -31,6 +31,7 @@ import yaml
 
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.yaml_text import read_yaml
+from fmrl_dist.config.credentials import refuse_credentials, refuse_credentials_in_config
 from fmrl_dist.config.loading import load_config
 from fmrl_dist.config.sections import Config
 
@@ -107,13 +108,15 @@ def read_space(path: Path) -> SearchSpace:
     """Read a space file, and check that both ends of every range and every choice give a valid config.
 
     Raises:
-        UserError: the file is missing, not YAML or invalid; the message names the key.
+        UserError: the file is missing, not YAML or invalid, or it, or its base, holds credentials; the message names
+            the key.
     """
     require(path.is_file(), f"space {path} does not exist; expected a YAML file such as configs/sweeps/demo.yaml")
     raw = read_yaml(path, "space")
     try:
         space = _space(raw)
-        space.config()
+        refuse_credentials("the space", raw)
+        refuse_credentials_in_config(space.config())
     except UserError as error:
         raise UserError(f"space {path}: {error}") from None
     for key, parameter in space.parameters.items():

@@ -11,11 +11,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from fmrl_dist.base.errors import UserError
+from fmrl_dist.base.json_text import read_objects
 from launch.sweeps.space import NumberRange, SearchSpace, ValueChoices, as_argument
 
 JOURNAL = "journal.log"
@@ -38,7 +39,7 @@ class SweepStudy:
     """The study whose journal is in ``folder``; created where there is none.
 
     Raises:
-        UserError: optuna is missing.
+        UserError: optuna is missing, or the journal is damaged.
     """
 
     def __init__(self, folder: Path, space: SearchSpace) -> None:
@@ -48,7 +49,12 @@ class SweepStudy:
         journal = self._optuna.storages.journal
         path = str(folder / JOURNAL)
         backend = journal.JournalFileBackend(path, lock_obj=journal.JournalFileOpenLock(path))
-        self._storage = self._optuna.storages.JournalStorage(backend)
+        try:
+            self._storage = self._optuna.storages.JournalStorage(backend)  # reads all lines
+        except OSError:
+            raise
+        except Exception as error:  # each kind of damage has its own
+            _refuse_damaged(folder / JOURNAL, error)
         name = {"storage": self._storage, "study_name": space.study}
         try:
             self._study = self._optuna.load_study(**name)  # writes nothing to the journal
@@ -125,6 +131,19 @@ class SweepStudy:
             value=trial.value if state == "complete" else None,
             why=trial.user_attrs.get(WHY, ""),
         )
+
+
+def _refuse_damaged(path: Path, error: Exception) -> NoReturn:
+    """Say what is wrong with a journal that optuna cannot read.
+
+    Raises:
+        UserError: always; with the first line that is not an object, if there is one.
+    """
+    mend = "restore it from a copy, or start the sweep in another --folder"
+    for _ in read_objects(path, mend):
+        pass
+    problem = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    raise UserError(f"{path} is not a sweep's journal ({problem}); {mend}") from None
 
 
 def best_of(trials: Sequence[Trial]) -> Trial | None:

@@ -22,12 +22,13 @@ from pathlib import Path
 
 import psutil
 
-from fmrl_dist.base.errors import run_command
+from fmrl_dist.base.errors import require, run_command
 from fmrl_dist.base.files import write_atomically
+from fmrl_dist.base.json_text import read_objects
 from fmrl_dist.config.command_line import CommandParser
 from launch.local.processes import process_tree, send_signal
 from launch.local.signals import SignalListener, listening
-from launch.sweeps.folder import open_folder, run_of, stopped_file, training_arguments, worker_lock
+from launch.sweeps.folder import open_folder, refused_when_gone, run_of, stopped_file, training_arguments, worker_lock
 from launch.sweeps.space import metric_of
 from launch.sweeps.study import SweepStudy, Trial
 
@@ -124,9 +125,17 @@ def wait(process: subprocess.Popen[bytes], signals: SignalListener) -> int:
 
 
 def best_value(run: Path, metric: str) -> float:
-    """The highest value of a metric on validation in a run: that of its best checkpoint."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return max(float(line[metric]) for line in lines if line["split"] == "valid")
+    """The highest value of a metric on validation in a run: that of its best checkpoint.
+
+    Raises:
+        UserError: the run's log is damaged, or has no such figure.
+    """
+    path, mend = run / "metrics.jsonl", "restore it, or delete the run to train it anew"
+    require(path.is_file(), f"{path} does not exist, but the run is finished; {mend}")
+    found = [record.get(metric) for _, record in read_objects(path, mend) if record.get("split") == "valid"]
+    values = [float(value) for value in found if isinstance(value, int | float)]
+    require(0 < len(values) == len(found), f"{path} has no {metric} in each of its {len(found)} validations; {mend}")
+    return max(values)
 
 
 def failure_in(log: str, status: int) -> str:
@@ -150,7 +159,8 @@ def main(argv: Sequence[str]) -> None:
     with listening((signal.SIGTERM, signal.SIGUSR1)) as signals:
         worker = Worker(arguments.folder, arguments.worker, signals, launcher=tuple(arguments.launcher))
         try:
-            worker.work()
+            with refused_when_gone(worker.folder):
+                worker.work()
         except WorkerStopped as stopped:
             name = str(stopped).removeprefix("SIG")
             write_atomically(stopped_file(worker.folder, worker.index), f"{name}\n".encode())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -27,9 +28,20 @@ class Compute:
         """fp32 or bf16, as the recipe of an encoding names it."""
         return "bf16" if self.dtype == torch.bfloat16 else "fp32"
 
-    def autocast(self) -> AbstractContextManager[object]:
-        """Context of a forward pass: casts the inputs of matrix products if ``dtype`` is bfloat16."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Context of a forward pass: casts the inputs of matrix products if ``dtype`` is bfloat16.
+
+        float32 is float32 on a GPU too: by default, cuDNN rounds a convolution's inputs to TF32, ten bits of mantissa.
+        """
+        exact = torch.backends.cudnn.flags(
+            enabled=torch.backends.cudnn.enabled,
+            benchmark=torch.backends.cudnn.benchmark,
+            deterministic=torch.backends.cudnn.deterministic,
+            allow_tf32=False,
+        )
+        with exact, torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            yield
 
 
 def choose_compute(precision: Precision) -> Compute:

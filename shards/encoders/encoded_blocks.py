@@ -82,6 +82,8 @@ class EncodedBlocks:
             ids, block_rows, _ = self._read(block)
             if block_rows.shape != (len(ids), dim):
                 raise self._damaged(block, f"rows are {list(block_rows.shape)}, expected {[len(ids), dim]}")
+            if ((ids < 0) | (ids >= num_items)).any():
+                raise self._damaged(block, f"it holds items outside 0 ... {num_items - 1}")
             new = ~present[ids]
             rows[ids[new]] = block_rows[new]
             present[ids] = True

@@ -8,6 +8,7 @@ table's rows are encoded in blocks, each saved as soon as it is finished (``shar
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,12 +19,13 @@ import torch
 from torch.nn import functional as F
 
 from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.base.files import json_sha256
 from fmrl_dist.base.progress import Progress
 from fmrl_dist.config.features import OpenClipFeature
 from shards.encoders import image_loader
 from shards.encoders.compute import Compute, choose_compute
 from shards.encoders.encoded_blocks import EncodedBlocks
-from shards.encoders.item_feature import ItemFeature
+from shards.encoders.item_feature import ItemFeature, versions_of
 from shards.encoders.item_images import DECODING, ImageTable, describe_unused
 from shards.encoders.open_clip_model import ImageModel, find_image_model, load_tower
 from shards.tables.item_ids import ItemIds
@@ -53,10 +55,20 @@ class ImageEncoder:
         return rows
 
 
-def encode_images(name: str, config: OpenClipFeature, root: Path, ids: ItemIds, encoding: Path) -> ItemFeature:
+def encode_images(
+    name: str, config: OpenClipFeature, root: Path, ids: ItemIds, encoding: Path, images: str
+) -> ItemFeature:
     """Image embeddings of all items for feature ``name``; an item's first readable image counts.
 
     Finished blocks are kept in the folder ``encoding``; those of an earlier build with the same recipe are reused.
+
+    Args:
+        name: of the feature.
+        config: its settings.
+        root: folder of the raw tables.
+        ids: the items' ids.
+        encoding: folder of the finished blocks.
+        images: sha256 of the images and their table.
 
     Raises:
         UserError: the table or the model cannot be read, a worker died, or the model's output is not finite.
@@ -73,14 +85,16 @@ def encode_images(name: str, config: OpenClipFeature, root: Path, ids: ItemIds, 
         "precision": compute.precision,
         "batch_images": config.batch_images,
         "block_rows": image_loader.BLOCK_ROWS,
-        "images": table.sha256(),
+        "images": images,
+        "items": hashlib.sha256(table.items.tobytes()).hexdigest(),
         "decoding": DECODING,
+        "made_with": versions_of(OpenClipFeature.source) | {"device": compute.device.type},
     }
     blocks = EncodedBlocks(encoding, name, recipe, num_blocks=image_loader.num_blocks(table))
     blocks.announce(f"{model.encoder}, {compute}")
     if blocks.missing():
-        images = image_loader.PreparedImages(table.folder, model.preprocessing)
-        batches = image_loader.prepared_batches(images, table, blocks.missing(), config.batch_images, config.workers)
+        prepared = image_loader.PreparedImages(table.folder, model.preprocessing)
+        batches = image_loader.prepared_batches(prepared, table, blocks.missing(), config.batch_images, config.workers)
         try:
             _encode_blocks(ImageEncoder.load(model, compute), table, batches, blocks)
         except (RuntimeError, ConnectionError, EOFError) as error:
@@ -93,7 +107,20 @@ def encode_images(name: str, config: OpenClipFeature, root: Path, ids: ItemIds, 
             ) from None
     rows, present = blocks.gather(len(ids.external), model.dim)
     note = describe_unused(blocks.num_failed(), table.num_unknown)
-    return ItemFeature(name, rows, present, encoder=model.encoder, revision=revision, note=note)
+    return ItemFeature(
+        name,
+        rows,
+        present,
+        encoder=model.encoder,
+        revision=revision,
+        recipe={
+            "architecture": json_sha256(model.config),
+            "preprocessing": model.preprocessing,
+            "precision": compute.precision,
+        },
+        device=compute.device.type,
+        note=note,
+    )
 
 
 def _encode_blocks(

@@ -1,13 +1,29 @@
-"""One feature of all items, as every source of features returns it."""
+"""One feature of all items, as every source of features returns it, and the libraries that its rows passed through.
+
+A recipe says how a row is made. Versions of libraries are recorded beside it, for somebody who compares two stores, but
+are no part of it: a library's next version may round differently, and seldom more.
+"""
 
 from __future__ import annotations
 
+import json
+import platform
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import numpy as np
 
 from fmrl_dist.data.store.manifest import Feature
+
+PACKAGES: dict[str, tuple[str, ...]] = {
+    "npy": ("numpy",),
+    "tfidf": ("numpy", "scipy", "scikit-learn"),
+    "pixels": ("numpy", "pillow"),
+    "transformers": ("torch", "transformers", "tokenizers"),
+    "open_clip": ("torch", "open_clip_torch", "pillow"),
+}
 
 
 @dataclass(frozen=True)
@@ -19,6 +35,11 @@ class ItemFeature:
     present: np.ndarray  # bool [V]
     encoder: str  # what made the rows, as the manifest names it
     revision: str  # of the encoder's weights or code, or the sha256 of a precomputed array
+    # with the revision, all that makes a row of an item's text or image, as JSON values; rows of two stores whose
+    # recipe and revision are the same differ by rounding at most
+    recipe: dict[str, Any]
+    device: str = ""  # that computed the rows, such as cpu, of an encoder that can choose
+    fit: bytes = b""  # file of what the encoder was fitted to, of one that is
     note: str = ""  # what a summary should say about absent items
 
     @cached_property
@@ -32,6 +53,7 @@ class ItemFeature:
             revision=self.revision,
             present=num_present,
             masked=num_present < len(self.present),
+            recipe=json.loads(json.dumps(self.recipe)),  # with lists for tuples, as it will be read
         )
 
     def block_fields(self, ids: np.ndarray) -> dict[str, np.ndarray]:
@@ -40,3 +62,16 @@ class ItemFeature:
         if self.manifest_entry.masked:
             fields[f"{self.name}.mask"] = self.present[ids]
         return fields
+
+
+def versions_of(*sources: str) -> dict[str, str]:
+    """Python's version, and that of each package that these sources of features use."""
+    packages = sorted({package for source in sources for package in PACKAGES[source]})
+    return {"python": platform.python_version()} | {package: _version(package) for package in packages}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # installed without its metadata
+        return "unknown"

@@ -10,22 +10,28 @@ import hashlib
 import io
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageOps
 
-from fmrl_dist.base.errors import UserError
+from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.base.files import file_sha256
+from fmrl_dist.base.parquet import BATCH_SHARE, TOO_MUCH, memory_bytes
 from fmrl_dist.config.features import ImageFeature
+from shards.tables.column_kinds import is_text, require_ids
 from shards.tables.item_ids import ItemIds, as_ids
-from shards.tables.raw_tables import BATCH_ROWS, open_parquet, read_batches, read_table
+from shards.tables.raw_tables import BATCH_ROWS, read_batches, read_table, table_types
 
 DECODING = 2  # raise it when decode_image gives other pixels: finished blocks of an encoding are then not reused
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 64_000_000  # of one image file
+FILES_AT_ONCE = 8  # that are hashed: on a network file system, opening one takes longer than reading it
 MAX_ASPECT = 100  # long side to short side: resized to a short side of hundreds, a line would fill the memory
 
 
@@ -44,7 +50,6 @@ class ImageTable:
     path: Path
     column: str  # of the images
     items: np.ndarray  # int64 [rows], internal ids; -1 where the item is not in the item table
-    holds_names: bool  # file names, not bytes
 
     @classmethod
     def open(cls, config: ImageFeature, root: Path, ids: ItemIds) -> ImageTable:
@@ -54,15 +59,9 @@ class ImageTable:
             UserError: missing file or column, or a column that holds neither bytes nor file names.
         """
         path = root / config.path
-        with open_parquet(path, [config.id, config.image]) as table:
-            kind = table.schema_arrow.field(config.image).type
-        holds_names = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-        if not (holds_names or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-            raise UserError(
-                f"column {config.image!r} of {path} is of type {kind}; expected encoded image bytes or file names"
-            )
+        check_image_table(config, root)
         external = read_table(path, [config.id], ids=[config.id])[config.id]
-        return cls(path, config.image, ids.find(as_ids(external, f"column {config.id!r} of {path}")), holds_names)
+        return cls(path, config.image, ids.find(as_ids(external, f"column {config.id!r} of {path}")))
 
     @property
     def folder(self) -> Path:
@@ -74,23 +73,66 @@ class ImageTable:
         return int((self.items < 0).sum())
 
     def rows(self, rows_at_once: int) -> Iterator[ImageRows]:
-        """All rows, ``rows_at_once`` at a time; the last piece may be smaller."""
-        low = 0
-        for batch in read_batches(self.path, [self.column], rows_at_once=rows_at_once).batches:
-            yield ImageRows(self.items[low : low + batch.num_rows], batch[self.column].to_pylist())
-            low += batch.num_rows
+        """All rows, ``rows_at_once`` at a time; the last piece may be smaller.
 
-    def sha256(self) -> str:
-        """Digest of which item has which image: covers the table, and the sizes of the files that it names."""
-        with self.path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256")
-        digest.update(self.items.tobytes())
-        if self.holds_names:
-            for rows in self.rows(BATCH_ROWS):
-                for name in rows.images:
-                    path = _file_below(self.folder, str(name))
-                    digest.update(f"{path.stat().st_size if path else -1}\n".encode())
+        Raises:
+            UserError: the table cannot be read, or so many images do not fit into the memory.
+        """
+        low, images = 0, list[bytes | str | None]()
+        for batch in read_batches(self.path, [self.column], rows_at_once=rows_at_once).batches:
+            images += batch[self.column].to_pylist()  # batches end with their row group, pieces do not
+            num_bytes = sum(map(len, filter(None, images)))
+            require(
+                num_bytes <= BATCH_SHARE * memory_bytes(),
+                f"table {self.path}: images of {num_bytes:,} bytes in {len(images)} rows; {TOO_MUCH}",
+            )
+            while len(images) >= rows_at_once:
+                yield ImageRows(self.items[low : low + rows_at_once], images[:rows_at_once])
+                low, images = low + rows_at_once, images[rows_at_once:]
+        if images:
+            yield ImageRows(self.items[low:], images)
+
+
+def images_sha256(config: ImageFeature, root: Path) -> str:
+    """Digest of a table of images: of its file, and of every image file that it names.
+
+    Raises:
+        UserError: as :func:`check_image_table`.
+    """
+    holds_names, path, column = check_image_table(config, root), root / config.path, config.image
+    digest = hashlib.sha256(bytes.fromhex(file_sha256(path)))
+    if not holds_names:
         return digest.hexdigest()
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        for batch in read_batches(path, [column], rows_at_once=BATCH_ROWS).batches:
+            names = batch[column].to_pylist()
+            for one in pool.map(partial(_image_file_sha256, path.parent), names):
+                digest.update(one)
+    return digest.hexdigest()
+
+
+def _image_file_sha256(folder: Path, name: str | None) -> bytes:
+    """As the encoders see it: a file that is missing or too large is as good as an empty one."""
+    return hashlib.sha256((name and read_image_file(folder, name)) or b"").digest()
+
+
+def check_image_table(config: ImageFeature, root: Path) -> bool:
+    """Whether the table of a feature holds file names; otherwise it holds bytes.
+
+    Raises:
+        UserError: missing file or column, not one Parquet file, ids of another type, or neither names nor bytes.
+    """
+    path = root / config.path
+    require(not path.is_dir(), f"table {path} is a folder; expected one Parquet file of images")
+    types = table_types(path, [config.id, config.image])
+    require(bool(types), f"table {path} is a CSV; expected Parquet")
+    require_ids(types[config.id], f"column {config.id!r} of {path}")
+    kind = types[config.image]
+    if not (is_text(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        raise UserError(
+            f"column {config.image!r} of {path} is of type {kind}; expected encoded image bytes or file names"
+        )
+    return is_text(kind)
 
 
 def read_image(folder: Path, image: bytes | str | None) -> bytes | None:

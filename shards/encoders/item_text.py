@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from fmrl_dist.base.errors import UserError
 
+DEFAULT_PARTS = ("Title: {title}", "Price: {price}", "Brand: {brand}", "Categories: {categories}")
 UNTITLED = "Untitled Item"
 MAX_WIDTH = 1000  # of a format: a width of 10^9 would be a text of that many characters for each item
 
@@ -34,6 +35,24 @@ class ItemTexts(NamedTuple):
 def template_columns(parts: Sequence[str]) -> list[str]:
     """Columns of the item table that the template names, each once."""
     return list(dict.fromkeys(column for part in parts for _, column, _ in _parse(part) if column is not None))
+
+
+def parts_for(given: Sequence[str], columns: Sequence[str]) -> Sequence[str]:
+    """The template that a config gives; without one, those of :data:`DEFAULT_PARTS` whose columns the item table has.
+
+    Raises:
+        UserError: it has none of them.
+    """
+    if given:
+        return given
+    parts = [part for part in DEFAULT_PARTS if set(template_columns([part])) <= set(columns)]
+    if not parts:
+        raise UserError(
+            f"the item table has none of the columns {', '.join(template_columns(DEFAULT_PARTS))}, which the default "
+            f"item text is made of; it has: {', '.join(columns)}: name yours with data.text, such as "
+            "'[\"Title: {name}\"]'"
+        )
+    return parts
 
 
 def item_texts(table: pa.Table, parts: Sequence[str], separator: str) -> ItemTexts:

@@ -30,14 +30,27 @@ def find_text_model(name: str, revision: str) -> tuple[Path, str]:
     Raises:
         UserError: no such folder or package, a path that leaves its package, or a hub model that cannot be fetched.
     """
-    if name.startswith(PACKAGE_PREFIX):
-        folder = _package_folder(name)
-    elif Path(name).is_dir():
-        folder = Path(name)
-    else:
+    folder = _local_folder(name)
+    if folder is None:
         return _hub_snapshot(name, revision)
     require(not revision, f"model {name!r} has revision {revision!r}, but only a hub model has revisions; remove it")
     return folder, _content_sha256(folder)
+
+
+def local_model_sha256(name: str) -> str | None:
+    """Revision of a model in a folder or a package; None for the id of a hub's model.
+
+    Raises:
+        UserError: no such package, or a path that leaves it.
+    """
+    folder = _local_folder(name)
+    return None if folder is None else _content_sha256(folder)
+
+
+def _local_folder(name: str) -> Path | None:
+    if name.startswith(PACKAGE_PREFIX):
+        return _package_folder(name)
+    return Path(name) if Path(name).is_dir() else None
 
 
 def _package_folder(name: str) -> Path:

@@ -24,7 +24,7 @@ HSV_BINS = (8, 4, 4)
 GRID = 4
 ORIENTATIONS = 9
 DIM = 3 * THUMBNAIL**2 + HSV_BINS[0] * HSV_BINS[1] * HSV_BINS[2] + ORIENTATIONS * GRID**2
-REVISION = "2"
+REVISION = "2"  # raise it when an image gives another descriptor
 BATCH_IMAGES = 256
 
 
@@ -50,7 +50,7 @@ def encode_images(name: str, config: PixelsFeature, root: Path, ids: ItemIds) ->
         progress.advance(len(batch.images))
     progress.close()
     note = describe_unused(unreadable, table.num_unknown)
-    return ItemFeature(name, rows, present, encoder="pixels", revision=REVISION, note=note)
+    return ItemFeature(name, rows, present, encoder="pixels", revision=REVISION, recipe={}, note=note)
 
 
 def encode_image(data: bytes | None) -> np.ndarray | None:

@@ -1,4 +1,8 @@
-"""A feature that was computed elsewhere: a ``.npy`` array [V, dim], taken as it is. It stays on disk, memory-mapped."""
+"""A feature that was computed elsewhere: a ``.npy`` array [V, dim]. It stays on disk, memory-mapped.
+
+Rows are taken as they are. A row of zeros is how such an array says that an item lacks the feature (or that whatever
+wrote it died): the item is absent, and the build says how many are.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from fmrl_dist.base.errors import UserError
-from fmrl_dist.base.files import file_sha256
 from fmrl_dist.config.features import NpyFeature
 from shards.encoders.item_feature import ItemFeature
 
@@ -16,12 +19,25 @@ FLOAT16_TINY = 2.0**-14  # smaller numbers lose digits, below 2**-25 all of them
 VALUES_AT_ONCE = 1 << 22  # that are checked together
 
 
-def read_precomputed(name: str, config: NpyFeature, root: Path, num_items: int) -> ItemFeature:
-    """The array of feature ``name``; row = internal id.
+def read_precomputed(name: str, config: NpyFeature, root: Path, num_items: int, sha256: str) -> ItemFeature:
+    """The array of feature ``name``; row = internal id. ``sha256`` is its file's.
 
     Raises:
         UserError: the file cannot be read, does not fit the items or ``config.dim``, or holds numbers that are not
             finite, or too large or too small for float16.
+    """
+    path, rows = open_precomputed(name, config, root, num_items)
+    present = _check_values(name, path, rows)
+    num_absent = num_items - int(present.sum())
+    note = f"{num_absent:,} rows of zeros: these items lack it" if num_absent else ""
+    return ItemFeature(name, rows, present, encoder="npy", revision=sha256, recipe={}, note=note)
+
+
+def open_precomputed(name: str, config: NpyFeature, root: Path, num_items: int) -> tuple[Path, np.ndarray]:
+    """The file of feature ``name`` and its array, memory-mapped, of which only type and shape are checked.
+
+    Raises:
+        UserError: the file cannot be read, or does not fit the items or ``config.dim``.
     """
     path = root / config.path
     if not path.is_file():
@@ -44,11 +60,12 @@ def read_precomputed(name: str, config: NpyFeature, root: Path, num_items: int) 
             f"feature {name!r}: {path} has {rows.shape[1]} columns but its dim is {config.dim}; make them equal, or "
             "set dim to 0"
         )
-    _check_values(name, path, rows)
-    return ItemFeature(name, rows, np.ones(num_items, bool), encoder="npy", revision=file_sha256(path))
+    return path, rows
 
 
-def _check_values(name: str, path: Path, rows: np.ndarray) -> None:
+def _check_values(name: str, path: Path, rows: np.ndarray) -> np.ndarray:
+    """Which rows are not all zero, bool [V]."""
+    present = np.empty(len(rows), np.bool_)
     step = max(1, VALUES_AT_ONCE // rows.shape[1])
     for low in range(0, len(rows), step):
         part = rows[low : low + step]
@@ -57,6 +74,7 @@ def _check_values(name: str, path: Path, rows: np.ndarray) -> None:
             row = low + int(np.argmin(finite))
             raise UserError(f"feature {name!r}: {path} row {row} holds NaN or infinity; expected finite numbers")
         largest = np.abs(part).max(axis=1)
+        present[low : low + step] = largest > 0
         if (largest > FLOAT16_MAX).any():
             row = int(np.argmax(largest))
             raise UserError(
@@ -70,3 +88,4 @@ def _check_values(name: str, path: Path, rows: np.ndarray) -> None:
                 f"feature {name!r}: {path} row {low + row} holds at most {largest[row]:g}, too small for float16 "
                 f"(at least {FLOAT16_TINY:.2g} keeps its digits); scale the array up, or set such rows to zero"
             )
+    return present

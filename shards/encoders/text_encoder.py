@@ -29,7 +29,7 @@ from fmrl_dist.base.progress import Progress
 from fmrl_dist.config.features import TransformersFeature
 from shards.encoders.compute import Compute, choose_compute
 from shards.encoders.encoded_blocks import EncodedBlocks
-from shards.encoders.item_feature import ItemFeature
+from shards.encoders.item_feature import ItemFeature, versions_of
 from shards.encoders.item_text import ItemTexts
 from shards.encoders.model_folder import find_text_model
 from shards.encoders.torchvision_import import make_torchvision_importable
@@ -94,6 +94,7 @@ def encode_texts(name: str, config: TransformersFeature, items: ItemTexts, encod
         "precision": encoder.compute.precision,
         "block_items": BLOCK_ITEMS,
         "texts": _texts_sha256(items),
+        "made_with": versions_of(TransformersFeature.source) | {"device": encoder.compute.device.type},
     }
     order = _longest_first(items.texts, chosen)
     blocks = EncodedBlocks(encoding, name, recipe, num_blocks=-(-len(order) // BLOCK_ITEMS))
@@ -105,7 +106,24 @@ def encode_texts(name: str, config: TransformersFeature, items: ItemTexts, encod
         progress.advance(len(ids))
     progress.close()
     rows, present = blocks.gather(len(items.texts), encoder.dim)
-    return ItemFeature(name, rows, present, encoder=described, revision=encoder.revision)
+    require(
+        np.array_equal(present, items.present),
+        f"feature {name!r}: the blocks in {blocks.folder} do not hold the items that have a text; remove it and build "
+        "again",
+    )
+    return ItemFeature(
+        name,
+        rows,
+        present,
+        encoder=described,
+        revision=encoder.revision,
+        recipe={
+            "pooling": encoder.pooling,
+            "max_tokens": encoder.max_tokens,
+            "precision": encoder.compute.precision,
+        },
+        device=encoder.compute.device.type,
+    )
 
 
 def load_encoder(config: TransformersFeature) -> TextEncoder:

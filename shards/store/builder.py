@@ -7,9 +7,10 @@ build reuses them. The same input gives the same shards and the same manifest ha
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -25,21 +26,32 @@ from fmrl_dist.base.progress import Progress
 from fmrl_dist.base.urls import hide_credentials, is_url
 from fmrl_dist.config.features import TextFeature
 from fmrl_dist.config.sections import Config, DataConfig
+from fmrl_dist.data.store.block_arrays import row_problem
 from fmrl_dist.data.store.files import FILE_NAME
-from fmrl_dist.data.store.manifest import MANIFEST_FILE, SCHEMA_VERSION, SPLITS, USERS_FILE, VOCAB_FILE, Manifest
+from fmrl_dist.data.store.manifest import (
+    MANIFEST_FILE,
+    SCHEMA_VERSION,
+    SPLITS,
+    USERS_FILE,
+    VOCAB_FILE,
+    Manifest,
+    fit_file,
+)
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.store.tables import rows_sha256
 from shards.encoders.encoded_blocks import encoding_folder
 from shards.encoders.item_feature import ItemFeature
-from shards.encoders.item_text import template_columns
-from shards.encoders.sources import make_feature
+from shards.encoders.item_text import parts_for, template_columns
+from shards.encoders.sources import check_source, make_feature
 from shards.store.block_writer import BlockWriter
+from shards.store.inputs import input_files, record
 from shards.store.leave_one_out import LeaveOneOutWriter, SplitBlocks, train_counts
 from shards.store.parquet_tables import users_table, vocab_table
 from shards.store.user_blocks import BlockFields, UserBlocks
-from shards.tables.histories import Histories, read_histories
+from shards.tables.column_kinds import require_ids, require_text, require_title
+from shards.tables.histories import Histories, check_histories, read_histories
 from shards.tables.item_ids import ItemIds, as_ids, check_unique
-from shards.tables.raw_tables import read_table
+from shards.tables.raw_tables import read_table, table_columns, table_types
 
 ITEM_ORDER_SEED = 0
 
@@ -54,9 +66,12 @@ def build_store(config: Config, overwrite: bool = False) -> tuple[Store, list[It
         not is_url(config.store.path),
         f"store {hide_credentials(config.store.path)} is a URL; build into a folder (--store.path), then copy it",
     )
-    target = Path(config.store.path).resolve()
+    try:
+        target = Path(config.store.path).resolve()
+    except RuntimeError:
+        raise UserError(f"store {config.store.path} is a circle of links; choose another --store.path") from None
     _check_target(target, overwrite)
-    _make_demo_data(config.data)
+    make_demo_data(config.data)
     with replaced_folder(target) as aside:
         features = _write_store(config, aside, encoding_folder(target))
     shutil.rmtree(encoding_folder(target), ignore_errors=True)
@@ -86,7 +101,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise UserError(f"store {target} exists; keep it, or build it again with --overwrite")
 
 
-def _make_demo_data(data: DataConfig) -> None:
+def make_demo_data(data: DataConfig) -> None:
     """Generate the demo's raw tables; those of the same size and seed are kept."""
     if data.demo is not None:
         from shards.demo.folder import write_demo  # needs Pillow, which other builds do without
@@ -104,11 +119,24 @@ class _RawData:
 
     @classmethod
     def read(cls, config: DataConfig) -> _RawData:
+        """Read the item table; refuse what can be seen to be wrong with anything else that the build will read.
+
+        Raises:
+            UserError: a table or feature cannot be read, or has columns that cannot serve.
+        """
         path = Path(config.root) / config.items.path
-        items = read_table(path, _item_columns(config), ids=[config.items.id])
-        where = f"column {config.items.id!r} of {path}"
-        ids = ItemIds(as_ids(items[config.items.id], where))
+        id_column, title = config.items.id, config.items.title
+        texts = _text_columns(config, path)
+        columns = [id_column, *([title] if title else []), *texts]
+        _check_kinds(path, config, table_types(path, columns), texts)
+        check_histories(Path(config.root) / config.sequences.path, config.sequences)
+        items = read_table(path, columns, ids=[id_column])
+        _check_kinds(path, config, dict(zip(items.column_names, items.schema.types, strict=True)), texts)
+        where = f"column {id_column!r} of {path}"
+        ids = ItemIds(as_ids(items[id_column], where))
         check_unique(ids.external, where)
+        for name in config.features:
+            check_source(name, config, len(ids.external))
         return cls(config, items, ids)
 
     @property
@@ -133,26 +161,37 @@ class _RawData:
         progress.close()
 
 
-def _item_columns(data: DataConfig) -> list[str]:
-    """Columns of the item table that this build reads."""
-    columns = [data.items.id, *([data.items.title] if data.items.title else [])]
-    for feature in data.features.values():
-        if isinstance(feature, TextFeature):
-            columns += template_columns(feature.text or data.text)
-    return columns
+def _text_columns(data: DataConfig, path: Path) -> list[str]:
+    """Columns of the item table at ``path`` that the texts of this build are made of."""
+    given = [feature.text or data.text for feature in data.features.values() if isinstance(feature, TextFeature)]
+    known = table_columns(path) if () in given else []
+    return list(dict.fromkeys(column for parts in given for column in template_columns(parts_for(parts, known))))
+
+
+def _check_kinds(path: Path, data: DataConfig, types: Mapping[str, pa.DataType], texts: Sequence[str]) -> None:
+    """Refuse columns of the item table whose types cannot serve."""
+    for name, kind in types.items():
+        where = f"column {name!r} of {path}"
+        if name == data.items.id:
+            require_ids(kind, where)
+        if name == data.items.title:
+            require_title(kind, where)
+        if name in texts:
+            require_text(kind, where)
 
 
 def _write_store(config: Config, folder: Path, encoding: Path) -> list[ItemFeature]:
     """Write all files of the store into ``folder``; encoders keep finished blocks in the folder ``encoding``."""
     raw = _RawData.read(config.data)
-    features = [make_feature(name, config.data, raw.items, raw.ids, encoding) for name in config.data.features]
+    files = input_files(config)
+    features = [make_feature(name, config.data, raw.items, raw.ids, encoding, files) for name in config.data.features]
     inline = config.store.feature_mode == "inline"
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(BlockWriter(folder, split, config.store.blocks_per_shard))
             for split in ("items", *SPLITS)
         }
-        _write_items(writers["items"], raw.num_items, features, config.store.items_per_block)
+        _write_items(writers["items"], raw.ids, features, config.store.items_per_block, encoding)
         item_fields = partial(_inline_fields, features, _train_counts(raw)) if inline else None
         blocks = {split: UserBlocks(writers[split], config.store.users_per_block, item_fields) for split in SPLITS}
         histories, users = _write_histories(raw, SplitBlocks(**blocks))
@@ -162,6 +201,9 @@ def _write_store(config: Config, folder: Path, encoding: Path) -> list[ItemFeatu
     }
     for name, table in tables.items():
         pq.write_table(table, folder / name)
+    fits = {feature.name: feature.fit for feature in features if feature.fit}
+    for name, data in fits.items():
+        (folder / fit_file(name)).write_bytes(data)
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         num_items=raw.num_items,
@@ -173,23 +215,39 @@ def _write_store(config: Config, folder: Path, encoding: Path) -> list[ItemFeatu
         items=tuple(writers["items"].blocks),
         splits={split: tuple(writers[split].blocks) for split in SPLITS},
         shards=tuple(shard for writer in writers.values() for shard in writer.shards),
-        tables={name: rows_sha256(table) for name, table in tables.items()},
+        tables={name: rows_sha256([table]) for name, table in tables.items()},
+        fits={name: hashlib.sha256(data).hexdigest() for name, data in fits.items()},
+        built_from=record(config, files, features),
     )
     (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return features
 
 
-def _write_items(writer: BlockWriter, num_items: int, features: Sequence[ItemFeature], items_per_block: int) -> None:
-    """Item blocks in permuted order, so that any run of them is a uniform sample of the catalogue."""
+def _write_items(
+    writer: BlockWriter, ids: ItemIds, features: Sequence[ItemFeature], items_per_block: int, encoding: Path
+) -> None:
+    """Item blocks in permuted order, so that any run of them is a uniform sample of the catalogue.
+
+    Raises:
+        UserError: a row that no reader would take, such as one that was never written.
+    """
+    num_items = len(ids.external)
     order = np.random.default_rng(ITEM_ORDER_SEED).permutation(num_items)
     progress = Progress("item", num_items, name="item blocks")
     for low in range(0, num_items, items_per_block):
-        ids = order[low : low + items_per_block]
-        fields = {"ids": ids}
+        rows = order[low : low + items_per_block]
+        fields = {"ids": rows}
         for feature in features:
-            fields |= feature.block_fields(ids)
-        writer.write(fields, count=len(ids), events=0)
-        progress.advance(len(ids))
+            fields |= feature.block_fields(rows)
+            problem = row_problem(fields[feature.name], fields.get(f"{feature.name}.mask"))
+            if problem is not None:
+                item = ids.external[int(rows[problem[1]])].as_py()
+                raise UserError(
+                    f"feature {feature.name!r} ({feature.encoder}): the row of item {item!r} {problem[0]}; remove "
+                    f"what earlier builds left in {encoding}, and build again"
+                )
+        writer.write(fields, count=len(rows), events=0)
+        progress.advance(len(rows))
     progress.close()
 
 

@@ -12,13 +12,23 @@ from itertools import chain
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from fmrl_dist.base.errors import UserError
+from fmrl_dist.base.parquet import bounded_table
 from fmrl_dist.base.progress import Progress
-from fmrl_dist.data.store.manifest import MANIFEST_FILE, SPLITS, USERS_FILE, VOCAB_FILE, Block, Manifest, Shard
+from fmrl_dist.data.store.files import FILE_NAME
+from fmrl_dist.data.store.manifest import (
+    MANIFEST_FILE,
+    SPLITS,
+    USERS_FILE,
+    VOCAB_FILE,
+    Block,
+    Manifest,
+    Shard,
+    fit_file,
+)
 from fmrl_dist.data.store.reader import Store
-from fmrl_dist.data.store.tables import rows_sha256
+from fmrl_dist.data.store.tables import rows_sha256, table_batches
 
 END_OF_ARCHIVE_BYTES = 1024  # two zero blocks; tar pads further
 
@@ -47,6 +57,11 @@ def store_problems(store: Store) -> Iterator[str]:
     yield from items.problems()
     yield from _split_problems(manifest, users)
     yield from _table_problems(store, users["train"].train_count)
+    for feature in manifest.fits:
+        try:
+            store.read_fit(feature)
+        except UserError as error:
+            yield str(error)
 
 
 def _blocks_by_shard(manifest: Manifest) -> dict[str, list[Block]]:
@@ -56,10 +71,17 @@ def _blocks_by_shard(manifest: Manifest) -> dict[str, list[Block]]:
     return blocks
 
 
+def foreign_names(store: Store) -> list[str]:
+    """Names in the store's folder that no store has, such as a README; no reader opens them."""
+    return [name for name in store.files.names() or () if FILE_NAME.fullmatch(name) is None]
+
+
 def _folder_problems(store: Store) -> Iterator[str]:
+    """Shards that the manifest does not name: whoever reads ``train-*.tar`` would take them for the store's."""
     known = {MANIFEST_FILE, VOCAB_FILE, USERS_FILE, *(shard.name for shard in store.manifest.shards)}
+    known |= {fit_file(feature) for feature in store.manifest.fits}
     for name in store.files.names() or ():  # a URL cannot be listed: there, only files of the manifest are checked
-        if name not in known:
+        if name not in known and FILE_NAME.fullmatch(name) is not None:
             yield f"{name}: not in the manifest"
 
 
@@ -154,14 +176,13 @@ def _table_problems(store: Store, train_count: np.ndarray) -> Iterator[str]:
     sizes = {VOCAB_FILE: ("item", store.manifest.num_items), USERS_FILE: ("user", store.manifest.num_users)}
     for name, (id_column, num_rows) in sizes.items():
         try:
-            with pq.ParquetFile(pa.BufferReader(store.read_table(name, checked=False))) as file:
-                table = file.read(use_threads=False)  # see Store.read_table
-        except (pa.ArrowException, OSError, UserError) as error:
+            table = bounded_table(table_batches(store.read_table(name, checked=False), name), name)
+        except (pa.ArrowException, OSError, LookupError, UserError) as error:
             yield f"{name}: cannot be read ({' '.join(str(error).split())})"
             continue
         if table.num_rows != num_rows:
             yield f"{name}: {table.num_rows} rows, the manifest says {num_rows}"
-        if rows_sha256(table) != store.manifest.tables[name]:
+        if rows_sha256([table]) != store.manifest.tables[name]:
             yield f"{name}: its rows are not those that were written"
         elif not np.array_equal(table[id_column].to_numpy(), np.arange(num_rows)):
             yield f"{name}: column {id_column!r} does not count from 0"

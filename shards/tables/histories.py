@@ -19,8 +19,9 @@ import pyarrow.compute as pc
 
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.config.sections import SequenceTableConfig
+from shards.tables.column_kinds import require_ids, require_lists, require_times
 from shards.tables.item_ids import ItemIds, as_ids
-from shards.tables.raw_tables import TableBatches, read_batches, read_table
+from shards.tables.raw_tables import TableBatches, read_batches, read_table, table_types
 
 TICKS_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
@@ -56,6 +57,23 @@ def read_histories(path: Path, table: SequenceTableConfig, ids: ItemIds) -> Hist
     columns = [table.user, table.items, *([table.times] if table.times else [])]
     found = read_batches(path, columns, text=columns[1:], ids=[table.user])
     return HistoryBatches(found.num_rows, _parse_sequences(found, path, table, ids))
+
+
+def check_histories(path: Path, table: SequenceTableConfig) -> None:
+    """Refuse a table that lacks a column, or has one of a type that cannot serve, without reading a row.
+
+    Raises:
+        UserError: likewise, or the table cannot be read.
+    """
+    columns = [table.user, table.items, *([table.times] if table.times else [])]
+    types = table_types(path, columns)
+    for name in columns if types else ():
+        where = f"column {name!r} of {path}"
+        if name == table.user:
+            require_ids(types[name], where)
+        if name in columns[1:]:
+            inner = require_lists(types[name], where) if table.layout == "sequences" else types[name]
+            (require_ids if name == table.items else require_times)(inner, where)
 
 
 def _parse_sequences(found: TableBatches, path: Path, table: SequenceTableConfig, ids: ItemIds) -> Iterator[Histories]:

@@ -1,17 +1,19 @@
-"""Raw tables: Parquet or CSV files, read whole or in batches of rows, with their columns checked."""
+"""Raw tables: Parquet or CSV, one file or a folder of parts, read whole or in batches of rows, columns checked."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
-import pyarrow.parquet as pq
 
-from fmrl_dist.base.errors import UserError
+from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.base.parquet import BoundedParquet, bounded_table, open_parquet
+from shards.tables.parts import partition_keys, table_files
 
 BATCH_ROWS = 65_536
 NOT_UTF8 = "convert the file, for example with iconv --from-code LATIN1 --to-code UTF-8"
@@ -24,19 +26,14 @@ def read_table(path: Path, columns: Sequence[str], text: Sequence[str] = (), ids
     would print it, else text: ``0042``, ``0x1A`` and ``1E5`` stay what they are. Other types are guessed.
 
     Raises:
-        UserError: missing file, neither Parquet nor CSV, missing column, no rows, or a CSV that is not UTF-8.
+        UserError: missing file, neither Parquet nor CSV, missing column, no rows, a CSV that is not UTF-8, parts whose
+            columns differ, or more than this machine's memory can hold.
     """
     columns = list(dict.fromkeys(columns))
-    try:
-        if _ending(path) == ".parquet":
-            with open_parquet(path, columns) as file:
-                return file.read(columns=columns)
-        table = _read_csv(path, columns, text, ids)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise _unreadable(path, error) from None
-    if table.num_rows == 0:
-        raise UserError(f"table {path} is empty; expected at least one row")
-    return table
+    files = table_files(path)
+    if files[0].suffix == ".csv":
+        return _read_csv_files(path, files, columns, text, ids)
+    return bounded_table(read_batches(path, columns).batches, f"table {path}")
 
 
 class TableBatches(NamedTuple):
@@ -53,48 +50,79 @@ def read_batches(
     ids: Sequence[str] = (),
     rows_at_once: int = BATCH_ROWS,
 ) -> TableBatches:
-    """Like :func:`read_table`, ``rows_at_once`` rows at a time. A CSV is one batch, since its types are guessed."""
-    if _ending(path) == ".csv":
+    """Like :func:`read_table`, at most ``rows_at_once`` rows at a time. A CSV is one batch: its types are guessed."""
+    files = table_files(path)
+    if files[0].suffix == ".csv":
         table = read_table(path, columns, text, ids)
         return TableBatches(table.num_rows, iter([table]))
-    with open_parquet(path, columns) as file:
-        num_rows = file.metadata.num_rows
-    return TableBatches(num_rows, _parquet_batches(path, columns, rows_at_once))
+    columns = list(dict.fromkeys(columns))
+    num_rows = _check_parts(path, files, columns)
+    return TableBatches(num_rows, _parquet_batches(files, columns, rows_at_once))
 
 
-def _parquet_batches(path: Path, columns: Sequence[str], rows_at_once: int) -> Iterator[pa.Table]:
-    with open_parquet(path, columns) as file:
-        try:
-            for batch in file.iter_batches(rows_at_once, columns=list(columns)):
-                yield pa.Table.from_batches([batch])
-        except (pa.ArrowException, OSError) as error:
-            raise _unreadable(path, error) from None
-
-
-def open_parquet(path: Path, columns: Sequence[str]) -> pq.ParquetFile:
-    """Open a Parquet file that must have rows and these columns.
+def table_types(path: Path, columns: Sequence[str]) -> dict[str, pa.DataType]:
+    """Types of ``columns``, without a row read; none for a CSV, whose types are guessed from its rows.
 
     Raises:
-        UserError: missing file, not Parquet, missing column, no rows.
+        UserError: missing file, neither Parquet nor CSV, missing column, or no rows.
     """
-    if _ending(path) != ".parquet":
-        raise UserError(f"table {path} is a CSV; expected Parquet")
-    try:
-        file = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise _unreadable(path, error) from None
-    _check_columns(path, file.schema_arrow.names, columns)
-    if file.metadata.num_rows == 0:
+    files = table_files(path)
+    if files[0].suffix == ".csv":
+        for file in files:
+            _check_columns(path, file, _csv_names(file), columns)
+        return {}
+    _check_parts(path, files, columns)
+    with _opened(files[0]) as opened:
+        return {name: opened.types[name] for name in columns}
+
+
+def table_columns(path: Path) -> list[str]:
+    """Names of a table's columns."""
+    file = table_files(path)[0]
+    if file.suffix == ".csv":
+        return _csv_names(file)
+    with _opened(file) as opened:
+        return opened.names
+
+
+def _check_parts(path: Path, files: Sequence[Path], columns: Sequence[str]) -> int:
+    """The number of rows; all files must have the columns, of the same types."""
+    num_rows, types = 0, dict[str, pa.DataType]()
+    for file in files:
+        with _opened(file) as opened:
+            _check_columns(path, file, opened.names, columns)
+            num_rows += opened.num_rows
+            for name, kind in opened.types.items():
+                if name not in columns:
+                    continue
+                first = types.setdefault(name, kind)
+                require(
+                    kind == first, f"table {path}: column {name!r} is {kind} in {file.name}, {first} in {files[0].name}"
+                )
+    if num_rows == 0:
         raise UserError(f"table {path} is empty; expected at least one row")
-    return file
+    return num_rows
 
 
-def _ending(path: Path) -> str:
-    if not path.is_file():
-        raise UserError(f"table {path} does not exist; check data.root and the path in the config")
-    if path.suffix not in (".parquet", ".csv"):
-        raise UserError(f"table {path} ends in {path.suffix!r}; expected .parquet or .csv")
-    return path.suffix
+def _parquet_batches(files: Sequence[Path], columns: Sequence[str], rows_at_once: int) -> Iterator[pa.Table]:
+    for file in files:
+        with _opened(file) as opened, _readable(file):
+            yield from opened.batches(columns, rows_at_once)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[BoundedParquet]:
+    with _readable(file), open_parquet(file, f"table {file}") as opened:
+        yield opened
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """Say in one line why a file cannot be read."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise _unreadable(file, error) from None
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
@@ -105,28 +133,60 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     )
 
 
-def _check_columns(path: Path, found: Sequence[str], columns: Sequence[str]) -> None:
+def _check_columns(path: Path, file: Path, found: Sequence[str], columns: Sequence[str]) -> None:
     for column in columns:
-        if column not in found:
-            raise UserError(f"table {path} has no column {column!r}; it has: {', '.join(found)}")
+        if column in found:
+            require(
+                list(found).count(column) == 1, f"table {file} has several columns {column!r}; give each its own name"
+            )
+            continue
+        if path.is_dir() and column in partition_keys(path, [file]):
+            raise UserError(f"table {path} has {column!r} only in the names of its folders; write it into the files")
+        raise UserError(f"table {file} has no column {column!r}; it has: {', '.join(found)}")
 
 
-def _read_csv(path: Path, columns: list[str], text: Sequence[str], ids: Sequence[str]) -> pa.Table:
-    parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
-    with pyarrow.csv.open_csv(path, parse_options=parse) as reader:
-        _check_columns(path, reader.schema.names, columns)
+def _csv_names(file: Path) -> list[str]:
+    with _readable(file), pyarrow.csv.open_csv(file, parse_options=_csv_format()) as reader:
+        return list(reader.schema.names)
+
+
+def _csv_format() -> pyarrow.csv.ParseOptions:
+    return pyarrow.csv.ParseOptions(newlines_in_values=True)
+
+
+def _read_csv_files(
+    path: Path, files: Sequence[Path], columns: list[str], text: Sequence[str], ids: Sequence[str]
+) -> pa.Table:
+    table = None
+    for file in files:
+        _check_columns(path, file, _csv_names(file), columns)
+        with _readable(file):
+            part = _read_csv(file, columns, {*text, *ids})
+        try:  # a number may be whole in one part and not in another; no column may be text and number
+            table = part if table is None else pa.concat_tables([table, part], promote_options="permissive")
+        except pa.ArrowTypeError:
+            raise UserError(
+                f"table {path}: {file.name} has a column of another type than the parts before it"
+            ) from None
+    if table is None or table.num_rows == 0:
+        raise UserError(f"table {path} is empty; expected at least one row")
+    for number, name in enumerate(table.column_names):
+        if name in ids:
+            table = table.set_column(number, name, _integers(table[name]))
+    return table
+
+
+def _read_csv(file: Path, columns: list[str], text: set[str]) -> pa.Table:
     convert = pyarrow.csv.ConvertOptions(
         include_columns=columns,
-        column_types={column: pa.large_string() for column in (*text, *ids)},
+        column_types=dict.fromkeys(text, pa.large_string()),
         null_values=[""],  # an item called "NA" is an item
         strings_can_be_null=True,
     )
-    table = pyarrow.csv.read_csv(path, parse_options=parse, convert_options=convert)
-    for number, name in enumerate(table.column_names):
-        if pa.types.is_binary(table.schema.field(name).type):  # what text that is not UTF-8 is guessed to be
-            raise UserError(f"column {name!r} of table {path} is not UTF-8 text; {NOT_UTF8}")
-        if name in ids:
-            table = table.set_column(number, name, _integers(table[name]))
+    table = pyarrow.csv.read_csv(file, parse_options=_csv_format(), convert_options=convert)
+    for field in table.schema:
+        if pa.types.is_binary(field.type):  # what text that is not UTF-8 is guessed to be
+            raise UserError(f"column {field.name!r} of table {file} is not UTF-8 text; {NOT_UTF8}")
     return table
 
 

@@ -75,6 +75,17 @@ def test_the_old_folder_stays_until_the_new_one_is_there(
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
+def test_what_others_add_meanwhile_is_kept(tmp_path: Path) -> None:
+    for text in ("old", "new"):
+        with replaced_folder(tmp_path / "target") as folder:
+            fill(folder, text)
+            if text == "new":
+                (tmp_path / "target" / "notes").mkdir()
+                (tmp_path / "target" / "notes" / "README.md").write_text("mine")
+    assert (tmp_path / "target" / "file").read_text() == "new"
+    assert (tmp_path / "target" / "notes" / "README.md").read_text() == "mine"
+
+
 def replace_forever(target: Path) -> None:
     for number in range(10**6):
         with replaced_folder(target) as folder:

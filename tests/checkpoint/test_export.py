@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 from fmrl_dist import evaluate, export
+from fmrl_dist.base.files import file_sha256
 from fmrl_dist.checkpoint.export_folder import FILES, ITEMS_FILE, Origin, Recommender, read_export, write_export
 from fmrl_dist.checkpoint.folder import load_checkpoint
 from fmrl_dist.checkpoint.restore import build_recommender
@@ -170,7 +171,7 @@ def test_an_export_of_any_model_ranks_like_the_model(case: tuple[FMRLRec, int, i
     present = torch.rand(num_items, len(model.encoder.feature_dims)) < 0.7
     small = recommender_of(model.truncate(size), values, present)
     with tempfile.TemporaryDirectory() as folder:
-        write_export(small, Path(folder) / "export", b"unused here")
+        write_export(small, Path(folder) / "export", b"unused here", {}, {})
         found = read_export(Path(folder) / "export")
     assert_same_recommender(found, small)
     events = torch.randint(num_items, (sum(lengths),))
@@ -255,6 +256,10 @@ def test_files_hold_the_slice(run: Path, shop: Path, size: int) -> None:
         "max_length": 50,
         "predict_first": True,
         "normalize": False,
+        "feature_encoders": {
+            name: {"encoder": "npy", "revision": file_sha256(shop.parent / "raw" / f"{name}.npy"), "recipe": recipe}
+            for name, recipe in {"vector": {"source": "npy"}, "colour": {"source": "npy"}}.items()
+        },
         "origin": {
             "fmrl_dist_version": "0.1.0",
             "step": checkpoint.state.best_step,

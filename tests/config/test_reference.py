@@ -45,7 +45,7 @@ def test_every_key_is_there() -> None:
 def test_every_source_of_features_is_there() -> None:
     sources = {group.title: {key.name.rpartition(".")[2] for key in group.keys} for group in reference()}
     assert sources["data.features, source npy"] == {"source", "path", "dim"}
-    assert sources["data.features, source tfidf"] == {"source", "dim", "text"}
+    assert sources["data.features, source tfidf"] == {"source", "dim", "text", "fit"}
     assert sources["data.features, source pixels"] == {"source", "path", "id", "image"}
     assert {"model", "pooling", "batch_tokens"} < sources["data.features, source transformers"]
     assert {"model", "pretrained", "batch_images"} < sources["data.features, source open_clip"]

@@ -257,7 +257,7 @@ def streams(config: Config, store: Store, predict_first: bool = True) -> tuple[T
     sampler = make_sampler(config, store)
     assert sampler is not None
     walk = StreamedNegatives(store, DIMS, sampler.num_drawn, 0)
-    walking = WalkingSampler(NUM_ITEMS, sampler.num_drawn, 0, None, sampler._target_log_shares)
+    walking = WalkingSampler(NUM_ITEMS, sampler.num_drawn, 0, None, sampler._target_log_shares, sampler._stratified)
     walking.walk = walk
     settings = (store, order, WindowRule(4, "all", predict_first))
     shared = config.loss.scope == "batch"

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,11 @@ from fmrl_dist.base.errors import UserError
 from fmrl_dist.config.loading import load_config
 from fmrl_dist.config.sections import StoreConfig
 from fmrl_dist.data.item_table import load_item_table
+from fmrl_dist.data.store.derived import damaged_files
 from fmrl_dist.data.store.manifest import Block
 from fmrl_dist.data.store.reader import Store
 from shards.store.builder import build_store
+from shards.verify import main as verify_main
 from tests.fixtures.processes import REPOSITORY, run_processes
 from tests.fixtures.stores import write_histories, write_items
 from tests.fixtures.training import make_shop
@@ -91,7 +94,7 @@ def test_one_of_several_processes_unpacks_in_little_memory(store: Path) -> None:
     assert [total for _, _, total in results] == pytest.approx([expected] * 4)
     grown = max(grown for _, grown, _ in results)
     assert grown < 30, f"{grown} MB of anonymous memory for a table of {NUM_ITEMS * DIM * 2 / 1e6} MB"
-    assert sorted(path.suffix for path in Path(f"{store}.derived").iterdir()) == [".lock", ".npy", ".npy"]
+    assert sorted(path.suffix for path in Path(f"{store}.derived").iterdir()) == [".lock", ".npy", ".npy", ".sha256"]
 
 
 @pytest.mark.multiproc
@@ -116,7 +119,7 @@ def test_another_process_takes_over_from_one_that_is_killed(store: Path) -> None
     for path in derived.glob("[!.]*.npy"):
         path.unlink()
     load_item_table(Store.open(store), None)
-    assert len(list(derived.iterdir())) == 3
+    assert len(list(derived.iterdir())) == 4
 
 
 def test_the_table_is_in_the_cache_folder(tmp_path: Path) -> None:
@@ -138,17 +141,58 @@ def test_writing_to_the_tensors_does_not_change_the_file(tmp_path: Path) -> None
     assert load_item_table(store, None).values.any()
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"", lambda data: b"\x00" * len(data)])
-def test_a_damaged_table_is_refused(damage: object, tmp_path: Path) -> None:
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "cut": lambda data: data[:-1],
+    "empty": lambda data: b"",
+    "zeros": lambda data: b"\x00" * len(data),
+    "a half of zeros": lambda data: data[: len(data) // 2] + bytes(-(-len(data) // 2)),
+    "a flipped bit": lambda data: data[:-40] + bytes([data[-40] ^ 2]) + data[-39:],
+    "longer": lambda data: data + b"\x00" * 4096,
+}
+
+
+@pytest.mark.parametrize("part", ["values.npy", "present.npy", "sha256"])
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_table_is_unpacked_again(
+    damage: Callable[[bytes], bytes], part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make_shop(tmp_path / "shop")
     store = Store.open(tmp_path / "shop" / "store")
+    table = load_item_table(store, None)
+    values, present = table.values.clone(), table.present.clone()
+    (path,) = store.derived_folder.glob(f"items-*.{part}")
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match="is sound, but 1 files made from it are damaged; delete these"):
+        verify_main([str(store.path)])
+    assert f"/{path.name.partition('.')[0]}.values.npy: " in capsys.readouterr().out
+    found = load_item_table(store, None)
+    assert torch.equal(found.values, values) and torch.equal(found.present, present)
+    assert "; it is unpacked again\n" in capsys.readouterr().out
     load_item_table(store, None)
-    (path,) = store.derived_folder.glob("items-*.values.npy")
-    path.write_bytes(damage(path.read_bytes()))  # type: ignore[operator]
-    with pytest.raises(UserError, match=r"delete it, it will be rebuilt$"):
-        load_item_table(store, None)
-    path.unlink()
-    assert load_item_table(store, None).values.any()
+    assert "unpacked" not in capsys.readouterr().out
+    verify_main([str(store.path)])
+
+
+def test_damage_anywhere_in_a_large_table(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A start compares a sample: it finds a zeroed half. ``shards.verify`` finds a single bit."""
+    expected = load_item_table(Store.open(store), None).values.clone()
+    (path,) = Path(f"{store}.derived").glob("items-*.values.npy")
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.seek(size // 4)
+        file.write(bytes(size // 2))
+    assert torch.equal(load_item_table(Store.open(store), None).values, expected)
+    assert "holds other bytes than were written, after byte" in capsys.readouterr().out
+    begin = time.perf_counter()
+    assert not list(damaged_files(Store.open(store)))
+    with path.open("r+b") as file:
+        file.seek(size // 3)
+        byte = file.read(1)
+        file.seek(size // 3)
+        file.write(bytes([byte[0] ^ 1]))
+    (line,) = damaged_files(Store.open(store))
+    assert f"after byte {size // 3 >> 20 << 20}; delete it" in line
+    assert time.perf_counter() - begin < 30
 
 
 def test_an_unwritable_cache_folder_is_refused(tmp_path: Path) -> None:
@@ -166,3 +210,17 @@ def test_a_damaged_block_leaves_no_table(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is truncated"):
         load_item_table(store, None)
     assert [file.suffix for file in store.derived_folder.iterdir()] == [".lock"]
+
+
+def test_a_user_without_a_home_is_told_what_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_shop(tmp_path / "shop")
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)  # of a container: no entry in the list of users
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    store = Store.open(tmp_path / "shop" / "store")
+    with pytest.raises(UserError, match=r"no home folder, and so no cache; give a folder with --store.cache_dir"):
+        load_item_table(store, None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert load_item_table(store, None).values.any()
+    assert len(list((tmp_path / "cache" / "fmrl-dist").glob("items-*.values.npy"))) == 1

@@ -12,7 +12,7 @@ import pytest
 from tests.fixtures.processes import REPOSITORY
 
 BASE = {
-    **{"SLURM_SUBMIT_DIR": "/shared/fmrl-dist", "SLURM_JOB_ID": "7"},
+    **{"SLURM_SUBMIT_DIR": str(REPOSITORY), "SLURM_JOB_ID": "7"},
     **{"FMRL_VENV": sys.prefix, "PATH": os.environ["PATH"]},
 }
 
@@ -58,6 +58,13 @@ def test_a_missing_deepspeed_file() -> None:
         f"error: FMRL_DEEPSPEED is zero.json, which is not a file in {REPOSITORY}; "
         "expected one such as launch/deepspeed/zero2.json\n"
     )
+
+
+def test_a_job_that_runs_elsewhere_than_it_was_submitted_says_so(tmp_path: Path) -> None:
+    command = ["bash", "-euc", "source launch/environment.sh"]
+    environment = BASE | {"SLURM_SUBMIT_DIR": str(tmp_path)}
+    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
+    assert result.stderr == f"submitted in {tmp_path}; this job runs in {REPOSITORY}, and relative paths start there\n"
 
 
 def test_a_module_can_change_what_is_found_first(tmp_path: Path) -> None:

@@ -78,6 +78,28 @@ def image_table(column: pa.Array) -> Spoil:
     return spoil
 
 
+def column(table: str, name: str, values: pa.Array) -> Spoil:
+    """A column of a raw table is replaced, or added."""
+
+    def spoil(root: Path, values_: Values) -> None:
+        whole = pq.read_table(root / table)
+        whole = whole.drop_columns([name]) if name in whole.column_names else whole
+        pq.write_table(whole.append_column(name, values), root / table)
+
+    return spoil
+
+
+def both(*spoils: Spoil) -> Spoil:
+    def spoil(root: Path, values: Values) -> None:
+        for each in spoils:
+            each(root, values)
+
+    return spoil
+
+
+N = len(ITEMS)
+STRUCTS, BYTES = pa.array([{"a": 1}] * N), pa.array([b"x"] * N)
+MAPS = pa.array([[("a", 1)]] * N, pa.map_(pa.string(), pa.int64()))
 U1 = HISTORIES["u1"]
 CASES: dict[str, tuple[Spoil, str]] = {
     "missing items": (data(items={"path": "no.parquet"}), "no.parquet does not exist; check data.root"),
@@ -159,6 +181,60 @@ CASES: dict[str, tuple[Spoil, str]] = {
     "images that are numbers": (image_table(pa.array(range(6))), "is of type int64; expected encoded image bytes"),
     "images that are not there": (image_table(pa.array(ITEMS)), "no item has it"),
     "no image at all": (image_table(pa.array([b""] * 6)), "no item has it"),
+    "title of lists": (
+        column("items.parquet", "title", pa.array([["a"]] * N)),
+        "'title' of .* is of type list.*; expected",
+    ),
+    "title of structs": (column("items.parquet", "title", STRUCTS), "'title' of .* is of type struct"),
+    "title of maps": (column("items.parquet", "title", MAPS), "'title' of .* is of type map"),
+    "title of bytes": (column("items.parquet", "title", BYTES), "'title' of .* is of type binary"),
+    "item ids that are lists": (column("items.parquet", "item_id", pa.array([["a"]] * N)), "ids of type list"),
+    "item ids that are bytes": (column("items.parquet", "item_id", BYTES), "ids of type binary"),
+    "user ids that are structs": (
+        column("sequences.parquet", "user_id", pa.array([{"a": 1}] * 5)),
+        "ids of type struct",
+    ),
+    "lists of lists of items": (column("sequences.parquet", "item_ids", pa.array([[["a"]]] * 5)), "ids of type list"),
+    "lists of real items": (column("sequences.parquet", "item_ids", pa.array([[0.5]] * 5)), "ids of type double"),
+    "times that are no lists": (
+        both(column("sequences.parquet", "t", pa.array(range(5))), data(sequences={"times": "t"})),
+        "'t' of .* is of type int64; expected lists",
+    ),
+    "text of structs": (
+        both(column("items.parquet", "brand", STRUCTS), text_feature("{brand}")),
+        "'brand' of .* is of type struct.*; a text template takes text, numbers, dates and lists of them",
+    ),
+    "text of bytes": (
+        both(column("items.parquet", "brand", BYTES), text_feature("{brand}")),
+        "'brand' of .* is of type binary; a text template takes",
+    ),
+    "text of lists of structs": (
+        both(column("items.parquet", "brand", pa.array([[{"a": 1}]] * N)), text_feature("{brand}")),
+        "'brand' of .* is of type list<.*struct.*; a text template takes",
+    ),
+    "no column of the default text": (
+        both(
+            lambda root, values: pq.write_table(
+                pq.read_table(root / "items.parquet", columns=["item_id"]), root / "items.parquet"
+            ),
+            data(features={"words": {"source": "tfidf", "dim": 2}}, items={}),
+        ),
+        "has none of the columns title, price, brand, categories, .* it has: item_id: name yours with data.text",
+    ),
+    "two columns of one name": (
+        lambda root, values: pq.write_table(
+            pa.Table.from_arrays([pa.array(ITEMS)] * 2, names=["item_id", "item_id"]), root / "items.parquet"
+        ),
+        "has several columns 'item_id'|no column 'title'",
+    ),
+    "images in a folder": (
+        both(
+            image_table(BYTES),
+            lambda root, values: (root / "parts").mkdir(),
+            lambda root, values: values["data"]["features"]["image"].update(path="parts"),
+        ),
+        "parts is a folder; expected one Parquet file of images",
+    ),
     "tfidf dim": (text_feature("{title}", dim=100), "dim is 100 but the texts give a matrix of 6 items"),
     "text column": (text_feature("{colour}"), "no column 'colour'; it has: item_id, title"),
     "text attribute": (text_feature("{title.upper}"), "may hold only a column name"),
@@ -197,3 +273,16 @@ def test_a_failed_overwrite_keeps_the_old_store(tmp_path: Path) -> None:
         build_main([*words, "--overwrite"])
     assert (tmp_path / "store" / "manifest.json").read_bytes() == manifest
     verify_main([str(tmp_path / "store")])
+
+
+def test_nothing_is_encoded_before_all_columns_are_checked(tmp_path: Path) -> None:
+    """Of two features and the histories the last is wrong: an encoder that takes hours must not have begun."""
+    words = command_line(tmp_path)
+    first = ["--data.features.words", "{source: transformers, model: none}"]
+    image = ["--data.features.image", "{source: pixels, path: images.parquet}"]
+    with pytest.raises(UserError, match=r"images.parquet does not exist"):
+        build_main([*words, *first, *image])
+    with pytest.raises(UserError, match=r"no column 'basket'"):
+        build_main([*words, *first, "--data.sequences.items", "basket"])
+    with pytest.raises(UserError, match=r"vectors.npy has 4 columns but its dim is 9"):
+        build_main([*words, *first, "--data.features.other", "{source: npy, path: vectors.npy, dim: 9}"])

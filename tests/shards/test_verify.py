@@ -9,7 +9,9 @@ import pytest
 
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.data.store.reader import Store
+from shards.store.builder import build_store
 from shards.verify import main
+from tests.fixtures.stores import tiny_config, write_raw
 
 
 def test_a_sound_store_is_accepted(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,3 +55,21 @@ def test_each_problem_is_reported(store: Store, capsys: pytest.CaptureFixture[st
     lines = capsys.readouterr().out.splitlines()
     for words in ("items-000001.tar: missing", "train-000099.tar: not in the manifest", "users.parquet: its rows"):
         assert any(words in line for line in lines), lines
+
+
+def test_foreign_files_are_noted_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_raw(tmp_path / "raw")
+    config = tiny_config(tmp_path / "raw", tmp_path / "store")
+    build_store(config)
+    (tmp_path / "store" / "README.md").write_text("mine")
+    capsys.readouterr()
+    main([str(tmp_path / "store")])
+    note, _, ok = capsys.readouterr().out.splitlines()
+    assert note == "note: README.md: not a file of a store, and not read"
+    assert ok.startswith("ok: ")
+    with pytest.raises(UserError, match="holds README.md, which a store does not have"):
+        build_store(config, overwrite=True)
+    (tmp_path / "store" / "README.md").unlink()
+    (tmp_path / "store" / "train-000007.tar").mkdir()
+    with pytest.raises(UserError, match="holds train-000007.tar, which a store does not have"):
+        build_store(config, overwrite=True)

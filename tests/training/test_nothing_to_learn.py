@@ -176,7 +176,7 @@ def test_initial_weights_of_another_encoder(shop: Path, trained: Path, tmp_path:
     (best / "state.json").write_text(json.dumps(record))
     reseal(best)
     line = refusal(train.main, "--config", shop, "--run.dir", tmp_path / "run", "--train.init", run)
-    assert "was trained on feature 'vector' of transformers:other 1; that of store" in line
+    assert "was trained on another feature 'vector' than that of store" in line and "transformers:other 1" in line
 
 
 def test_a_finished_checkpoint_in_a_new_folder(shop: Path, trained: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
+from fmrl_dist import train
 from fmrl_dist.base.errors import EXIT_USER_ERROR, UserError
 from fmrl_dist.config.loading import DEMO_CONFIG, load_config
 from fmrl_dist.data.item_table import load_item_table
@@ -32,8 +33,10 @@ from fmrl_dist.training.build_model import build_model
 from fmrl_dist.training.engine import DataParallelEngine
 from fmrl_dist.training.learner import prepare_learner
 from fmrl_dist.training.run import Run
+from shards.store.builder import build_store
 from tests.fixtures.checkpoints import reseal
 from tests.fixtures.processes import REPOSITORY, clean_environment
+from tests.fixtures.stores import as_older_version
 from tests.fixtures.training import (
     NUM_ITEMS,
     STEPS_PER_EPOCH,
@@ -41,6 +44,7 @@ from tests.fixtures.training import (
     figures,
     make_shop,
     records,
+    refusal,
     run_module,
     train_here,
 )
@@ -369,6 +373,35 @@ def test_missing_demo_store_is_built(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert f"building the demo store {store} …" in capfd.readouterr().out
     assert set(store.parent.iterdir()) == {store, store.parent / "demo.derived"}
     assert list(evaluation(run)["sizes"]) == ["8", "16", "32", "64", "128"]
+
+
+def test_a_demo_store_of_another_config_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A store that is already there was trained on whatever the config asked for, with exit code 0."""
+    store = tmp_path / "store"
+    demo = ["--data.demo", "{users: 60, items: 80}", "--data.root", str(tmp_path / "data"), "--store.path", str(store)]
+    demo += ["--data.features", "{text: {source: tfidf, dim: 8}}"]
+    build_store(load_config(DEMO_CONFIG, demo))
+    words = [*demo, "--train.max_steps", 1, "--train.threads", 1, "--run.tensorboard", "false"]
+    other = ["--data.features", "{text: {source: tfidf, dim: 9}}", "--data.demo", "{users: 61, items: 80}"]
+    line = refusal(train.main, "--config", DEMO_CONFIG, "--run.dir", tmp_path / "run", *words, *other)
+    assert f"demo store {store} was built from something else: data.demo.users is 60, the config's 61; " in line
+    assert "data.features.text.dim is 8, the config's 9; build it again with python -m shards.build" in line
+    assert not (tmp_path / "run").exists()
+    as_older_version(store)
+    run = train_here(DEMO_CONFIG, tmp_path / "run", *words, *other, "--data.max_length", 7)
+    assert f"note: an older version built {store}, and did not record what from" in capfd.readouterr().out
+    assert evaluation(run)["users"] > 0
+
+
+def test_a_key_that_the_store_was_not_built_with_is_noted(
+    shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--train.max_steps", 1]
+    train_here(shop, tmp_path / "same", *words, "--data.max_length", 9)
+    assert "note:" not in capsys.readouterr().out
+    train_here(shop, tmp_path / "other", *words, "--data.items.title", "title", "--store.items_per_block", 17)
+    note = "was built by another config: data.items.title is '', the config's 'title'; store.items_per_block is 16, the"
+    assert note in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("log_every_steps", [1, 100], ids=["seen in the record", "seen before the next step"])

@@ -23,6 +23,7 @@ NPY_HEADER = re.compile(  # what np.save writes for the dtypes that a store may 
     rb"'shape': \(((?:\d{1,18}, ?)*(?:\d{1,18})?)\), \} *\n",
     re.DOTALL,
 )
+SIGN_BIT, INFINITY_BITS = np.uint16(0x8000), np.uint16(0x7C00)  # of a float16; NaN has more bits than infinity
 MIN_EVENTS = {"train": 1, "valid": 2, "test": 3}  # of each user's slice
 
 Expected = Mapping[str, tuple[str, tuple[int, ...]]]  # dtype and shape by field
@@ -85,7 +86,7 @@ def item_problems(arrays: Mapping[str, np.ndarray], block: Block, manifest: Mani
         yield f"item ids outside 0 ... {manifest.num_items - 1}"
     elif len(np.unique(ids)) < block.count:
         yield "an item occurs twice in it"
-    yield from _feature_problems(arrays, manifest)
+    yield from _feature_problems(arrays, ids, manifest)
 
 
 def user_problems(arrays: Mapping[str, np.ndarray], block: Block, manifest: Manifest) -> Iterator[str]:
@@ -119,7 +120,7 @@ def user_problems(arrays: Mapping[str, np.ndarray], block: Block, manifest: Mani
             yield "block_items are not its distinct items, sorted"
         if (arrays["block_counts"] < 0).any():
             yield "block_counts are negative"
-        yield from _feature_problems(arrays, manifest)
+        yield from _feature_problems(arrays, arrays["block_items"], manifest)
 
 
 def _feature_fields(manifest: Manifest, count: int) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -131,13 +132,33 @@ def _feature_fields(manifest: Manifest, count: int) -> dict[str, tuple[str, tupl
     return fields
 
 
-def _feature_problems(arrays: Mapping[str, np.ndarray], manifest: Manifest) -> Iterator[str]:
+def _feature_problems(arrays: Mapping[str, np.ndarray], ids: np.ndarray, manifest: Manifest) -> Iterator[str]:
     for name in (feature.name for feature in manifest.features):
-        rows, mask = arrays[name], arrays.get(f"{name}.mask", np.True_)
-        if not np.isfinite(rows).all():
-            yield f"{name} holds NaN or infinity"
-        if rows[~mask].any():
-            yield f"{name} is not zero where its mask is false"
+        if (problem := row_problem(arrays[name], arrays.get(f"{name}.mask"))) is not None:
+            what, row = problem
+            yield f"{name} of item {ids[row]} {what}"
+
+
+def row_problem(rows: np.ndarray, present: np.ndarray | None) -> tuple[str, int] | None:
+    """What no reader takes in rows of a feature, and the first row of that kind; None if all are sound.
+
+    A row of zeros that counts as present was never written: no encoder makes one, and a precomputed one is absent.
+
+    Args:
+        rows: float16 [n, dim].
+        present: bool [n], true for the items that have the feature; None: all of them.
+    """
+    present = np.ones(len(rows), np.bool_) if present is None else present
+    magnitudes = rows.view(np.uint16) & ~SIGN_BIT  # several times faster than float16 itself
+    filled = magnitudes.any(axis=1)
+    for what, wrong in (
+        ("holds NaN or infinity", (magnitudes >= INFINITY_BITS).any(axis=1)),
+        ("is not zero where its mask is false", filled & ~present),
+        ("is all zero, though the item is said to have it: it was never written", present & ~filled),
+    ):
+        if wrong.any():
+            return what, int(np.argmax(wrong))
+    return None
 
 
 def _field_problems(arrays: Mapping[str, np.ndarray], expected: Expected) -> list[str]:

@@ -15,7 +15,9 @@ from typing import Protocol, TypeVar
 
 from fmrl_dist.base.errors import UserError, require
 
-FILE_NAME = re.compile(r"manifest\.json|(vocab|users)\.parquet|[a-z]+-\d{6}\.tar", re.ASCII)
+FILE_NAME = re.compile(
+    r"manifest\.json|(vocab|users)\.parquet|fit-[a-z][a-z0-9_]*\.safetensors|[a-z]+-\d{6}\.tar", re.ASCII
+)
 CHUNK_BYTES = 8 << 20
 
 T = TypeVar("T")

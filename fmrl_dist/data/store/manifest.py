@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Set
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any, TypeVar
@@ -17,9 +18,12 @@ from typing import Any, TypeVar
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.files import json_sha256
 from fmrl_dist.config.sections import FEATURE_NAME
+from fmrl_dist.data.store.built_from import BuiltFrom
 from fmrl_dist.data.store.cache import SHA256
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+# Version 2 has no recipe of a feature, no fits and no built_from.
+WITHOUT_RECORD = 2
 MANIFEST_FILE = "manifest.json"
 VOCAB_FILE = "vocab.parquet"
 USERS_FILE = "users.parquet"
@@ -70,6 +74,8 @@ class Feature:
     revision: str  # of the encoder's weights or code, or the sha256 of the array that it was taken from
     present: int  # items that have it
     masked: bool  # blocks carry "<name>.mask", because some items lack it
+    # with the revision, all that makes a row of an item's text or image: source, settings, precision; None: unrecorded
+    recipe: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,9 @@ class Manifest:
     """Index of a store. Two stores with the same ``sha256`` hold the same bytes in their shards.
 
     ``num_events`` counts the whole histories of the ``num_users`` users that were kept; ``num_dropped_users`` had fewer
-    than 2 events. ``tables`` maps each Parquet file to the digest of its rows.
+    than 2 events. ``tables`` maps each Parquet file to the digest of its rows, ``fits`` each feature that was fitted to
+    its items to the sha256 of :func:`fit_file`. ``built_from`` has a hash of its own: other tables can give the same
+    store.
     """
 
     schema_version: int
@@ -91,14 +99,26 @@ class Manifest:
     splits: dict[str, tuple[Block, ...]]  # train, valid, test
     shards: tuple[Shard, ...]
     tables: dict[str, str]
+    fits: dict[str, str]
+    built_from: BuiltFrom | None  # None in a store of schema version 2
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the manifest's canonical JSON without this field."""
-        return json_sha256(asdict(self))
+        """:func:`manifest_sha256` of this manifest: it names the store."""
+        return manifest_sha256(self._raw())
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self) | {"sha256": self.sha256}, indent=1, sort_keys=True) + "\n"
+        return json.dumps(self._raw() | {"sha256": self.sha256}, indent=1, sort_keys=True) + "\n"
+
+    def _raw(self) -> dict[str, Any]:
+        raw = asdict(self)
+        if self.schema_version == WITHOUT_RECORD:
+            del raw["fits"], raw["built_from"]
+            for feature in raw["features"]:
+                del feature["recipe"]
+        elif self.built_from is not None:
+            raw["built_from"]["sha256"] = self.built_from.sha256
+        return raw
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
@@ -113,13 +133,13 @@ class Manifest:
             raise UserError(f"the manifest is not JSON ({error}); build the store again") from None
         if not isinstance(raw, dict) or "schema_version" not in raw:
             raise UserError("the manifest has no schema_version; expected the manifest.json that shards.build writes")
-        if raw["schema_version"] != SCHEMA_VERSION:
+        if raw["schema_version"] not in (SCHEMA_VERSION, WITHOUT_RECORD):
             raise UserError(
-                f"the store has schema version {raw['schema_version']!r}, this program reads version {SCHEMA_VERSION}; "
-                "build the store again with python -m shards.build --overwrite"
+                f"the store has schema version {raw['schema_version']!r}, this program reads versions {WITHOUT_RECORD} "
+                f"and {SCHEMA_VERSION}; build the store again with python -m shards.build --overwrite"
             )
         claimed = raw.pop("sha256", None)
-        if claimed != json_sha256(raw):
+        if claimed != manifest_sha256(raw):
             raise UserError(
                 f"the manifest was changed after it was written (sha256 is not {claimed}); build the store again"
             )
@@ -136,34 +156,53 @@ class Manifest:
             raise UserError(f"{MANIFEST_FILE} is not UTF-8; build the store again") from None
 
 
+def manifest_sha256(raw: dict[str, Any]) -> str:
+    """Hash of a manifest's canonical JSON without this hash and without ``built_from``."""
+    return json_sha256({key: value for key, value in raw.items() if key not in ("sha256", "built_from")})
+
+
+def fit_file(feature: str) -> str:
+    """Name of the file that holds what a feature was fitted to."""
+    return f"fit-{feature}.safetensors"
+
+
 def block_sha256(data: bytes) -> str:
     """Hash of a block's whole byte range, tar headers and padding included."""
     return hashlib.sha256(data).hexdigest()
 
 
 def _parse_manifest(raw: dict[str, Any]) -> Manifest:
-    values = dict(_check_fields(Manifest, raw, "manifest"))
+    if raw["schema_version"] == WITHOUT_RECORD:
+        values = dict(_check_fields(Manifest, raw, "manifest", {"fits", "built_from"}))
+        values |= {"fits": {}, "built_from": None}
+        values["features"] = _parse_list(Feature, values["features"], "features", {"recipe"})
+    else:
+        values = dict(_check_fields(Manifest, raw, "manifest"))
+        values["built_from"] = BuiltFrom.from_raw(values["built_from"])
+        values["features"] = _parse_list(Feature, values["features"], "features")
     splits, tables = values["splits"], values["tables"]
     if not isinstance(splits, dict) or set(splits) != set(SPLITS):
         raise UserError(f"the manifest's splits are not {', '.join(SPLITS)}")
     if not isinstance(tables, dict) or set(tables) != {VOCAB_FILE, USERS_FILE}:
         raise UserError(f"the manifest's tables are not {VOCAB_FILE}, {USERS_FILE}")
-    values["features"] = _parse_list(Feature, values["features"], "features")
     values["items"] = _parse_list(Block, values["items"], "items")
     values["shards"] = _parse_list(Shard, values["shards"], "shards")
     values["splits"] = {name: _parse_list(Block, splits[name], f"splits.{name}") for name in SPLITS}
     return Manifest(**values)
 
 
-def _parse_list(kind: type[T], raw: Any, where: str) -> tuple[T, ...]:
+def _parse_list(kind: type[T], raw: Any, where: str, without: Set[str] = frozenset()) -> tuple[T, ...]:
     if not isinstance(raw, list):
         raise UserError(f"the manifest's {where} is not a list")
-    return tuple(kind(**_check_fields(kind, value, f"{where}[{i}]")) for i, value in enumerate(raw))
+    return tuple(kind(**_check_fields(kind, value, f"{where}[{i}]", without)) for i, value in enumerate(raw))
 
 
-def _check_fields(kind: type, raw: Any, where: str) -> dict[str, Any]:
-    """``raw`` if it has exactly the fields of dataclass ``kind``, with scalars of their types and not negative."""
-    names = {f.name: f.type for f in fields(kind)}
+def _check_fields(kind: type, raw: Any, where: str, without: Set[str] = frozenset()) -> dict[str, Any]:
+    """``raw`` if it has exactly the fields of dataclass ``kind``, with scalars of their types and not negative.
+
+    Fields of ``without`` are those that an older version does not have.
+    """
+    names = {f.name: f.type for f in fields(kind) if f.name not in without}
     if not isinstance(raw, dict) or set(raw) != set(names):
         raise UserError(f"the manifest's {where} does not have the fields {', '.join(names)}")
     scalars = {"int": int, "str": str, "bool": bool}
@@ -178,7 +217,16 @@ def _check_fields(kind: type, raw: Any, where: str) -> dict[str, Any]:
 
 def _check_consistency(manifest: Manifest) -> None:
     """Refuse names that could leave the folder, blocks outside their shard, and totals that do not agree."""
+    if not isinstance(manifest.fits, dict) or not all(
+        isinstance(sha256, str) and SHA256.fullmatch(sha256) for sha256 in manifest.fits.values()
+    ):
+        raise UserError("the manifest's fits are not hashes by feature; build the store again")
+    unknown = manifest.fits.keys() - {feature.name for feature in manifest.features}
+    if unknown:
+        raise UserError(f"the manifest has a fit of {min(unknown)[:60]!r}, which is none of its features")
     for feature in manifest.features:
+        if manifest.schema_version != WITHOUT_RECORD and not isinstance(feature.recipe, dict):
+            raise UserError(f"the manifest's feature {feature.name[:60]!r} has no recipe; build the store again")
         if FEATURE_NAME.fullmatch(feature.name) is None or feature.dtype != "float16":
             raise UserError(
                 f"the manifest's feature {feature.name!r} of {feature.dtype} is not known; expected float16"
@@ -191,6 +239,7 @@ def _check_consistency(manifest: Manifest) -> None:
     for name in shards:
         if SHARD_NAME.fullmatch(name) is None:
             raise UserError(f"the manifest names shard {name!r}; expected a plain file name such as train-000000.tar")
+    row_bytes = ROW_BYTES + sum(2 * feature.dim + feature.masked for feature in manifest.features)
     ends = dict.fromkeys(shards, 0)
     for split, blocks in {"items": manifest.items, **manifest.splits}.items():
         for block in blocks:
@@ -206,6 +255,11 @@ def _check_consistency(manifest: Manifest) -> None:
                 raise UserError(
                     f"the manifest's {split} block at byte {block.offset} of {block.shard!r} has {block.count} rows, "
                     f"{block.events} events in {block.num_bytes} bytes; expected at least 1 row, of {ROW_BYTES} bytes"
+                )
+            if split == "items" and block.count * row_bytes > block.num_bytes:
+                raise UserError(
+                    f"the manifest's item block at byte {block.offset} of {block.shard!r} has {block.count} rows of "
+                    f"{row_bytes} bytes in {block.num_bytes} bytes; build the store again"
                 )
             shard = shards.get(block.shard)
             if (

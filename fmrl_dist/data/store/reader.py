@@ -12,6 +12,8 @@ Cost: one open (or request), one read and one sha256 (about 1 GB/s) per block.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,12 +23,13 @@ from pathlib import Path
 import numpy as np
 
 from fmrl_dist.base.errors import UserError
+from fmrl_dist.base.parquet import memory_bytes
 from fmrl_dist.base.urls import is_url
 from fmrl_dist.config.sections import StoreConfig
 from fmrl_dist.data.store.block_arrays import item_problems, parse_block, user_problems
 from fmrl_dist.data.store.cache import RangeCache
 from fmrl_dist.data.store.files import LocalFiles, SourceError, StoreFiles
-from fmrl_dist.data.store.manifest import MANIFEST_FILE, SHARD_NAME, Block, Manifest
+from fmrl_dist.data.store.manifest import MANIFEST_FILE, ROW_BYTES, SHARD_NAME, Block, Manifest, fit_file
 from fmrl_dist.data.store.remote import RemoteFiles, checked_url, default_cache_folder
 from fmrl_dist.data.store.tables import checked_table
 
@@ -66,11 +69,24 @@ class Store:
     @property
     def derived_folder(self) -> Path:
         """Folder for what is computed from this store once, under names that carry the manifest's hash."""
-        if not self._access.cache_dir and isinstance(self.files, LocalFiles):
-            beside = Path(f"{self.files.folder}.derived")
-            if os.access(beside if beside.exists() else beside.parent, os.W_OK):
-                return beside
+        beside = self._folder_beside
+        if beside is not None and os.access(beside if beside.exists() else beside.parent, os.W_OK):
+            return beside
         return _cache_folder(self._access)
+
+    @property
+    def derived_folders(self) -> list[Path]:
+        """All folders in which runs of this user, or beside the store those of others, have put such files."""
+        beside = [self._folder_beside] if self._folder_beside is not None else []
+        with contextlib.suppress(UserError):  # there is no home folder, and so no cache in it
+            return [folder for folder in {*beside, self.derived_folder} if folder.is_dir()]
+        return beside
+
+    @property
+    def _folder_beside(self) -> Path | None:
+        if self._access.cache_dir or not isinstance(self.files, LocalFiles):
+            return None
+        return Path(f"{self.files.folder}.derived")
 
     @classmethod
     def open(cls, path: str | Path, access: StoreConfig | None = None) -> Store:
@@ -86,12 +102,16 @@ class Store:
         """
         access = access or StoreConfig()
         files = _open_files(path, access)
+        if isinstance(files, LocalFiles) and files.folder.is_file():
+            raise UserError(f"store {files.location} is a file; expected the folder that shards.build writes")
         if isinstance(files, LocalFiles) and not files.folder.is_dir():
             raise UserError(
                 f"store {files.location} does not exist; build it with python -m shards.build --config CONFIG"
             )
         try:
-            return cls(files, files.read(MANIFEST_FILE, Manifest.from_bytes), access)
+            manifest = files.read(MANIFEST_FILE, Manifest.from_bytes)
+            _check_memory(manifest)
+            return cls(files, manifest, access)
         except FileNotFoundError:
             raise UserError(
                 f"{files.location} is not a store: it has no {MANIFEST_FILE}; build one with python -m shards.build"
@@ -166,6 +186,19 @@ class Store:
         except UserError as error:
             raise UserError(f"{where} {error}; {mend}") from None
 
+    def item_bytes(self) -> int:
+        """Length of all item shards that are there, in bytes."""
+
+        def size(name: str) -> int:
+            try:
+                return self.files.size(name)
+            except FileNotFoundError:
+                return 0
+
+        names = [shard.name for shard in self.manifest.shards if shard.name.startswith("items-")]
+        with ThreadPoolExecutor(FETCHED_AT_ONCE, thread_name_prefix="size") as pool:
+            return sum(pool.map(size, names))
+
     def read_table(self, name: str, checked: bool = True) -> bytes:
         """The bytes of the Parquet file of the vocabulary or of the users, its rows held against the manifest.
 
@@ -181,11 +214,33 @@ class Store:
         """
         expected = self.manifest.tables[name]
         try:
-            return self.files.read(name, partial(checked_table, expected_sha256=expected) if checked else bytes)
+            return self.files.read(
+                name, partial(checked_table, name=name, expected_sha256=expected) if checked else bytes
+            )
         except FileNotFoundError:
             raise UserError(f"store {self.location} has no {name}; build the store again") from None
         except UserError as error:
             raise UserError(f"store {self.location}: {error}") from None
+
+    def read_fit(self, feature: str) -> bytes:
+        """The file that holds what a feature was fitted to, held against the manifest.
+
+        Raises:
+            UserError: it is missing, cannot be fetched or is damaged.
+        """
+        name, expected = fit_file(feature), self.manifest.fits[feature]
+
+        def checked(data: bytes) -> bytes:
+            if hashlib.sha256(data).hexdigest() != expected:
+                raise UserError(f"{name} is damaged: its sha256 is not the manifest's {expected[:12]}")
+            return data
+
+        try:
+            return self.files.read(name, checked)
+        except FileNotFoundError:
+            raise UserError(f"store {self.location} has no {name}; build the store again") from None
+        except UserError as error:
+            raise UserError(f"store {self.location}: {error}; build the store again") from None
 
 
 def check_lost_users(num_lost: int, num_users: int, split: str, store: Store) -> None:
@@ -202,6 +257,13 @@ def check_lost_users(num_lost: int, num_users: int, split: str, store: Store) ->
         )
 
 
+def _check_memory(manifest: Manifest) -> None:
+    """Refuse more users, or items that are not inline, than this machine could hold an id of."""
+    for kind, count in (("users", manifest.num_users), ("items", 0 if manifest.inline else manifest.num_items)):
+        if count * ROW_BYTES > memory_bytes():
+            raise UserError(f"the manifest claims {count:,} {kind}, more than this machine's memory can hold")
+
+
 def _open_files(path: str | Path, access: StoreConfig) -> StoreFiles:
     """The folder or URL behind ``path``."""
     if not is_url(str(path)):
@@ -216,4 +278,9 @@ def _open_files(path: str | Path, access: StoreConfig) -> StoreFiles:
 
 
 def _cache_folder(access: StoreConfig) -> Path:
-    return Path(access.cache_dir or default_cache_folder(dict(os.environ))).expanduser()
+    try:
+        return Path(access.cache_dir or default_cache_folder(dict(os.environ))).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"store.cache_dir is {access.cache_dir}, but there is no such home folder; write it out"
+        ) from None

@@ -5,10 +5,10 @@ folder and needs none of this). The list is closed on purpose. fsspec has other 
 local files or start remote shells, and its chained URLs (``simplecache::…``, ``zip://…::…``) nest any of them: whoever
 chooses the store must not thereby choose what runs.
 
-Credentials belong into the environment: variables that the protocol's own library reads (AWS_…,
-GOOGLE_APPLICATION_CREDENTIALS), or fsspec's settings, such as ``FSSPEC_HTTP='{"headers": {"Authorization": "…"}}'``. A
-URL with credentials works, but they are neither shown nor recorded. The text of a library's error may quote them, so
-only its kind is shown.
+Credentials belong into the environment or a file: those that the protocol's own library reads (AWS_…,
+GOOGLE_APPLICATION_CREDENTIALS), or fsspec's settings, such as ``FSSPEC_HTTP='{"headers": {"Authorization": "…"}}'`` or
+``~/.config/fsspec/http.json`` (docs/cluster.md, Credentials). A URL with credentials works, but they are neither shown
+nor recorded. The text of a library's error may quote them, so only its kind is shown.
 
 All tries for a file or range share one time limit. Each try gets an even share of the time that remains, so a source
 that stalls once is asked again. Pauses between tries double, with jitter, so that many ranks do not retry in step.
@@ -25,10 +25,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import fsspec
-from fsspec.asyn import AsyncFileSystem
-
 from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.base.files import home_folder
 from fmrl_dist.base.urls import HIDDEN, hide_credentials
 from fmrl_dist.data.store.cache import RangeCache
 from fmrl_dist.data.store.files import CHUNK_BYTES, SourceError, checked_name, checked_range
@@ -108,13 +106,14 @@ class RemoteFiles:
     def _call(self, method: str, name: str, limit_s: float, **arguments: Any) -> Any:
         """Call a method of fsspec's file system on one file of the store, for at most ``limit_s`` seconds."""
         file_system = self._file_system()
-        limit = {"timeout": limit_s} if isinstance(file_system, AsyncFileSystem) else {}
+        limit = {"timeout": limit_s} if file_system.async_impl else {}
         folder, mark, query = self._url.partition("?")  # such as a signature, which is for all files of the folder
         url = f"{folder.rstrip('/')}/{name}{mark}{query}"
         return getattr(file_system, method)(url, **arguments, **limit)
 
     def _file_system(self) -> Any:
         """fsspec's own, which keeps one for each process: none may be carried over a fork."""
+        fsspec = import_fsspec()
         try:
             return fsspec.filesystem(self._protocol, **OPTIONS.get(self._protocol, {}))
         except ImportError:
@@ -159,6 +158,24 @@ class FinalError(UserError):
     """A problem that a retry cannot solve."""
 
 
+def import_fsspec() -> Any:
+    """fsspec, which reads its user's settings when it is first imported: only where there is a URL.
+
+    Raises:
+        UserError: it is not installed, or its settings are damaged; the message shows none of them.
+    """
+    try:
+        import fsspec
+    except ImportError:
+        raise UserError("a store at a URL needs the package fsspec; pip install fsspec") from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"fsspec cannot read its settings ({type(error).__name__}); expect each .json file in ~/.config/fsspec, or "
+            'in FSSPEC_CONFIG_DIR, to be like {"http": {"headers": {…}}}'
+        ) from None
+    return fsspec
+
+
 def checked_url(url: str) -> str:
     """``url`` if it may name a store.
 
@@ -192,8 +209,16 @@ def checked_url(url: str) -> str:
 
 
 def default_cache_folder(environment: dict[str, str]) -> Path:
-    """Where ranges are kept if ``store.cache_dir`` is empty: in the user's cache."""
-    return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fmrl-dist"
+    """Where ranges are kept if ``store.cache_dir`` is empty: in the user's cache.
+
+    Raises:
+        UserError: the user has none.
+    """
+    home = home_folder()
+    cache = environment.get("XDG_CACHE_HOME") or (home and home / ".cache")
+    if cache is None:
+        raise UserError("there is no home folder to keep a cache in; set store.cache_dir, or HOME")
+    return Path(cache) / "fmrl-dist"
 
 
 def _is_final(error: Exception) -> bool:

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fmrl_dist.base.files import json_sha256
-from fmrl_dist.data.store.manifest import SPLITS
+from fmrl_dist.data.store.manifest import SPLITS, manifest_sha256
 from fmrl_dist.data.store.reader import Store
 from tests.fixtures.damaged_stores import is_refused_by_verify, outcome, write_files
 
@@ -128,7 +127,7 @@ def forge(store: Store, split: str, number: int, tar: bytes, claims: dict[str, i
     entry |= {"num_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} | (claims or {})
     (shard,) = (shard for shard in raw["shards"] if shard["name"] == entry["shard"])
     shard |= {"num_bytes": len(new), "sha256": hashlib.sha256(new).hexdigest()}
-    return {path.name: new, "manifest.json": json.dumps(raw | {"sha256": json_sha256(raw)}).encode()}
+    return {path.name: new, "manifest.json": json.dumps(raw | {"sha256": manifest_sha256(raw)}).encode()}
 
 
 def tar_of(members: list[tuple[str, bytes, bytes]]) -> bytes:

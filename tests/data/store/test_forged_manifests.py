@@ -5,8 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmrl_dist.base.errors import UserError
-from fmrl_dist.base.files import json_sha256
-from fmrl_dist.data.store.manifest import Manifest
+from fmrl_dist.data.store.manifest import Manifest, manifest_sha256
 from tests.fixtures.damaged_stores import is_refused_by_verify, outcome, write_files
 
 pytestmark = [pytest.mark.filterwarnings("error::ResourceWarning"), pytest.mark.usefixtures("no_flush")]
@@ -56,6 +59,13 @@ MANIFEST_CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "version": lambda m: m.update(schema_version=99),
     "nested version": lambda m: m.update(schema_version=[[1]]),
     "tables": lambda m: m["tables"].update({"/etc/passwd": ""}),
+    "recipe": lambda m: m["features"][0].update(recipe=None),
+    "fits": lambda m: m.update(fits=[]),
+    "fit of no feature": lambda m: m["fits"].update({"../vector": "0" * 64}),
+    "fit's hash": lambda m: m["fits"].update({m["features"][0]["name"]: "../../etc/passwd"}),
+    "no record": lambda m: m.update(built_from=None),
+    "a part of the record": lambda m: m["built_from"].pop("files"),
+    "another record": lambda m: m["built_from"]["keys"].update({"store.users_per_block": 1}),
 }
 
 
@@ -64,10 +74,49 @@ def test_forged_manifests(change: Callable[[dict[str, Any]], Any], files: dict[s
     raw = json.loads(files["manifest.json"])
     del raw["sha256"]
     change(raw)
-    text = json.dumps(raw | {"sha256": json_sha256(raw)})
+    text = json.dumps(raw | {"sha256": manifest_sha256(raw)})
     folder = write_files(tmp_path / "store", files | {"manifest.json": text.encode()})
     assert outcome(folder).startswith("refused: ")
     assert is_refused_by_verify(folder)
+
+
+def claim_items(raw: dict[str, Any], count: int) -> None:
+    """The last block of items holds ``count`` of them, in a shard that is long enough for their features."""
+    block = raw["items"][-1]
+    raw["num_items"] += count - block["count"]
+    block["count"], block["num_bytes"] = count, 64 * count
+    shard = next(shard for shard in raw["shards"] if shard["name"] == block["shard"])
+    shard["num_bytes"] = block["offset"] + block["num_bytes"] + 1024
+
+
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [
+        (10**12, r"the manifest claims 1,000,000,0\d\d,\d{3} items, more than this machine's memory can hold"),
+        (20_000_000, r"claims an item table of 44\d,\d{3},\d{3} bytes, but the item shards have \d{2},\d{3}; see"),
+    ],
+)
+def test_a_catalogue_that_is_not_there_reserves_no_disk(
+    count: int, message: str, files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every number of the manifest agrees with the others."""
+    monkeypatch.setattr(os, "posix_fallocate", lambda *_: pytest.fail("disk was reserved"))
+    raw = json.loads(files["manifest.json"])
+    del raw["sha256"]
+    claim_items(raw, count)
+    text = json.dumps(raw | {"sha256": manifest_sha256(raw)})
+    folder = write_files(tmp_path / "store", files | {"manifest.json": text.encode()})
+    assert re.search(message, outcome(folder, "items"))
+    assert is_refused_by_verify(folder)
+
+
+def test_a_table_larger_than_the_disk_is_not_begun(
+    files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_files(tmp_path / "store", files)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    found = outcome(folder, "items")
+    assert re.search(r"the item table takes \d+ bytes, but \S+ has 100 free; .* with --store.cache_dir", found)
 
 
 SENSELESS = [

@@ -123,6 +123,12 @@ MISTAKES = {
         VENV | {"FMRL_PROCESSES_PER_NODE": "two"},
         "FMRL_PROCESSES_PER_NODE is 'two'; expected a number of at least 1",
     ),
+    "credentials": (
+        ["launch/train.slurm", "--store.path", "https://me:secret@host/shop"],
+        VENV,
+        "an argument holds a URL with credentials, which SLURM has recorded: replace them, leave them out of the URL, "
+        "and give them by the environment or by a file (docs/cluster.md, Credentials)",
+    ),
     "no run": (
         ["--array=0", "launch/eval.slurm", "--split", "valid"],
         VENV,
@@ -153,12 +159,23 @@ def test_a_mistake_ends_the_job_with_one_line(mistake: str, slurm: SlurmCluster,
 
 
 def test_a_mistake_that_is_found_on_the_node(slurm: SlurmCluster, folder: Path) -> None:
-    """The launcher adds a traceback of its own and an exit code of 1; the line is there all the same."""
+    """One process has no launcher, which would add a traceback of its own and an exit code of 1."""
     words = [log_in(folder), "--array=0", "launch/eval.slurm", folder / "no-run"]
     job = slurm.wait(slurm.submit(*words, environment=VENV))
-    assert (job.state, job.exit_code, slurm.facts(job.id)["NumNodes"]) == ("FAILED", "1:0", "1")
-    (line,) = [line for line in job.log.splitlines() if line.startswith("error: ")]
+    assert (job.state, job.exit_code, slurm.facts(job.id)["NumNodes"]) == ("FAILED", "2:0", "1")
+    (line,) = [line for line in job.log.splitlines() if not line.startswith("srun: ")]
     assert line.startswith(f"error: {folder / 'no-run'} holds no checkpoint")
+
+
+def test_a_job_from_another_folder_runs_in_the_project_of_its_script(slurm: SlurmCluster, folder: Path) -> None:
+    script = REPOSITORY / "launch" / "train.slurm"
+    sbatch = ["env", f"--chdir={folder}", "sbatch", "--parsable", log_in(folder), str(script)]
+    job = slurm.wait(int(slurm.call(*sbatch, "configs/demo.yaml", "--train.epoch", "3", environment=VENV)))
+    assert (job.state, job.exit_code, slurm.facts(job.id)["WorkDir"]) == ("FAILED", "2:0", str(folder))
+    assert job.log.splitlines() == [
+        f"submitted in {folder}; this job runs in {REPOSITORY}, and relative paths start there",
+        "error: unknown config key 'train.epoch'; did you mean 'train.epochs'?",
+    ]
 
 
 def test_nodes_with_unequal_numbers_of_gpus(slurm: SlurmCluster, folder: Path) -> None:

@@ -14,8 +14,11 @@ import yaml
 from optuna.storages.journal import JournalFileBackend
 
 from launch.sweeps.study import best_of
+from launch.sweeps.worker import Worker
+from launch.sweeps.worker import main as run_worker
 from tests.fixtures.processes import REPOSITORY
 from tests.fixtures.sweeps import start_sweep, trials_of, write_space
+from tests.fixtures.training import refusal
 
 TAKE_ALL = """
 import sys
@@ -104,3 +107,13 @@ def test_the_journal_is_never_unpickled(tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr(pickle, name, unpickled)
     assert len(trials_of(folder)) == 120
     assert all(isinstance(json.loads(line), dict) for line in (folder / "journal.log").read_text().splitlines())
+
+
+def test_a_folder_that_goes_while_its_worker_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line, and no new folder."""
+    folder = tmp_path / "sweep"
+    start_sweep(write_space(tmp_path), folder)
+    monkeypatch.setattr(Worker, "_train", lambda *_: folder.rename(tmp_path / "moved"))
+    line = refusal(run_worker, folder, 0)
+    assert line == f"error: the sweep's folder {folder} does not exist, or was deleted or moved meanwhile"
+    assert not folder.exists()

@@ -85,7 +85,7 @@ def test_refusals(tmp_path: Path) -> None:
     )
     other = write_space(tmp_path, fixed={"store.path": "https://name:secret@host/store"})
     complaint = refusal(sweep.main, other, *arguments[1:])
-    assert "store.path holds credentials" in complaint and "secret" not in complaint
+    assert "store.path holds a URL with credentials" in complaint and "secret" not in complaint
     assert not folder.exists()
     _, study = start_sweep(write_space(tmp_path), folder)
     study.take(2)

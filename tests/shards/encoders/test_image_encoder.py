@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from tests.fixtures.optional import skip_module_without
 skip_module_without("open_clip", "make images")
 
 from fmrl_dist.base.errors import UserError
+from shards.build import main as build_main
 from shards.encoders import image_loader
 from shards.encoders.open_clip_model import open_clip
 from shards.random_image_encoder import main as random_encoder_main
@@ -23,6 +26,7 @@ from shards.store.builder import build_store
 from tests.fixtures.image_model import DIM, HALF, MODEL, encode, feature, write_image_shop
 from tests.fixtures.images import BAD, GOOD, grey_16_bit, photo
 from tests.fixtures.stores import tiny_config
+from tests.fixtures.training import refusal
 
 
 def plain_rows(images: list[bytes], weights: Path) -> np.ndarray:
@@ -117,11 +121,57 @@ def test_another_recipe_takes_over_no_block(weights: Path, tmp_path: Path) -> No
     assert all(not np.array_equal(one.rows, first.rows) for one in changed)
 
 
-def test_a_file_that_grew_is_another_recipe(weights: Path, tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(photo(0))
-    first = encode(tmp_path, ["a.png"], feature(weights)).rows.copy()
-    (tmp_path / "a.png").write_bytes(photo(1, size=(200, 100)))
-    assert not np.array_equal(encode(tmp_path, ["a.png"], feature(weights)).rows, first)
+@pytest.mark.parametrize("size", [(200, 100), (64, 64)])
+def test_a_file_of_other_pixels_is_another_recipe(size: tuple[int, int], weights: Path, tmp_path: Path) -> None:
+    """Also one that has as many bytes as before."""
+    (tmp_path / "a.bmp").write_bytes(photo(0, size=(64, 64), kind="BMP"))
+    num_bytes = (tmp_path / "a.bmp").stat().st_size
+    first = encode(tmp_path, ["a.bmp"], feature(weights)).rows.copy()
+    (tmp_path / "a.bmp").write_bytes(photo(1, size=size, kind="BMP"))
+    assert ((tmp_path / "a.bmp").stat().st_size == num_bytes) == (size == (64, 64))
+    assert not np.array_equal(encode(tmp_path, ["a.bmp"], feature(weights)).rows, first)
+
+
+def test_the_recipe_tells_preprocessing_and_precision(weights: Path, tmp_path: Path) -> None:
+    """Two models of the same name and weights can still prepare images in different ways."""
+    config = json.loads(MODEL.read_text())
+    model = tmp_path / "other" / MODEL.name
+    model.parent.mkdir()
+    model.write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {"mean": [0.5, 0.5, 0.5]}}))
+    first, second, third = (
+        encode(tmp_path, [photo(0)], feature(weights, **keys))
+        for keys in ({}, {"model": str(model)}, {"precision": "bf16"})
+    )
+    assert (first.encoder, first.revision) == (second.encoder, second.revision) == (third.encoder, third.revision)
+    assert not np.array_equal(first.rows, second.rows)
+    differences = {key for key in first.recipe if first.recipe[key] != second.recipe[key]}
+    assert differences == {"preprocessing"}
+    assert (first.recipe["precision"], third.recipe["precision"]) == ("fp32", "bf16")
+
+
+def test_a_store_is_kept_if_the_encoder_is_the_same(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Architecture and weights are what their files hold."""
+    write_image_shop(tmp_path / "raw", pa.array([photo(i) for i in range(4)]), list(range(4)))
+    keys = {"source": "open_clip", "path": "images.parquet", "model": str(MODEL), "pretrained": str(weights)}
+    config = tiny_config(tmp_path / "raw", tmp_path / "store", items={}, features={"image": keys | {"workers": 0}})
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    keep = ["--config", str(tmp_path / "config.yaml"), "--keep"]
+    build_main(keep)
+    for name, source in (("model.json", MODEL), ("w.safetensors", weights)):
+        shutil.copyfile(source, tmp_path / name)
+    of_image = "--data.features.image"
+    capsys.readouterr()
+    same = [f"{of_image}.model", tmp_path / "model.json", f"{of_image}.pretrained", tmp_path / "w.safetensors"]
+    build_main([*keep, *map(str, same), f"{of_image}.batch_images", "3"])
+    assert capsys.readouterr().out.startswith("kept ")
+    (tmp_path / "model.json").write_text(MODEL.read_text() + " ")
+    random_encoder_main(["--config", str(MODEL), "--seed", "1", "--output", str(tmp_path / "other.safetensors")])
+    for key, value in (("model", tmp_path / "model.json"), ("pretrained", tmp_path / "other.safetensors")):
+        line = refusal(build_main, *keep, f"{of_image}.{key}", value)
+        assert f"what data.features.image.{key} names has the sha256 " in line
+    assert "data.features.image.pretrained" in refusal(build_main, *keep, f"{of_image}.pretrained", "webli")
 
 
 def test_finished_blocks_are_not_encoded_again(

@@ -6,17 +6,22 @@ import io
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from shards.encoders.item_images import MAX_PIXELS, decode_image
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.config.features import PixelsFeature
+from shards.encoders.item_images import MAX_PIXELS, ImageTable, decode_image
 from shards.encoders.pixels import DIM, encode_image
 from shards.store.builder import build_store
+from shards.tables.item_ids import ItemIds
 from tests.fixtures.stores import png, read_items, tiny_config, write_raw
 
 
@@ -108,3 +113,16 @@ def test_a_decompression_bomb_is_not_decoded() -> None:
     Image.new("1", (side, side)).save(buffer, "PNG")
     assert len(buffer.getvalue()) < 100_000
     assert encode_image(buffer.getvalue()) is None
+
+
+def test_pieces_of_a_table_do_not_end_with_its_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [None if row == 4 else bytes([row]) * 1000 for row in range(10)]
+    pq.write_table(pa.table({"item_id": range(10), "image": images}), tmp_path / "images.parquet", row_group_size=3)
+    table = ImageTable.open(PixelsFeature(path="images.parquet"), tmp_path, ItemIds(pa.array(range(10))))
+    pieces = list(table.rows(4))
+    assert [len(piece.images) for piece in pieces] == [4, 4, 2]
+    assert [image for piece in pieces for image in piece.images] == images
+    assert np.concatenate([piece.items for piece in pieces]).tolist() == list(range(10))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=10_000))
+    with pytest.raises(UserError, match=r"images of 3,000 bytes in \d rows; this machine's memory cannot hold that"):
+        list(table.rows(4))

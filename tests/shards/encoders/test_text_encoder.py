@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -16,7 +17,8 @@ from transformers import AutoModel, AutoTokenizer
 
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.config.features import TransformersFeature
-from shards.encoders import text_encoder
+from shards.encoders import compute, text_encoder
+from shards.encoders.compute import Compute
 from shards.encoders.item_feature import ItemFeature
 from shards.encoders.item_text import ItemTexts
 from shards.encoders.text_encoder import encode_texts, load_encoder, pool, token_batches
@@ -161,6 +163,33 @@ def test_bf16_is_near(model: Path, tmp_path: Path) -> None:
     rows = encode(feature, texts, tmp_path).rows.astype(np.float32)
     assert np.abs(rows - exact).max() > 1e-4
     assert (rows * exact).sum(1).min() > 0.99
+
+
+def test_what_auto_chose_is_recorded_and_never_mixed(
+    model: Path, small_blocks: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A build that goes on where ``auto`` chooses something else starts anew: no store has rows of two precisions."""
+    texts = random_texts(40)
+    exact = encode(config(model), texts, tmp_path / "exact")
+    feature = dataclasses.replace(config(model), precision="auto")
+    monkeypatch.setattr(compute, "_multiplies_bf16", lambda device: True)
+    rough = encode(feature, texts, tmp_path / "blocks")
+    (folder,) = (tmp_path / "blocks").iterdir()
+    (folder / "000002.npz").unlink()  # as if it had been killed before its last block
+    monkeypatch.setattr(compute, "_multiplies_bf16", lambda device: False)
+    again = encode(feature, texts, tmp_path / "blocks")
+    assert [one.recipe["precision"] for one in (exact, rough, again)] == ["fp32", "bf16", "fp32"]
+    assert not np.array_equal(exact.rows, rough.rows)
+    np.testing.assert_array_equal(again.rows, exact.rows)
+    assert {one.device for one in (exact, rough, again)} == {"cpu"}
+
+
+def test_float32_is_float32_on_a_gpu_too() -> None:
+    """cuDNN would round what goes into a convolution to ten bits of mantissa."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.enabled
+    with Compute(torch.device("cpu"), torch.float32).autocast():
+        assert (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.enabled) == (False, before[1])
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.enabled) == before
 
 
 @given(lengths=st.lists(st.integers(1, 50), max_size=60), budget=st.integers(1, 300))

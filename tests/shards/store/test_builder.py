@@ -99,9 +99,19 @@ def test_the_same_input_gives_the_same_store(tmp_path: Path) -> None:
     assert first.manifest.sha256 == second.manifest.sha256
     for path in first.path.iterdir():
         assert path.read_bytes() == (second.path / path.name).read_bytes(), path.name
-    np.save(tmp_path / "raw" / "vectors.npy", np.zeros((len(ITEMS), 4), np.float32))
+    np.save(tmp_path / "raw" / "vectors.npy", np.ones((len(ITEMS), 4), np.float32))
     third, _ = build_store(tiny_config(tmp_path / "raw", tmp_path / "three", features=features))
     assert third.manifest.sha256 != first.manifest.sha256
+
+
+def test_a_precomputed_row_of_zeros_is_an_absent_feature(tmp_path: Path) -> None:
+    rows = write_raw(tmp_path / "raw")
+    rows[1], rows[4] = 0, -0.0
+    np.save(tmp_path / "raw" / "vectors.npy", rows)
+    store, (feature,) = build_store(tiny_config(tmp_path / "raw", tmp_path / "store"))
+    assert (store.manifest.features[0].present, feature.note) == (4, "2 rows of zeros: these items lack it")
+    assert read_items(store, "vector.mask").tolist() == [True, False, True, True, False, True]
+    assert list(store_problems(store)) == []
 
 
 def test_a_store_is_replaced_only_when_asked(tmp_path: Path) -> None:
@@ -151,3 +161,21 @@ def test_beauty(tmp_path: Path, shared_data: Path) -> None:
     assert sum(train_count[items[-1]] == 0 for items in raw) == 138  # cold test targets, as the data's README counts
     stored = np.load(root / "text_minilm_384.npy")
     np.testing.assert_array_equal(read_items(store, "text"), stored, strict=True)
+
+
+def test_the_default_text_is_of_the_columns_that_are_there(tmp_path: Path) -> None:
+    """The manifest says which; a template that is given must have all of its columns."""
+    write_raw(tmp_path)
+    items = pq.read_table(tmp_path / "items.parquet")
+    features = {"words": {"source": "tfidf", "dim": 2}}
+    whole, _ = build_store(tiny_config(tmp_path, tmp_path / "whole", features=features))
+    template = r"Title: {title}\nPrice: {price}\nBrand: {brand}\nCategories: {categories}"
+    assert whole.manifest.features[0].encoder == f'tfidf+svd of "{template}"'
+    pq.write_table(items.drop_columns(["price", "categories"]), tmp_path / "items.parquet")
+    store, _ = build_store(tiny_config(tmp_path, tmp_path / "some", features=features))
+    assert store.manifest.features[0].encoder == r'tfidf+svd of "Title: {title}\nBrand: {brand}"'
+    given = ["Title: {title}", "Brand: {brand}"]
+    again, _ = build_store(tiny_config(tmp_path, tmp_path / "given", features=features, text=given))
+    assert again.manifest.sha256 == store.manifest.sha256
+    with pytest.raises(UserError, match="no column 'price'; it has: item_id, title, brand"):
+        build_store(tiny_config(tmp_path, tmp_path / "refused", features=features, text=[*given, "{price}"]))

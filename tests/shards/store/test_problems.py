@@ -72,6 +72,10 @@ def nan_in_vector(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {"vector": np.where(np.arange(4) == 1, np.float16("nan"), arrays["vector"])}
 
 
+def zeros_in_vector(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {"vector": arrays["vector"] * (arrays["ids"] != arrays["ids"][1])[:, None]}
+
+
 def without_last_block(manifest: Manifest, split: str) -> dict[str, Any]:
     return {"splits": manifest.splits | {split: manifest.splits[split][:-1]}}
 
@@ -98,7 +102,8 @@ def test_compares_the_manifest_with_what_is_there(
 @pytest.mark.parametrize(
     ("split", "change", "problem"),
     [
-        ("items", nan_in_vector, "vector holds NaN"),
+        ("items", nan_in_vector, r"vector of item \d holds NaN"),
+        ("items", zeros_in_vector, r"vector of item \d is all zero, though the item is said to have it"),
         ("items", lambda a: {"vector": a["vector"].astype(np.float32)}, "vector is float32"),
         ("items", lambda a: {"vector": a["vector"][:, :3]}, r"vector is float16 \[2, 3\], expected float16 \[2, 4\]"),
         ("items", lambda a: {"ids": a["ids"][[0, 0]]}, "not in exactly one block"),

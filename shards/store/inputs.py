@@ -1,0 +1,157 @@
+"""What a config builds a store from: the hashes of all files that it names, and the record for the manifest.
+
+Hashing reads every input once, at the speed of the disk or about 1 GB/s. A build then parses, decodes and encodes the
+same bytes, which takes many times as long.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+
+from fmrl_dist import __version__
+from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.base.files import file_sha256
+from fmrl_dist.config.features import (
+    ImageFeature,
+    NpyFeature,
+    OpenClipFeature,
+    TfidfFeature,
+    TransformersFeature,
+)
+from fmrl_dist.config.sections import Config
+from fmrl_dist.data.store.built_from import OPEN_CHOICES, BuiltFrom, list_differences, recorded_keys
+from fmrl_dist.data.store.manifest import Manifest
+from fmrl_dist.data.store.reader import Store
+from shards.encoders.item_feature import ItemFeature, versions_of
+from shards.encoders.model_folder import local_model_sha256
+from shards.encoders.sources import code_revision, import_encoder
+from shards.encoders.stored_fit import fit_sha256
+from shards.tables.parts import table_files
+
+
+def input_files(config: Config) -> dict[str, str]:
+    """Config key → sha256 of what the file or folder that it names holds.
+
+    A model that is named by a hub's id or a tag is not looked up: its name is compared.
+
+    Raises:
+        UserError: a file does not exist or cannot be read.
+    """
+    data, root = config.data, Path(config.data.root)
+    files = {
+        "data.items.path": _table_sha256(root / data.items.path),
+        "data.sequences.path": _table_sha256(root / data.sequences.path),
+    }
+    for name, feature in data.features.items():
+        key = f"data.features.{name}"
+        if isinstance(feature, NpyFeature):
+            files[f"{key}.path"] = _sha256(root / feature.path, f"{key}.path")
+        if isinstance(feature, ImageFeature):
+            images = import_encoder("shards.encoders.item_images", name, "shards")
+            files[f"{key}.path"] = images.images_sha256(feature, root)
+        if isinstance(feature, TfidfFeature) and feature.fit:
+            files[f"{key}.fit"] = fit_sha256(name, feature.fit)
+        if isinstance(feature, TransformersFeature) and (sha256 := local_model_sha256(feature.model)):
+            files[f"{key}.model"] = sha256
+        if isinstance(feature, OpenClipFeature):
+            for part, path in (("model", Path(feature.model)), ("pretrained", Path(feature.pretrained))):
+                if path.is_file():
+                    files[f"{key}.{part}"] = file_sha256(path)
+    return files
+
+
+def _table_sha256(path: Path) -> str:
+    """Of a table's only file, or of the hashes of its parts in order; their names may change."""
+    hashes = [_sha256(file, "the path in the config") for file in table_files(path)]
+    return hashes[0] if not path.is_dir() else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def _sha256(path: Path, key: str) -> str:
+    require(path.is_file(), f"{path} does not exist; check data.root and {key}")
+    try:
+        return file_sha256(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check {key}") from None
+
+
+def record(config: Config, files: dict[str, str], features: Sequence[ItemFeature]) -> BuiltFrom:
+    """The record of a build.
+
+    Args:
+        config: it was built by.
+        files: :func:`input_files` of it.
+        features: as built: they know what was chosen where the config leaves a choice.
+    """
+    keys = {key: value for key, value in recorded_keys(config).items() if key not in files}
+    for feature in features:
+        chosen = {"dim": feature.manifest_entry.dim, "precision": feature.recipe.get("precision")}
+        for key in OPEN_CHOICES:
+            if f"data.features.{feature.name}.{key}" in keys:
+                keys[f"data.features.{feature.name}.{key}"] = chosen[key]
+    sources = {feature.source for feature in config.data.features.values()}
+    made_with = {"fmrl-dist": __version__, "pyarrow": pa.__version__} | versions_of(*sorted(sources))
+    made_with |= {f"device of {feature.name}": feature.device for feature in features if feature.device}
+    return BuiltFrom(keys, files, made_with)
+
+
+def check_built_from(store: Store, config: Config, mend: str) -> bool:
+    """Refuse a store that was built from something else than what ``config`` names.
+
+    Args:
+        store: that is there.
+        config: that it is compared with.
+        mend: ends the message.
+
+    Returns:
+        False if an older version built the store, without a record: then only its features' names, and the arrays that
+        they were taken from, were compared.
+
+    Raises:
+        UserError: it differs, or a file that the config names does not exist.
+    """
+    files, built_from = input_files(config), store.manifest.built_from
+    if built_from is None:
+        differences = _older_differences(store.manifest, config, files)
+    else:
+        differences = built_from.differences(recorded_keys(config), files) + _code_differences(store.manifest, config)
+    require(
+        not differences,
+        f"store {store.location} was built from something else: {list_differences(differences)}; {mend}",
+    )
+    return built_from is not None
+
+
+def _code_differences(manifest: Manifest, config: Config) -> list[str]:
+    """Where this version would encode the same input into other rows than the version that built the store."""
+    found = []
+    for feature in manifest.features:
+        recipe, source = feature.recipe or {}, config.data.features.get(feature.name)
+        if source is None or recipe.get("source") != source.source:
+            continue  # named as a difference of the config
+        for key, now in code_revision(feature.name, source).items():
+            if recipe.get(key) != now:
+                found.append(
+                    f"feature {feature.name!r} has revision {recipe.get(key)!r} of {key}, this version {now!r}"
+                )
+    return found
+
+
+def _older_differences(manifest: Manifest, config: Config, files: dict[str, str]) -> list[str]:
+    there, here = [feature.name for feature in manifest.features], list(config.data.features)
+    if there != here:
+        return [f"data.features is {there}, the config's {here}"]
+    found = []
+    mode = "inline" if manifest.inline else "table"
+    if mode != config.store.feature_mode:
+        found.append(f"store.feature_mode is {mode}, the config's {config.store.feature_mode}")
+    for feature in manifest.features:
+        is_npy = isinstance(config.data.features[feature.name], NpyFeature)
+        if is_npy and feature.revision != files[f"data.features.{feature.name}.path"]:
+            found.append(
+                f"feature {feature.name!r} is {feature.encoder} {feature.revision[:12]}, the config's array not"
+            )
+    return found
