@@ -262,6 +262,12 @@ def _write_histories(raw: _RawData, blocks: SplitBlocks) -> tuple[LeaveOneOutWri
         print(
             f"histories: {writer.num_sorted_users:,} users' events were out of order: sorted by {column!r}", flush=True
         )
+    if writer.num_repeated_events:
+        print(
+            f"histories: {writer.num_repeated_events:,} events stand twice (same user, item and time): kept as they "
+            "are; remove them from the table if each happened once",
+            flush=True,
+        )
     check_unique(users, f"column {raw.config.sequences.user!r} of {raw.history_path}")
     require(
         writer.num_users > 0,
