@@ -72,6 +72,8 @@ class Checkpoint:
     manifest_sha256: str
     feature_encoders: dict[str, MadeBy]  # what made each feature of the store; empty in older checkpoints
     sha256: str  # of its record, which contains the hashes of its tensors
+    # hashes of the vocabulary of an id table's items, by "rows" and "file"; empty in older checkpoints
+    vocabulary: dict[str, str] = field(default_factory=dict)
 
 
 def save_checkpoint(
@@ -300,6 +302,7 @@ def _read_checkpoint(path: Path, with_optimizer: bool) -> Checkpoint:
         state = TrainState(**{f.name: record["state"][f.name] for f in fields(TrainState)})
         facts = {name: record[name] for name in ("config", "features", "num_items", "manifest_sha256")}
         facts["feature_encoders"] = record.get("feature_encoders", {})
+        facts["vocabulary"] = record.get("vocabulary", {})
     except (UserError, FileNotFoundError):
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:

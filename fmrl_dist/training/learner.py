@@ -16,6 +16,8 @@ from fmrl_dist.config.loading import config_from_dict
 from fmrl_dist.data.feature_identity import feature_encoders
 from fmrl_dist.data.item_table import ItemTable, load_item_table
 from fmrl_dist.data.items_differ import check_items_differ
+from fmrl_dist.data.store.manifest import VOCAB_FILE
+from fmrl_dist.data.store.reader import Store
 from fmrl_dist.losses.item_tiles import RowMatrix
 from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.model.fmrlrec import FMRLRec
@@ -92,6 +94,7 @@ def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
         "num_items": run.store.manifest.num_items,
         "manifest_sha256": run.store.manifest.sha256,
         "feature_encoders": feature_encoders(run.store),
+        "vocabulary": vocabulary_hashes(run.store) if config.model.id_table else {},
         "lanes": run.order.lanes,
     }
     return Learner(module, table, engine, optimizer, facts)
@@ -124,6 +127,11 @@ def load_initial_weights(model: FMRLRec, run: Run) -> None:
     )
     check_features(run.store, source)
     load_weights(model, source)
+
+
+def vocabulary_hashes(store: Store) -> dict[str, str]:
+    """What the copy of a store's vocabulary that a run keeps is held against."""
+    return {"rows": store.manifest.tables[VOCAB_FILE], "file": store.manifest.table_files.get(VOCAB_FILE, "")}
 
 
 def save(run: Run, learner: Learner, state: TrainState, writer: CheckpointWriter) -> None:

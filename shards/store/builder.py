@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fmrl_dist.base.errors import UserError, require
-from fmrl_dist.base.files import foreign_entries, replaced_folder
+from fmrl_dist.base.files import file_sha256, foreign_entries, replaced_folder
 from fmrl_dist.base.progress import Progress
 from fmrl_dist.base.urls import hide_credentials, is_url
 from fmrl_dist.config.features import TextFeature
@@ -218,6 +218,7 @@ def _write_store(config: Config, folder: Path, encoding: Path) -> list[ItemFeatu
         tables={name: rows_sha256([table]) for name, table in tables.items()},
         fits={name: hashlib.sha256(data).hexdigest() for name, data in fits.items()},
         built_from=record(config, files, features),
+        table_files={name: file_sha256(folder / name) for name in tables},
     )
     (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return features
