@@ -18,7 +18,13 @@ import torch
 from torch import Tensor
 
 from fmrl_dist.base.errors import UserError, require, run_command
-from fmrl_dist.checkpoint.export_folder import Recommender, export_sha256, is_export, read_export
+from fmrl_dist.checkpoint.export_folder import (
+    Recommender,
+    export_sha256,
+    is_export,
+    read_export,
+    read_export_vocabulary,
+)
 from fmrl_dist.checkpoint.folder import load_checkpoint
 from fmrl_dist.checkpoint.run_folder import run_of_best
 from fmrl_dist.config.command_line import CommandParser
@@ -161,7 +167,7 @@ def with_items_of(recommender: Recommender, path: Path, store: Store) -> Recomme
     """
     rows = rows_of(
         external_ids(store.read_table(VOCAB_FILE), f"{store.location}/{VOCAB_FILE}"),
-        external_ids((path / VOCAB_FILE).read_bytes(), str(path / VOCAB_FILE)),
+        external_ids(read_export_vocabulary(path), str(path / VOCAB_FILE)),
         f"store {store.location}",
         f"export {path}",
     )

@@ -16,6 +16,7 @@ On a GPU the loss runs as Triton tiles (``loss.impl: auto``), and a step reaches
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import compress
@@ -292,8 +293,10 @@ def main(argv: list[str]) -> None:
     )
     require(positions > 0, f"--positions is {positions}; expected at least 1")
     require(arguments.feature_dims >= 0, f"--feature-dims is {arguments.feature_dims}; expected at least 0")
-    require(arguments.memory_gib > 0, f"--memory-gib is {arguments.memory_gib}; expected more than 0")
-    require(teraflops is None or teraflops > 0, f"--teraflops is {teraflops}; expected more than 0")
+    for name in ("memory_gib", "teraflops", "max_step_s"):
+        value = getattr(arguments, name)
+        option = f"--{name.replace('_', '-')}"
+        require(value is None or 0 < value < math.inf, f"{option} is {value}; expected a number of more than 0")
     require(
         not config.loss.normalize, "loss.normalize is on, whose cost is not predicted; turn it off to plan without it"
     )

@@ -27,7 +27,6 @@ from fmrl_dist.base.files import json_sha256
 from fmrl_dist.base.progress import Progress
 from fmrl_dist.checkpoint.folder import Checkpoint, TrainState, linked_checkpoint, load_checkpoint
 from fmrl_dist.checkpoint.run_folder import (
-    FINAL_EVALUATION,
     claimed_run_folder,
     files_of_store,
     is_finished,
@@ -133,7 +132,7 @@ def train_and_evaluate(config: Config, runtime: Runtime, resume: str | None, sto
         f"checkpoint {checkpoint.path} has nothing left to train, and {folder} has none of its own; evaluate it with "
         "python -m fmrl_dist.evaluate, or start a run that goes further, from its weights, with --train.init",
     )
-    if is_finished(folder) and (folder / FINAL_EVALUATION).exists():
+    if is_finished(folder):
         runtime.say(f"{folder} is finished (step {checkpoint.state.step}); nothing to do")
         return
     _evaluate_best(config, runtime, store, folder, stop)

@@ -150,7 +150,7 @@ def test_tests_import_no_test() -> None:
 
 def test_tests_mirror_the_packages() -> None:
     """tests/losses for fmrl_dist/losses, tests/shards/encoders for shards/encoders; some folders are of tests alone."""
-    of_tests_alone = {"", "fixtures", "commands", "docs", "benchmarks", "launch/golden"}
+    of_tests_alone = {"", "fixtures", "commands", "docs", "benchmarks", "fuzz", "launch/golden"}
     mirrored = {folder for folder in folders_of("fmrl_dist") if folder}
     for package in ("shards", "launch"):
         mirrored |= {f"{package}/{folder}".rstrip("/") for folder in folders_of(package)}

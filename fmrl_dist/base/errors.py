@@ -6,16 +6,19 @@ import errno
 import os
 import select
 import signal
+import stat
 import sys
+import threading
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType, TracebackType
 
+from fmrl_dist.base.command_start import EXIT_USER_ERROR, end_at_once, taken_signals
 from fmrl_dist.base.parent_process import end_with_launcher
 from fmrl_dist.base.urls import hide_credentials
 
-EXIT_USER_ERROR = 2
-CANNOT_WRITE = {  # and how to mend it
+SYSTEM_ERRORS = {  # and how to mend it
     errno.ENOSPC: "free space",
     errno.EDQUOT: "free space",
     errno.EROFS: "choose a place that can be written to",
@@ -25,7 +28,10 @@ CANNOT_WRITE = {  # and how to mend it
     errno.EEXIST: "choose a path that does not lead through a file",  # a folder was to be made there
     errno.ELOOP: "choose a path without a circle of links",
     errno.ENAMETOOLONG: "choose a shorter path",
+    errno.EISDIR: "move this folder away",
+    errno.EIO: "check the disk, or the connection to it",
 }
+AGAIN_S = 0.01  # until a signal is raised again whose exception Python has ignored
 EXIT_NO_READER = 128 + signal.SIGPIPE  # what a shell shows for a program that ``| head`` ended
 
 
@@ -41,11 +47,38 @@ class SignalError(BaseException):
         self.number = signal.Signals(number)
 
 
-def _end(number: int, _: FrameType | None) -> None:
-    raise SignalError(number)
+class _FirstSignal:
+    """Raises the first signal while a command runs; those that follow must not interrupt its cleaning up."""
+
+    def __init__(self) -> None:
+        self.is_running = False
+        self.number: signal.Signals | None = None
+        self._process = os.getpid()
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a forked worker, which leaves the line to the process that it works for
+            os._exit(128 + number)
+        if self.is_running:
+            self.is_running, self.number = False, signal.Signals(number)
+            raise KeyboardInterrupt if number == signal.SIGINT else SignalError(number)
+        if self.number is None:
+            end_at_once(number, frame)
+
+    def raise_again(self, ignored: sys.UnraisableHookArgs) -> None:
+        """``sys.unraisablehook``: where Python ignores exceptions, as in ``__del__``, a signal would be lost."""
+        if self.number is None or not _comes_from_signal(ignored.exc_value):
+            sys.__unraisablehook__(ignored)
+            return
+        again = threading.Timer(AGAIN_S, os.kill, (os.getpid(), self.number))
+        again.daemon = True
+        self.is_running, self.number = True, None
+        again.start()
 
 
-HANDLERS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _end, signal.SIGHUP: _end}
+def _comes_from_signal(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, KeyboardInterrupt | SignalError):
+        error = error.__context__
+    return error is not None
 
 
 def require(condition: bool, message: str) -> None:
@@ -57,16 +90,19 @@ def require(condition: bool, message: str) -> None:
 def run_command(main: Callable[[list[str]], None]) -> None:
     """Run a command's ``main(argv)``; a :class:`UserError` ends it with one line on stderr and exit code 2.
 
-    A disk that is full, read-only or gone, or a path that leads through a file, ends it the same way. A command whose
-    output is no longer read (``| head -1``) ends silently. INT, TERM and HUP end it with one line, cleaned up, whatever
-    the parent process had them set to; a command that saves at a signal (``fmrl_dist.train``) has handlers of its own
+    A disk that is full, read-only, failing or gone, or a path that leads through a file, ends it the same way. A
+    command whose output is no longer read (``| head -1``) ends silently. INT, TERM and HUP end it with one line,
+    cleaned up, whatever the parent process had them set to (but HUP stays ignored where ``nohup`` has it so); while it
+    cleans up, further ones change nothing. A command that saves at a signal (``fmrl_dist.train``) has handlers of its own
     while it does. Any other exception keeps its traceback, without the credentials of URLs, and Python's exit code 1:
     that is a crash, a bug of ours. A command that a launcher has started ends when the launcher has died, as at TERM.
     """
     sys.excepthook = _show_traceback
-    before = {number: signal.signal(number, handler) for number, handler in HANDLERS.items()}
+    first = _FirstSignal()
+    before = {number: signal.signal(number, first.handle) for number in taken_signals()}
+    hook, sys.unraisablehook = sys.unraisablehook, first.raise_again
     try:
-        status = _run(main)
+        status = _run(main, first)
         sys.stdout.flush()
     except BrokenPipeError:
         if _stdout_is_read():
@@ -76,6 +112,7 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        sys.unraisablehook = hook
     if status:
         sys.exit(status)
 
@@ -84,26 +121,62 @@ def _show_traceback(kind: type[BaseException], error: BaseException, trace: Trac
     sys.stderr.write(hide_credentials("".join(traceback.format_exception(kind, error, trace))))
 
 
-def _run(main: Callable[[list[str]], None]) -> int | str | None:
+def _run(main: Callable[[list[str]], None], first: _FirstSignal) -> int | str | None:
     try:
-        end_with_launcher()  # here, as its signal may come at once
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.stderr.write(f"error: {hide_credentials(str(error))}\n")  # one write: other ranks may print the same line
-        return EXIT_USER_ERROR
-    except (KeyboardInterrupt, SignalError) as error:
-        number = error.number if isinstance(error, SignalError) else signal.SIGINT
-        sys.stderr.write(f"ended by {number.name}\n")
-        return 128 + number
-    except OSError as error:
-        if error.errno not in CANNOT_WRITE:
-            raise
-        where, mend = error.filename or "while writing", CANNOT_WRITE[error.errno]
-        sys.stderr.write(f"error: {error.strerror} ({where}); {mend}, then run this again\n")
-        return EXIT_USER_ERROR
-    except SystemExit as end:  # raised by --help, --version, --print-config
-        return end.code
+        try:
+            first.is_running = True
+            end_with_launcher()  # here, as its signal may come at once
+            main(sys.argv[1:])
+        finally:
+            first.is_running = False
+    except BaseException as error:  # after a signal, whatever the cleaning up of others has made of its exception
+        if first.number is None:
+            return _status_of(error)
+    if first.number is not None:
+        sys.stderr.write(f"ended by {first.number.name}\n")
+        return 128 + first.number
     return 0
+
+
+def _status_of(error: BaseException) -> int | str | None:
+    """The exit status that an exception of a command means; what is a crash is raised again."""
+    if isinstance(error, UserError):
+        sys.stderr.write(one_line(f"error: {hide_credentials(str(error))}"))
+        return EXIT_USER_ERROR
+    if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
+        where, mend = error.filename or "while reading or writing", SYSTEM_ERRORS[error.errno]
+        if (
+            error.errno == errno.EACCES
+            and error.filename
+            and (closed := _unreadable(Path(os.fsdecode(error.filename))))
+        ):
+            mend = f"{closed} cannot be read by this user: ask for the right to, or choose another"
+        sys.stderr.write(one_line(f"error: {error.strerror} ({where}); {mend}, then run this again"))
+        return EXIT_USER_ERROR
+    if isinstance(error, SystemExit):  # raised by --help, --version, --print-config
+        return error.code
+    raise error
+
+
+def _unreadable(path: Path) -> Path | None:
+    """What keeps this user from reading ``path``, itself or a folder above it; None if it is there to be read."""
+    for place in (*reversed(path.absolute().parents), path.absolute()):
+        try:
+            is_folder = stat.S_ISDIR(place.stat().st_mode)
+        except OSError:
+            return None
+        if not os.access(place, os.X_OK if is_folder and place != path.absolute() else os.R_OK):
+            return place
+    return None
+
+
+def one_line(message: str) -> str:
+    """A message as one line to write at once, since other ranks may write the same one.
+
+    What a name or a value in it holds of line breaks, of control sequences for a terminal, and of what cannot be
+    encoded, is shown escaped.
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message) + "\n"
 
 
 def _stdout_is_read() -> bool:

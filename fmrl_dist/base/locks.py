@@ -69,24 +69,38 @@ def only_writer(target: Path) -> Iterator[bool]:
         UserError: another process is writing it; the message says which.
     """
     path = lock_path(target)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    missing = [folder for folder in path.parents if not folder.exists()]  # from the innermost
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path, target) as is_locked:
+            yield is_locked
+    finally:
+        for folder in missing:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+
+@contextmanager
+def _locked(path: Path, target: Path) -> Iterator[bool]:
+    """Hold the lock file ``path``, and remove it at the end."""
     while True:
         with path.open("a+") as file:
             try:
                 lock_file(file.fileno(), patience_s=0, across_machines=True)
+                is_locked = True
             except LockHeldError:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
                 raise UserError(f"{holder} is writing {target}; wait until it ends, then try again") from None
             except OSError:
-                yield False
-                return
-            if not _is_file(path, file.fileno()):
+                is_locked = False
+            if is_locked and not _is_file(path, file.fileno()):
                 continue  # its holder removed it between our opening and our locking it
-            file.truncate(0)
-            print(f"process {os.getpid()} of {socket.gethostname()}", file=file, flush=True)
             try:
-                yield True
+                if is_locked:
+                    file.truncate(0)
+                    print(f"process {os.getpid()} of {socket.gethostname()}", file=file, flush=True)
+                yield is_locked
             finally:
                 path.unlink(missing_ok=True)
             return

@@ -59,6 +59,7 @@ class BoundedParquet:
             for batch in self._file.iter_batches(
                 rows, row_groups=[group], columns=list(columns), use_threads=use_threads
             ):
+                batch.validate(full=True)  # Parquet promises neither UTF-8 nor lists that lie within their values
                 table = pa.Table.from_batches([batch]).select(list(columns)).cast(schema)
                 for column in table.columns:
                     self._check_longest(_longest(column))

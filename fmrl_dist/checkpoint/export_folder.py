@@ -17,7 +17,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -28,7 +27,13 @@ from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import file_sha256, final_name, foreign_entries, json_sha256, replaced_folder
 from fmrl_dist.data.feature_identity import MadeBy
 from fmrl_dist.data.store.manifest import VOCAB_FILE, fit_file
-from fmrl_dist.model.fmrlrec import CONFIG_FILE, FORMAT_VERSION, MODEL_FILE, FMRLRec
+from fmrl_dist.model.export_config import (
+    CONFIG_FILE,
+    check_export_file,
+    export_config_text,
+    read_export_config,
+)
+from fmrl_dist.model.fmrlrec import MODEL_FILE, FMRLRec
 
 ITEMS_FILE = "item_embeddings.safetensors"
 ITEMS_TENSOR = "item_embeddings"
@@ -101,7 +106,6 @@ def write_export(
         fits: file of each of those that was fitted to its items.
     """
     config = {
-        "format_version": FORMAT_VERSION,
         "model": recommender.model.arguments,
         "num_items": len(recommender.items),
         "max_length": recommender.max_length,
@@ -111,12 +115,14 @@ def write_export(
         "origin": asdict(recommender.origin),
     }
     with replaced_folder(folder) as aside:
-        (aside / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        (aside / VOCAB_FILE).write_bytes(vocab)
         _save(recommender.model.state_dict(), aside / MODEL_FILE)
         _save({ITEMS_TENSOR: recommender.items}, aside / ITEMS_FILE)
-        (aside / VOCAB_FILE).write_bytes(vocab)
-        for name, data in fits.items():
-            (aside / fit_file(name)).write_bytes(data)
+        names = [MODEL_FILE, ITEMS_FILE, VOCAB_FILE]
+        for feature, data in fits.items():
+            (aside / fit_file(feature)).write_bytes(data)
+            names.append(fit_file(feature))
+        (aside / CONFIG_FILE).write_text(export_config_text(config, aside, names), encoding="utf-8")
         for name in (MODEL_FILE, ITEMS_FILE):  # safetensors makes files readable only by their owner
             shutil.copymode(aside / CONFIG_FILE, aside / name)
 
@@ -129,7 +135,8 @@ def read_export(folder: Path) -> Recommender:
     """
     model = FMRLRec.from_pretrained(folder)
     try:
-        config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = read_export_config(folder)
+        check_export_file(folder, config, ITEMS_FILE)
         items = load_file(folder / ITEMS_FILE)[ITEMS_TENSOR]
         if not items.isfinite().all():
             raise ValueError(f"{ITEMS_FILE} holds numbers that are not finite")
@@ -142,10 +149,31 @@ def read_export(folder: Path) -> Recommender:
             raise ValueError(
                 f"max_length, predict_first, normalize are {max_length!r}, {predict_first!r}, {normalize!r}"
             )
+    except UserError:
+        raise
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
-        problem = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"export {folder} is damaged ({problem}); export it again") from None
+        raise _damaged(folder, error) from None
     return Recommender(model, items, max_length, predict_first, origin, normalize)
+
+
+def read_export_vocabulary(folder: Path) -> bytes:
+    """The vocabulary file of an export.
+
+    Raises:
+        UserError: the export is damaged.
+    """
+    try:
+        check_export_file(folder, read_export_config(folder), VOCAB_FILE)
+        return (folder / VOCAB_FILE).read_bytes()
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, error) from None
+
+
+def _damaged(folder: Path, error: Exception) -> UserError:
+    problem = " ".join(f"{type(error).__name__}: {error}".split())
+    return UserError(f"export {folder} is damaged ({problem}); export it again")
 
 
 def export_sha256(folder: Path) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fmrl_dist.base.errors import UserError, require
-from fmrl_dist.base.files import home_folder, write_atomically
+from fmrl_dist.base.files import file_sha256, home_folder, write_atomically
 from fmrl_dist.base.locks import LockHeldError, lock_file
 from fmrl_dist.checkpoint.folder import (
     Checkpoint,
@@ -193,8 +193,10 @@ def locked(folder: Path, say: Callable[[str], None] = print) -> Iterator[RunClai
             say(f"{folder} cannot be locked ({error.strerror}): nothing prevents a second run from training into it")
         file.truncate(0)
         print(f"process {os.getpid()} of {socket.gethostname()}", file=file, flush=True)
-        yield RunClaim(folder, file.fileno())
-        file.truncate(0)
+        try:
+            yield RunClaim(folder, file.fileno())
+        finally:
+            file.truncate(0)
 
 
 @contextmanager
@@ -270,19 +272,23 @@ def mark_finished(folder: Path, best: Checkpoint) -> None:
         "latest_sha256": latest_sha256(folder / "checkpoints"),
         "best_step": best.state.step,
         "best_sha256": best.sha256,
+        "evaluation_sha256": file_sha256(folder / FINAL_EVALUATION),
     }
     write_atomically(folder / FINISHED_FILE, json.dumps(record, indent=1).encode() + b"\n")
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the run's own record says that it is finished, and nothing was trained since.
+    """Whether the run's own record says that it is finished, and its evaluation, and nothing was trained since.
 
+    Figures that are damaged, or of another store, are thus replaced by a run that resumes.
     An ``evaluation.json`` does not say so: ``fmrl_dist.evaluate`` writes one for a run that still trains.
     """
     try:
         record = json.loads((folder / FINISHED_FILE).read_text())
-        return bool(record["latest_sha256"] == latest_sha256(folder / "checkpoints"))
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        evaluation = file_sha256(folder / FINAL_EVALUATION)
+        known = record.get("evaluation_sha256", evaluation)  # missing from older records
+        return bool((record["latest_sha256"], known) == (latest_sha256(folder / "checkpoints"), evaluation))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return False
 
 

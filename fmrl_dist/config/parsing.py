@@ -160,7 +160,8 @@ def build(kind: Any, value: Any, where: str) -> Any:
         with contextlib.suppress(ValueError):
             value = float(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        with contextlib.suppress(OverflowError):  # more than a float holds: refused below
+            value = float(value)
     matches = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
     require(matches, f"{where} is {shown(value)}; expected {kind.__name__}")
     require(

@@ -145,10 +145,11 @@ class Parts(IterableDataset[LaneWindows | Failure]):
 def _start_worker(rank: int, _worker: int) -> None:
     """Tie a worker to its rank, a process id: it ends with it, and leaves a job's signals to it.
 
-    A job's signals reach all of its processes, but a rank that must save still needs its workers for a step.
+    A job's signals reach all of its processes, but a rank that must save still needs its workers for a step, and one
+    that cleans up must not be interrupted by the news that they have ended.
     """
     end_with_parent(rank)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 

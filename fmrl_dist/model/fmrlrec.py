@@ -17,7 +17,6 @@ gives the model of size m (``truncate``).
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fmrl_dist.base.errors import UserError
+from fmrl_dist.model.export_config import CONFIG_FILE, check_export_file, read_export_config
 from fmrl_dist.model.nested import (
     MatmulModule,
     NestedLayerNorm,
@@ -41,8 +41,6 @@ from fmrl_dist.model.nested import (
 from fmrl_dist.model.scan import packed_scan, scan_step
 
 MAX_SIZES, MAX_DEPTH = 64, 1000  # far more than anyone trains
-FORMAT_VERSION = 1  # of the folder that from_pretrained reads
-CONFIG_FILE = "config.json"
 MODEL_FILE = "model.safetensors"
 COLUMN_MULTIPLE = 16  # widths of which matrix products are fastest
 RING_MARGIN = 1e-3  # keeps |Λ| off the ring's edges: at 0 the gradient of ν is NaN
@@ -350,10 +348,8 @@ class FMRLRec(nn.Module):
         if not (folder / CONFIG_FILE).is_file():
             raise UserError(f"{folder} is not an export: it has no {CONFIG_FILE}; make one with fmrl_dist.export")
         try:
-            config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-            version = config.get("format_version")
-            if version != FORMAT_VERSION:
-                raise UserError(f"{folder / CONFIG_FILE} has format_version {version!r}; expected {FORMAT_VERSION}")
+            config = read_export_config(folder)
+            check_export_file(folder, config, MODEL_FILE)
             tensors = load_file(folder / MODEL_FILE)
             if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
                 raise ValueError(f"{MODEL_FILE} is not float32 throughout")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -19,6 +20,7 @@ from fmrl_dist.config.features import (
     ImageFeature,
     NpyFeature,
     OpenClipFeature,
+    TextFeature,
     TfidfFeature,
     TransformersFeature,
 )
@@ -27,10 +29,12 @@ from fmrl_dist.data.store.built_from import OPEN_CHOICES, BuiltFrom, list_differ
 from fmrl_dist.data.store.manifest import Manifest
 from fmrl_dist.data.store.reader import Store
 from shards.encoders.item_feature import ItemFeature, versions_of
+from shards.encoders.item_text import parts_for
 from shards.encoders.model_folder import local_model_sha256
 from shards.encoders.sources import code_revision, import_encoder
 from shards.encoders.stored_fit import fit_sha256
 from shards.tables.parts import table_files
+from shards.tables.raw_tables import table_columns
 
 
 def input_files(config: Config) -> dict[str, str]:
@@ -86,7 +90,7 @@ def record(config: Config, files: dict[str, str], features: Sequence[ItemFeature
         files: :func:`input_files` of it.
         features: as built: they know what was chosen where the config leaves a choice.
     """
-    keys = {key: value for key, value in recorded_keys(config).items() if key not in files}
+    keys = {key: value for key, value in _keys_of(config).items() if key not in files}
     for feature in features:
         chosen = {"dim": feature.manifest_entry.dim, "precision": feature.recipe.get("precision")}
         for key in OPEN_CHOICES:
@@ -96,6 +100,16 @@ def record(config: Config, files: dict[str, str], features: Sequence[ItemFeature
     made_with = {"fmrl-dist": __version__, "pyarrow": pa.__version__} | versions_of(*sorted(sources))
     made_with |= {f"device of {feature.name}": feature.device for feature in features if feature.device}
     return BuiltFrom(keys, files, made_with)
+
+
+def _keys_of(config: Config) -> dict[str, Any]:
+    """The keys to record, with default templates written out for the columns of the item table."""
+    keys = recorded_keys(config)
+    for name, feature in config.data.features.items():
+        if isinstance(feature, TextFeature):
+            columns = table_columns(Path(config.data.root) / config.data.items.path)
+            keys[f"data.features.{name}.text"] = list(parts_for(feature.text or config.data.text, columns))
+    return keys
 
 
 def check_built_from(store: Store, config: Config, mend: str) -> bool:
@@ -117,7 +131,7 @@ def check_built_from(store: Store, config: Config, mend: str) -> bool:
     if built_from is None:
         differences = _older_differences(store.manifest, config, files)
     else:
-        differences = built_from.differences(recorded_keys(config), files) + _code_differences(store.manifest, config)
+        differences = built_from.differences(_keys_of(config), files) + _code_differences(store.manifest, config)
     require(
         not differences,
         f"store {store.location} was built from something else: {list_differences(differences)}; {mend}",

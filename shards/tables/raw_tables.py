@@ -127,7 +127,8 @@ def _readable(file: Path) -> Iterator[None]:
 
 def _unreadable(path: Path, error: Exception) -> UserError:
     if isinstance(error, UnicodeDecodeError) or "UTF8" in str(error):
-        return UserError(f"table {path} is not UTF-8 text ({' '.join(str(error).split())}); {NOT_UTF8}")
+        mend = NOT_UTF8 if path.suffix == ".csv" else "write its texts as UTF-8"
+        return UserError(f"table {path} is not UTF-8 text ({' '.join(str(error).split())}); {mend}")
     return UserError(
         f"table {path} cannot be read: {' '.join(str(error).split())}; is the file complete, and in that format?"
     )

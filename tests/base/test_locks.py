@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from fmrl_dist.base.locks import lock_file
+from fmrl_dist.base import locks
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.base.locks import lock_file, only_writer
 
 
 def hold(path: str, across_machines: bool, pipe: Connection) -> None:
@@ -35,3 +37,31 @@ def test_a_second_process_waits_or_is_refused(tmp_path: Path, across_machines: b
         os.kill(process.pid or 0, 9)
         lock_file(file.fileno(), patience_s=10, across_machines=across_machines)
     process.join()
+
+
+@pytest.mark.parametrize("has_locks", [True, False])
+def test_a_refused_writer_leaves_nothing(has_locks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the lock file nor folders that it has made; those that hold something stay."""
+
+    def no_locks(*_: object, **__: object) -> None:
+        raise OSError("no locks here")
+
+    if not has_locks:
+        monkeypatch.setattr(locks, "lock_file", no_locks)
+    with pytest.raises(UserError), only_writer(tmp_path / "a" / "b" / "target") as is_locked:
+        assert is_locked == has_locks
+        raise UserError("refused")
+    assert list(tmp_path.iterdir()) == []
+    with only_writer(tmp_path / "a" / "b" / "target"):
+        (tmp_path / "a" / "kept").write_text("")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["kept"]
+
+
+def test_a_full_disk_leaves_no_lock_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full() -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("socket.gethostname", full)  # where the holder's name is written
+    with pytest.raises(OSError, match="No space left"), only_writer(tmp_path / "target"):
+        pass
+    assert list(tmp_path.iterdir()) == []

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 from fmrl_dist import evaluate, export
-from fmrl_dist.base.files import file_sha256
+from fmrl_dist.base.files import file_sha256, json_sha256
 from fmrl_dist.checkpoint.export_folder import FILES, ITEMS_FILE, Origin, Recommender, read_export, write_export
 from fmrl_dist.checkpoint.folder import load_checkpoint
 from fmrl_dist.checkpoint.restore import build_recommender
@@ -30,7 +30,8 @@ from fmrl_dist.data.batches import EvaluationBlock, evaluation_blocks
 from fmrl_dist.data.item_table import load_item_table
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.evaluation.metrics import CUTOFF
-from fmrl_dist.model.fmrlrec import CONFIG_FILE, MODEL_FILE, FMRLRec
+from fmrl_dist.model.export_config import CONFIG_FILE
+from fmrl_dist.model.fmrlrec import MODEL_FILE, FMRLRec
 from shards.store.builder import build_store
 from tests.fixtures.ranking import target_ranks
 from tests.fixtures.training import (
@@ -238,8 +239,11 @@ def test_files_hold_the_slice(run: Path, shop: Path, size: int) -> None:
     np.testing.assert_allclose(items, large.items[:, :size], rtol=0, atol=1e-6)
     assert (folder / "vocab.parquet").read_bytes() == (store.path / "vocab.parquet").read_bytes()
     assert pq.read_table(folder / "vocab.parquet").column_names == ["item", "external_id", "train_count", "title"]
-    assert json.loads((folder / CONFIG_FILE).read_text()) == {
-        "format_version": 1,
+    found = json.loads((folder / CONFIG_FILE).read_text())
+    assert found.pop("sha256") == json_sha256(found)
+    assert found.pop("sha256_of") == {name: file_sha256(folder / name) for name in FILES if name != CONFIG_FILE}
+    assert found == {
+        "format_version": 2,
         "model": {
             "sizes": [m for m in SIZES if m <= size],
             "depth": 2,

@@ -15,8 +15,11 @@ from safetensors.torch import save_file
 
 from fmrl_dist import evaluate, export
 from fmrl_dist.base.errors import UserError
-from fmrl_dist.checkpoint.export_folder import ITEMS_FILE, read_export
-from fmrl_dist.model.fmrlrec import CONFIG_FILE, MODEL_FILE, FMRLRec
+from fmrl_dist.checkpoint.export_folder import ITEMS_FILE, read_export, read_export_vocabulary
+from fmrl_dist.data.store.manifest import VOCAB_FILE
+from fmrl_dist.model.export_config import CONFIG_FILE
+from fmrl_dist.model.fmrlrec import MODEL_FILE, FMRLRec
+from tests.fixtures.checkpoints import flip, reseal_export
 from tests.fixtures.training import contents, make_shop, refusal, run_here, train_here
 
 Spoiler = Callable[[Path], object]
@@ -105,11 +108,43 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "export"
 
 
+def test_every_byte_is_checked(whole: Path, tmp_path: Path) -> None:
+    """A damaged weight is a number like any other: only its hash tells."""
+    folder = tmp_path / "export"
+    shutil.copytree(whole, folder)
+    for name, read in {
+        CONFIG_FILE: FMRLRec.from_pretrained,
+        MODEL_FILE: FMRLRec.from_pretrained,
+        ITEMS_FILE: read_export,
+        VOCAB_FILE: read_export_vocabulary,
+    }.items():
+        size = (folder / name).stat().st_size
+        for position in range(3, size, size // 12):
+            flip(folder / name, position)
+            with pytest.raises(UserError, match=r"is damaged|has format_version \d; expected 2"):
+                read(folder)
+            flip(folder / name, position)
+        read(folder)
+
+
+def test_an_export_without_hashes_is_read(whole: Path, tmp_path: Path) -> None:
+    """Version 1 had none; but version 1 with hashes is version 2, damaged."""
+    folder = tmp_path / "export"
+    shutil.copytree(whole, folder)
+    edit(format_version=1)(folder)
+    with pytest.raises(UserError, match="is damaged"):
+        read_export(folder)
+    for key in ("sha256_of", "sha256"):
+        edit_away(folder, key)
+    assert torch.equal(read_export(folder).items, read_export(whole).items)
+
+
 @pytest.mark.parametrize("name", [*DAMAGE, *ITEM_DAMAGE])
 def test_damage_is_refused(whole: Path, tmp_path: Path, name: str) -> None:
     folder = tmp_path / "export"
     shutil.copytree(whole, folder)
     (DAMAGE | ITEM_DAMAGE)[name](folder)
+    reseal_export(folder)
     before = contents(folder)
     expected = f"export {re.escape(str(folder))} is damaged"
     for read in (FMRLRec.from_pretrained, read_export) if name in DAMAGE else (read_export,):
@@ -124,9 +159,9 @@ def test_a_foreign_folder_and_another_version(whole: Path, tmp_path: Path) -> No
     with pytest.raises(UserError, match="is not an export: it has no config.json; make one with"):
         FMRLRec.from_pretrained(tmp_path)
     (tmp_path / CONFIG_FILE).write_text('{"model_type": "bert"}')
-    with pytest.raises(UserError, match="config.json has format_version None; expected 1$"):
+    with pytest.raises(UserError, match="config.json has format_version None; expected 2$"):
         FMRLRec.from_pretrained(tmp_path)
     shutil.copytree(whole, tmp_path / "export")
-    edit(format_version=2)(tmp_path / "export")
-    with pytest.raises(UserError, match="config.json has format_version 2; expected 1$"):
+    edit(format_version=3)(tmp_path / "export")
+    with pytest.raises(UserError, match="config.json has format_version 3; expected 2$"):
         read_export(tmp_path / "export")

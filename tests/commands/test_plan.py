@@ -270,7 +270,9 @@ def test_command_of_one_rank_names_no_split(capsys: pytest.CaptureFixture[str]) 
         (["--items", "5", "--gpus", "0"], "--gpus or --cpus is 0; expected at least 1"),
         (["--items", "5", "--gpus", "17"], "17 ranks share 16 lanes; raise --train.lanes"),
         (["--items", "5"], "one of the arguments --gpus --cpus is required; see --help"),
-        (["--items", "5", "--gpus", "2", "--teraflops", "0"], "--teraflops is 0.0; expected more than 0"),
+        (["--items", "5", "--gpus", "2", "--teraflops", "0"], "--teraflops is 0.0; expected a number of more"),
+        (["--items", "5", "--gpus", "2", "--memory-gib", "inf"], "--memory-gib is inf; expected a number of more"),
+        (["--items", "5", "--gpus", "2", "--max-step-s", "nan"], "--max-step-s is nan; expected a number of more"),
         (
             ["--items", "5", "--gpus", "2", "--loss.normalize", "true", "--loss.temperatures", "[1, 1, 1, 1, 1]"],
             "loss.normalize is on, whose cost is not predicted",

@@ -65,6 +65,11 @@ def test_unknown_key(raw: Any, message: str, tmp_path: Path) -> None:
     assert refusal(tmp_path, raw).startswith(message)
 
 
+@pytest.mark.parametrize(("section", "key"), [("train", "lr"), ("model", "feature_scale")])
+def test_an_integer_that_no_float_holds(section: str, key: str, tmp_path: Path) -> None:
+    assert refusal(tmp_path, {section: {key: 10**400}}).startswith(f"{section}.{key} is 1000")
+
+
 @pytest.mark.parametrize(
     ("raw", "message"),
     [

@@ -16,6 +16,7 @@ from fmrl_dist.config.loading import load_config
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.evaluation.report import size_table
 from shards.store.builder import build_store
+from tests.fixtures.checkpoints import flip
 from tests.fixtures.training import (
     STEPS_PER_EPOCH,
     contents,
@@ -151,6 +152,10 @@ def test_an_evaluation_does_not_finish_a_run(shop: Path, tmp_path: Path, capsys:
     assert figures(run) == figures(whole) and evaluation(run) == evaluation(whole)
     train_here(shop, run, "--resume", "auto")
     assert "is finished (step 24); nothing to do" in capsys.readouterr().out
+    flip(run / "evaluation.json", (run / "evaluation.json").read_bytes().index(b'"recall@5": 0.') + 14)
+    assert not is_finished(run) and evaluation(run) != evaluation(whole)
+    train_here(shop, run, "--resume", "auto")
+    assert is_finished(run) and evaluation(run) == evaluation(whole), "damaged figures are computed again"
 
 
 def other_store(root: Path, num_items: int, dim: int) -> Path:

@@ -173,7 +173,7 @@ def test_paths_and_ways_of_reading_are_no_difference(
 
 def test_input_that_is_gone_cannot_be_compared(built: Path, tmp_path: Path) -> None:
     line = refusal(main, "--config", built, "--keep", "--data.root", tmp_path)
-    assert f"{tmp_path / 'items.parquet'} does not exist; check data.root and data.items.path" in line
+    assert f"{tmp_path / 'items.parquet'} does not exist; check data.root and the path in the config" in line
 
 
 def test_code_that_gives_other_rows_is_a_difference(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +223,7 @@ def test_what_the_manifest_records(built: Path) -> None:
     assert record.keys["data.features.vector.dim"] == FEATURE_DIM
     assert {"fmrl-dist", "python", "pyarrow", "scikit-learn", "pillow", "numpy"} <= set(record.made_with)
     recipes = {feature.name: feature.recipe for feature in manifest.features}
-    text = list(load_config(built).data.text)
+    text = [f"{name.title()}: {{{name}}}" for name in ("title", "price", "brand", "categories")]  # the default
     assert recipes == {
         "vector": {"source": "npy"},
         "words": {"source": "tfidf", "tfidf": 1, "text": text, "text_separator": "\n"},

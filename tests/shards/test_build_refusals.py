@@ -141,6 +141,34 @@ CASES: dict[str, tuple[Spoil, str]] = {
         ),
         "more than once, the first is 'u'",
     ),
+    "users that are not UTF-8": (
+        lambda root, values: pq.write_table(
+            pa.table({"user_id": pa.array([b"\xff", b"v"]).view(pa.string()), "item_ids": [U1, U1]}),
+            root / "sequences.parquet",
+        ),
+        r"sequences\.parquet is not UTF-8 text .*; write its texts as UTF-8",
+    ),
+    "items that are not UTF-8": (
+        lambda root, values: pq.write_table(
+            pa.table({"item_id": pa.array([b"\xff%d" % row for row in range(6)]).view(pa.string()), "title": ITEMS}),
+            root / "items.parquet",
+        ),
+        r"items\.parquet is not UTF-8 text .*; write its texts as UTF-8",
+    ),
+    "events that are not UTF-8": (
+        lambda root, values: pq.write_table(
+            pa.table(
+                {
+                    "user_id": ["u"],
+                    "item_ids": pa.array([[b"a", b"\xff"]])
+                    .cast(pa.list_(pa.binary()))
+                    .cast(pa.list_(pa.string()), safe=False),
+                }
+            ),
+            root / "sequences.parquet",
+        ),
+        r"sequences\.parquet is not UTF-8 text .*; write its texts as UTF-8",
+    ),
     "no lists": (data(sequences={"items": "user_id"}), "not in the item table|expected lists"),
     "only short histories": (histories({"u1": ["a"], "u2": []}), "none of its 2 histories has 2 events"),
     "other number of times": (histories({"u1": U1}, {"u1": [1, 2]}), "lists of other lengths"),

@@ -17,7 +17,7 @@ from fmrl_dist.checkpoint.folder import load_checkpoint
 from fmrl_dist.config.loading import load_config
 from fmrl_dist.data.store.reader import Store
 from shards.store.builder import build_store
-from tests.fixtures.checkpoints import reseal
+from tests.fixtures.checkpoints import reseal, reseal_export
 from tests.fixtures.stores import write_histories
 from tests.fixtures.training import (
     FEATURE_DIMS,
@@ -101,6 +101,7 @@ def test_weights_that_are_not_finite(value: float, trained: Path, tmp_path: Path
     for name in ("model.safetensors", "item_embeddings.safetensors"):
         broken = Path(shutil.copytree(tmp_path / "export", tmp_path / name))
         spoil(broken / name, value)
+        reseal_export(broken)
         line = refusal(evaluate.main, "--checkpoint", broken, "--threads", 1)
         assert f"is damaged (ValueError: {name} holds numbers that are not finite)" in line
     best = load_checkpoint(run).path

@@ -75,7 +75,8 @@ class BuiltFrom:
         found = []
         for key in sorted(_of_both(compared - named, keys, self.keys)):
             here, there = keys.get(key), self.keys.get(key)
-            if here != there and not _is_left_open(key, here):
+            needs_table = files is None and key.endswith(".text") and here == []  # the default template
+            if here != there and not needs_table and not _is_left_open(key, here):
                 found.append(f"{key} is {shown(there)}, the config's {shown(here)}")
         if files is None:
             return found
@@ -89,7 +90,8 @@ class BuiltFrom:
 def recorded_keys(config: Config) -> dict[str, Any]:
     """Every key of a config that says what a store holds, paths included, by its name.
 
-    A text feature has the template that is in force, its own or the config's.
+    A text feature has the template that is in force, its own or the config's; [] is the default one, whose parts depend
+    on the columns of the item table.
     """
     values = config.to_dict()
     keys: dict[str, Any] = {}

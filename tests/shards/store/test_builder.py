@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.config.sections import StoreConfig
+from fmrl_dist.data.store.reader import Store
 from shards.store.builder import build_store
 from shards.store.problems import store_problems
 from tests.fixtures.stores import (
@@ -163,18 +164,23 @@ def test_beauty(tmp_path: Path, shared_data: Path) -> None:
     np.testing.assert_array_equal(read_items(store, "text"), stored, strict=True)
 
 
+def template_of(store: Store) -> list[str]:
+    recipe = store.manifest.features[0].recipe
+    assert recipe is not None
+    return list(recipe["text"])
+
+
 def test_the_default_text_is_of_the_columns_that_are_there(tmp_path: Path) -> None:
     """The manifest says which; a template that is given must have all of its columns."""
     write_raw(tmp_path)
     items = pq.read_table(tmp_path / "items.parquet")
     features = {"words": {"source": "tfidf", "dim": 2}}
     whole, _ = build_store(tiny_config(tmp_path, tmp_path / "whole", features=features))
-    template = r"Title: {title}\nPrice: {price}\nBrand: {brand}\nCategories: {categories}"
-    assert whole.manifest.features[0].encoder == f'tfidf+svd of "{template}"'
+    assert template_of(whole) == ["Title: {title}", "Price: {price}", "Brand: {brand}", "Categories: {categories}"]
     pq.write_table(items.drop_columns(["price", "categories"]), tmp_path / "items.parquet")
     store, _ = build_store(tiny_config(tmp_path, tmp_path / "some", features=features))
-    assert store.manifest.features[0].encoder == r'tfidf+svd of "Title: {title}\nBrand: {brand}"'
     given = ["Title: {title}", "Brand: {brand}"]
+    assert template_of(store) == given
     again, _ = build_store(tiny_config(tmp_path, tmp_path / "given", features=features, text=given))
     assert again.manifest.sha256 == store.manifest.sha256
     with pytest.raises(UserError, match="no column 'price'; it has: item_id, title, brand"):
