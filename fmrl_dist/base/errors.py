@@ -92,10 +92,11 @@ def run_command(main: Callable[[list[str]], None]) -> None:
 
     A disk that is full, read-only, failing or gone, or a path that leads through a file, ends it the same way. A
     command whose output is no longer read (``| head -1``) ends silently. INT, TERM and HUP end it with one line,
-    cleaned up, whatever the parent process had them set to (but HUP stays ignored where ``nohup`` has it so); while it
-    cleans up, further ones change nothing. A command that saves at a signal (``fmrl_dist.train``) has handlers of its own
-    while it does. Any other exception keeps its traceback, without the credentials of URLs, and Python's exit code 1:
-    that is a crash, a bug of ours. A command that a launcher has started ends when the launcher has died, as at TERM.
+    cleaned up, whatever the parent process had them set to (but HUP stays ignored where ``nohup`` has it so); while
+    it cleans up, further ones change nothing. A command that saves at a signal (``fmrl_dist.train``) has handlers
+    of its own while it does. Any other exception keeps its traceback, without the credentials of URLs, and Python's
+    exit code 1: that is a crash, a bug of ours. A command that a launcher has started ends when the launcher has
+    died, as at TERM.
     """
     sys.excepthook = _show_traceback
     first = _FirstSignal()

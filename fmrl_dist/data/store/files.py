@@ -28,6 +28,10 @@ class SourceError(UserError):
     """The source of a store does not answer. The store itself may be intact, so none of its blocks may be skipped."""
 
 
+class FinalError(UserError):
+    """A problem that a retry cannot solve."""
+
+
 class StoreFiles(Protocol):
     """The files of one store, by name.
 
