@@ -25,8 +25,8 @@ import torch
 from PIL import Image
 
 from fmrl_dist.base.errors import UserError, require
+from shards.encoders.model_folder import check_towers
 from shards.encoders.torchvision_import import make_torchvision_importable
-from shards.encoders.tower_names import check_towers
 
 make_torchvision_importable()
 
