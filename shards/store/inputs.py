@@ -6,6 +6,7 @@ same bytes, which takes many times as long.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -108,7 +109,8 @@ def _keys_of(config: Config) -> dict[str, Any]:
     for name, feature in config.data.features.items():
         if isinstance(feature, TextFeature):
             columns = table_columns(Path(config.data.root) / config.data.items.path)
-            keys[f"data.features.{name}.text"] = list(parts_for(feature.text or config.data.text, columns))
+            with contextlib.suppress(UserError):  # another table: then its contents differ as well
+                keys[f"data.features.{name}.text"] = list(parts_for(feature.text or config.data.text, columns))
     return keys
 
 

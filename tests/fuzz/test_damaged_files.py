@@ -52,13 +52,7 @@ def run(command: Command, folder: Path, patch: pytest.MonkeyPatch) -> Ended:
     return Ended(code, stdout.getvalue(), stderr.getvalue())
 
 
-UNCHECKED = pytest.mark.xfail(strict=False, reason="what is unpacked into .derived is checked only for dtype and shape")
-
-
-@pytest.mark.parametrize(
-    ("name", "part"),
-    [pytest.param(name, part, marks=[UNCHECKED] * (part == "derived"), id=f"{name}, {part}") for name, part in READERS],
-)
+@pytest.mark.parametrize(("name", "part"), READERS, ids=[f"{name}, {part}" for name, part in READERS])
 def test_damaged_files(
     name: str, part: str, world: Path, expected: Expected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

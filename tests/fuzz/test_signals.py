@@ -32,7 +32,6 @@ def test_signals(command: Command, world: Path, expected: Expected, tmp_path: Pa
             disturb(command, numbers, generator, world, expected, tmp_path / f"case-{seed}")
 
 
-@pytest.mark.xfail(strict=False, reason="a hang-up leaves running what submit and sweep have started")
 def test_hang_up_of_what_starts_others(world: Path, expected: Expected, tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     disturb(BY_NAME["submit"], [signal.SIGHUP], generator, world, expected, tmp_path / "case")
