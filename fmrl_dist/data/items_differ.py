@@ -8,10 +8,11 @@ import numpy as np
 import torch
 
 from fmrl_dist.base.errors import UserError
-from fmrl_dist.data.feature_scale import FeatureParts, block_parts, table_parts
+from fmrl_dist.data.feature_scale import FeatureParts, block_parts
 from fmrl_dist.data.item_table import ItemTable, feature_dims
 from fmrl_dist.data.store.reader import Store
 
+COMPARED_AT_ONCE = 4096  # items; nearly always, these are all that is read
 SAMPLED_BLOCKS = 4  # of the items of an inline store
 
 
@@ -28,7 +29,8 @@ def check_items_differ(store: Store, features: Sequence[str] | None, table: Item
     """
     parts: Iterable[FeatureParts]
     if table is not None:
-        names, parts = list(table.dims), table_parts(table)
+        names, begins = list(table.dims), range(0, len(table.values), COMPARED_AT_ONCE)
+        parts = ((table.values[i : i + COMPARED_AT_ONCE], table.present[i : i + COMPARED_AT_ONCE]) for i in begins)
     else:
         dims, items = feature_dims(store, features), store.manifest.items
         numbers = np.unique(np.linspace(0, len(items) - 1, SAMPLED_BLOCKS).astype(int))
