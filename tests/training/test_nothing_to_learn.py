@@ -237,6 +237,7 @@ def test_weights_whose_outputs_are_not_finite(trained: Path, tmp_path: Path) -> 
     for file in (best / "model.safetensors", tmp_path / "export" / "item_embeddings.safetensors"):
         save_file({name: t * 1e30 for name, t in load_file(file).items()}, file, metadata={"format": "pt"})
     reseal(best)
+    reseal_export(tmp_path / "export")
     before = (run / "evaluation.json").read_bytes()
     for model in (run, tmp_path / "export"):
         line = refusal(evaluate.main, "--checkpoint", model, "--threads", 1)
