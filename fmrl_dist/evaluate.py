@@ -8,8 +8,9 @@ from __future__ import annotations
 import fmrl_dist.base.parent_process  # noqa: F401  # first: importing torch takes seconds, and the launcher may die in them
 
 # isort: split
+import argparse
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,12 +31,13 @@ from fmrl_dist.checkpoint.run_folder import run_of_best
 from fmrl_dist.config.command_line import CommandParser
 from fmrl_dist.config.credentials import warn_of_credentials
 from fmrl_dist.config.loading import config_from_dict
-from fmrl_dist.config.sections import StoreConfig
+from fmrl_dist.config.sections import RANK_METRICS, EvalConfig, StoreConfig
 from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.vocabulary import external_ids, rows_of
 from fmrl_dist.distributed.processes import Runtime, start_runtime
 from fmrl_dist.distributed.signals import StopRequest
+from fmrl_dist.evaluation.baselines import baseline_histograms
 from fmrl_dist.evaluation.histograms import EvaluationProtocol, count_target_ranks
 from fmrl_dist.evaluation.parts import (
     WHOLE,
@@ -46,8 +48,10 @@ from fmrl_dist.evaluation.parts import (
     parts_folder,
     write_part,
 )
+from fmrl_dist.evaluation.rank_counts import RankCounts
 from fmrl_dist.evaluation.ranker import Ranker, ranker_of_checkpoint, ranker_of_export
-from fmrl_dist.evaluation.report import EvaluatedModel, figures, num_users_in, print_and_write
+from fmrl_dist.evaluation.report import EvaluatedModel, num_users_in, report
+from fmrl_dist.evaluation.segments import NUM_CELLS
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class ModelSource:
     build: Callable[[Runtime], Ranker]
     model: Callable[[], EvaluatedModel]
     sizes: list[int]
+    eval_config: EvalConfig  # what to report, unless the command line says otherwise
     store: Store  # of the users
     folder: Path  # of the report
 
@@ -65,7 +70,14 @@ def main(argv: list[str]) -> None:
     parser = CommandParser(prog="python -m fmrl_dist.evaluate", description=__doc__, allow_abbrev=False)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a run (its best), a checkpoint or an export")
     parser.add_argument("--split", choices=("valid", "test"), default="test")
-    parser.add_argument("--mask-seen", action="store_true", help="leave out the items of a user's history")
+    parser.add_argument("--mask-seen", action="store_true", help="figures without the items of a user's history first")
+    parser.add_argument("--cutoffs", type=numbers, help="k of the metrics, such as 5,10,20 (default: eval.cutoffs)")
+    parser.add_argument("--metrics", type=words, help="such as recall,ndcg,coverage (default: eval.metrics)")
+    parser.add_argument(
+        "--per-user",
+        action=argparse.BooleanOptionalAction,
+        help="keep every user's ranks, for fmrl_dist.compare (default: eval.per_user)",
+    )
     parser.add_argument("--store", help="shard store, a folder or URL (default: the recorded one)")
     parser.add_argument("--threads", type=int, default=0, help="threads per process (default: cores / processes)")
     share = parser.add_mutually_exclusive_group()
@@ -78,43 +90,73 @@ def main(argv: list[str]) -> None:
     open_source = open_export if is_export(arguments.checkpoint) else open_checkpoint
     runtime = start_runtime(arguments.threads or "auto", lanes=None)
     source = open_source(arguments.checkpoint, arguments.store, arguments.split)
-    protocol = EvaluationProtocol(source.store, arguments.split, arguments.mask_seen)
-    if arguments.join:
-        if runtime.is_main:
-            join(source, protocol)
-    else:
-        evaluate(source, protocol, runtime, arguments.part)
+    eval_config = changed(source.eval_config, arguments)
+    protocol = EvaluationProtocol.of_report(source.store, arguments.split, arguments.mask_seen, eval_config)
+    stop, baselines = StopRequest(), {}
+    if arguments.part is None:
+        baselines = baseline_histograms(eval_config.baselines, source.store, arguments.split, runtime, stop)
+    if not arguments.join:
+        evaluate(source, protocol, baselines, runtime, arguments.part)
+    elif runtime.is_main:
+        join(source, protocol, baselines)
     runtime.leave()
 
 
-def evaluate(source: ModelSource, protocol: EvaluationProtocol, runtime: Runtime, part: Part | None) -> None:
+def words(text: str) -> tuple[str, ...]:
+    """Words between commas."""
+    return tuple(word.strip() for word in text.split(","))
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Numbers between commas."""
+    try:
+        return tuple(map(int, words(text)))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers; expected such as 5,10,20") from None
+
+
+def changed(config: EvalConfig, arguments: argparse.Namespace) -> EvalConfig:
+    """The configuration of an evaluation, with what the command line says."""
+    keys = {"cutoffs": arguments.cutoffs, "metrics": arguments.metrics, "per_user": arguments.per_user}
+    given = {key: value for key, value in keys.items() if value is not None}
+    cutoffs, metrics = given.get("cutoffs", config.cutoffs), given.get("metrics", config.metrics)
+    of_ranks = [name for name in metrics if name in RANK_METRICS] or ["recall"]
+    return replace(config, **given, metric=f"{of_ranks[0]}@{cutoffs[0]}")  # the best is chosen already
+
+
+def evaluate(
+    source: ModelSource,
+    protocol: EvaluationProtocol,
+    baselines: Mapping[str, Tensor],
+    runtime: Runtime,
+    part: Part | None,
+) -> None:
     """Evaluate all users and report, or evaluate one part and write it."""
-    histograms = count_target_ranks(source.build(runtime), protocol, runtime, StopRequest(), part or WHOLE)
+    counts = count_target_ranks(source.build(runtime), protocol, runtime, StopRequest(), part or WHOLE)
     if not runtime.is_main:
         return
     if part is None:
-        model = source.model()
-        print_and_write(figures(histograms, source.sizes, protocol, model), source.folder, model)
+        report(counts, baselines, source.sizes, protocol, source.model(), source.folder)
     else:
-        save_part(source, protocol, part, ComputeSetting(torch.get_num_threads(), runtime.device.type), histograms)
+        save_part(source, protocol, part, ComputeSetting(torch.get_num_threads(), runtime.device.type), counts)
 
 
 def save_part(
-    source: ModelSource, protocol: EvaluationProtocol, part: Part, setting: ComputeSetting, histograms: Tensor
+    source: ModelSource, protocol: EvaluationProtocol, part: Part, setting: ComputeSetting, counts: RankCounts
 ) -> None:
     """Write one part, and print its path."""
     model = source.model()
     identity = identity_of(source, protocol, model)
-    path = write_part(parts_folder(source.folder, identity, model.manifest_sha256), part, identity, setting, histograms)
-    print(f"{protocol.split}, part {part}: {int(histograms[0].sum()):,} users\nwritten: {path}", flush=True)
+    path = write_part(parts_folder(source.folder, identity, model.manifest_sha256), part, identity, setting, counts)
+    print(f"{protocol.split}, part {part}: {counts.num_users:,} users\nwritten: {path}", flush=True)
 
 
-def join(source: ModelSource, protocol: EvaluationProtocol) -> None:
+def join(source: ModelSource, protocol: EvaluationProtocol, baselines: Mapping[str, Tensor]) -> None:
     """Join all parts into one report, and remove them."""
     model = source.model()
     identity = identity_of(source, protocol, model)
     folder = parts_folder(source.folder, identity, model.manifest_sha256)
-    print_and_write(figures(join_parts(folder, identity), source.sizes, protocol, model), source.folder, model)
+    report(join_parts(folder, identity), baselines, source.sizes, protocol, model, source.folder)
     shutil.rmtree(folder)
 
 
@@ -126,6 +168,10 @@ def identity_of(source: ModelSource, protocol: EvaluationProtocol, model: Evalua
         mask_seen=protocol.mask_seen,
         sizes=source.sizes,
         users=num_users_in(protocol),
+        cells=NUM_CELLS,
+        cutoff=protocol.cutoff,
+        keep_users=protocol.keep_users,
+        list_lengths=protocol.list_lengths,
     )
 
 
@@ -138,6 +184,7 @@ def open_checkpoint(path: Path, store_path: str | None, split: str) -> ModelSour
         build=partial(ranker_of_checkpoint, checkpoint, config, store),
         model=lambda: EvaluatedModel(checkpoint.state.step, checkpoint.sha256, checkpoint.manifest_sha256),
         sizes=list(config.model.sizes),
+        eval_config=config.eval,
         store=store,
         folder=run_of_best(checkpoint) or checkpoint.path,
     )
@@ -154,6 +201,7 @@ def open_export(path: Path, store_path: str | None, split: str) -> ModelSource:
         build=lambda runtime: ranker_of_export(recommender.to(runtime.device)),
         model=lambda: EvaluatedModel(origin.step, export_sha256(path), origin.manifest_sha256),
         sizes=list(recommender.model.sizes),
+        eval_config=EvalConfig(),
         store=store,
         folder=path,
     )

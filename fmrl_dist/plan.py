@@ -38,6 +38,8 @@ LOSSES = ("whole", "split", "sampled")
 SETTINGS = {"whole": "loss.catalogue: whole", "split": "loss.catalogue: split", "sampled": "loss.softmax: sampled"}
 FLOAT = 4  # bytes
 ADAM_COPIES = 4  # of each parameter: itself, its gradient, two moments
+TABLE_COPIES = 3  # of an id table of which a step updates some rows: no gradient of all
+ROW_COPIES = 3  # of these rows, measured: exchanged, added up, their moments before and after
 BLOCK_FLOATS = 14  # of each position and channel, that a block keeps for its backward pass; measured
 DROPOUT_FLOATS = 3.5  # the same, more with dropout
 PASSING_FLOATS = 16  # the same, of the one block that is at work
@@ -55,7 +57,8 @@ class Step:
     depth: int
     num_features: int  # F, dims of all features together
     num_items: int  # V
-    id_table: bool
+    id_width: int  # w of the id table; 0 for none
+    id_dropout: bool
     dropout: bool
     num_ranks: int
     positions: int  # of one rank, in one of its micro-batches
@@ -89,11 +92,11 @@ class Cost:
 def predict(step: Step, loss: str) -> Cost:
     """Cost of a step under one of ``LOSSES``."""
     with torch.device("meta"):
-        model = FMRLRec(step.sizes, step.depth, {"features": step.num_features}, step.num_items * step.id_table)
-    num_columns, table_floats = model.encoder.num_columns, step.num_items * step.width * step.id_table
+        model = FMRLRec(step.sizes, step.depth, {"features": step.num_features})
+    num_columns, full = model.encoder.num_columns, loss != "sampled"
     copies = ADAM_COPIES + (step.num_ranks > 1)  # data parallelism reduces gradients in buckets
-    full = loss != "sampled"
-    weights = FLOAT * (copies * sum(p.numel() for p in model.parameters()) + full * table_floats)  # two gradients added
+    ids = _ids(step, loss, copies)
+    weights = FLOAT * copies * sum(p.numel() for p in model.parameters()) + ids
     loss_cost = (_full if full else _sampled)(step, num_columns, loss == "split")
     own_items = step.num_items if loss != "split" else -(-step.num_items // step.num_ranks)
     columns = own_items * num_columns * step.itemsize
@@ -116,17 +119,28 @@ def predict(step: Step, loss: str) -> Cost:
     batch_operations = 4 * batch_rows * step.width * num_columns  # features are frozen: no gradient of theirs
     shared = is_shared(step.num_items, step.width, step.num_ranks, loss == "split")
     ranked = -(-step.num_items // step.num_ranks) if shared else step.num_items
-    validation = weights + memory["item columns"] + FLOAT * ranked * step.width
+    ids_again = ranked * step.id_width * (loss == "split")  # by whole tiles, as they are ranked
+    validation = weights + memory["item columns"] + FLOAT * (ranked * step.width + ids_again)
     operations = model_operations + batch_operations + loss_cost.operations
     times = step.micro_batches
     return Cost(memory, times * operations, times * loss_cost.sent_bytes, times * read, validation)
+
+
+def _ids(step: Step, loss: str, copies: int) -> int:
+    """Bytes of the id table, its gradient and moments."""
+    if loss == "sampled":
+        batch_rows = step.num_ranks * (step.drawn + 2 * step.positions)
+        return FLOAT * step.id_width * (TABLE_COPIES * step.num_items + ROW_COPIES * min(batch_rows, step.num_items))
+    rows = step.num_items if loss == "whole" else -(-step.num_items // step.num_ranks)
+    # Two gradients are added, of the batch's items and of the scored ones; dropout makes a copy.
+    return FLOAT * step.id_width * rows * ((copies if loss == "whole" else ADAM_COPIES) + 1 + step.id_dropout)
 
 
 def _full(step: Step, num_columns: int, split: bool) -> Cost:
     positions = step.positions * (step.num_ranks if split else 1)
     num_items = -(-step.num_items // step.num_ranks) if split else step.num_items
     back = back_projected(step.sizes, positions, num_columns)
-    if step.id_table or step.on_gpu:
+    if step.id_width or step.on_gpu:
         back = (False,) * len(back)
     widths = [high - low for low, high in chunks(step.sizes)]
     embedded = sum(compress(widths, [not b for b in back]))
@@ -213,7 +227,8 @@ def recommend(
     require(
         bool(fits),
         f"no loss fits: a step needs at least {least / 2**30:.1f} GiB of a rank's {memory_bytes / 2**30:.1f}; take "
-        "fewer positions at once (train.micro_batches, train.batch_size), turn model.id_table off, or add ranks",
+        "fewer positions at once (train.micro_batches, train.batch_size), a narrower id table or none (model.id_width, "
+        "model.id_table), or add ranks",
     )
     exact = sorted((loss for loss in fits if loss != "sampled"), key=lambda loss: costs[loss].operations)
     if not exact:
@@ -256,7 +271,8 @@ def step_of(
         depth=config.model.depth,
         num_features=num_features,
         num_items=num_items,
-        id_table=config.model.id_table,
+        id_width=(config.model.id_width or config.model.width) * config.model.id_table,
+        id_dropout=config.model.id_dropout > 0,
         dropout=max(config.model.dropout, config.model.lru_dropout) > 0,
         num_ranks=num_ranks,
         positions=lanes_at_once * -(-positions // lanes),

@@ -51,9 +51,10 @@ from fmrl_dist.data.train_stream import TrainStream
 from fmrl_dist.data.windows import window_rule
 from fmrl_dist.distributed.processes import Runtime, start_runtime
 from fmrl_dist.distributed.signals import Stopped, StopRequest, ask_for_requeue, forget_requeue
+from fmrl_dist.evaluation.baselines import baseline_histograms
 from fmrl_dist.evaluation.histograms import EvaluationProtocol, count_target_ranks
 from fmrl_dist.evaluation.ranker import ranker_of_checkpoint
-from fmrl_dist.evaluation.report import EvaluatedModel, figures, print_and_write
+from fmrl_dist.evaluation.report import EvaluatedModel, report
 from fmrl_dist.training.agreement import StepResult, agree, count_targets, stop_if_not_finite
 from fmrl_dist.training.checks import (
     check_inline,
@@ -64,7 +65,6 @@ from fmrl_dist.training.checks import (
 from fmrl_dist.training.demo_store import build_missing_demo_store
 from fmrl_dist.training.learner import Learner, prepare_learner, save
 from fmrl_dist.training.logbook import Logbook
-from fmrl_dist.training.module import TrainingModule
 from fmrl_dist.training.optimizer import learning_rate
 from fmrl_dist.training.rank_monitor import RankMonitor
 from fmrl_dist.training.run import Run
@@ -176,7 +176,7 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest, cl
         RankMonitor(runtime, run.folder, state.step, timer, config.train.hang_timeout_s) as monitor,
         closing(timer),
     ):
-        runtime.say(describe_start(run, learner.module, state.step))
+        runtime.say(describe_start(run, learner, state.step))
         if state.validation_is_due:  # the previous job saved, but had no time left for it
             stopped = not note_validation(run, learner, state, logbook, progress, stop)
             if not stopped:
@@ -280,12 +280,15 @@ def learn(run: Run, learner: Learner, step: int, batches: Sequence[Packed], num_
     """One optimiser step, on the micro-batches of this process."""
     runtime, engine = run.runtime, learner.engine
     seed_dropout(run.config.train.seed, step, runtime.rank)
+    if learner.module.id_rows is not None:
+        learner.module.id_rows.begin_step(step)
     weights_S = torch.tensor(size_weights(run.config), device=runtime.device)
     loss_of = partial(mean_loss, weights_S, runtime.world_size, num_targets)
     loss_sums = torch.zeros_like(weights_S)
     for number, batch in enumerate(batches, 1):
         loss_sums += engine.add_gradients(batch.to(runtime.device), loss_of, last=number == len(batches))
-    lr = set_learning_rate(learner.optimizer, run, step)
+    lr = step_learning_rate(run, step)
+    engine.set_learning_rate(lr)
     return StepResult(loss_sums, engine.clip_and_step(), lr, batches)
 
 
@@ -338,14 +341,11 @@ def check_learning_rate(run: Run, first_step: int) -> None:
     run.runtime.say(f"from step {schedule_steps} on the learning rate is 0 (train.schedule_epochs, train.min_lr_ratio)")
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, run: Run, step: int) -> float:
-    """Set the optimiser's learning rate for ``step``, and return it."""
+def step_learning_rate(run: Run, step: int) -> float:
+    """Learning rate of ``step``."""
     train = run.config.train
     schedule_steps = schedule_epochs(run.config) * run.order.steps_per_epoch
-    lr = learning_rate(step, train.lr, train.warmup_steps, schedule_steps, train.min_lr_ratio)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    return lr
+    return learning_rate(step, train.lr, train.warmup_steps, schedule_steps, train.min_lr_ratio)
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:
@@ -353,14 +353,13 @@ def seed_dropout(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
 
 
-def describe_start(run: Run, module: TrainingModule, step: int) -> str:
+def describe_start(run: Run, learner: Learner, step: int) -> str:
     """What is about to run: processes, engine, parameters, sizes, loss, config hash."""
-    num_parameters = sum(parameter.numel() for parameter in module.model.parameters())
     manifest = run.store.manifest
     return (
         f"{run.folder}: {run.runtime.describe()}\n"
-        f"  config {run.config.hash}, {num_parameters:,} parameters, sizes {list(run.config.model.sizes)}, "
-        f"loss {module.settings.impl}\n"
+        f"  config {run.config.hash}, {learner.num_parameters:,} parameters, sizes {list(run.config.model.sizes)}, "
+        f"loss {learner.module.settings.impl}\n"
         f"  {manifest.num_users:,} users, {manifest.num_items:,} items, {run.order.steps_per_epoch} steps per epoch, "
         f"from step {step} to at most {run.total_steps}"
     )
@@ -388,11 +387,12 @@ def _evaluate_best(config: Config, runtime: Runtime, store: Store, folder: Path,
     stop.raise_together(runtime, stop.requested)  # what comes next can take a while before it listens
     best = load_best(folder, runtime)
     ranker = ranker_of_checkpoint(best, config, store, runtime)
-    protocol = EvaluationProtocol(store, "test", mask_seen=False)
-    histograms = count_target_ranks(ranker, protocol, runtime, stop)
+    protocol = EvaluationProtocol.of_report(store, "test", mask_seen=False, config=config.eval)
+    counts = count_target_ranks(ranker, protocol, runtime, stop)
+    baselines = baseline_histograms(config.eval.baselines, store, "test", runtime, stop)
     if runtime.is_main:
         model = EvaluatedModel(best.state.step, best.sha256, best.manifest_sha256)
-        print_and_write(figures(histograms, ranker.model.sizes, protocol, model), folder, model)
+        report(counts, baselines, ranker.model.sizes, protocol, model, folder)
         mark_finished(folder, best)
 
 

@@ -19,13 +19,13 @@ PACKAGES = ("fmrl_dist", "shards", "launch")
 # (train, evaluate, …) are commands, on top.
 FOLDERS = ("base", "model", "config", "distributed", "losses", "data", "checkpoint", "evaluation", "training")
 SUBFOLDERS = {
-    "fmrl_dist": {*FOLDERS, "data/store"},
+    "fmrl_dist": {*FOLDERS, "data/store", "training/id_table"},
     "shards": {"tables", "encoders", "store", "demo"},
     "launch": {"slurm", "sweeps", "local"},
     "benchmarks": {"gpu"},
 }
 COMMANDS = {
-    "fmrl_dist": {"train", "evaluate", "export", "plan"},
+    "fmrl_dist": {"train", "evaluate", "export", "plan", "compare", "baselines"},
     "shards": {"build", "verify", "inspect", "random_image_encoder"},
     "launch": {"submit", "sweep"},
 }

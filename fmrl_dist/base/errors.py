@@ -146,11 +146,8 @@ def _status_of(error: BaseException) -> int | str | None:
         return EXIT_USER_ERROR
     if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
         where, mend = error.filename or "while reading or writing", SYSTEM_ERRORS[error.errno]
-        if (
-            error.errno == errno.EACCES
-            and error.filename
-            and (closed := _unreadable(Path(os.fsdecode(error.filename))))
-        ):
+        closed = _unreadable(Path(where)) if error.errno == errno.EACCES and isinstance(where, str) else None
+        if closed is not None:
             mend = f"{closed} cannot be read by this user: ask for the right to, or choose another"
         sys.stderr.write(one_line(f"error: {error.strerror} ({where}); {mend}, then run this again"))
         return EXIT_USER_ERROR

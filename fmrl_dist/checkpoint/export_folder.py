@@ -38,7 +38,7 @@ from fmrl_dist.model.fmrlrec import MODEL_FILE, FMRLRec
 ITEMS_FILE = "item_embeddings.safetensors"
 ITEMS_TENSOR = "item_embeddings"
 # What an export may also have: fits of its features, and what fmrl_dist.evaluate adds.
-ADDED = re.compile(r"fit-[a-z][a-z0-9_]*\.safetensors|evaluation(-[a-z0-9-]+)?\.(json|png|parts)", re.ASCII)
+ADDED = re.compile(r"fit-[a-z][a-z0-9_]*\.safetensors|evaluation(-[a-z0-9-]+)?\.(json|png|parts|parquet)", re.ASCII)
 FILES = (CONFIG_FILE, MODEL_FILE, ITEMS_FILE, VOCAB_FILE)
 
 

@@ -182,4 +182,6 @@ def construct_model(
         output_norm=config.output_norm,
         matmul_dtype=matmul_dtype,
         scan=scan,
+        id_width=config.id_width,
+        id_init=config.id_init,
     )

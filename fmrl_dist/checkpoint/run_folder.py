@@ -50,6 +50,9 @@ FIXED = {
         "output_norm",
         "features",
         "id_table",
+        "id_width",
+        "id_init",
+        "id_dropout",
         "feature_scale",
     ),
     "loss": (
@@ -74,6 +77,8 @@ FIXED = {
         "min_lr_ratio",
         "warmup_steps",
         "weight_decay",
+        "id_lr_factor",
+        "id_weight_decay",
         "beta1",
         "beta2",
         "eps",

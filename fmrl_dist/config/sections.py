@@ -37,6 +37,8 @@ FEATURE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 RESERVED_NAMES = {"ids", "users", "starts", "items", "times", "targets", "mask", "count", "block_items", "block_counts"}
 MIN_CHUNK_WIDTH = 4
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 1024  # of a path; less than any file system allows, with room for our own names
+RANK_METRICS = ("recall", "ndcg", "mrr")
+MAX_CUTOFF = 1000  # of ranks that are counted
 MAX_SIZES = 64  # far more than anyone deploys
 TrainPrecision = Literal["fp32", "bf16"]
 
@@ -164,6 +166,9 @@ class ModelConfig:
     output_norm: bool = False  # and one after the last block, before scoring
     features: tuple[str, ...] | None = None  # names of features to read; null: every feature of the store
     id_table: bool = False  # a trained embedding per item (the paper's "w/o Lang. & Image" is features: [] and this)
+    id_width: NonNegativeInt = 0  # first channels that the id table is added to, one of sizes; 0: all of them
+    id_init: NonNegativeFloat | None = None  # standard deviation of the id table's first rows; null: 1/√width
+    id_dropout: Fraction = 0.0  # share of the items whose ids a training step leaves out, wherever these items occur
     # how the recurrence is computed in training: auto: by device | doubling | triton | plain: one event at a time
     scan: Literal["auto", "doubling", "triton", "plain"] = "auto"
     # none: features as they are | a number: features times it | standardize: mean 0, and mean variance 1
@@ -181,6 +186,15 @@ class ModelConfig:
         require(
             self.features != () or self.id_table,
             "model.features is empty and model.id_table is off: nothing would distinguish items; turn one on",
+        )
+        require(
+            self.id_width in (0, *self.sizes),
+            f"model.id_width is {self.id_width}; expected 0 or one of model.sizes {list(self.sizes)}",
+        )
+        require(
+            self.features != () or self.id_dropout == 0,
+            f"model.id_dropout is {self.id_dropout} and model.features is empty: nothing would distinguish items "
+            "without their ids; set it to 0",
         )
 
     @property
@@ -277,6 +291,8 @@ class TrainConfig:
     lr: PositiveFloat = 1e-3  # peak learning rate of AdamW, reached after warm-up
     min_lr_ratio: NonNegativeFloat = 0.0  # learning rate at the end of the cosine, as a share of the peak
     weight_decay: NonNegativeFloat = 1e-2  # AdamW's weight decay, of nested and projection matrices only
+    id_lr_factor: PositiveFloat = 1.0  # learning rate of the id table, as a multiple of all others'
+    id_weight_decay: NonNegativeFloat = 0.0  # AdamW's weight decay of the id table; sampled: of a batch's rows
     beta1: Fraction = 0.9  # AdamW's decay of the first moment
     beta2: Fraction = 0.999  # AdamW's decay of the second moment
     eps: PositiveFloat = 1e-9  # AdamW's epsilon
@@ -313,14 +329,50 @@ class TrainConfig:
 class EvalConfig:
     """Validation during training, and what decides which checkpoint is best."""
 
-    # validation metric that chooses the best checkpoint, at eval.size
-    metric: Literal["recall@5", "ndcg@5", "recall@10", "ndcg@10", "mrr@10"] = "ndcg@10"
+    cutoffs: tuple[Annotated[int, Limits(1, MAX_CUTOFF)], ...] = (5, 10)  # k of the metrics, in increasing order
+    # metrics, each at every cut-off: recall, ndcg and mrr of the target's rank; and, in final evaluations alone, of the
+    # items that are recommended: coverage, the share of the catalogue that somebody gets | popularity, mean percentile
+    metrics: tuple[Literal["recall", "ndcg", "mrr", "coverage", "popularity"], ...] = ("recall", "ndcg", "mrr")
+    metric: str = "ndcg@10"  # validation metric that chooses the best checkpoint, at eval.size: one of the metrics@k
     size: NonNegativeInt = 0  # which of model.sizes chooses the best checkpoint; 0: the largest
     every_steps: NonNegativeInt = 0  # steps between validations; 0: once per epoch
     users: NonNegativeInt = 0  # validate on a fixed, evenly spread subset of so many users; 0: all
+    # free baselines beside a final evaluation's figures, computed once per store: popularity | cosine of the last
+    # item's features | item_knn: items that the same users have
+    baselines: tuple[Literal["popularity", "cosine", "item_knn"], ...] = ("popularity", "cosine", "item_knn")
+    # keep every user's ranks beside an evaluation's figures, for fmrl_dist.compare (while it is written, 24 bytes per
+    # user, and 16 per user and size)
+    per_user: bool = True
 
     def __post_init__(self) -> None:
         check_fields(self, "eval")
+        require(
+            len(self.cutoffs) > 0 and list(self.cutoffs) == sorted(set(self.cutoffs)),
+            f"eval.cutoffs is {list(self.cutoffs)}; expected increasing numbers, such as [5, 10]",
+        )
+        require(
+            len(self.metrics) > 0 and len(set(self.metrics)) == len(self.metrics),
+            f"eval.metrics is {list(self.metrics)}; expected different names, such as [recall, ndcg]",
+        )
+        require(
+            any(name in RANK_METRICS for name in self.metrics),
+            f"eval.metrics is {list(self.metrics)}; expected at least one of {', '.join(RANK_METRICS)} too",
+        )
+        require(
+            self.metric in self.metric_names,
+            f"eval.metric is {self.metric!r}; expected one of: {', '.join(self.metric_names)} (eval.metrics, each at "
+            "eval.cutoffs)",
+        )
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """``name@k`` of every metric of ranks at every cut-off."""
+        return tuple(f"{name}@{k}" for k in self.cutoffs for name in self.metrics if name in RANK_METRICS)
+
+    @property
+    def list_metric_names(self) -> tuple[str, ...]:
+        """``name@k`` of every other metric, of the items that are recommended."""
+        return tuple(f"{name}@{k}" for k in self.cutoffs for name in self.metrics if name not in RANK_METRICS)
 
 
 @dataclass(frozen=True)

@@ -92,17 +92,21 @@ def evaluation_blocks(
         begin, target = arrays["starts"][rows], arrays["starts"][rows + 1] - 1
         whole = target - begin
         lengths = np.minimum(whole, max_length)
-        items = arrays["items"][ragged_rows(target - lengths, lengths)]
+        items, targets = arrays["items"][ragged_rows(target - lengths, lengths)], arrays["items"][target]
         features = {}
         if inline_dims is not None:
-            taken = pick(np.unique(items), [block_rows(arrays, "block_items", inline_dims)], inline_dims)
+            taken = pick(
+                np.unique(np.concatenate((items, targets))),
+                [block_rows(arrays, "block_items", inline_dims)],
+                inline_dims,
+            )
             features = {f"feature_{name}": torch.from_numpy(value) for name, value in vars(taken).items()}
         yield EvaluationBlock(
             users=torch.from_numpy(arrays["users"][rows]),
             items=torch.from_numpy(items),
             starts=torch.from_numpy(np.concatenate(([0], np.cumsum(lengths)))),
             from_start=torch.zeros(len(rows), dtype=torch.bool),
-            targets=torch.from_numpy(arrays["items"][target]),
+            targets=torch.from_numpy(targets),
             seen=torch.from_numpy(arrays["items"][ragged_rows(begin, whole)]),
             seen_starts=torch.from_numpy(np.concatenate(([0], np.cumsum(whole)))),
             **features,

@@ -1,4 +1,5 @@
-"""Statistics computed once per store and kept (``Store.derived_folder``): item frequencies, alias tables.
+"""Statistics computed once per store and kept (``Store.derived_folder``): item frequencies, alias tables,
+training counts.
 
 Each file's name contains the manifest's hash and the parameters, so a rebuilt store gets new files. A file is written
 under a temporary name and renamed; processes that compute it at once write the same bytes. A file is a ``.npy``
@@ -37,6 +38,15 @@ def popularity_table(store: Store, power: float) -> np.ndarray:
     )
 
 
+def train_counts(store: Store) -> np.ndarray:
+    """How often each item occurs in training histories, memory-mapped int64 [V].
+
+    Raises:
+        UserError: the vocabulary is missing or damaged, or the table cannot be written or read.
+    """
+    return _computed_once(store, "train-counts", np.dtype(np.int64), lambda: _train_counts(store))
+
+
 def target_log_shares(store: Store, rule: WindowRule) -> np.ndarray:
     """Log of each item's share of an epoch's training targets, float32 [V]; -inf if never a target.
 
@@ -58,8 +68,34 @@ def target_log_shares(store: Store, rule: WindowRule) -> np.ndarray:
 
     if store.skips_damaged:
         return compute()
-    name = f"targets-{rule.max_length}-{rule.windows}-{int(rule.predict_first)}"
-    return _computed_once(store, name, np.dtype(np.float32), compute)
+    return _computed_once(store, f"targets-{_name(rule)}", np.dtype(np.float32), compute)
+
+
+def trained_items(store: Store, rule: WindowRule) -> np.ndarray:
+    """Whether a training position reads or predicts each item, bool [V]; a pass over the users.
+
+    It is memory-mapped, unless damaged blocks are left out (see :func:`target_log_shares`).
+    """
+
+    def compute() -> np.ndarray:
+        trained = np.zeros(store.manifest.num_items, np.bool_)
+        for block in store.manifest.splits["train"]:
+            arrays = store.read_or_skip(block)
+            if arrays is None:
+                continue
+            begins = arrays["starts"][:-1]
+            owner, first, last = target_windows(np.diff(arrays["starts"]), rule)
+            first = np.maximum(first - 1, 0)  # the input of the first target; item 1 has none
+            trained[arrays["items"][ragged_rows(begins[owner] + first, last - first)]] = True
+        return trained
+
+    if store.skips_damaged:
+        return compute()
+    return _computed_once(store, f"trained-{_name(rule)}", np.dtype(np.bool_), compute)
+
+
+def _name(rule: WindowRule) -> str:
+    return f"{rule.max_length}-{rule.windows}-{int(rule.predict_first)}"
 
 
 def _train_counts(store: Store) -> np.ndarray:

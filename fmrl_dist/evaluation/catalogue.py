@@ -6,7 +6,7 @@ V items, D width. :mod:`fmrl_dist.evaluation.split_catalogue` splits it over the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,7 +19,6 @@ from fmrl_dist.data.store.reader import Store
 from fmrl_dist.distributed.signals import StopRequest
 from fmrl_dist.evaluation.target_ranks import TargetRanks
 from fmrl_dist.model.embed_catalogue import check_rankable
-from fmrl_dist.model.fmrlrec import ItemEncoder
 
 COMPARED_ITEMS = 4096  # per tile
 Group = list[EvaluationBlock]  # users that one pass over the items serves
@@ -43,8 +42,11 @@ class Catalogue(Protocol):
     def inputs(self, group: Group) -> list[Tensor]:
         """Embeddings of each block's items, [N, D]."""
 
+    def target_items(self, group: Group) -> list[Tensor]:
+        """Embeddings of each block's targets, [B, D]."""
+
     def compare(self, users: Sequence[TargetRanks], stop: StopRequest) -> None:
-        """Compare the targets with every item once, always in the same tiles; stop before a tile on request."""
+        """Compare the targets with every item, always in the same tiles; stop before a tile on request."""
 
 
 def add_tiles(users: Sequence[TargetRanks], tiles: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -52,6 +54,18 @@ def add_tiles(users: Sequence[TargetRanks], tiles: Iterable[tuple[Tensor, Tensor
     for ids, tile in tiles:
         for target_ranks in users:
             target_ranks.add(ids, tile)
+
+
+def add_all_tiles(
+    users: Sequence[TargetRanks], tiles: Callable[[], Iterator[tuple[Tensor, Tensor]]], stop: StopRequest
+) -> None:
+    """One pass over all tiles, and another for users whose targets' scores were not what was assumed."""
+    add_tiles(users, stop.until_requested(tiles()))
+    unsettled = [target_ranks for target_ranks in users if not stop.cut_short and not target_ranks.is_settled]
+    for target_ranks in unsettled:
+        target_ranks.restart()
+    if unsettled:
+        add_tiles(unsettled, stop.until_requested(tiles()))
 
 
 def tiles_of(items: Tensor, begin: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -75,8 +89,25 @@ class EmbeddedCatalogue:
     def inputs(self, group: Group) -> list[Tensor]:
         return [self.items[block.items] for block in group]
 
+    def target_items(self, group: Group) -> list[Tensor]:
+        return [self.items[block.targets] for block in group]
+
     def compare(self, users: Sequence[TargetRanks], stop: StopRequest) -> None:
-        add_tiles(users, stop.until_requested(tiles_of(self.items)))
+        add_all_tiles(users, lambda: tiles_of(self.items), stop)
+
+
+class FeatureEncoder(Protocol):
+    """What embeds items, such as :class:`~fmrl_dist.model.fmrlrec.ItemEncoder`."""
+
+    @property
+    def weight(self) -> Tensor:
+        """On the device of the embeddings."""
+
+    def normalize(self, values: Tensor, present: Tensor) -> Tensor:
+        """Features as the encoder takes them, [n, F]."""
+
+    def __call__(self, values: Tensor, present: Tensor) -> Tensor:
+        """Embeddings [n, D]."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +117,7 @@ class StreamedCatalogue:
     Memory does not grow with the catalogue. Every pass reads all item shards.
     """
 
-    encoder: ItemEncoder
+    encoder: FeatureEncoder
     store: Store
     inline_dims: Mapping[str, int]
     users_at_once: int = STREAMED_USERS
@@ -95,15 +126,19 @@ class StreamedCatalogue:
         yield from groups
 
     def inputs(self, group: Group) -> list[Tensor]:
-        return [self._inputs(block) for block in group]
+        return [self._of_block(block, block.items) for block in group]
+
+    def target_items(self, group: Group) -> list[Tensor]:
+        return [self._of_block(block, block.targets) for block in group]
 
     def compare(self, users: Sequence[TargetRanks], stop: StopRequest) -> None:
-        add_tiles(users, stop.until_requested(self._tiles()))
+        add_all_tiles(users, self._tiles, stop)
 
-    def _inputs(self, block: EvaluationBlock) -> Tensor:
+    def _of_block(self, block: EvaluationBlock, ids: Tensor) -> Tensor:
+        """Embeddings of some items of a block's histories and targets, from the features in the block."""
         assert block.feature_ids is not None and block.feature_values is not None and block.feature_present is not None
         embeddings = self._embed(block.feature_values, block.feature_present)
-        return embeddings[torch.searchsorted(block.feature_ids, block.items)]
+        return embeddings[torch.searchsorted(block.feature_ids, ids)]
 
     def _tiles(self) -> Iterator[tuple[Tensor, Tensor]]:
         device = self.encoder.weight.device

@@ -1,6 +1,7 @@
 """An evaluation in parts: each job evaluates its share of the user blocks, and the last one sums the parts.
 
-    RUN/evaluation.parts/2-of-4.json   part 2: what was evaluated and how, its histograms, their sha256
+    RUN/evaluation.parts/2-of-4.json          part 2: what was evaluated and how, its histograms, their sha256
+    RUN/evaluation.parts/2-of-4.safetensors   each of its users' ranks, and how often items are listed, if asked for
 
 Blocks are fixed and the histograms are integers, so the sum and the figures equal those of a single evaluation, to the
 last digit. This needs the same threads on the same kind of device, which round alike; others are refused. Evaluating a
@@ -10,6 +11,7 @@ part again replaces it.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass
@@ -17,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import json_sha256, write_atomically
 from fmrl_dist.checkpoint.run_folder import evaluation_file
-from fmrl_dist.evaluation.metrics import CUTOFF
+from fmrl_dist.evaluation.rank_counts import RankCounts, sorted_users
 
 PART = re.compile(r"([1-9][0-9]{0,5})/([1-9][0-9]{0,5})")
 PART_FILE = re.compile(r"([1-9][0-9]{0,5})-of-([1-9][0-9]{0,5})\.json")
@@ -68,6 +71,14 @@ class EvaluationIdentity:
     mask_seen: bool
     sizes: list[int]
     users: int  # of the whole split, including those in damaged blocks
+    cells: int  # of segments
+    cutoff: int  # last rank that is counted
+    keep_users: bool  # whether each user's ranks are kept
+    list_lengths: list[int]  # of lists whose items are counted
+
+    @property
+    def histograms_shape(self) -> tuple[int, ...]:
+        return (self.cells, 2, len(self.sizes), 2 * self.cutoff + 1)
 
 
 @dataclass(frozen=True)
@@ -85,22 +96,29 @@ def parts_folder(folder: Path, evaluated: EvaluationIdentity, own_manifest: str)
 
 
 def write_part(
-    folder: Path, part: Part, evaluated: EvaluationIdentity, setting: ComputeSetting, histograms: Tensor
+    folder: Path, part: Part, evaluated: EvaluationIdentity, setting: ComputeSetting, counts: RankCounts
 ) -> Path:
-    """Write one part into ``folder``, created if needed; return its path. Histograms are int64 [S, 2·CUTOFF + 1]."""
+    """Write one part into ``folder``, created if needed; return the path of its JSON."""
+    folder.mkdir(exist_ok=True)
     record = {
         "part": str(part),
         "evaluated": asdict(evaluated),
         "means": asdict(setting),
-        "histograms": histograms.tolist(),
+        "histograms": counts.histograms.tolist(),
     }
-    folder.mkdir(exist_ok=True)
+    tensors = {"users": counts.users.table.contiguous()} if counts.users is not None else {}
+    if counts.exposures is not None:
+        tensors["exposures"] = counts.exposures.cpu().contiguous()
+    if tensors:
+        content = save(tensors)
+        record["tensors_sha256"] = hashlib.sha256(content).hexdigest()
+        write_atomically(_tensors_file(folder / part.file), content)
     write_atomically(folder / part.file, json.dumps(record | {"sha256": json_sha256(record)}).encode() + b"\n")
     return folder / part.file
 
 
-def join_parts(folder: Path, evaluated: EvaluationIdentity) -> Tensor:
-    """The sum of all parts' histograms, int64 [S, 2·CUTOFF + 1].
+def join_parts(folder: Path, evaluated: EvaluationIdentity) -> RankCounts:
+    """The sum of all parts' counts, and their users.
 
     Raises:
         UserError: a part is missing, damaged or of another evaluation, or the parts differ in their number N, threads
@@ -120,7 +138,7 @@ def join_parts(folder: Path, evaluated: EvaluationIdentity) -> Tensor:
             f"{folder} lacks {len(missing)} of {counts[0]} parts; evaluate "
             f"{', '.join(f'--part {part}' for part in missing[:3])}{' …' if missing[3:] else ''} and join again"
         )
-    settings, histograms = zip(*(_read_part(folder, part, evaluated) for part in wanted), strict=True)
+    settings, histograms, tensors = zip(*(_read_part(folder, part, evaluated) for part in wanted), strict=True)
     for part, own in zip(wanted, settings, strict=True):
         require(
             own == settings[0],
@@ -128,7 +146,9 @@ def join_parts(folder: Path, evaluated: EvaluationIdentity) -> Tensor:
             f"{_describe(settings[0])}: they round differently; evaluate all parts with the same --threads on the same "
             "kind of device",
         )
-    return torch.stack(histograms).sum(0)
+    users = sorted_users([each["users"] for each in tensors], len(evaluated.sizes)) if evaluated.keep_users else None
+    exposures = sum(each["exposures"] for each in tensors) if evaluated.list_lengths else None
+    return RankCounts(torch.stack(histograms).sum(0), users, exposures)
 
 
 def _describe(setting: ComputeSetting) -> str:
@@ -140,14 +160,24 @@ def _parts_in(folder: Path) -> set[Part]:
     return {Part(int(found[1]), int(found[2])) for name in names if (found := PART_FILE.fullmatch(name))}
 
 
-def _read_part(folder: Path, part: Part, evaluated: EvaluationIdentity) -> tuple[ComputeSetting, Tensor]:
+def _tensors_file(part_file: Path) -> Path:
+    return part_file.with_suffix(".safetensors")
+
+
+def _read_part(
+    folder: Path, part: Part, evaluated: EvaluationIdentity
+) -> tuple[ComputeSetting, Tensor, dict[str, Tensor]]:
+    """How a part was evaluated, its histograms, and what else it has."""
     path, again = folder / part.file, f"evaluate it again with --part {part}"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if record.pop("sha256") != json_sha256(record):
             raise ValueError("its sha256 does not match the recorded one")
         _require_same(path, {"part": str(part)} | asdict(evaluated), {"part": record["part"]} | record["evaluated"])
-        return ComputeSetting(**record["means"]), _checked(record["histograms"], evaluated)
+        histograms = _checked(record["histograms"], evaluated)
+        needs_tensors = evaluated.keep_users or evaluated.list_lengths
+        tensors = _read_tensors(_tensors_file(path), record["tensors_sha256"]) if needs_tensors else {}
+        return ComputeSetting(**record["means"]), histograms, tensors
     except UserError as error:
         raise UserError(f"{error}; {again}") from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
@@ -161,13 +191,22 @@ def _require_same(path: Path, expected: dict[str, Any], found: dict[str, Any]) -
         require(found[key] == value, f"{path} is of another evaluation: {key} is {was!r}, expected {wanted!r}")
 
 
-def _checked(rows: list[list[int]], evaluated: EvaluationIdentity) -> Tensor:
+def _read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise ValueError(f"the sha256 of {path.name} does not match the recorded one")
+    return load(content)
+
+
+def _checked(rows: Any, evaluated: EvaluationIdentity) -> Tensor:
     """The histograms, if they can belong to some of the users."""
     histograms = torch.tensor(rows, dtype=torch.int64)
-    expected = (len(evaluated.sizes), 2 * CUTOFF + 1)
+    expected = evaluated.histograms_shape
     if histograms.shape != expected or histograms.tolist() != rows:
         raise ValueError(f"histograms are {list(histograms.shape)}; expected integers {list(expected)}")
-    sums = histograms.sum(1).tolist()
-    if bool((histograms < 0).any()) or len(set(sums)) != 1 or sums[0] > evaluated.users:
-        raise ValueError(f"histograms count {sums} users of {evaluated.users}")
+    sums = histograms.sum(3)  # users of each cell, the same for all ranks of theirs
+    if bool((histograms < 0).any()) or bool((sums != sums[:, :1, :1]).any()):
+        raise ValueError("histograms do not count the same users at every size")
+    if not 0 <= int(sums[:, 0, 0].sum()) <= evaluated.users:
+        raise ValueError(f"histograms count {int(sums[:, 0, 0].sum())} users of {evaluated.users}")
     return histograms

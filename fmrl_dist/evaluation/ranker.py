@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
 
 from fmrl_dist.checkpoint.export_folder import Recommender
 from fmrl_dist.checkpoint.folder import Checkpoint
@@ -13,19 +17,33 @@ from fmrl_dist.data.item_table import ItemTable
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.distributed.processes import Runtime
 from fmrl_dist.evaluation.catalogue import Catalogue, EmbeddedCatalogue, StreamedCatalogue
-from fmrl_dist.evaluation.split_catalogue import SplitCatalogue, is_shared
+from fmrl_dist.evaluation.split_catalogue import SplitCatalogue, is_shared, tile_bounds
 from fmrl_dist.model.embed_catalogue import check_rankable, embed_catalogue
-from fmrl_dist.model.fmrlrec import FMRLRec
+from fmrl_dist.model.fmrlrec import FMRLRec, ItemEncoder
+
+CPU = torch.device("cpu")
+
+
+class SequenceModel(Protocol):
+    """What turns packed histories into outputs, which are scored against items."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Prefixes of outputs and items that are ranked with."""
+
+    def __call__(self, items: Tensor, starts: Tensor, from_start: Tensor) -> Tensor:
+        """Outputs [N, D] for histories of N items without start positions, as :meth:`FMRLRec.forward` makes them."""
 
 
 @dataclass(frozen=True)
 class Ranker:
     """A model in evaluation mode, and the catalogue."""
 
-    model: FMRLRec
+    model: SequenceModel
     catalogue: Catalogue
     max_length: int  # number of last events of a history that the model reads
     normalize: bool  # whether scores are cosines of each size's prefixes
+    device: torch.device = CPU  # of model and catalogue
 
 
 def build_ranker(model: FMRLRec, config: Config, store: Store, table: ItemTable | None, runtime: Runtime) -> Ranker:
@@ -45,12 +63,12 @@ def build_ranker(model: FMRLRec, config: Config, store: Store, table: ItemTable 
     catalogue: Catalogue
     if table is None:
         catalogue = StreamedCatalogue(model.encoder, store, model.encoder.feature_dims)
-    elif is_shared(len(table.values), model.width, runtime.world_size, in_loss=config.loss.catalogue == "split"):
+    elif is_shared_by(config, model, len(table.values), runtime):
         embed = partial(embed_catalogue, model.encoder, table.values, table.present)
         catalogue = SplitCatalogue.embed(runtime.rank, runtime.world_size, len(table.values), embed)
     else:
         catalogue = EmbeddedCatalogue(embed_catalogue(model.encoder, table.values, table.present))
-    return Ranker(model, catalogue, config.data.max_length, config.loss.normalize)
+    return Ranker(model, catalogue, config.data.max_length, config.loss.normalize, runtime.device)
 
 
 def ranker_of_checkpoint(checkpoint: Checkpoint, config: Config, store: Store, runtime: Runtime) -> Ranker:
@@ -59,12 +77,26 @@ def ranker_of_checkpoint(checkpoint: Checkpoint, config: Config, store: Store, r
     Raises:
         UserError: the store does not fit the model.
     """
-    model = restore_model(config.model, checkpoint).to(runtime.device).eval()
+    model = restore_model(config.model, checkpoint).eval()
     if config.store.feature_mode == "inline" and store.manifest.inline:
         check_features(store, checkpoint)
-        return build_ranker(model, config, store, None, runtime)
+        return build_ranker(model.to(runtime.device), config, store, None, runtime)
     match_id_table(model, checkpoint, store)
-    return build_ranker(model, config, store, load_catalogue_table(store, checkpoint), runtime)
+    table = load_catalogue_table(store, checkpoint)
+    if model.encoder.id_table is not None and is_shared_by(config, model, len(table.values), runtime):
+        keep_own_rows(model.encoder, model.encoder.id_table, len(table.values), runtime)
+    return build_ranker(model.to(runtime.device), config, store, table, runtime)
+
+
+def is_shared_by(config: Config, model: FMRLRec, num_items: int, runtime: Runtime) -> bool:
+    """Whether the processes of an evaluation share the items."""
+    return is_shared(num_items, model.width, runtime.world_size, in_loss=config.loss.catalogue == "split")
+
+
+def keep_own_rows(encoder: ItemEncoder, id_table: Tensor, num_items: int, runtime: Runtime) -> None:
+    """Leave the encoder the id table's rows of the items that this process embeds, as a split catalogue has them."""
+    begin, end = tile_bounds(num_items, runtime.world_size)[runtime.rank : runtime.rank + 2]
+    encoder.id_table, encoder.first_id_row = nn.Parameter(id_table.detach()[begin:end].clone()), begin
 
 
 def ranker_of_export(recommender: Recommender) -> Ranker:
@@ -75,4 +107,5 @@ def ranker_of_export(recommender: Recommender) -> Ranker:
     """
     check_rankable(recommender.items, "item embeddings")
     catalogue = EmbeddedCatalogue(recommender.items)
-    return Ranker(recommender.model, catalogue, recommender.max_length, recommender.normalize)
+    device = recommender.items.device
+    return Ranker(recommender.model, catalogue, recommender.max_length, recommender.normalize, device)

@@ -1,10 +1,14 @@
-"""How results are shown: the per-size table, evaluation.json, and the plot of metrics against size."""
+"""How results are shown: the tables, evaluation.json, the plot of metrics against size, and every user's ranks.
+
+Figures among all items and among unseen ones always stand side by side.
+"""
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections import ChainMap
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +18,18 @@ from torch import Tensor
 from fmrl_dist import __version__
 from fmrl_dist.base.files import write_atomically
 from fmrl_dist.checkpoint.run_folder import evaluation_file
+from fmrl_dist.data.item_statistics import train_counts
 from fmrl_dist.data.store.reader import check_lost_users
 from fmrl_dist.evaluation.histograms import EvaluationProtocol
-from fmrl_dist.evaluation.metrics import METRICS, metrics_from_histogram
+from fmrl_dist.evaluation.metrics import metrics_from_histogram, metrics_of_lists
+from fmrl_dist.evaluation.rank_counts import RankCounts
+from fmrl_dist.evaluation.segments import segments_of_cells
+from fmrl_dist.evaluation.target_ranks import ALL, UNSEEN
+from fmrl_dist.evaluation.user_ranks import write_user_ranks
+
+SPLIT_RULE = "leave-one-out"
+COLUMNS = 6  # metrics side by side in a table
+Rows = Mapping[str, Mapping[str, float]]  # name of a size or baseline → metric → value
 
 
 @dataclass(frozen=True)
@@ -28,23 +41,98 @@ class EvaluatedModel:
     manifest_sha256: str  # of the store that it belongs to: a run's, or the one that an export's items are of
 
 
+def report(
+    counts: RankCounts,
+    baselines: Mapping[str, Tensor],
+    sizes: Sequence[object],
+    protocol: EvaluationProtocol,
+    model: EvaluatedModel,
+    folder: Path,
+) -> None:
+    """Print the tables, write JSON, plot and users' ranks, then print their paths.
+
+    Figures on another store than the model's own get file names of their own.
+
+    Raises:
+        UserError: damaged blocks cost too many of the users.
+    """
+    result = figures(counts, baselines, sizes, protocol, model)
+    try:
+        print(describe(result), flush=True)
+    finally:  # a reader that has gone away costs nobody the figures
+        json_path, picture_path = write_report(folder, result, model.manifest_sha256)
+        name = evaluation_file(protocol.split, False, other_manifest(result, model.manifest_sha256))
+        users_path = folder / f"{name}-users.parquet"
+        if counts.users is not None:
+            write_user_ranks(users_path, counts.users, sizes, protocol.store, origin(protocol, model))
+    print(f"written: {json_path}\npicture: {picture_path}", flush=True)
+    if counts.users is not None:
+        print(f"users: {users_path}", flush=True)
+
+
 def figures(
-    histograms: Tensor, sizes: Sequence[int], protocol: EvaluationProtocol, model: EvaluatedModel
+    counts: RankCounts,
+    baselines: Mapping[str, Tensor],
+    sizes: Sequence[object],
+    protocol: EvaluationProtocol,
+    model: EvaluatedModel,
 ) -> dict[str, Any]:
     """The content of ``evaluation.json``; it has ``users_lost`` only if damaged blocks were left out.
+
+    Args:
+        counts: of the model.
+        baselines: histograms of each, int64 [2, 2·K' + 1] with K' at least the protocol's cut-off.
+        sizes: of the model, or what else there are figures of.
+        protocol: whose targets were ranked.
+        model: that was evaluated.
 
     Raises:
         UserError: damaged blocks cost too many of the users (``store.max_lost_share``), or all of them.
     """
-    num_users = int(histograms[0].sum())
-    num_lost = num_users_in(protocol) - num_users
+    num_lost = num_users_in(protocol) - counts.num_users
     check_lost_users(num_lost, num_users_in(protocol), protocol.split, protocol.store)
+    main, other = (UNSEEN, ALL) if protocol.mask_seen else (ALL, UNSEEN)
+    other_name = "unmasked" if protocol.mask_seen else "masked"
+
+    def rows(histograms: Mapping[str, Tensor], which: int) -> dict[str, dict[str, float]]:
+        return {name: metrics_from_histogram(pair[which], protocol.metrics) for name, pair in histograms.items()}
+
+    def both(histograms: Tensor) -> dict[str, Any]:
+        """The figures of every size, from histograms [2, S, 2·K + 1]."""
+        of_size = {str(size): pair for size, pair in zip(sizes, histograms.transpose(0, 1), strict=True)}
+        return {"sizes": rows(of_size, main), other_name: {"sizes": rows(of_size, other)}}
+
+    segments = {}
+    for name, cells in segments_of_cells() if protocol.segments else ():
+        histograms = counts.histograms[cells].sum(0)
+        segments[name] = {"users": int(histograms[0, 0].sum())} | both(histograms)
+    result = both(counts.all_users)
+    result["baselines"] = rows(baselines, main)
+    result[other_name]["baselines"] = rows(baselines, other)
+    if counts.exposures is not None:
+        trained = train_counts(protocol.store)
+        for which, part in ((main, result), (other, result[other_name])):
+            part["lists"] = {
+                str(size): metrics_of_lists(counts.exposures[:, which, j], trained, protocol.list_metrics)
+                for j, size in enumerate(sizes)
+            }
     return {
         "split": protocol.split,
-        "users": num_users,
+        "split_rule": SPLIT_RULE,
+        "users": counts.num_users,
         **({"users_lost": num_lost} if num_lost else {}),
+        "items": protocol.store.manifest.num_items,
+        "ties": "half",
         "mask_seen": protocol.mask_seen,
-        "sizes": {str(size): metrics_from_histogram(row) for size, row in zip(sizes, histograms, strict=True)},
+        **result,
+        "segments": segments,
+        **origin(protocol, model),
+    }
+
+
+def origin(protocol: EvaluationProtocol, model: EvaluatedModel) -> dict[str, Any]:
+    """What model and store an evaluation is of."""
+    return {
         "checkpoint": {"step": model.step, "sha256": model.sha256},
         "store": protocol.store.location,
         "manifest_sha256": protocol.store.manifest.sha256,
@@ -57,31 +145,55 @@ def num_users_in(protocol: EvaluationProtocol) -> int:
     return sum(block.count for block in protocol.store.manifest.splits[protocol.split])
 
 
-def print_and_write(result: dict[str, Any], folder: Path, model: EvaluatedModel) -> None:
-    """Print the table, write the JSON and the plot, then print their paths.
-
-    Figures on another store than the model's own get file names of their own.
-    """
+def describe(result: Mapping[str, Any]) -> str:
+    """The tables: every size, and segments at the largest one."""
     lost = f" ({result['users_lost']:,} more in damaged blocks)" if "users_lost" in result else ""
-    head = f"{result['split']}, {result['users']:,} users{lost}, whole catalogue ranked:"
-    try:
-        print(f"{head}\n{size_table(result['sizes'])}", flush=True)
-    finally:  # a reader that has gone away costs nobody the figures
-        json_path, picture_path = write_report(folder, result, model.manifest_sha256)
-    print(f"written: {json_path}\npicture: {picture_path}", flush=True)
-
-
-def size_table(sizes: dict[str, dict[str, float]]) -> str:
-    """One line per size, one column per metric."""
-    lines = ["  size  " + "  ".join(f"{metric:>9}" for metric in METRICS)]
-    lines += [f"{size:>6}  " + "  ".join(f"{row[metric]:9.4f}" for metric in METRICS) for size, row in sizes.items()]
+    lines = [
+        f"{result['split']}, {result['users']:,} users{lost}, whole catalogue ranked ({result['items']:,} items), "
+        f"{result['split_rule']}, ties count {result['ties']};",
+        "pairs of figures: all items ranked | seen items masked",
+        *pair_table("size", *both_protocols(result)),
+    ]
+    if "lists" in result:
+        unmasked, masked = both_protocols(result, ("lists",))
+        lines += ["", "of the items recommended:", *pair_table("size", unmasked, masked)]
+    filled = {name: part for name, part in result["segments"].items() if part["users"]}
+    if filled:
+        largest = list(result["sizes"])[-1]
+        pairs = {f"{name} ({part['users']:,})": both_protocols(part) for name, part in filled.items()}
+        rows = [{name: pair[which][largest] for name, pair in pairs.items()} for which in (ALL, UNSEEN)]
+        what = f"at size {largest}" if largest.isdigit() else f"of {largest}"
+        lines += ["", f"by segment (users), {what}:", *pair_table("segment", *rows)]
     return "\n".join(lines)
+
+
+def both_protocols(figures: Mapping[str, Any], keys: Sequence[str] = ("sizes", "baselines")) -> tuple[Rows, Rows]:
+    """Figures of every size and baseline, among all items and among unseen ones."""
+    other = figures.get("masked") or figures["unmasked"]
+    first, second = (dict(ChainMap(*(part.get(key, {}) for key in reversed(keys)))) for part in (figures, other))
+    return (first, second) if "masked" in figures else (second, first)
+
+
+def pair_table(head: str, unmasked: Rows, masked: Rows) -> Iterator[str]:
+    """One line per row, and for each metric two figures; metrics beyond ``COLUMNS`` go into further tables."""
+    metrics = list(next(iter(unmasked.values()), {}))
+    width = max(map(len, (head, *unmasked)), default=0) + 2
+    for first in range(0, len(metrics), COLUMNS):
+        shown = metrics[first : first + COLUMNS]
+        yield f"{head:>{width}}" + "".join(f"{metric:>17}" for metric in shown)
+        for name, row in unmasked.items():
+            pairs = (f"{row[metric]:10.4f} {masked[name][metric]:.4f}" for metric in shown)
+            yield f"{name:>{width}}" + "".join(pairs)
+
+
+def other_manifest(result: Mapping[str, Any], own_manifest: str) -> str:
+    """The manifest of the store that was evaluated on, where that is not the model's own."""
+    return str(result["manifest_sha256"]) if result["manifest_sha256"] != own_manifest else ""
 
 
 def write_report(folder: Path, result: dict[str, Any], own_manifest: str) -> tuple[Path, Path]:
     """Write an evaluation's JSON and plot; return their paths."""
-    other_manifest = result["manifest_sha256"] if result["manifest_sha256"] != own_manifest else ""
-    name = evaluation_file(result["split"], result["mask_seen"], other_manifest)
+    name = evaluation_file(result["split"], result["mask_seen"], other_manifest(result, own_manifest))
     json_path, picture_path = folder / f"{name}.json", folder / f"{name}.png"
     write_atomically(json_path, json.dumps(result, indent=1).encode() + b"\n")
     write_atomically(picture_path, _draw(result))
@@ -89,20 +201,27 @@ def write_report(folder: Path, result: dict[str, Any], own_manifest: str) -> tup
 
 
 def _draw(result: dict[str, Any]) -> bytes:
-    """The plot, as PNG."""
+    """The plot, as PNG: the metrics of the largest cut-off against size, masked ones dashed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    sizes = [int(size) for size in result["sizes"]]
-    for metric in ("recall@10", "ndcg@10"):
-        axes.plot(sizes, [row[metric] for row in result["sizes"].values()], marker="o", label=metric)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes, [str(size) for size in sizes])
+    sizes = list(result["sizes"])
+    are_sizes = all(size.isdigit() for size in sizes)
+    x = [int(size) for size in sizes] if are_sizes else list(range(len(sizes)))
+    unmasked, masked = both_protocols(result)
+    metrics = list(next(iter(unmasked.values())))
+    cutoff = metrics[-1].split("@")[1]
+    for colour, metric in enumerate(name for name in metrics if name.split("@")[1] == cutoff):
+        for rows, style, suffix in ((unmasked, "-", ""), (masked, "--", ", seen items masked")):
+            values = [rows[size][metric] for size in sizes]
+            axes.plot(x, values, style if are_sizes else "", color=f"C{colour}", marker="o", label=metric + suffix)
+    if are_sizes:
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("model size (channels kept)")
+    axes.set_xticks(x, sizes)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("model size (channels kept)")
-    masked = ", seen items masked" if result["mask_seen"] else ""
-    axes.set_ylabel(f"{result['split']}, {result['users']:,} users{masked}")
+    axes.set_ylabel(f"{result['split']}, {result['users']:,} users")
     axes.grid(alpha=0.3)
     axes.legend()
     picture = io.BytesIO()

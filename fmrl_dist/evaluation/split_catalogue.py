@@ -3,9 +3,9 @@
 W ranks, V items, v of them this rank's, D width, U users of a block, S sizes. All ranks process their blocks in step:
 
     1. inputs     each rank requests the embeddings of its block's items from the others   [N, D]
-    2. outputs    every rank's z, targets and hidden items go to all ranks                 [U, D]
+    2. outputs    every rank's z, targets, their scores and seen items go to all ranks     [U, D]
     3. ranking    each rank compares its own tiles with all ranks' targets
-    4. joining    the best scores and the target's return to the rank of their users       [W, U, S, TOP + 1]
+    4. joining    counts and the target's score return to the rank of their users          [W, U, S, 5]
 
 Tiles and blocks are those of :class:`fmrl_dist.evaluation.catalogue.EmbeddedCatalogue`, so every product has the same
 shape and the figures are identical, digit for digit. A rank holds 1/W of [V, D].
@@ -58,6 +58,9 @@ class SplitCatalogue:
     def inputs(self, group: Group) -> list[Tensor]:
         return [self._fetch(block.items) for block in group]
 
+    def target_items(self, group: Group) -> list[Tensor]:
+        return [self._fetch(block.targets) for block in group]
+
     def compare(self, users: Sequence[TargetRanks], stop: StopRequest) -> None:
         for target_ranks in users:
             self._compare_together(target_ranks, stop)
@@ -72,14 +75,30 @@ class SplitCatalogue:
         return exchange_rows(rows, answered, asked)[places]
 
     def _compare_together(self, own: TargetRanks, stop: StopRequest) -> None:
-        tensors = (own.z, own.targets[:, None], own.hidden)
+        self._one_pass(own, stop)
+        flags = torch.tensor([stop.cut_short, not own.is_settled], dtype=torch.int64, device=self.items.device)
+        dist.all_reduce(flags)
+        num_stopped, num_unsettled = flags.tolist()
+        if num_unsettled and not num_stopped:
+            own.restart()
+            self._one_pass(own, stop)
+
+    def _one_pass(self, own: TargetRanks, stop: StopRequest) -> None:
+        tensors = (own.z, own.targets[:, None], own.seen, own.assumed.T)
         of_all = zip(*(to_everyone(rows) for rows in tensors), strict=True)
-        everyone = [TargetRanks(z, targets[:, 0], hidden, own.sizes, own.normalize) for z, targets, hidden in of_all]
+        length = own.lists.length if own.lists is not None and own.collects else 0
+        everyone = [
+            TargetRanks(z, targets[:, 0], seen, assumed.T, own.sizes, own.normalize, length)
+            for z, targets, seen, assumed in of_all
+        ]
         add_tiles(everyone, stop.until_requested(tiles_of(self.items, self.bounds[dist.get_rank()])))
         found = [target_ranks.found() for target_ranks in everyone]
         sent, received = [len(part) for part in found], [len(own.z)] * len(found)
         parts = exchange_rows(torch.cat(found).flatten(1), sent, received)
         own.join(parts.view(len(found), len(own.z), *found[0].shape[1:]))
+        if own.lists is not None and length:
+            tables = torch.cat([each.lists.table for each in everyone if each.lists is not None])
+            own.lists.join(exchange_rows(tables, sent, received).view(len(found), len(own.z), -1))
 
 
 def is_shared(num_items: int, width: int, num_ranks: int, in_loss: bool) -> bool:

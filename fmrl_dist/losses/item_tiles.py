@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fmrl_dist.losses.settings import Correction
-from fmrl_dist.model.nested import add_product, chunks
+from fmrl_dist.model.nested import add_prefix, add_product, chunks
 
 
 class RowMatrix(Protocol):
@@ -112,7 +112,7 @@ class ItemTiles:
         else:
             back_scores, transposed = (self.projector @ features.T).split((self.back_rows, self.num_embedded))
         if self._table is not None:
-            transposed = (transposed + self._table[columns].T).to(dtype)
+            transposed = add_prefix(transposed.T, self._table[columns]).T.to(dtype)
         return ItemTile(columns, features, back_scores, transposed)
 
 
@@ -153,7 +153,8 @@ class Gradients:
     def end_items(self, tile: ItemTile) -> None:
         """All positions of these items are added: pass the gradients on to projector and table."""
         if self._grad_table is not None:
-            self._grad_table[tile.columns] = self._tile_grads[self._items.back_rows :].T
+            grads = self._tile_grads[self._items.back_rows :].T
+            self._grad_table[tile.columns] = grads[:, : self._grad_table.shape[1]]
         if self._grad_projector is not None:
             add_product(self._grad_projector, self._tile_grads.to(self._dtype), given(tile.features))
 

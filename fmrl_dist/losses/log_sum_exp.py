@@ -16,7 +16,7 @@ from fmrl_dist.losses.distillation import Normalizers, without_value
 from fmrl_dist.losses.item_tiles import RowMatrix, TilePlan, back_projected
 from fmrl_dist.losses.settings import Correction, LossSettings
 from fmrl_dist.losses.tiled_log_sum_exp import TiledLogSumExp
-from fmrl_dist.model.nested import chunks, matmul_linear
+from fmrl_dist.model.nested import add_prefix, chunks, matmul_linear
 
 
 def nested_scores(z: Tensor, items: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -57,7 +57,7 @@ def catalogue_log_sum_exp(
         z: outputs [N, D], float32 or float64.
         features: [V, F], frozen, read a tile of rows at a time.
         weight: W_proj [D, F].
-        table: [V, D], added to the projected embeddings; None for nothing.
+        table: [V, w], added to the first w channels of the projected embeddings; None for nothing.
         settings: as in :func:`nested_log_sum_exp`.
 
     Returns:
@@ -68,7 +68,7 @@ def catalogue_log_sum_exp(
     """
     if settings.impl == "plain":  # the catalogue's embeddings whole
         items = matmul_linear(features[:].to(z.dtype), weight, settings.product_dtype(z))
-        return nested_log_sum_exp(z, items if table is None else items + table, settings)
+        return nested_log_sum_exp(z, items if table is None else add_prefix(items, table), settings)
     # Embeddings are needed where a table's rows are added to them, and where a kernel reads them.
     if table is None and settings.impl == "tiled":
         back = back_projected(settings.sizes, len(z), int(features.shape[1]))

@@ -67,7 +67,7 @@ def catalogue_cross_entropy(
         columns: [V, C], what the projection maps, read a tile of rows at a time; or this rank's slice of them, where
             the ranks share the catalogue.
         projection: [D, C].
-        table: id table [V, D], or None.
+        table: id table [V, w] of these items, or None.
         settings: as in :func:`nested_cross_entropy`.
 
     Returns:

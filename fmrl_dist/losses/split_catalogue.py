@@ -14,9 +14,9 @@ Backward, each exchange runs in the other direction. Step 4 gives each partial i
 gradients of projection and id table from the rank's items, and step 1 sums the gradients of an output over all ranks'
 items.
 
-A rank's gradient of the projection and the id table comes from its items, for the positions of all ranks. The
-training loop multiplies losses by W and data parallelism averages gradients over the ranks, so the result is the sum
-over all ranks' items and positions.
+A rank's gradient of the projection comes from its items, for the positions of all ranks. The training loop multiplies
+losses by W and data parallelism averages gradients over the ranks, so the result is the sum over all ranks' items and
+positions. The gradient of its items' rows of an id table comes from here alone.
 
 Cost: a rank projects, and holds, a W-th of the catalogue instead of all of it. A step sends (W - 1)·P·(D + S) numbers
 forward and as many backward, over all ranks. The exchange is one ``all_to_all``, which gloo and NCCL have, for ranks
@@ -47,10 +47,6 @@ class CatalogueSlice:
     columns: RowMatrix  # [v, C], what the projection maps
     begin: int  # the first of them in the catalogue
 
-    def rows_of(self, table: Tensor) -> Tensor:
-        """These items' rows [v, D] of an id table [V, D]."""
-        return table[self.begin : self.begin + int(self.columns.shape[0])]
-
 
 def split_log_sum_exp(
     z: Tensor, part: CatalogueSlice, weight: Tensor, table: Tensor | None, settings: LossSettings
@@ -61,17 +57,16 @@ def split_log_sum_exp(
         z: outputs [N, D] of this rank, float32 or float64, the same dtype on all; N may be 0 and differ.
         part: this rank's items.
         weight: W_proj [D, C], the same on all ranks.
-        table: id table [V, D] of the whole catalogue, the same on all ranks; None for nothing.
+        table: id table [v, w] of this rank's items; None for nothing.
         settings: as in :func:`fmrl_dist.losses.log_sum_exp.nested_log_sum_exp`.
 
     Returns:
-        Differentiable in z, weight and table; the gradients of weight and table are this rank's summands.
+        Differentiable in z, weight and table; the gradient of weight is this rank's summand.
     """
     num_ranks, own = dist.get_world_size(), [len(z)] * dist.get_world_size()
     counts = exchange_counts(own, z.device)
     gathered_z = _Exchange.apply(z.repeat(num_ranks, 1), own, counts)
-    rows = None if table is None else part.rows_of(table)
-    partial = catalogue_log_sum_exp(gathered_z, part.columns, weight, rows, settings)
+    partial = catalogue_log_sum_exp(gathered_z, part.columns, weight, table, settings)
     if partial.teacher is None or partial.taught is None:
         return merge(Normalizers(_returned(partial.sizes, counts, own)))
     everything = torch.cat((partial.sizes, partial.taught, partial.teacher[None]))

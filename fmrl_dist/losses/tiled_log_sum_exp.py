@@ -77,7 +77,7 @@ class TileSoftmax(Protocol):
 class TiledLogSumExp(torch.autograd.Function):
     """Normalizers of ``z`` [N, D] over items that are projected from features, given in a table, or both added.
 
-    Gradients of z, weight [D, F] and table [V, D]; features are frozen.
+    Gradients of z, weight [D, F] and table [V, D], with features [V, w]; features are frozen.
     """
 
     @staticmethod

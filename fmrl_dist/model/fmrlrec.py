@@ -34,6 +34,7 @@ from fmrl_dist.model.nested import (
     MatmulModule,
     NestedLayerNorm,
     NestedLinear,
+    add_prefix,
     init_nested,
     matmul_linear,
     nested_linear,
@@ -54,13 +55,24 @@ class ItemEncoder(MatmulModule):
         feature_dims: name → dim of each feature, in the order of the feature matrix's columns.
         num_items: rows of the trained id table; 0 for no table.
         matmul_dtype: of the projection's inputs in training; None keeps float32.
+        id_width: w, the first channels of an embedding that the table's rows are added to; 0 for all.
+        id_init: standard deviation of the table's initial rows; None for 1/√D.
     """
 
     feature_shift: Tensor
     feature_scale: Tensor
 
+    id_table: Tensor | None  # [V, w]
+    first_id_row: int = 0  # the item of the table's first row, where it holds a run of items
+
     def __init__(
-        self, width: int, feature_dims: Mapping[str, int], num_items: int = 0, matmul_dtype: torch.dtype | None = None
+        self,
+        width: int,
+        feature_dims: Mapping[str, int],
+        num_items: int = 0,
+        matmul_dtype: torch.dtype | None = None,
+        id_width: int = 0,
+        id_init: float | None = None,
     ) -> None:
         super().__init__(matmul_dtype)
         self.feature_dims = dict(feature_dims)
@@ -69,7 +81,10 @@ class ItemEncoder(MatmulModule):
         self.weight = nn.Parameter(torch.empty(width, total).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(width).uniform_(-bound, bound))
         self.stand_ins = nn.Parameter(torch.zeros(len(self.feature_dims), width))
-        self.id_table = nn.Parameter(torch.randn(num_items, width) / math.sqrt(width)) if num_items else None
+        self.id_table = None
+        if num_items:
+            deviation = 1 / math.sqrt(width) if id_init is None else id_init
+            self.id_table = nn.Parameter(torch.randn(num_items, id_width or width) * deviation)
         self.register_buffer("feature_shift", torch.zeros(total))
         self.register_buffer("feature_scale", torch.ones(total))
 
@@ -109,7 +124,8 @@ class ItemEncoder(MatmulModule):
         embeddings = matmul_linear(features, self.weight, self.product_dtype) + self.bias
         embeddings = embeddings + (~present).to(embeddings.dtype) @ self.stand_ins
         if self.id_table is not None:
-            embeddings = embeddings + (self.id_table if ids is None else self.id_table[ids])
+            rows = self.id_table if ids is None else self.id_table[ids - self.first_id_row]
+            embeddings = add_prefix(embeddings, rows)
         return embeddings
 
 
@@ -226,6 +242,8 @@ class FMRLRec(nn.Module):
         input_norm, output_norm: whether a nested layer-norm comes before the first block, and after the last.
         matmul_dtype: of the products' inputs in training mode; None keeps the parameters' own, and so does evaluation.
         scan: an implementation of :func:`fmrl_dist.model.scan.packed_scan`.
+        id_width: w, the first channels that the id table is added to, one of ``sizes``; 0 for all.
+        id_init: standard deviation of the id table's initial rows; None for 1/√D.
     """
 
     def __init__(
@@ -242,14 +260,16 @@ class FMRLRec(nn.Module):
         output_norm: bool = False,
         matmul_dtype: torch.dtype | None = None,
         scan: str = "auto",
+        id_width: int = 0,
+        id_init: float | None = None,
     ) -> None:
         super().__init__()
         self.sizes = tuple(sizes)
-        self.depth, self.num_items = depth, num_items
+        self.depth, self.num_items, self.id_width = depth, num_items, id_width
         self.rates = {"dropout": dropout, "lru_dropout": lru_dropout}
         self.ring = {"r_min": r_min, "r_max": r_max}
         self.matmul_dtype, self.scan = matmul_dtype, scan
-        self.encoder = ItemEncoder(self.width, feature_dims, num_items, matmul_dtype)
+        self.encoder = ItemEncoder(self.width, feature_dims, num_items, matmul_dtype, id_width, id_init)
         self.input_norm = NestedLayerNorm(self.sizes) if input_norm else nn.Identity()
         self.input_dropout = nn.Dropout(dropout)
         self.output_norm = NestedLayerNorm(self.sizes) if output_norm else nn.Identity()
@@ -314,6 +334,7 @@ class FMRLRec(nn.Module):
             "depth": self.depth,
             "feature_dims": self.encoder.feature_dims,
             "num_items": self.num_items,
+            "id_width": self.id_width,
             **self.rates,
             **self.ring,
             "input_norm": isinstance(self.input_norm, NestedLayerNorm),
@@ -330,7 +351,8 @@ class FMRLRec(nn.Module):
             raise UserError(f"size {size} was not trained; the trained sizes are {list(self.sizes)}")
         sizes = self.sizes[: self.sizes.index(size) + 1]
         computed = {"matmul_dtype": self.matmul_dtype, "scan": self.scan}
-        small = FMRLRec(**self.arguments | {"sizes": sizes} | computed).to(self.encoder.weight)
+        nested = {"sizes": sizes, "id_width": min(self.id_width, size)}
+        small = FMRLRec(**self.arguments | nested | computed).to(self.encoder.weight)
         full = self.state_dict()
         small.load_state_dict({k: full[k][tuple(map(slice, v.shape))] for k, v in small.state_dict().items()})
         return small.train(self.training)

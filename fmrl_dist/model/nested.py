@@ -28,6 +28,12 @@ def chunks(sizes: Sequence[int]) -> list[tuple[int, int]]:
     return list(zip((0, *sizes[:-1]), sizes, strict=True))
 
 
+def add_prefix(rows: Tensor, prefixes: Tensor) -> Tensor:
+    """``rows`` [N, D] with ``prefixes`` [N, w], w ≤ D, added to their first w channels."""
+    missing = rows.shape[1] - prefixes.shape[1]
+    return rows + (F.pad(prefixes, (0, missing)) if missing else prefixes)
+
+
 def nested_mask(sizes: Sequence[int]) -> Tensor:
     """P(M) of eq. 5, [D, D] in [out, in] layout: 1 where output chunk j may read the input (channel < m_j)."""
     reach = torch.cat([torch.full((high - low,), high) for low, high in chunks(sizes)])

@@ -13,7 +13,6 @@ from fmrl_dist.data.store.reader import Store
 from fmrl_dist.distributed.processes import Runtime
 
 SPLIT_ZERO_STAGES = (1, 2)
-REPLICATED_TABLE_BYTES = 4 * 2**30  # float32; with its gradient and moments four times as much, on every rank
 
 
 def resolve_loss_impl(impl: str, device: torch.device) -> str:
@@ -51,11 +50,11 @@ def _has_triton(device: torch.device) -> bool:
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
-def splits_catalogue(config: Config, runtime: Runtime, num_items: int) -> bool:
+def splits_catalogue(config: Config, runtime: Runtime) -> bool:
     """Whether each rank scores a slice of the items. A single process always scores all of them.
 
     Raises:
-        UserError: an engine under which this is not supported, or an id table that is too large for every rank.
+        UserError: an engine under which this is not supported.
     """
     if config.loss.catalogue == "whole" or runtime.world_size == 1:
         return False
@@ -64,13 +63,6 @@ def splits_catalogue(config: Config, runtime: Runtime, num_items: int) -> bool:
         stage is None or stage in SPLIT_ZERO_STAGES,
         f"loss.catalogue is split, which ZeRO {stage} does not support; choose ZeRO 1 or 2, DDP, or loss.catalogue: "
         "whole",
-    )
-    table_bytes = 4 * num_items * config.model.width if config.model.id_table else 0
-    require(
-        table_bytes <= REPLICATED_TABLE_BYTES,
-        f"loss.catalogue is split, but every rank holds model.id_table whole: {num_items:,} rows take "
-        f"{table_bytes / 2**30:.1f} GiB, expected at most {REPLICATED_TABLE_BYTES / 2**30:.0f}; turn model.id_table "
-        "off",
     )
     return True
 

@@ -7,6 +7,9 @@
 Both use our AdamW with our parameter groups, in float32, and put the full optimiser state into a checkpoint, so that a
 run can resume under the other engine or with another number of ranks. DeepSpeed's own checkpoints are pickles that fit
 only one number of ranks.
+
+A separate id table (:mod:`fmrl_dist.training.id_table`) is no parameter of the module: it averages its own gradient and
+makes its own update, which the engine clips by the norm of all gradients together.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ from torch import Tensor, nn
 from fmrl_dist.checkpoint.folder import optimizer_tensors, restore_optimizer
 from fmrl_dist.data.batches import Packed
 from fmrl_dist.distributed.processes import Runtime
+from fmrl_dist.training.id_table.rows import SeparateIdTable
 from fmrl_dist.training.module import TrainingModule
+from fmrl_dist.training.optimizer import ID_TABLE, set_learning_rate
 
 LossOf = Callable[[Tensor], Tensor]
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, as torch names them
@@ -43,6 +48,9 @@ class Engine(Protocol):
             Loss sums [S] of the micro-batch, detached.
         """
 
+    def set_learning_rate(self, lr: float) -> None:
+        """Set the rate of the next step; a group's own is a multiple of it."""
+
     def clip_and_step(self) -> Tensor:
         """Clip all gradients by their joint norm, take the step, clear them; returns the norm before clipping, [].
 
@@ -50,7 +58,7 @@ class Engine(Protocol):
         """
 
     def whole_weights(self) -> AbstractContextManager[None]:
-        """Gather the model's weights on every rank while active; all ranks must enter together."""
+        """Gather the module's weights on every rank while active; all ranks must enter together."""
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """``<moment>/<parameter>`` of all parameters, on rank 0; empty on others, but every rank must call it."""
@@ -63,9 +71,15 @@ class DataParallelEngine:
     """One process, or DDP."""
 
     def __init__(
-        self, runtime: Runtime, module: TrainingModule, optimizer: torch.optim.Optimizer, clip_norm: float
+        self,
+        runtime: Runtime,
+        module: TrainingModule,
+        optimizer: torch.optim.Optimizer,
+        clip_norm: float,
+        id_table: SeparateIdTable | None = None,
     ) -> None:
         self._runtime, self._module, self._optimizer, self._clip_norm = runtime, module, optimizer, clip_norm
+        self._id_table = id_table
         self._wrapped = runtime.accelerator.prepare_model(module)
 
     def add_gradients(self, batch: Packed, loss_of: LossOf, last: bool) -> Tensor:
@@ -75,23 +89,36 @@ class DataParallelEngine:
             accelerator.backward(loss_of(loss_sums))
         return loss_sums.detach()
 
+    def set_learning_rate(self, lr: float) -> None:
+        set_learning_rate(self._optimizer, lr)
+        if self._id_table is not None:
+            self._id_table.set_learning_rate(lr)
+
     def clip_and_step(self) -> Tensor:
-        norm = torch.nn.utils.clip_grad_norm_(self._module.parameters(), self._clip_norm)
+        parameters = [p for p in self._module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self._id_table is not None:
+            norm = torch.hypot(norm, self._id_table.gradient_norm())
+        torch.nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
         assert all(group["fused"] for group in self._optimizer.param_groups), "no other kernel reads found_inf"
         # If this is 1, AdamW's fused kernel changes nothing; the host need not wait for the value.
         self._optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
         self._optimizer.step()
         self._optimizer.zero_grad()
+        if self._id_table is not None:
+            self._id_table.step(clip_factor(norm, self._clip_norm), norm.isfinite())
         return norm
 
     def whole_weights(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        return optimizer_tensors(self._module.model, self._optimizer) if self._runtime.is_main else {}
+        own = optimizer_tensors(self._module.model, self._optimizer) if self._runtime.is_main else {}
+        return own | id_table_moments(self._id_table)
 
     def restore_optimizer(self, tensors: dict[str, Tensor]) -> None:
         restore_optimizer(self._module.model, self._optimizer, tensors)
+        restore_id_table(self._id_table, tensors)
 
 
 class Leaf(nn.Module):
@@ -117,9 +144,15 @@ class ZeroEngine:
     """
 
     def __init__(
-        self, runtime: Runtime, module: TrainingModule, optimizer: torch.optim.Optimizer, clip_norm: float
+        self,
+        runtime: Runtime,
+        module: TrainingModule,
+        optimizer: torch.optim.Optimizer,
+        clip_norm: float,
+        id_table: SeparateIdTable | None = None,
     ) -> None:
         self._runtime, self._model, self._optimizer = runtime, module.model, optimizer
+        self._id_table, self._clip_norm = id_table, clip_norm
         plugin = runtime.accelerator.deepspeed_plugin
         self._partitioned = plugin.zero_stage == 3
         plugin.deepspeed_config |= {
@@ -145,6 +178,28 @@ class ZeroEngine:
             optimizer.state[share] = {"step": torch.zeros((), device=share.device), **zeros}
         if not self._partitioned:
             zero._lazy_init_hp_params_optimizer_state()
+        if id_table is not None:
+            self._count_in_norm(zero)
+
+    def _count_in_norm(self, zero: Any) -> None:
+        """Let DeepSpeed clip by the joint norm, and skip the step where the id table's is not finite."""
+        self._id_norm = torch.zeros((), device=self._runtime.device)
+        if self._partitioned:
+            norms_of_groups = zero._get_norm_groups
+
+            def with_ids() -> list[Tensor]:
+                norms = norms_of_groups()
+                return [*norms, self._id_norm.to(norms[0])]
+
+            zero._get_norm_groups = with_ids
+        else:
+            norm_of_groups = zero.scaled_global_norm
+
+            def joint_norm() -> Tensor:
+                norm = norm_of_groups()
+                return torch.hypot(norm, self._id_norm.to(norm))
+
+            zero.scaled_global_norm = joint_norm
 
     def add_gradients(self, batch: Packed, loss_of: LossOf, last: bool) -> Tensor:
         loss_sums: Tensor = self._engine(batch, torch.zeros((), device=self._runtime.device, requires_grad=True))
@@ -152,9 +207,19 @@ class ZeroEngine:
         self._engine.backward(loss_of(loss_sums))
         return loss_sums.detach()
 
+    def set_learning_rate(self, lr: float) -> None:
+        set_learning_rate(self._optimizer, lr)
+        if self._id_table is not None:
+            self._id_table.set_learning_rate(lr)
+
     def clip_and_step(self) -> Tensor:
+        if self._id_table is not None:
+            self._id_norm = self._id_table.gradient_norm()
         self._engine.step()  # DeepSpeed skips the step if the norm is not finite; the norm says so
-        return torch.as_tensor(self._engine.get_global_grad_norm(), device=self._runtime.device)
+        norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self._runtime.device)
+        if self._id_table is not None:
+            self._id_table.step(clip_factor(norm, self._clip_norm), norm.isfinite())
+        return norm
 
     @contextmanager
     def whole_weights(self) -> Iterator[None]:
@@ -180,7 +245,7 @@ class ZeroEngine:
             if self._runtime.is_main:
                 tensors[f"step/{name}"] = step.clone()
                 tensors |= {f"{moment}/{name}": tensor.cpu() for moment, tensor in whole.items()}
-        return tensors
+        return tensors | id_table_moments(self._id_table)
 
     def restore_optimizer(self, tensors: dict[str, Tensor]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
@@ -198,6 +263,24 @@ class ZeroEngine:
         step = next(tensor for name, tensor in tensors.items() if name.startswith("step/"))
         for state in self._optimizer.state.values():
             state["step"].copy_(step)
+        restore_id_table(self._id_table, tensors)
+
+
+def clip_factor(norm: Tensor, clip_norm: float) -> Tensor:
+    """What all gradients are multiplied by, [], as :func:`torch.nn.utils.clip_grads_with_norm_` does."""
+    return torch.clamp(clip_norm / (norm + 1e-6), max=1.0)
+
+
+def id_table_moments(table: SeparateIdTable | None) -> dict[str, Tensor]:
+    """Its part of :meth:`Engine.optimizer_tensors`."""
+    moments = {} if table is None else table.moments()
+    return {f"{moment}/{ID_TABLE}": tensor for moment, tensor in moments.items()}
+
+
+def restore_id_table(table: SeparateIdTable | None, tensors: dict[str, Tensor]) -> None:
+    """Restore what :func:`id_table_moments` returned."""
+    if table is not None:
+        table.restore({moment: tensors[f"{moment}/{ID_TABLE}"] for moment in ("step", *MOMENTS)})
 
 
 def _numel(parameter: Tensor) -> int:
@@ -206,7 +289,11 @@ def _numel(parameter: Tensor) -> int:
 
 
 def prepare_engine(
-    runtime: Runtime, module: TrainingModule, optimizer: torch.optim.Optimizer, clip_norm: float
+    runtime: Runtime,
+    module: TrainingModule,
+    optimizer: torch.optim.Optimizer,
+    clip_norm: float,
+    id_table: SeparateIdTable | None = None,
 ) -> Engine:
     """The engine that the launcher requested.
 
@@ -215,6 +302,7 @@ def prepare_engine(
         module: on the runtime's device, with the weights to start from.
         optimizer: over the module's parameters, before any step. Its groups' learning rates are used throughout.
         clip_norm: maximal joint norm of all gradients.
+        id_table: the module's, if it is separate; None if it is a parameter, or there is none.
     """
     kind = ZeroEngine if runtime.uses_deepspeed else DataParallelEngine
-    return kind(runtime, module, optimizer, clip_norm)
+    return kind(runtime, module, optimizer, clip_norm, id_table)

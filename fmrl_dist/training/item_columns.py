@@ -63,10 +63,15 @@ def catalogue_columns(encoder: ItemEncoder, table: ItemTable, dtype: torch.dtype
     return resident
 
 
+def slice_bounds(num_items: int, num_ranks: int) -> list[int]:
+    """First item that each rank scores, then V: V / W items each, or one more."""
+    return [num_items * rank // num_ranks for rank in range(num_ranks + 1)]
+
+
 def catalogue_slice(
     encoder: ItemEncoder, table: ItemTable, dtype: torch.dtype, rank: int, num_ranks: int
 ) -> CatalogueSlice:
-    """The items that ``rank`` scores: V / W of them, or one more; of their columns, as :func:`catalogue_columns`."""
-    begin, end = (len(table.values) * number // num_ranks for number in (rank, rank + 1))
+    """The items that ``rank`` scores (:func:`slice_bounds`); of their columns, as :func:`catalogue_columns`."""
+    begin, end = slice_bounds(len(table.values), num_ranks)[rank : rank + 2]
     rows = ItemTable(table.dims, table.values[begin:end], table.present[begin:end])
     return CatalogueSlice(catalogue_columns(encoder, rows, dtype), begin)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fmrl_dist.base.errors import require
 from fmrl_dist.checkpoint.folder import Checkpoint, TrainState, load_checkpoint
@@ -24,9 +27,11 @@ from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.training.build_model import build_inline_model, build_model
 from fmrl_dist.training.checks import check_scan_impl, resolve_loss_impl, splits_catalogue
 from fmrl_dist.training.engine import Engine, prepare_engine
+from fmrl_dist.training.id_table.prepare import prepare_id_table
+from fmrl_dist.training.id_table.rows import SeparateIdTable
 from fmrl_dist.training.item_columns import TableColumns, catalogue_columns, catalogue_slice
 from fmrl_dist.training.module import TrainingModule
-from fmrl_dist.training.optimizer import build_optimizer
+from fmrl_dist.training.optimizer import ID_TABLE, build_optimizer
 from fmrl_dist.training.run import Run
 
 # Keys of the model that say what its tensors mean, whatever their shapes; where |Λ| began, and dropout, may change.
@@ -39,9 +44,26 @@ class Learner:
 
     module: TrainingModule
     table: ItemTable | None  # features of all items; None if they are inline
+    id_table: SeparateIdTable | None  # None if it is a parameter of the model, or there is none
     engine: Engine  # runs the module and the optimiser on all ranks together
-    optimizer: torch.optim.Optimizer
     facts: dict[str, Any]
+
+    @contextmanager
+    def whole_model(self) -> Iterator[None]:
+        """Let the model have the weights that an evaluation needs on this rank; all ranks must enter together."""
+        with self.engine.whole_weights(), nullcontext() if self.id_table is None else self.id_table.evaluated():
+            yield
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the whole model."""
+        own = sum(parameter.numel() for parameter in self.module.model.parameters())
+        return own if self.id_table is None else own + self.id_table.num_weights
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All of the model's tensors on rank 0; other ranks must call it, too."""
+        ids = None if self.id_table is None else self.id_table.weights()
+        return self.module.model.state_dict() | ({} if ids is None else {ID_TABLE: ids})
 
 
 def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
@@ -68,24 +90,28 @@ def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
         load_weights(model, resume_from)
     elif config.train.init:
         load_initial_weights(model, run)
+    split = table is not None and splits_catalogue(config, runtime)
+    id_rows, id_table = prepare_id_table(model, run, split)
     model.to(runtime.device)
     dtype = runtime.matmul_dtype or torch.float32
     columns: RowMatrix | None = None
     part = None
-    if table is not None and splits_catalogue(config, runtime, len(table.values)):
+    if table is not None and split:
         columns = TableColumns(model.encoder, table, dtype)
         part = catalogue_slice(model.encoder, table, dtype, runtime.rank, runtime.world_size)
     elif table is not None:
         columns = catalogue_columns(model.encoder, table, dtype)
-    module = TrainingModule(model, columns, settings, normalize=config.loss.normalize, part=part)
+    module = TrainingModule(model, columns, settings, config.loss.normalize, part, id_rows)
     optimizer = build_optimizer(
         model,
         lr=config.train.lr,
         betas=(config.train.beta1, config.train.beta2),
         eps=config.train.eps,
         weight_decay=config.train.weight_decay,
+        id_lr_factor=config.train.id_lr_factor,
+        id_weight_decay=config.train.id_weight_decay,
     )
-    engine = prepare_engine(runtime, module, optimizer, config.train.clip_norm)
+    engine = prepare_engine(runtime, module, optimizer, config.train.clip_norm, id_table)
     if resume_from is not None:
         engine.restore_optimizer(resume_from.optimizer)
     facts = {
@@ -97,7 +123,7 @@ def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
         "vocabulary": vocabulary_hashes(run.store) if config.model.id_table else {},
         "lanes": run.order.lanes,
     }
-    return Learner(module, table, engine, optimizer, facts)
+    return Learner(module, table, id_table, engine, facts)
 
 
 def load_initial_weights(model: FMRLRec, run: Run) -> None:
@@ -138,5 +164,6 @@ def save(run: Run, learner: Learner, state: TrainState, writer: CheckpointWriter
     """Save a checkpoint: every rank contributes its share of the optimiser, rank 0 writes everything."""
     moments = learner.engine.optimizer_tensors()
     with learner.engine.whole_weights():
+        weights = learner.state_dict()
         if run.runtime.is_main:
-            writer.save(state, learner.module.model.state_dict(), moments)
+            writer.save(state, weights, moments)

@@ -23,7 +23,8 @@ from fmrl_dist.losses.nested_cross_entropy import (
 from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.losses.split_catalogue import CatalogueSlice
 from fmrl_dist.model.fmrlrec import FMRLRec
-from fmrl_dist.model.nested import matmul_linear
+from fmrl_dist.model.nested import add_prefix, matmul_linear
+from fmrl_dist.training.id_table.rows import IdRows
 
 
 class TrainingModule(nn.Module):
@@ -38,6 +39,7 @@ class TrainingModule(nn.Module):
             temperatures.
         part: the items that this rank scores for all ranks; None for all items, for its own positions. Not with
             ``normalize``.
+        id_rows: the model's id table as a step reads it; None for a model without one.
     """
 
     def __init__(
@@ -47,28 +49,32 @@ class TrainingModule(nn.Module):
         settings: LossSettings,
         normalize: bool = False,
         part: CatalogueSlice | None = None,
+        id_rows: IdRows | None = None,
     ) -> None:
         super().__init__()
         assert settings.sizes == model.sizes
         assert settings.temperatures is not None or not normalize, "the configuration asks for them"
+        assert id_rows is not None or model.encoder.id_table is None, "a step would leave the ids out"
         self.model = model
         # A plain attribute, not a buffer: DDP would broadcast it, a checkpoint would hold it, and it may lie on disk.
-        self.columns, self.part = columns, part
+        self.columns, self.part, self.id_rows = columns, part, id_rows
         self.settings, self.normalize = settings, normalize
 
     def forward(self, batch: Packed) -> Tensor:
         """Loss of each size, summed over the batch's targets, [S]; zero for an empty batch."""
-        projection, table = self.model.encoder.projection(), self.model.encoder.id_table
+        projection = self.model.encoder.projection()
         needed = [batch.items, batch.targets]
         if isinstance(batch, SampledBatch):
             needed.append(batch.negatives)
         ids, places = torch.cat(needed).unique(return_inverse=True)
-        items = self._embed(self._columns(ids, batch), projection, None if table is None else table[ids])
+        id_rows = None if self.id_rows is None else self.id_rows.of_batch(ids)
+        items = self._embed(self._columns(ids, batch), projection, id_rows)
         inputs, targets, *negatives = places.split([len(part) for part in needed])
         z = self.model(items[inputs], batch.starts, batch.from_start)
         if isinstance(batch, SampledBatch):
             return self._sampled(batch, z, items[targets], items[negatives[0]])
         assert self.columns is not None, "the full softmax reads a table"
+        table = None if self.id_rows is None else self.id_rows.of_scored()
         if self.normalize:
             right = batch.targets
             return self._of_every_size(
@@ -124,4 +130,4 @@ class TrainingModule(nn.Module):
 
     def _embed(self, columns: Tensor, projection: Tensor, table_rows: Tensor | None) -> Tensor:
         embeddings = matmul_linear(columns.to(projection.dtype), projection, self.settings.dtype)
-        return embeddings if table_rows is None else embeddings + table_rows
+        return embeddings if table_rows is None else add_prefix(embeddings, table_rows)

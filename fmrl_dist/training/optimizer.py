@@ -7,23 +7,45 @@ import math
 import torch
 from torch import nn
 
+ID_TABLE = "encoder.id_table"
+LR_FACTOR = "lr_factor"  # key of a group: its learning rate as a multiple of the schedule's
 DECAYED = ("encoder.weight", "lru.B", "lru.C", "ffn.gate.weight", "ffn.w_1.weight", "ffn.w_2.weight")
 
 
 def build_optimizer(
-    model: nn.Module, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+    model: nn.Module,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    id_lr_factor: float = 1.0,
+    id_weight_decay: float = 0.0,
 ) -> torch.optim.AdamW:
-    """AdamW that decays nested and projection matrices only; never Λ, γ, norms, biases, stand-ins or the id table."""
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    """AdamW that decays nested and projection matrices; never Λ, γ, norms, biases or stand-ins.
+
+    An id table that is a parameter of the model has a group of its own, with its own decay and learning rate.
+    """
+    kinds: dict[str, list[nn.Parameter]] = {"decayed": [], "kept": [], "ids": []}
     for name, parameter in model.named_parameters():
-        groups[name.endswith(DECAYED)].append(parameter)
+        kinds["ids" if name == ID_TABLE else "decayed" if name.endswith(DECAYED) else "kept"].append(parameter)
+    groups = [
+        {"params": kinds["decayed"], "weight_decay": weight_decay, LR_FACTOR: 1.0},
+        {"params": kinds["kept"], "weight_decay": 0.0, LR_FACTOR: 1.0},
+        {"params": kinds["ids"], "weight_decay": id_weight_decay, LR_FACTOR: id_lr_factor},
+    ]
     return torch.optim.AdamW(
-        [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}],
+        [group for group in groups if group["params"]],
         lr=lr,
         betas=betas,
         eps=eps,
         fused=True,  # one pass over the memory, which dominates the cost of a step
     )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of all groups, each a multiple of ``lr``."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group[LR_FACTOR]
 
 
 def learning_rate(step: int, peak: float, warmup_steps: int, schedule_steps: int, min_ratio: float) -> float:

@@ -11,6 +11,7 @@ from fmrl_dist.evaluation.histograms import EvaluationProtocol, count_target_ran
 from fmrl_dist.evaluation.metrics import metrics_from_histogram
 from fmrl_dist.evaluation.ranker import build_ranker
 from fmrl_dist.evaluation.report import num_users_in
+from fmrl_dist.evaluation.target_ranks import ALL
 from fmrl_dist.training.learner import Learner
 from fmrl_dist.training.logbook import Logbook
 from fmrl_dist.training.run import Run
@@ -22,7 +23,7 @@ def note_validation(
     """Validate, log the result, and update the best so far; False if a signal interrupted it: it is still due."""
     epoch = (state.step - 1) // run.order.steps_per_epoch
     try:
-        with learner.engine.whole_weights():
+        with learner.whole_model():
             record = validate(run, learner, stop)
     except Stopped:
         return False
@@ -45,15 +46,15 @@ def validate(run: Run, learner: Learner, stop: StopRequest) -> dict[str, float]:
     module = learner.module
     module.eval()
     ranker = build_ranker(module.model, run.config, run.store, learner.table, run.runtime)
-    protocol = EvaluationProtocol(run.store, "valid", mask_seen=False, num_users=run.config.eval.users)
-    histograms = count_target_ranks(ranker, protocol, run.runtime, stop)
+    protocol = EvaluationProtocol(run.store, "valid", False, run.config.eval.users, run.config.eval.metric_names)
+    counts = count_target_ranks(ranker, protocol, run.runtime, stop)
     module.train()
     num_users = min(protocol.num_users or num_users_in(protocol), num_users_in(protocol))
-    check_lost_users(num_users - int(histograms[0].sum()), num_users, "valid", run.store)
+    check_lost_users(num_users - counts.num_users, num_users, "valid", run.store)
     return {
         f"{metric}@{size}": value
-        for size, histogram in zip(module.model.sizes, histograms, strict=True)
-        for metric, value in metrics_from_histogram(histogram).items()
+        for size, histogram in zip(module.model.sizes, counts.all_users[ALL], strict=True)
+        for metric, value in metrics_from_histogram(histogram, protocol.metrics).items()
     }
 
 

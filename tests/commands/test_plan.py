@@ -14,12 +14,17 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.timing import forget_peak, peak_resident_bytes
 from fmrl_dist import plan
 from fmrl_dist.config.loading import load_config
+from fmrl_dist.config.sections import TrainConfig
 from fmrl_dist.data.batches import Packed, SampledBatch
 from fmrl_dist.data.item_table import ItemTable
+from fmrl_dist.distributed.processes import start_runtime
 from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.plan import Cost, Step, predict, recommend
-from fmrl_dist.training.item_columns import TableColumns, catalogue_columns, catalogue_slice
+from fmrl_dist.training.id_table.owned import OwnedIdTable
+from fmrl_dist.training.id_table.replicated import ReplicatedIdTable
+from fmrl_dist.training.id_table.rows import IdDropout, IdRows, ModelIdTable
+from fmrl_dist.training.item_columns import TableColumns, catalogue_columns, catalogue_slice, slice_bounds
 from fmrl_dist.training.module import TrainingModule
 from fmrl_dist.training.optimizer import build_optimizer
 from tests.fixtures.processes import run_processes
@@ -32,7 +37,8 @@ BASE = Step(
     depth=1,
     num_features=256,
     num_items=30_000,
-    id_table=False,
+    id_width=0,
+    id_dropout=False,
     dropout=False,
     num_ranks=1,
     positions=1000,
@@ -44,19 +50,28 @@ BASE = Step(
 )
 MEASURED = {
     "whole": (BASE, "whole"),
-    "whole, ids": (replace(BASE, id_table=True), "whole"),
+    "whole, ids": (replace(BASE, id_width=256), "whole"),
     "whole, wide and deep, bfloat16": (
         replace(BASE, sizes=(64, 512), depth=3, num_items=20_000, positions=2000, itemsize=2),
         "whole",
     ),
     "whole, four micro-batches": (replace(BASE, positions=500, micro_batches=4), "whole"),
     "sampled": (replace(BASE, negatives=4096, drawn=4096), "sampled"),
-    "sampled, ids": (replace(BASE, id_table=True, negatives=4096, drawn=4096), "sampled"),
+    "sampled, ids": (replace(BASE, id_width=256, negatives=4096, drawn=4096), "sampled"),
+    "whole, narrow ids with dropout": (replace(BASE, num_items=100_000, id_width=64, id_dropout=True), "whole"),
 }
 MEASURED_BY_TWO = {
     "whole by two": (replace(BASE, num_ranks=2), "whole"),
     "split": (replace(BASE, num_ranks=2), "split"),
-    "split, ids": (replace(BASE, num_ranks=2, num_items=30_000, id_table=True), "split"),
+    "split, ids": (replace(BASE, num_ranks=2, num_items=100_000, id_width=256), "split"),
+    "split, narrow ids with dropout": (
+        replace(BASE, num_ranks=2, num_items=100_000, id_width=64, id_dropout=True),
+        "split",
+    ),
+    "sampled, ids, by two": (
+        replace(BASE, num_ranks=2, num_items=100_000, id_width=256, id_dropout=True, negatives=4096, drawn=4096),
+        "sampled",
+    ),
 }
 
 
@@ -65,13 +80,25 @@ def make_module(step: Step, loss: str) -> TrainingModule:
     values = torch.randn(step.num_items, step.num_features, generator=generator).half()
     table = ItemTable({"features": step.num_features}, values, torch.ones(len(values), 1, dtype=torch.bool))
     products = torch.bfloat16 if step.itemsize == 2 else None
-    model = FMRLRec(step.sizes, step.depth, table.dims, step.num_items * step.id_table, matmul_dtype=products)
+    num_rows = step.num_items if step.id_width else 0
+    model = FMRLRec(step.sizes, step.depth, table.dims, num_rows, matmul_dtype=products, id_width=step.id_width)
     dtype, settings = products or torch.float32, LossSettings(step.sizes, dtype=products)
+    ids = make_ids(model, step, loss) if step.id_width else None
     if loss != "split":
         columns = catalogue_columns(model.encoder, table, dtype)
-        return TrainingModule(model, columns, settings)
+        return TrainingModule(model, columns, settings, id_rows=ids)
     part = catalogue_slice(model.encoder, table, dtype, dist.get_rank(), step.num_ranks)
-    return TrainingModule(model, TableColumns(model.encoder, table, dtype), settings, part=part)
+    return TrainingModule(model, TableColumns(model.encoder, table, dtype), settings, part=part, id_rows=ids)
+
+
+def make_ids(model: FMRLRec, step: Step, loss: str) -> IdRows:
+    dropout, cold = IdDropout(0.1 * step.id_dropout, 0), torch.zeros(step.num_items, dtype=torch.bool)
+    if loss == "whole":
+        return ModelIdTable(model.encoder, dropout)
+    runtime, train = start_runtime(1, lanes=None), TrainConfig()
+    if loss == "sampled":
+        return ReplicatedIdTable(model, train, dropout, cold, runtime)
+    return OwnedIdTable(model, slice_bounds(step.num_items, step.num_ranks), train, dropout, cold, runtime)
 
 
 def make_batch(step: Step, loss: str) -> Packed:
@@ -104,6 +131,9 @@ def run_steps(step: Step, loss: str) -> None:
             wrapped(make_batch(step, loss)).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+        if isinstance(module.id_rows, (ReplicatedIdTable, OwnedIdTable)):
+            norm = module.id_rows.gradient_norm()
+            module.id_rows.step(torch.ones_like(norm), norm.isfinite())
 
 
 def peak_of(fields: dict[str, Any], loss: str) -> int:
@@ -148,7 +178,7 @@ def counted_operations(step: Step, loss: str) -> int:
         (replace(BASE, num_items=5000, positions=200), "whole"),
         (replace(BASE, num_items=5000, positions=20), "whole"),  # projected back
         (replace(BASE, num_items=30_000, positions=400), "whole"),  # some tiles are not kept
-        (replace(BASE, num_items=5000, positions=200, id_table=True), "whole"),
+        (replace(BASE, num_items=5000, positions=200, id_width=256), "whole"),
         (replace(BASE, num_items=20_000, positions=500, negatives=3000, drawn=3000), "sampled"),
         (replace(BASE, num_items=5000, positions=100, micro_batches=2), "whole"),
     ],

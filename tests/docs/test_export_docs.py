@@ -18,8 +18,9 @@ from fmrl_dist.model.fmrlrec import MODEL_FILE
 from tests.fixtures.processes import REPOSITORY
 from tests.fixtures.training import FEATURE_DIMS, NUM_ITEMS, make_shop, run_here, train_here
 
-DEPTH, SIZE = 2, 8
+DEPTH, SIZE, ID_WIDTH = 2, 8, 4
 DIMENSIONS = {"M": SIZE, "F": sum(FEATURE_DIMS.values()), "V": NUM_ITEMS, "features": len(FEATURE_DIMS), "2": 2}
+DIMENSIONS |= {"w": ID_WIDTH}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def section() -> str:
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Size 8 of 16, two blocks, with an id table and all norms: every kind of tensor there is."""
     root = tmp_path_factory.mktemp("docs")
-    words = ["--model.sizes", "[4, 8, 16]", "--model.width", 16, "--model.depth", DEPTH]
+    words = ["--model.sizes", "[4, 8, 16]", "--model.width", 16, "--model.depth", DEPTH, "--model.id_width", ID_WIDTH]
     words += [word for key in ("id_table", "input_norm", "output_norm") for word in (f"--model.{key}", "true")]
     run = train_here(make_shop(root), root / "run", *words, "--train.max_steps", 20)
     run_here(export.main, ["--checkpoint", run, "--size", SIZE, "--output", root / "export"])
@@ -83,5 +84,6 @@ def test_a_new_items_embedding_is_as_documented(exported: Path) -> None:
     present = torch.tensor([[True, False]])
     with torch.no_grad():
         features = encoder.normalize(torch.from_numpy(x), present)
-        found = encoder(features, present, torch.tensor([0])) - encoder.id_table[:1]
+        found = encoder(features, present, torch.tensor([0]))
+        found[:, :ID_WIDTH] -= encoder.id_table[:1]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)

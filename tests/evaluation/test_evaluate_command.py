@@ -14,7 +14,7 @@ from fmrl_dist.checkpoint.folder import load_checkpoint
 from fmrl_dist.checkpoint.run_folder import is_finished
 from fmrl_dist.config.loading import load_config
 from fmrl_dist.data.store.reader import Store
-from fmrl_dist.evaluation.report import size_table
+from fmrl_dist.evaluation.report import describe
 from shards.store.builder import build_store
 from tests.fixtures.checkpoints import flip
 from tests.fixtures.training import (
@@ -56,16 +56,17 @@ def run(trained: Path, tmp_path: Path) -> Path:
 def test_command_repeats_the_end_of_training(run: Path) -> None:
     """The command itself writes the table, the JSON and the plot of a run that lacks them."""
     expected = (run / "evaluation.json").read_bytes()
-    for name in ("evaluation.json", "evaluation.png"):
+    ranks = (run / "evaluation-users.parquet").read_bytes()
+    for name in ("evaluation.json", "evaluation.png", "evaluation-users.parquet"):
         (run / name).unlink()
     result = run_module("fmrl_dist.evaluate", "--checkpoint", run, "--threads", 1)
     assert (result.returncode, result.stderr) == (0, "")
     assert (run / "evaluation.json").read_bytes() == expected
     assert (run / "evaluation.png").read_bytes().startswith(b"\x89PNG")
-    users, sizes = evaluation(run)["users"], evaluation(run)["sizes"]
+    assert (run / "evaluation-users.parquet").read_bytes() == ranks
     assert result.stdout == (
-        f"test, {users} users, whole catalogue ranked:\n{size_table(sizes)}\n"
-        f"written: {run / 'evaluation.json'}\npicture: {run / 'evaluation.png'}\n"
+        f"{describe(evaluation(run))}\nwritten: {run / 'evaluation.json'}\npicture: {run / 'evaluation.png'}\n"
+        f"users: {run / 'evaluation-users.parquet'}\n"
     )
 
 
@@ -83,6 +84,7 @@ def test_masking_seen_items_only_helps(run: Path) -> None:
     evaluate_here(run, "--mask-seen")
     masked, plain = evaluation(run, "evaluation-masked"), evaluation(run)
     assert masked["mask_seen"] is True and masked["users"] == plain["users"]
+    assert plain["masked"]["sizes"] == masked["sizes"] and masked["unmasked"]["sizes"] == plain["sizes"]
     for size, row in plain["sizes"].items():
         assert all(masked["sizes"][size][metric] >= value for metric, value in row.items())
     assert masked["sizes"] != plain["sizes"]

@@ -20,9 +20,10 @@ from fmrl_dist.base.files import json_sha256
 from fmrl_dist.checkpoint.folder import load_checkpoint
 from fmrl_dist.config.loading import load_config
 from fmrl_dist.data.store.reader import Store
-from fmrl_dist.evaluation.metrics import CUTOFF
 from fmrl_dist.evaluation.parts import ComputeSetting, EvaluationIdentity, Part, join_parts, write_part
+from fmrl_dist.evaluation.rank_counts import RankCounts
 from tests.fixtures.processes import run_processes
+from tests.fixtures.ranking import CUTOFF
 from tests.fixtures.training import contents, evaluate_here, evaluation, make_shop, refusal, run_here, train_here
 
 NUM_BLOCKS = 7  # of the test split: 113 users minus those with 2 events, in blocks of 16
@@ -62,6 +63,7 @@ def evaluate_parts(num_parts: int, *words: object) -> None:
         (3, ("--mask-seen",), "evaluation-masked"),
         (7, ("--split", "valid", "--mask-seen"), "evaluation-valid-masked"),
         (NUM_BLOCKS + 2, (), "evaluation"),  # two of them are empty
+        (2, ("--metrics", "recall,coverage,popularity"), "evaluation"),
     ],
 )
 @pytest.mark.parametrize("what", ["run", "export"])
@@ -71,12 +73,14 @@ def test_parts_are_the_whole(
     subject = run if what == "run" else run / "export-4"
     evaluate_here(subject, *words)
     expected, said = contents(subject), capsys.readouterr().out
-    for ending in ("json", "png"):
-        (subject / f"{name}.{ending}").unlink()
+    for ending in (".json", ".png"):
+        (subject / f"{name}{ending}").unlink()
+    (subject / f"{name.removesuffix('-masked')}-users.parquet").unlink()
     evaluate_parts(num_parts, subject, *words)
     assert not (subject / f"{name}.json").exists()
     parts = subject / f"{name}.parts"
-    assert sorted(p.name for p in parts.iterdir()) == [f"{i}-of-{num_parts}.json" for i in range(1, num_parts + 1)]
+    names = [f"{i}-of-{num_parts}.{ending}" for i in range(1, num_parts + 1) for ending in ("json", "safetensors")]
+    assert sorted(p.name for p in parts.iterdir()) == sorted(names)
     capsys.readouterr()
     evaluate_here(subject, *words, "--join")
     assert capsys.readouterr().out == said
@@ -88,8 +92,9 @@ def test_every_part_has_its_blocks(run: Path, shop: Path) -> None:
     assert len(blocks) == NUM_BLOCKS
     evaluate_parts(3, run)
     for number in (1, 2, 3):
-        (first, second) = json.loads((run / "evaluation.parts" / f"{number}-of-3.json").read_text())["histograms"]
-        assert sum(first) == sum(second) == sum(block.count for block in blocks[number - 1 :: 3])
+        cells = json.loads((run / "evaluation.parts" / f"{number}-of-3.json").read_text())["histograms"]
+        num_users = sum(block.count for block in blocks[number - 1 :: 3])
+        assert torch.tensor(cells).sum((0, 3)).tolist() == [[num_users] * 2] * 2
 
 
 def parts_here(run: str, parts: list[str]) -> None:
@@ -218,14 +223,17 @@ def test_part_with_other_threads(run: Path, parts: Path) -> None:
 
 def test_part_on_another_device(tmp_path: Path) -> None:
     for number, setting in enumerate((MEANS, ComputeSetting(1, "cuda")), 1):
-        write_part(tmp_path, Part(number, 2), EVALUATED, setting, torch.zeros(2, 2 * CUTOFF + 1, dtype=torch.int64))
+        write_part(tmp_path, Part(number, 2), EVALUATED, setting, NOBODY)
     problem = r"2-of-2\.json was evaluated with 1 thread\(s\) on cuda, part 1/2 with 1 thread\(s\) on cpu"
     with pytest.raises(UserError, match=problem):
         join_parts(tmp_path, EVALUATED)
 
 
 MEANS = ComputeSetting(1, "cpu")
-EVALUATED = EvaluationIdentity("c" * 64, "m" * 64, "test", False, [4, 8], users=60)
+EVALUATED = EvaluationIdentity(
+    "c" * 64, "m" * 64, "test", False, [4, 8], users=60, cells=1, cutoff=CUTOFF, keep_users=False, list_lengths=[]
+)
+NOBODY = RankCounts(torch.zeros(1, 2, 2, 2 * CUTOFF + 1, dtype=torch.int64))
 
 
 @pytest.mark.parametrize(
@@ -237,12 +245,14 @@ EVALUATED = EvaluationIdentity("c" * 64, "m" * 64, "test", False, [4, 8], users=
         ({"mask_seen": True}, "mask_seen is False, expected True"),
         ({"sizes": [4, 16]}, "sizes is [4, 8], expected [4, 16]"),
         ({"users": 61}, "users is 60, expected 61"),
+        ({"cells": 15}, "cells is 1, expected 15"),
+        ({"cutoff": 20}, "cutoff is 10, expected 20"),
+        ({"keep_users": True}, "keep_users is False, expected True"),
+        ({"list_lengths": [10]}, "list_lengths is [], expected [10]"),
     ],
 )
 def test_the_whole_identity_is_compared(tmp_path: Path, change: dict[str, Any], problem: str) -> None:
-    path = write_part(
-        tmp_path / "parts", Part(1, 1), EVALUATED, MEANS, torch.zeros(2, 2 * CUTOFF + 1, dtype=torch.int64)
-    )
+    path = write_part(tmp_path / "parts", Part(1, 1), EVALUATED, MEANS, NOBODY)
     with pytest.raises(UserError) as refused:
         join_parts(tmp_path / "parts", replace(EVALUATED, **change))
     assert str(refused.value) == f"{path} is of another evaluation: {problem}; evaluate it again with --part 1/1"
@@ -250,7 +260,7 @@ def test_the_whole_identity_is_compared(tmp_path: Path, change: dict[str, Any], 
 
 def test_figures_that_were_changed(tmp_path: Path) -> None:
     """At both sizes a user is moved from beyond the cut-off to target rank 1: plausible, but not what was written."""
-    path = write_part(tmp_path, Part(1, 1), EVALUATED, MEANS, torch.tensor([[50] + [0] * 2 * CUTOFF] * 2))
+    path = write_part(tmp_path, Part(1, 1), EVALUATED, MEANS, counted([[50] + [0] * 2 * CUTOFF] * 2))
     text = path.read_text()
     path.write_text(text.replace("[50, 0, 0,", "[49, 0, 1,"))
     assert path.read_text() != text
@@ -258,6 +268,11 @@ def test_figures_that_were_changed(tmp_path: Path) -> None:
         join_parts(tmp_path, EVALUATED)
     problem = "ValueError: its sha256 does not match the recorded one"
     assert str(refused.value) == f"{path} is damaged ({problem}); evaluate it again with --part 1/1"
+
+
+def counted(rows: list[list[int]] | torch.Tensor) -> RankCounts:
+    """Counts of two sizes, the same among all items and among unseen ones."""
+    return RankCounts(torch.as_tensor(rows).expand(1, 2, -1, -1))
 
 
 histograms = st.lists(st.integers(0, 2), min_size=2 * CUTOFF + 1, max_size=2 * CUTOFF + 1)
@@ -274,15 +289,15 @@ def histogram_pairs(draw: st.DrawFn) -> torch.Tensor:
 def test_joining_adds(rows: list[torch.Tensor]) -> None:
     with tempfile.TemporaryDirectory() as name:
         for number, row in enumerate(rows, 1):
-            write_part(Path(name), Part(number, len(rows)), EVALUATED, MEANS, row)
-        assert torch.equal(join_parts(Path(name), EVALUATED), sum(rows, torch.zeros_like(rows[0])))
+            write_part(Path(name), Part(number, len(rows)), EVALUATED, MEANS, counted(row))
+        assert torch.equal(join_parts(Path(name), EVALUATED).all_users[0], sum(rows, torch.zeros_like(rows[0])))
 
 
 @given(row=histogram_pairs(), data=st.data())
 def test_damage_never_moves_a_figure(row: torch.Tensor, data: st.DataObject) -> None:
     """One byte is changed, or the end is lost: refused, or the figures stay the same (a space for a space)."""
     with tempfile.TemporaryDirectory() as name:
-        path = write_part(Path(name), Part(1, 1), EVALUATED, MEANS, row)
+        path = write_part(Path(name), Part(1, 1), EVALUATED, MEANS, counted(row))
         content = bytearray(path.read_bytes())
         place = data.draw(st.integers(0, len(content) - 1))
         if data.draw(st.booleans()):
@@ -291,7 +306,7 @@ def test_damage_never_moves_a_figure(row: torch.Tensor, data: st.DataObject) -> 
             del content[place:]
         path.write_bytes(content)
         try:
-            assert torch.equal(join_parts(Path(name), EVALUATED), row)
+            assert torch.equal(join_parts(Path(name), EVALUATED).histograms, counted(row).histograms)
         except UserError as error:
             assert str(path) in str(error) and str(error).endswith("; evaluate it again with --part 1/1")
             assert "\n" not in str(error)
@@ -307,8 +322,8 @@ def test_damage_never_moves_a_figure(row: torch.Tensor, data: st.DataObject) -> 
 )
 def test_impossible_histograms(tmp_path: Path, rows: object) -> None:
     """A file with a matching hash, but not written by this code."""
-    path = write_part(tmp_path, Part(1, 1), EVALUATED, MEANS, torch.zeros(2, 2 * CUTOFF + 1, dtype=torch.int64))
-    record = json.loads(path.read_text()) | {"histograms": rows}
+    path = write_part(tmp_path, Part(1, 1), EVALUATED, MEANS, NOBODY)
+    record = json.loads(path.read_text()) | {"histograms": [[rows, rows]]}
     del record["sha256"]
     path.write_text(json.dumps(record | {"sha256": json_sha256(record)}))
     with pytest.raises(UserError, match=r"1-of-1\.json is damaged \(.*\); evaluate it again with --part 1/1$"):

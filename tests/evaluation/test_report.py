@@ -14,14 +14,18 @@ from PIL import Image
 
 from fmrl_dist.base.files import write_atomically
 from fmrl_dist.evaluation.metrics import METRICS
-from fmrl_dist.evaluation.report import evaluation_file, size_table, write_report
+from fmrl_dist.evaluation.report import describe, evaluation_file, write_report
 
 OWN = "ab" * 32  # of the manifest of the model's own store
 
 
 def make_result(**changes: Any) -> dict[str, Any]:
     sizes = {str(8 * 2**j): {metric: (j + 1) / 8 + i / 100 for i, metric in enumerate(METRICS)} for j in range(3)}
-    return {"split": "test", "users": 1234, "mask_seen": False, "sizes": sizes, "manifest_sha256": OWN} | changes
+    masked = {size: {metric: value + 0.01 for metric, value in row.items()} for size, row in sizes.items()}
+    whole = {"split": "test", "split_rule": "leave-one-out", "users": 1234, "items": 5000, "ties": "half"}
+    segments = {"cold target": {"users": 7, "sizes": sizes, "masked": {"sizes": masked}}}
+    figures = {"mask_seen": False, "sizes": sizes, "masked": {"sizes": masked}, "segments": segments}
+    return whole | figures | {"manifest_sha256": OWN} | changes
 
 
 @pytest.mark.parametrize(
@@ -48,20 +52,38 @@ def test_the_json_is_the_result(tmp_path: Path) -> None:
 
 
 def test_table() -> None:
-    lines = size_table(make_result()["sizes"]).splitlines()
-    assert lines[0].split() == ["size", *METRICS]
-    assert [line.split() for line in lines[1:]] == [
-        ["8", "0.1250", "0.1350", "0.1450", "0.1550", "0.1650"],
-        ["16", "0.2500", "0.2600", "0.2700", "0.2800", "0.2900"],
-        ["32", "0.3750", "0.3850", "0.3950", "0.4050", "0.4150"],
-    ]
-    assert len({len(line) for line in lines}) == 1
+    """Both protocols side by side, and how ranks were made."""
+    lines = describe(make_result()).splitlines()
+    assert lines[0] == "test, 1,234 users, whole catalogue ranked (5,000 items), leave-one-out, ties count half;"
+    assert lines[1] == "pairs of figures: all items ranked | seen items masked"
+    assert lines[2].split() == ["size", *METRICS]
+    assert lines[3].split()[:5] == ["8", "0.1250", "0.1350", "0.1350", "0.1450"]
+    assert lines[5].split()[:5] == ["32", "0.3750", "0.3850", "0.3850", "0.3950"]
+    assert len({len(line) for line in lines[2:6]}) == 1
+    assert lines[7] == "by segment (users), at size 32:"
+    assert lines[9].split()[:5] == ["cold", "target", "(7)", "0.3750", "0.3850"]
+
+
+def test_masked_figures_first_are_shown_the_same_way() -> None:
+    """``--mask-seen`` moves the masked figures to the front of the JSON; the table keeps its order."""
+    plain = make_result()
+    flip = {"mask_seen": True, "sizes": plain["masked"]["sizes"], "unmasked": {"sizes": plain["sizes"]}}
+    masked = {key: value for key, value in plain.items() if key != "masked"} | flip | {"segments": {}}
+    assert describe(masked).splitlines() == describe(plain | {"segments": {}}).splitlines()
+
+
+def test_many_metrics_make_several_tables() -> None:
+    names = [f"{metric}@{k}" for k in (5, 10, 20) for metric in ("recall", "ndcg", "mrr")]
+    sizes = {"8": dict.fromkeys(names, 0.5)}
+    lines = describe(make_result(sizes=sizes, masked={"sizes": sizes}, segments={})).splitlines()
+    assert [line.split() for line in lines[2::2]] == [["size", *names[:6]], ["size", *names[6:]]]
 
 
 @pytest.mark.parametrize("sizes", [["8", "16", "48", "1024"], ["8"]])
 @pytest.mark.parametrize("value", [0.0, 0.3])
 def test_a_picture_is_drawn_without_a_warning(tmp_path: Path, sizes: list[str], value: float) -> None:
-    result = make_result(sizes={size: dict.fromkeys(METRICS, value) for size in sizes})
+    rows = {size: dict.fromkeys(METRICS, value) for size in sizes}
+    result = make_result(sizes=rows, masked={"sizes": rows})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         path = write_report(tmp_path, result, OWN)[1]

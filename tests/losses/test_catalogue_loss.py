@@ -40,25 +40,25 @@ def make_inputs(num_positions: int, num_items: int, dtype: torch.dtype = torch.f
     }
 
 
-def results(inputs: dict[str, Tensor], with_table: bool, **options: Any) -> list[Tensor]:
-    """Log-sum-exp, and the gradients of a weighted sum of it."""
-    table = inputs["table"] if with_table else None
+def results(inputs: dict[str, Tensor], id_width: int, **options: Any) -> list[Tensor]:
+    """Log-sum-exp, and the gradients of a weighted sum of it; an id table of some first channels, 0 for none."""
+    table = inputs["table"][:, :id_width] if id_width else None
     settings = LossSettings(SIZES, TEMPERATURES, **options)
     found = catalogue_log_sum_exp(inputs["z"], inputs["features"], inputs["weight"], table, settings)
-    trained = [inputs["z"], inputs["weight"], *([inputs["table"]] if with_table else [])]
+    trained = [inputs["z"], inputs["weight"], *([inputs["table"]] if id_width else [])]
     return values_and_gradients(found, inputs["weights"], trained)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("distilled", DISTILLED)
 @pytest.mark.parametrize("kept_bytes", [0, 40_000, 2**40], ids=["none kept", "some kept", "all kept"])
-@pytest.mark.parametrize("with_table", [False, True], ids=["features", "features and ids"])
+@pytest.mark.parametrize("id_width", [0, 9, 35])
 @pytest.mark.parametrize("num_positions", [1, 9, 63, TILE_POSITIONS + 1])
 @pytest.mark.parametrize("num_items", [1, 507, 2 * TILE_ITEMS + 1])
 def test_tiled_equals_its_plain_twin(
     num_positions: int,
     num_items: int,
-    with_table: bool,
+    id_width: int,
     kept_bytes: int,
     distilled: str,
     dtype: torch.dtype,
@@ -66,7 +66,7 @@ def test_tiled_equals_its_plain_twin(
 ) -> None:
     monkeypatch.setattr(tiled_log_sum_exp, "KEPT_BYTES", kept_bytes)
     inputs = make_inputs(num_positions, num_items, dtype)
-    found, expected = (results(inputs, with_table, impl=impl, **DISTILLED[distilled]) for impl in ("tiled", "plain"))
+    found, expected = (results(inputs, id_width, impl=impl, **DISTILLED[distilled]) for impl in ("tiled", "plain"))
     for result, twin in zip(found, expected, strict=True):
         assert result.dtype == dtype
         assert_relatively_close(result, twin, TOLERANCE[dtype])
@@ -77,7 +77,7 @@ def test_any_choice_of_projections_gives_the_same(back: tuple[int, ...], monkeyp
     monkeypatch.setattr(log_sum_exp, "back_projected", lambda *_: tuple(map(bool, back)))
     monkeypatch.setattr(tiled_log_sum_exp, "TILE_POSITIONS", 16)
     inputs = make_inputs(37, 507)
-    found, expected = (results(inputs, False, impl=impl, **DISTILLED["softer"]) for impl in ("tiled", "plain"))
+    found, expected = (results(inputs, 0, impl=impl, **DISTILLED["softer"]) for impl in ("tiled", "plain"))
     for result, twin in zip(found, expected, strict=True):
         assert_relatively_close(result, twin, TOLERANCE[torch.float64])
 
@@ -90,14 +90,14 @@ def test_projection_goes_back_for_few_positions_and_wide_chunks() -> None:
     assert all(back_projected((1024,), 10**6, 1024))  # features no wider than the chunk: always
 
 
-@pytest.mark.parametrize("with_table", [False, True], ids=["features", "features and ids"])
-def test_bfloat16_errs_no_more_than_the_plain_twin_in_bfloat16(with_table: bool) -> None:
+@pytest.mark.parametrize("id_width", [0, 9, 35])
+def test_bfloat16_errs_no_more_than_the_plain_twin_in_bfloat16(id_width: int) -> None:
     """Gradients and log-sum-exp against float64: the plain twin's error in bfloat16 is the budget, within a half."""
     for num_positions in (9, 63):  # the first projects chunks back
         inputs = make_inputs(num_positions, 1300, torch.float32)
         exact = {k: v.detach().double().requires_grad_(v.requires_grad) for k, v in inputs.items()}
-        truths = results(exact, with_table, impl="plain")
-        found, budgets = (results(inputs, with_table, impl=i, dtype=torch.bfloat16) for i in ("tiled", "plain"))
+        truths = results(exact, id_width, impl="plain")
+        found, budgets = (results(inputs, id_width, impl=i, dtype=torch.bfloat16) for i in ("tiled", "plain"))
         for result, budget, truth in zip(found, budgets, truths, strict=True):
             assert 0 < (result - truth).norm() <= 1.5 * (budget - truth).norm()
 

@@ -94,6 +94,8 @@ def loss_sums(tensors: dict[str, Tensor], catalogue: Tensor | CatalogueSlice, ca
     items = items if table is None else items + table[targets]
     settings = LossSettings(case.sizes, TEMPERATURES[: len(case.sizes)], impl, **DISTILLED[case.distilled])
     z = tensors["inputs"] @ tensors["mixer"]
+    if table is not None and isinstance(catalogue, CatalogueSlice):
+        table = table[catalogue.begin : catalogue.begin + len(catalogue.columns[:])]
     return catalogue_cross_entropy(z, items, catalogue, projection, table, settings)
 
 

@@ -68,12 +68,12 @@ def make_case(
     dropout: float = 0.0,
     lru_dropout: float = 0.0,
     norms: tuple[bool, bool] = (False, False),
+    id_width: int = 0,
 ) -> Case:
     torch.manual_seed(seed)
     num_table_rows, (input_norm, output_norm) = NUM_ITEMS if id_table else 0, norms
-    model = FMRLRec(
-        sizes, depth, feature_dims, num_table_rows, dropout, lru_dropout, input_norm=input_norm, output_norm=output_norm
-    ).double()
+    options: dict[str, Any] = {"input_norm": input_norm, "output_norm": output_norm, "id_width": id_width}
+    model = FMRLRec(sizes, depth, feature_dims, num_table_rows, dropout, lru_dropout, **options).double()
     with torch.no_grad():
         for values in itertools.chain(model.parameters(), [model.encoder.feature_shift, model.encoder.feature_scale]):
             values.normal_(0, 0.5)  # masked entries too: the mask, not their value, must keep them out
@@ -101,6 +101,7 @@ def cases(draw: st.DrawFn) -> Case:
         flags=tuple(draw(st.lists(st.booleans(), min_size=len(lengths), max_size=len(lengths)))),
         seed=draw(st.integers(0, 2**16)),
         norms=draw(st.tuples(st.booleans(), st.booleans())),
+        id_width=draw(st.sampled_from((0, *sizes))),
     )
 
 
@@ -476,6 +477,26 @@ def test_the_model_passes_its_scan_on(impl: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("fmrl_dist.model.fmrlrec.packed_scan", note)
     FMRLRec((8, 16), 2, FEATURES, scan=impl)(torch.randn(5, 16), torch.tensor([0, 5]), torch.tensor([True]))
     assert called == [impl, impl]
+
+
+def test_ids_are_added_to_the_first_channels() -> None:
+    wide, narrow = make_case(id_table=True), make_case(id_table=True, id_width=4)
+    table = narrow.model.encoder.id_table
+    assert table is not None and table.shape == (NUM_ITEMS, 4)
+    without = narrow.catalogue().detach().clone()
+    without[:, :4] -= table
+    with torch.no_grad():
+        table.zero_()
+    torch.testing.assert_close(narrow.catalogue(), without)
+    for size, kept in ((4, 4), (9, 4), (16, 4)):
+        assert narrow.model.truncate(size).encoder.id_table.shape == (NUM_ITEMS, kept)  # type: ignore[union-attr]
+        assert wide.model.truncate(size).encoder.id_table.shape == (NUM_ITEMS, size)  # type: ignore[union-attr]
+
+
+def test_ids_start_at_the_given_deviation() -> None:
+    for deviation, expected in ((None, 1 / 4), (0.02, 0.02), (0.0, 0.0)):
+        table = FMRLRec((8, 16), 1, {}, 5000, id_width=8, id_init=deviation).encoder.id_table
+        assert table is not None and table.std().item() == pytest.approx(expected, rel=0.02)
 
 
 def test_an_encoder_without_features_is_its_id_table() -> None:

@@ -23,9 +23,9 @@ from fmrl_dist.data.batches import EvaluationBlock, evaluation_blocks
 from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.evaluation.catalogue import EmbeddedCatalogue
-from fmrl_dist.evaluation.metrics import CUTOFF, metrics_from_histogram
+from fmrl_dist.evaluation.metrics import metrics_from_histogram
 from shards.store.builder import build_store
-from tests.fixtures.ranking import histograms
+from tests.fixtures.ranking import CUTOFF, histograms
 from tests.fixtures.training import evaluation, train_here
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

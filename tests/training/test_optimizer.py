@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fmrl_dist.model.fmrlrec import FMRLRec
-from fmrl_dist.training.optimizer import build_optimizer, learning_rate
+from fmrl_dist.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 
 DECAYED_IN_BLOCK = ("lru.B", "lru.C", "ffn.gate.weight", "ffn.w_1.weight", "ffn.w_2.weight")
 KEPT_IN_BLOCK = (
@@ -28,18 +28,20 @@ def in_blocks(names: tuple[str, ...]) -> set[str]:
 @pytest.mark.parametrize("id_table", [True, False])
 def test_weight_decay_is_for_these_parameters_exactly(id_table: bool) -> None:
     model = make_model(id_table)
-    optimizer = build_optimizer(model, lr=1e-3, betas=(0.8, 0.95), eps=1e-7, weight_decay=0.25)
+    optimizer = build_optimizer(model, 1e-3, (0.8, 0.95), 1e-7, 0.25, id_lr_factor=3.0, id_weight_decay=0.125)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     by_decay = {
         group["weight_decay"]: [names[id(parameter)] for parameter in group["params"]]
         for group in optimizer.param_groups
     }
-    assert by_decay.keys() == {0.25, 0.0}
+    assert by_decay.keys() == ({0.25, 0.0, 0.125} if id_table else {0.25, 0.0})
     assert sorted(by_decay[0.25]) == sorted({"encoder.weight"} | in_blocks(DECAYED_IN_BLOCK))
-    kept = {"encoder.bias", "encoder.stand_ins"} | ({"encoder.id_table"} if id_table else set())
-    assert sorted(by_decay[0.0]) == sorted(kept | in_blocks(KEPT_IN_BLOCK))
+    assert by_decay.get(0.125, ["encoder.id_table"]) == ["encoder.id_table"]
+    assert sorted(by_decay[0.0]) == sorted({"encoder.bias", "encoder.stand_ins"} | in_blocks(KEPT_IN_BLOCK))
+    set_learning_rate(optimizer, 0.5)
     for group in optimizer.param_groups:
-        assert (group["lr"], group["betas"], group["eps"]) == (1e-3, (0.8, 0.95), 1e-7)
+        assert group["lr"] == (1.5 if group["weight_decay"] == 0.125 else 0.5)
+        assert (group["betas"], group["eps"]) == ((0.8, 0.95), 1e-7)
 
 
 def test_decay_is_decoupled_from_the_gradient() -> None:

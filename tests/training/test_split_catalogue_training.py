@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from fmrl_dist import train
-from fmrl_dist.base.errors import UserError
-from fmrl_dist.config.sections import Config, LossConfig, ModelConfig
 from fmrl_dist.data.item_table import ItemTable
-from fmrl_dist.distributed.processes import start_runtime
 from fmrl_dist.model.fmrlrec import ItemEncoder
-from fmrl_dist.training.checks import splits_catalogue
 from fmrl_dist.training.item_columns import catalogue_columns, catalogue_slice
 from tests.fixtures.engines import refused_on_each_rank, train_under, zero
 from tests.fixtures.processes import run_processes
@@ -35,32 +30,20 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_shop(tmp_path_factory.mktemp("split"), num_items=41)
 
 
-def train_on_each_rank(config: str, folder: str) -> dict[str, Any]:
+def train_on_each_rank(config: str, folder: str) -> None:
     root = Path(folder)
     train_here(Path(config), root / "split", *WORDS, *SPLIT)
     train_here(Path(config), root / "split-ids", *WORDS, *SPLIT, *WITH_IDS)
     train_here(Path(config), root / "passed-on", *WORDS, *SPLIT, "--resume", "auto")
-    return {"refused": refused_id_table()}
-
-
-def refused_id_table() -> str:
-    """The refusal of a table of 4 GiB plus one row."""
-    config = Config(model=ModelConfig(id_table=True), loss=LossConfig(catalogue="split"))
-    runtime = start_runtime(1, lanes=2)
-    assert splits_catalogue(config, runtime, 2**23)
-    try:
-        splits_catalogue(config, runtime, 2**23 + 1)
-    except UserError as error:
-        return str(error)
-    return ""
 
 
 @pytest.fixture(scope="module")
-def two(shop: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    """The runs of two ranks, and each rank's refusals."""
+def two(shop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs of two ranks."""
     folder = tmp_path_factory.mktemp("two")
     train_here(shop, folder / "passed-on", *WORDS, "--train.max_steps", STEPS_PER_EPOCH)
-    return folder, run_processes(2, train_on_each_rank, str(shop), str(folder), timeout_s=200)
+    run_processes(2, train_on_each_rank, str(shop), str(folder), timeout_s=200)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -78,27 +61,18 @@ def assert_equal_runs(found: Path, expected: Path) -> None:
 
 
 @pytest.mark.multiproc
-def test_two_ranks_train_as_one_process(two: tuple[Path, list[dict[str, Any]]], one: Path) -> None:
-    assert_equal_runs(two[0] / "split", one)
+def test_two_ranks_train_as_one_process(two: Path, one: Path) -> None:
+    assert_equal_runs(two / "split", one)
 
 
 @pytest.mark.multiproc
-def test_with_ids_temperatures_and_weights(two: tuple[Path, list[dict[str, Any]]], shop: Path) -> None:
-    assert_equal_runs(two[0] / "split-ids", train_here(shop, shop.parent / "one-ids", *WORDS, *WITH_IDS))
+def test_with_ids_temperatures_and_weights(two: Path, shop: Path) -> None:
+    assert_equal_runs(two / "split-ids", train_here(shop, shop.parent / "one-ids", *WORDS, *WITH_IDS))
 
 
 @pytest.mark.multiproc
-def test_a_run_with_the_whole_catalogue_resumes_split(two: tuple[Path, list[dict[str, Any]]], one: Path) -> None:
-    assert_equal_runs(two[0] / "passed-on", one)
-
-
-@pytest.mark.multiproc
-def test_a_large_id_table_is_refused(two: tuple[Path, list[dict[str, Any]]]) -> None:
-    for said in two[1]:
-        assert said["refused"].startswith(
-            "loss.catalogue is split, but every rank holds model.id_table whole: 8,388,609 rows take 4.0 GiB"
-        )
-        assert "\n" not in said["refused"]
+def test_a_run_with_the_whole_catalogue_resumes_split(two: Path, one: Path) -> None:
+    assert_equal_runs(two / "passed-on", one)
 
 
 @pytest.mark.multiproc

@@ -80,7 +80,7 @@ def test_run_leaves_everything(finished: tuple[Path, str]) -> None:
     names = {path.name for path in run.iterdir()}
     assert names == {
         *(".lock", "config.yaml", "finished.json", "metrics.jsonl", "ranks.jsonl", "tensorboard"),
-        *("checkpoints", "evaluation.json", "evaluation.png"),
+        *("checkpoints", "evaluation.json", "evaluation.png", "evaluation-users.parquet"),
     }
     assert (run / "evaluation.png").read_bytes().startswith(b"\x89PNG")
     best, latest = ((run / "checkpoints" / link).resolve() for link in ("best", "latest"))
@@ -141,11 +141,11 @@ def test_evaluation_has_every_size(finished: tuple[Path, str]) -> None:
     run, output = finished
     result = evaluation(run)
     users = sum(block.count for block in Store.open(run.parent / "store").manifest.splits["test"])
-    assert list(result) == ["split", "users", "mask_seen", "sizes"]
+    assert {"split", "users", "mask_seen", "sizes", "masked"} <= set(result)
     assert (result["split"], result["users"], result["mask_seen"]) == ("test", users, False)
     assert list(result["sizes"]) == ["4", "8"]
     for row in result["sizes"].values():
-        assert list(row) == ["recall@5", "ndcg@5", "recall@10", "ndcg@10", "mrr@10"]
+        assert list(row) == ["recall@5", "ndcg@5", "mrr@5", "recall@10", "ndcg@10", "mrr@10"]
         assert row["recall@10"] >= row["ndcg@10"] >= row["mrr@10"] > 0
     table = output[output.index("whole catalogue ranked") :]
     assert all(f"{row['ndcg@10']:.4f}" in table for row in result["sizes"].values())

@@ -1,0 +1,1 @@
+"""The id table in training: who holds its rows, and who updates them."""
