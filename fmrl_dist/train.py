@@ -56,7 +56,12 @@ from fmrl_dist.evaluation.histograms import EvaluationProtocol, count_target_ran
 from fmrl_dist.evaluation.ranker import ranker_of_checkpoint
 from fmrl_dist.evaluation.report import EvaluatedModel, report
 from fmrl_dist.training.agreement import StepResult, agree, count_targets, stop_if_not_finite
-from fmrl_dist.training.checks import check_inline, check_something_tells_items_apart, note_on_other_config
+from fmrl_dist.training.checks import (
+    check_inline,
+    check_something_tells_items_apart,
+    check_targets,
+    note_on_other_config,
+)
 from fmrl_dist.training.demo_store import build_missing_demo_store
 from fmrl_dist.training.learner import Learner, prepare_learner, save
 from fmrl_dist.training.logbook import Logbook
@@ -101,6 +106,7 @@ def train_and_evaluate(config: Config, runtime: Runtime, resume: str | None, sto
             f"store {store.location} has no validation and test users; expected histories of 3 events or more"
         )
     check_inline(config, store)
+    check_targets(config, store)
     check_something_tells_items_apart(config, store)
     if note := note_on_other_config(config, store):
         runtime.say(note)

@@ -27,6 +27,9 @@ torch.set_num_threads(1)  # the tensors here are small: threads would only wait 
 # `make test &` has a shell ignore SIGINT for us, and so it would be ignored by what a test starts and interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# Likewise `nohup make test` and SIGHUP, which still must not end us: a program that we start has a handler as default.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 settings.register_profile("fmrl", deadline=None)  # a first call that compiles or warms up is no failure
 settings.load_profile("fmrl")

@@ -1,7 +1,7 @@
 """How a command begins: what its package does before everything that takes seconds to import.
 
 While a command imports, and after it has done its work, it has nothing to clean up: INT, TERM and HUP end it at once,
-with one line. In between, :func:`fmrl_dist.base.errors.run_command` has the signals.
+with one line (HUP unless ``nohup`` has it ignored). In between, :func:`fmrl_dist.base.errors.run_command` has them.
 """
 
 from __future__ import annotations
@@ -28,13 +28,23 @@ def start_command() -> None:
     """
     if sys.argv[:1] != ["-m"]:
         return
-    for number in ENDING:
+    for number in taken_signals():
         signal.signal(number, end_at_once)
     try:
         os.getcwd()
     except FileNotFoundError:
         sys.stderr.write("error: the current folder has been removed; change to one that exists\n")
         raise SystemExit(EXIT_USER_ERROR) from None
+
+
+def taken_signals() -> tuple[signal.Signals, ...]:
+    """The signals that end a command: all of :data:`ENDING`, but HUP where the parent process has it ignored.
+
+    That is what ``nohup`` promises. INT is ignored in any command that a shell starts in the background, so nothing is
+    meant by it.
+    """
+    hup_is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return tuple(number for number in ENDING if not (number == signal.SIGHUP and hup_is_ignored))
 
 
 def end_at_once(number: int, _: FrameType | None) -> typing.NoReturn:

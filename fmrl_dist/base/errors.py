@@ -6,17 +6,19 @@ import errno
 import os
 import select
 import signal
+import stat
 import sys
 import threading
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType, TracebackType
 
-from fmrl_dist.base.command_start import ENDING, EXIT_USER_ERROR, end_at_once
+from fmrl_dist.base.command_start import EXIT_USER_ERROR, end_at_once, taken_signals
 from fmrl_dist.base.parent_process import end_with_launcher
 from fmrl_dist.base.urls import hide_credentials
 
-CANNOT_WRITE = {  # and how to mend it
+SYSTEM_ERRORS = {  # and how to mend it
     errno.ENOSPC: "free space",
     errno.EDQUOT: "free space",
     errno.EROFS: "choose a place that can be written to",
@@ -27,6 +29,7 @@ CANNOT_WRITE = {  # and how to mend it
     errno.ELOOP: "choose a path without a circle of links",
     errno.ENAMETOOLONG: "choose a shorter path",
     errno.EISDIR: "move this folder away",
+    errno.EIO: "check the disk, or the connection to it",
 }
 AGAIN_S = 0.01  # until a signal is raised again whose exception Python has ignored
 NO_READER = (errno.EPIPE, errno.EIO)  # of a pipe, of a terminal that is gone
@@ -88,16 +91,17 @@ def require(condition: bool, message: str) -> None:
 def run_command(main: Callable[[list[str]], None]) -> None:
     """Run a command's ``main(argv)``; a :class:`UserError` ends it with one line on stderr and exit code 2.
 
-    A disk that is full, read-only or gone, or a path that leads through a file, ends it the same way. A command whose
-    output is no longer read (``| head -1``) ends silently. INT, TERM and HUP end it with one line, cleaned up, whatever
-    the parent process had them set to; while it cleans up, further ones change nothing. A command that saves at a
-    signal (``fmrl_dist.train``) has handlers of its own while it does. Any other exception keeps its traceback, without
-    the credentials of URLs, and Python's exit code 1: that is a crash, a bug of ours. A command that a launcher has
-    started ends when the launcher has died, as at TERM.
+    A disk that is full, read-only, failing or gone, or a path that leads through a file, ends it the same way. A
+    command whose output is no longer read (``| head -1``) ends silently. INT, TERM and HUP end it with one line,
+    cleaned up, whatever the parent process had them set to (but HUP stays ignored where ``nohup`` has it so); while
+    it cleans up, further ones change nothing. A command that saves at a signal (``fmrl_dist.train``) has handlers
+    of its own while it does. Any other exception keeps its traceback, without the credentials of URLs, and Python's
+    exit code 1: that is a crash, a bug of ours. A command that a launcher has started ends when the launcher has
+    died, as at TERM.
     """
     sys.excepthook = _show_traceback
     first = _FirstSignal()
-    before = {number: signal.signal(number, first.handle) for number in ENDING}
+    before = {number: signal.signal(number, first.handle) for number in taken_signals()}
     hook, sys.unraisablehook = sys.unraisablehook, first.raise_again
     try:
         status = _run(main, first)
@@ -141,13 +145,28 @@ def _status_of(error: BaseException) -> int | str | None:
     if isinstance(error, UserError):
         sys.stderr.write(one_line(f"error: {hide_credentials(str(error))}"))
         return EXIT_USER_ERROR
-    if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
-        where, mend = error.filename or "while writing", CANNOT_WRITE[error.errno]
+    if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
+        where, mend = error.filename or "while reading or writing", SYSTEM_ERRORS[error.errno]
+        closed = _unreadable(Path(where)) if error.errno == errno.EACCES and isinstance(where, str) else None
+        if closed is not None:
+            mend = f"{closed} cannot be read by this user: ask for the right to, or choose another"
         sys.stderr.write(one_line(f"error: {error.strerror} ({where}); {mend}, then run this again"))
         return EXIT_USER_ERROR
     if isinstance(error, SystemExit):  # raised by --help, --version, --print-config
         return error.code
     raise error
+
+
+def _unreadable(path: Path) -> Path | None:
+    """What keeps this user from reading ``path``, itself or a folder above it; None if it is there to be read."""
+    for place in (*reversed(path.absolute().parents), path.absolute()):
+        try:
+            is_folder = stat.S_ISDIR(place.stat().st_mode)
+        except OSError:
+            return None
+        if not os.access(place, os.X_OK if is_folder and place != path.absolute() else os.R_OK):
+            return place
+    return None
 
 
 def one_line(message: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -9,15 +10,18 @@ import os
 import re
 import secrets
 import shutil
+import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fmrl_dist.base.errors import UserError
-from fmrl_dist.base.locks import only_writer
+from fmrl_dist.base.locks import lock_path, only_writer
 
 TEMPORARY = re.compile(r"\.[0-9a-f]{16}(\.old)?", re.ASCII)  # ends the name of a folder that is being filled
+ABANDONED_S = 7 * 86_400.0  # without a change: whoever was filling a folder is dead; an encoder may run for days
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -47,16 +51,20 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     """A temporary folder to fill, beside ``target``; at the end it is flushed and replaces ``target`` in one step.
 
     If the block raises, the temporary folder is removed and ``target`` is unchanged. What a killed process left behind
-    is removed by the next one. What others put into ``target`` while the block ran is kept there.
+    is removed by the next one; an old ``target`` that it had moved aside is put back first. What others put into
+    ``target`` while the block ran is kept there.
 
     Raises:
         UserError: another process is writing ``target``.
     """
+    last_writer = ""  # who did not live to remove the lock file
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        last_writer = lock_path(target).read_text()
     with only_writer(target) as is_locked:
         if is_locked:
-            for left in target.parent.glob(f".{target.name}.*"):
-                if TEMPORARY.fullmatch(left.name.removeprefix(f".{target.name}")) and left.is_dir():
-                    shutil.rmtree(left)
+            _clear_away(target, last_writer)
+        else:
+            print(f"{target} cannot be locked: nothing prevents a second process from writing it", flush=True)
         aside = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
         aside.mkdir(parents=True)
         replaced = set(os.listdir(target)) if target.exists() else set()
@@ -73,6 +81,46 @@ def replaced_folder(target: Path) -> Iterator[Path]:
             flush(target.parent)
         finally:
             shutil.rmtree(aside, ignore_errors=True)  # what was replaced, or what is left of a failure
+
+
+def _clear_away(target: Path, last_writer: str) -> None:
+    """Put an old ``target`` back that a killed process had moved aside, and remove what killed processes left.
+
+    Locks of some network file systems do not reach other machines, and then a process there may still be alive: what it
+    may be filling stays for a week.
+
+    Args:
+        target: locked.
+        last_writer: what its lock file said before, "" if its last writer had ended in good order.
+    """
+    is_here = last_writer.rstrip().endswith(f" of {socket.gethostname()}")
+    for left in sorted(target.parent.glob(f".{target.name}.*")):
+        found = TEMPORARY.fullmatch(left.name.removeprefix(f".{target.name}"))
+        if found is None or not left.is_dir():
+            continue
+        if found[1] and not target.exists():
+            print(f"{target} had been moved aside by a process that was killed; it is put back", flush=True)
+            left.rename(target)
+        elif found[1] or is_here or time.time() - _last_change(left) > ABANDONED_S:
+            shutil.rmtree(left)
+        else:
+            who = last_writer.strip() or "a process of another machine"
+            print(f"{left} is left alone: {who} may still be filling it; else remove it", flush=True)
+
+
+def _last_change(folder: Path) -> float:
+    """Time of the last change of a folder or of a file in it, in seconds."""
+    times = [folder.stat().st_mtime]
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            times.append(path.stat().st_mtime)
+    return max(times)
+
+
+def final_name(name: str) -> str:
+    """The name that a file of :func:`write_atomically` was to get, where a killed process left it; else ``name``."""
+    found = re.fullmatch(r"\.(.+)\.[0-9a-f]{16}", name, re.ASCII)
+    return found[1] if found else name
 
 
 def _exchange(aside: Path, target: Path) -> None:

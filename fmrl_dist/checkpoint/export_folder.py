@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fmrl_dist.base.errors import UserError, require
-from fmrl_dist.base.files import file_sha256, foreign_entries, json_sha256, replaced_folder
+from fmrl_dist.base.files import file_sha256, final_name, foreign_entries, json_sha256, replaced_folder
 from fmrl_dist.data.feature_identity import MadeBy
 from fmrl_dist.data.store.manifest import VOCAB_FILE, fit_file
 from fmrl_dist.model.export_config import (
@@ -84,7 +84,7 @@ def check_output(folder: Path, overwrite: bool) -> None:
     if not folder.exists():
         return
     require(is_export(folder), f"{folder} exists and is not an export; choose another --output")
-    foreign = foreign_entries(folder, lambda name: name in FILES or ADDED.fullmatch(name) is not None)
+    foreign = foreign_entries(folder, lambda name: name in FILES or ADDED.fullmatch(final_name(name)) is not None)
     require(
         not foreign,
         f"{folder} holds {', '.join(foreign[:3])}, which an export does not have; move it away, or choose another "

@@ -72,6 +72,8 @@ class Checkpoint:
     manifest_sha256: str
     feature_encoders: dict[str, MadeBy]  # what made each feature of the store; empty in older checkpoints
     sha256: str  # of its record, which contains the hashes of its tensors
+    # hashes of the vocabulary of an id table's items, by "rows" and "file"; empty in older checkpoints
+    vocabulary: dict[str, str] = field(default_factory=dict)
 
 
 def save_checkpoint(
@@ -166,8 +168,9 @@ def _put_copy_in_its_place(folder: Path, link: Path) -> Path | None:
     record = _record(link)
     if record is None:
         raise UserError(f"{link} is a folder but not an intact checkpoint; expected a link: move it away, then resume")
-    for original, known in _records(folder):
-        if known["sha256"] == record["sha256"]:
+    for original in _named_by_step(folder):
+        known = _record(original)
+        if known is not None and known["sha256"] == record["sha256"]:
             shutil.rmtree(link)
             return original
     return link.rename(_unused_path(folder, record["state"]["step"]))
@@ -184,11 +187,27 @@ def _prune(folder: Path, keep: int) -> None:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """The checkpoints of a run, starting with the target of ``latest``, if there is that link."""
+    """The checkpoints of a run, starting with the target of ``latest``, if there is that link.
+
+    In a copy, they may be folders named as the links: such folders are among them.
+    """
     latest = (folder / "latest").resolve()
-    paths = [path for path in folder.glob("step-*") if STEP_NAME.fullmatch(path.name)]
-    paths.sort(key=lambda path: [int(number) for number in path.name.split("-")[1:]], reverse=True)
+    named = [(_numbers(path), path) for path in _named_by_step(folder)]
+    for copy in (folder / "latest", folder / "best"):
+        if copy.is_dir() and not copy.is_symlink():
+            record = _record(copy)
+            named.append(([-1 if record is None else record["state"]["step"]], copy))
+    paths = [path for _, path in sorted(named, reverse=True)]
     return sorted(paths, key=lambda path: path.resolve() != latest)
+
+
+def _named_by_step(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("step-*") if STEP_NAME.fullmatch(path.name)]
+
+
+def _numbers(path: Path) -> list[int]:
+    """Step of a checkpoint's name, and which save of that step it is."""
+    return [int(number) for number in path.name.split("-")[1:]]
 
 
 def linked_checkpoint(folder: Path, link: str) -> Path | None:
@@ -229,7 +248,8 @@ def _record(path: Path) -> dict[str, Any] | None:
     try:
         record: dict[str, Any] = json.loads((path / RECORD_FILE).read_text())
         whole = {name: value for name, value in record.items() if name != "sha256"}
-        intact = record["sha256"] == json_sha256(whole) and {"step", "best_step"} <= record["state"].keys()
+        steps = {type(record["state"][name]) for name in ("step", "best_step")}
+        intact = record["sha256"] == json_sha256(whole) and steps == {int}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     return record if intact else None
@@ -282,6 +302,7 @@ def _read_checkpoint(path: Path, with_optimizer: bool) -> Checkpoint:
         state = TrainState(**{f.name: record["state"][f.name] for f in fields(TrainState)})
         facts = {name: record[name] for name in ("config", "features", "num_items", "manifest_sha256")}
         facts["feature_encoders"] = record.get("feature_encoders", {})
+        facts["vocabulary"] = record.get("vocabulary", {})
     except (UserError, FileNotFoundError):
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:

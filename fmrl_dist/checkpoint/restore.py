@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from fmrl_dist import __version__
@@ -11,12 +13,16 @@ from fmrl_dist.checkpoint.folder import Checkpoint
 from fmrl_dist.config.sections import Config, ModelConfig
 from fmrl_dist.data.feature_identity import encoder_differences, feature_encoders
 from fmrl_dist.data.item_table import ItemTable, feature_dims, load_item_table
+from fmrl_dist.data.items_differ import check_items_differ
 from fmrl_dist.data.store.built_from import list_differences
 from fmrl_dist.data.store.manifest import VOCAB_FILE, fit_file
 from fmrl_dist.data.store.reader import Store
+from fmrl_dist.data.store.tables import checked_table
 from fmrl_dist.data.vocabulary import external_ids, rows_of
 from fmrl_dist.model.embed_catalogue import embed_catalogue
 from fmrl_dist.model.fmrlrec import FMRLRec
+
+ID_TABLE = "encoder.id_table"  # a model's tensor
 
 
 def restore_model(config: ModelConfig, checkpoint: Checkpoint) -> FMRLRec:
@@ -48,10 +54,14 @@ def load_catalogue_table(store: Store, checkpoint: Checkpoint) -> ItemTable:
     """The features that a checkpoint's model reads, from ``store``.
 
     Raises:
-        UserError: the store lacks one, has it with another dim, or another encoder made it.
+        UserError: the store lacks one, has it with another dim, or another encoder made it; or all its items are the
+            same to the model.
     """
     check_features(store, checkpoint)
-    return load_item_table(store, tuple(checkpoint.features))
+    table = load_item_table(store, tuple(checkpoint.features))
+    if ID_TABLE not in checkpoint.model:
+        check_items_differ(store, None, table)
+    return table
 
 
 def match_id_table(model: FMRLRec, checkpoint: Checkpoint, store: Store) -> None:
@@ -71,13 +81,24 @@ def match_id_table(model: FMRLRec, checkpoint: Checkpoint, store: Store) -> None
     )
     rows = rows_of(
         external_ids(store.read_table(VOCAB_FILE), f"{store.location}/{VOCAB_FILE}"),
-        external_ids(vocabulary.read_bytes(), str(vocabulary)),
+        external_ids(_kept_vocabulary(vocabulary, checkpoint), str(vocabulary)),
         f"store {store.location}",
         f"the run of checkpoint {checkpoint.path}",
     )
     if rows is not None:
         model.encoder.id_table = torch.nn.Parameter(table.detach()[torch.from_numpy(rows).to(table.device)])
         model.num_items = len(rows)
+
+
+def _kept_vocabulary(path: Path, checkpoint: Checkpoint) -> bytes:
+    """The copy of its store's vocabulary that a run keeps, held against its checkpoint unless that is an older one."""
+    data, hashes = path.read_bytes(), checkpoint.vocabulary
+    try:
+        return checked_table(data, path.name, hashes["rows"], hashes["file"]) if hashes else data
+    except UserError as error:
+        raise UserError(
+            f"{path} is damaged ({str(error).partition(';')[0]}); copy it from the store that the run was trained on"
+        ) from None
 
 
 def check_features(store: Store, checkpoint: Checkpoint) -> None:

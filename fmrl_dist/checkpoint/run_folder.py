@@ -24,6 +24,7 @@ from fmrl_dist.checkpoint.folder import (
     load_newest_whole,
     restore_links,
 )
+from fmrl_dist.checkpoint.fresh_start import check_nothing_is_lost, check_own_folder
 from fmrl_dist.config.loading import config_from_dict
 from fmrl_dist.config.sections import Config
 from fmrl_dist.data.store.manifest import VOCAB_FILE, fit_file
@@ -102,7 +103,8 @@ def open_run(
         say: prints a message for each damaged checkpoint that is skipped.
 
     Raises:
-        UserError: the folder exists and ``resume`` is None, the checkpoint belongs to another run, or none is intact.
+        UserError: the folder exists and ``resume`` is None, it is of others, the checkpoint belongs to another run, or
+            none is intact or there though the run was saved.
     """
     folder = Path(config.run.dir)
     others = (Path("/"), home_folder(), Path.cwd())
@@ -117,9 +119,12 @@ def open_run(
     if resume == "auto":
         newest = load_newest_whole(folder / "checkpoints", say)
         if newest is None:
+            check_own_folder(folder)
+            check_nothing_is_lost(folder)
             return None
         checkpoint = newest
     else:
+        check_own_folder(folder)
         checkpoint = load_checkpoint(Path(resume), "latest")
     best_step, known_best = _best_step(folder, say), checkpoint.state.best_step
     other_users = config_from_dict(checkpoint.config).eval.users != config.eval.users  # whose figures do not compare

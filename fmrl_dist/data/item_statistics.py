@@ -48,7 +48,11 @@ def train_counts(store: Store) -> np.ndarray:
 
 
 def target_log_shares(store: Store, rule: WindowRule) -> np.ndarray:
-    """Log of each item's share of an epoch's training targets, memory-mapped float32 [V]; -inf if never a target."""
+    """Log of each item's share of an epoch's training targets, float32 [V]; -inf if never a target.
+
+    It is memory-mapped, unless damaged blocks are left out: what can be read then may change from start to start, so it
+    is counted at each, and not kept.
+    """
 
     def compute() -> np.ndarray:
         counts = np.zeros(store.manifest.num_items, np.int64)
@@ -62,11 +66,16 @@ def target_log_shares(store: Store, rule: WindowRule) -> np.ndarray:
         with np.errstate(divide="ignore"):
             return np.log(counts / counts.sum()).astype(np.float32)
 
-    return _computed_once(store, f"targets-{_name(store, rule)}", np.dtype(np.float32), compute)
+    if store.skips_damaged:
+        return compute()
+    return _computed_once(store, f"targets-{_name(rule)}", np.dtype(np.float32), compute)
 
 
 def trained_items(store: Store, rule: WindowRule) -> np.ndarray:
-    """Whether a training position reads or predicts each item, memory-mapped bool [V]; a pass over the users."""
+    """Whether a training position reads or predicts each item, bool [V]; a pass over the users.
+
+    It is memory-mapped, unless damaged blocks are left out (see :func:`target_log_shares`).
+    """
 
     def compute() -> np.ndarray:
         trained = np.zeros(store.manifest.num_items, np.bool_)
@@ -80,11 +89,13 @@ def trained_items(store: Store, rule: WindowRule) -> np.ndarray:
             trained[arrays["items"][ragged_rows(begins[owner] + first, last - first)]] = True
         return trained
 
-    return _computed_once(store, f"trained-{_name(store, rule)}", np.dtype(np.bool_), compute)
+    if store.skips_damaged:
+        return compute()
+    return _computed_once(store, f"trained-{_name(rule)}", np.dtype(np.bool_), compute)
 
 
-def _name(store: Store, rule: WindowRule) -> str:
-    return f"{rule.max_length}-{rule.windows}-{int(rule.predict_first)}{'-skip' if store.skips_damaged else ''}"
+def _name(rule: WindowRule) -> str:
+    return f"{rule.max_length}-{rule.windows}-{int(rule.predict_first)}"
 
 
 def _train_counts(store: Store) -> np.ndarray:

@@ -25,7 +25,8 @@ def external_ids(vocabulary: bytes, where: str) -> pa.Array:
     """
     try:
         table = bounded_table(table_batches(vocabulary, where, ["external_id"]), where)
-        return pc.cast(table.column("external_id").combine_chunks(), pa.string())
+        ids = pc.cast(table.column("external_id"), pa.large_string())  # pa.string() ends at 2 GiB
+        return ids.combine_chunks()
     except (OSError, pa.ArrowException, LookupError, ValueError) as error:
         problem = " ".join(str(error).split())[:200]
         raise UserError(f"the vocabulary {where} cannot be read ({problem}); build the store again") from None

@@ -68,7 +68,10 @@ def baseline_histograms(
             known[name] = counts.all_users[:, 0].cpu()
     num_users = sum(block.count for block in store.manifest.splits[split])
     if runtime.is_main and any(missing):
-        _write(path, {name: rows for name, rows in known.items() if int(rows[0].sum()) == num_users})
+        whole = {name: rows for name, rows in known.items() if int(rows[0].sum()) == num_users}
+        if store.skips_damaged and dict(zip(names, missing, strict=True)).get("item_knn"):
+            whole.pop("item_knn", None)  # its neighbours may have been counted without some training users
+        _write(path, whole)
     return {name: known[name] for name in names} if runtime.is_main else {}
 
 

@@ -18,6 +18,7 @@ from fmrl_dist.data.item_rows import block_rows
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.distributed.signals import StopRequest
 from fmrl_dist.evaluation.target_ranks import TargetRanks
+from fmrl_dist.model.embed_catalogue import check_rankable
 
 COMPARED_ITEMS = 4096  # per tile
 Group = list[EvaluationBlock]  # users that one pass over the items serves
@@ -149,4 +150,5 @@ class StreamedCatalogue:
     @torch.no_grad()
     def _embed(self, values: Tensor, present: Tensor) -> Tensor:
         embeddings: Tensor = self.encoder(self.encoder.normalize(values, present), present)
+        check_rankable(embeddings, "item embeddings")
         return embeddings

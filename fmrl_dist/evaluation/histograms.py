@@ -25,6 +25,7 @@ from fmrl_dist.evaluation.ranker import Ranker
 from fmrl_dist.evaluation.segments import NUM_CELLS, Segments
 from fmrl_dist.evaluation.target_ranks import TargetRanks, guessed_scores, seen_items
 from fmrl_dist.evaluation.top_lists import exposures
+from fmrl_dist.model.embed_catalogue import check_rankable
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,9 @@ def rank_users(
     """Target ranks of the users of each block, and so many of the items that they are recommended.
 
     If ``stop.cut_short`` is set afterwards, they are not all users, or not ranked among all items.
+
+    Raises:
+        UserError: the model's outputs are not finite, or too large.
     """
     model, catalogue = ranker.model, ranker.catalogue
     for group in catalogue.in_step(_groups(stop.until_requested(blocks), catalogue.users_at_once)):
@@ -151,6 +155,7 @@ def rank_users(
         inputs, target_items = catalogue.inputs(group), catalogue.target_items(group)
         for block, rows, wanted in zip(group, inputs, target_items, strict=True):
             z = model(rows, block.starts, block.from_start)[block.starts[1:] - 1]
+            check_rankable(z, "outputs")
             guesses = guessed_scores(z, wanted, model.sizes, ranker.normalize)
             seen = seen_items(block)
             ranks.append(TargetRanks(z, block.targets, seen, guesses, model.sizes, ranker.normalize, list_length))

@@ -18,7 +18,7 @@ from fmrl_dist.data.store.reader import Store
 from fmrl_dist.distributed.processes import Runtime
 from fmrl_dist.evaluation.catalogue import Catalogue, EmbeddedCatalogue, StreamedCatalogue
 from fmrl_dist.evaluation.split_catalogue import SplitCatalogue, is_shared, tile_bounds
-from fmrl_dist.model.embed_catalogue import embed_catalogue
+from fmrl_dist.model.embed_catalogue import check_rankable, embed_catalogue
 from fmrl_dist.model.fmrlrec import FMRLRec, ItemEncoder
 
 CPU = torch.device("cpu")
@@ -100,7 +100,12 @@ def keep_own_rows(encoder: ItemEncoder, id_table: Tensor, num_items: int, runtim
 
 
 def ranker_of_export(recommender: Recommender) -> Ranker:
-    """An exported model and its own item embeddings."""
+    """An exported model and its own item embeddings.
+
+    Raises:
+        UserError: the embeddings are too large to compare.
+    """
+    check_rankable(recommender.items, "item embeddings")
     catalogue = EmbeddedCatalogue(recommender.items)
     device = recommender.items.device
     return Ranker(recommender.model, catalogue, recommender.max_length, recommender.normalize, device)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from fmrl_dist.base.errors import require
 from fmrl_dist.model.fmrlrec import ItemEncoder
 
 EMBEDDED_AT_ONCE = 4096  # items
@@ -21,6 +24,9 @@ def embed_catalogue(
         values: raw features [V, F] of the whole catalogue; may be a memory-mapped file.
         present: bool [V, M], which features each item has.
         first, last: run of items; to the end if ``last`` is None.
+
+    Raises:
+        UserError: they are not finite, or too large.
     """
     assert not encoder.training, "scoring embeddings are float32, as evaluation mode has them"
     device = encoder.bias.device
@@ -31,4 +37,20 @@ def embed_catalogue(
         there = present[begin:end].to(device)
         features = encoder.normalize(values[begin:end].to(device), there)
         items[begin - first : end - first] = encoder(features, there, torch.arange(begin, end, device=device))
+    check_rankable(items, "item embeddings")
     return items
+
+
+def check_rankable(rows: Tensor, what: str) -> None:
+    """Refuse vectors [n, D] whose products would not be finite: no score is higher than NaN, and all figures were 0.
+
+    Raises:
+        UserError: one of them is not finite, or so large that a product with one of its kind overflows.
+    """
+    limit = math.sqrt(torch.finfo(rows.dtype).max / max(rows.shape[1], 1))
+    largest = float(rows.abs().max()) if rows.numel() else 0.0
+    require(
+        largest < limit,  # false for NaN
+        f"the model's {what} are not finite, or too large to compare ({largest:.3g}; expected less than {limit:.1e}): "
+        "it cannot be ranked with; use another checkpoint, or train again with a lower train.lr",
+    )

@@ -15,8 +15,12 @@ from fmrl_dist.base.errors import require
 from fmrl_dist.checkpoint.folder import Checkpoint, TrainState, load_checkpoint
 from fmrl_dist.checkpoint.restore import check_features, load_weights
 from fmrl_dist.checkpoint.writer import CheckpointWriter
+from fmrl_dist.config.loading import config_from_dict
 from fmrl_dist.data.feature_identity import feature_encoders
 from fmrl_dist.data.item_table import ItemTable, load_item_table
+from fmrl_dist.data.items_differ import check_items_differ
+from fmrl_dist.data.store.manifest import VOCAB_FILE
+from fmrl_dist.data.store.reader import Store
 from fmrl_dist.losses.item_tiles import RowMatrix
 from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.model.fmrlrec import FMRLRec
@@ -29,6 +33,9 @@ from fmrl_dist.training.item_columns import TableColumns, catalogue_columns, cat
 from fmrl_dist.training.module import TrainingModule
 from fmrl_dist.training.optimizer import ID_TABLE, build_optimizer
 from fmrl_dist.training.run import Run
+
+# Keys of the model that say what its tensors mean, whatever their shapes; where |Λ| began, and dropout, may change.
+MEANING = ("sizes", "depth", "input_norm", "output_norm", "feature_scale", "id_table")
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,8 @@ def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
     )
     torch.manual_seed(config.train.seed)
     table = load_item_table(run.store, config.model.features) if not run.inline else None
+    if not config.model.id_table:
+        check_items_differ(run.store, config.model.features, table)
     if table is not None:
         model = build_model(config.model, table, runtime.matmul_dtype)
     else:
@@ -111,6 +120,7 @@ def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
         "num_items": run.store.manifest.num_items,
         "manifest_sha256": run.store.manifest.sha256,
         "feature_encoders": feature_encoders(run.store),
+        "vocabulary": vocabulary_hashes(run.store) if config.model.id_table else {},
         "lanes": run.order.lanes,
     }
     return Learner(module, table, id_table, engine, facts)
@@ -123,17 +133,31 @@ def load_initial_weights(model: FMRLRec, run: Run) -> None:
         UserError: they are of another model or of other features, or an id table is of another store's items.
     """
     source = load_checkpoint(Path(run.config.train.init), with_optimizer=False)
+    features = model.encoder.feature_dims
     require(
-        source.features == model.encoder.feature_dims,
-        f"train.init {source.path} reads features {source.features}, this run {model.encoder.feature_dims}; choose "
-        "another, or give model.features",
+        list(source.features.items()) == list(features.items()),  # in this order: it is that of the columns
+        f"train.init {source.path} reads features {source.features}, this run {features}; choose another, or give "
+        f"model.features {list(source.features)}",
     )
+    theirs, ours = config_from_dict(source.config).model, run.config.model
+    for key in MEANING:
+        before, now = getattr(theirs, key), getattr(ours, key)
+        require(
+            before == now,
+            f"train.init {source.path} has model.{key} {before!r}, this run {now!r}: its weights mean something else; "
+            f"choose another, or give model.{key}",
+        )
     require(
         not run.config.model.id_table or source.manifest_sha256 == run.store.manifest.sha256,
         f"train.init {source.path} has an id table of another store's items; use that store, or no model.id_table",
     )
     check_features(run.store, source)
     load_weights(model, source)
+
+
+def vocabulary_hashes(store: Store) -> dict[str, str]:
+    """What the copy of a store's vocabulary that a run keeps is held against."""
+    return {"rows": store.manifest.tables[VOCAB_FILE], "file": store.manifest.table_files.get(VOCAB_FILE, "")}
 
 
 def save(run: Run, learner: Learner, state: TrainState, writer: CheckpointWriter) -> None:

@@ -1,20 +1,25 @@
 """Where a pretrained text model is: in a local folder, in an installed package, or in a snapshot of a hub repository.
 
 Everything is loaded from the folder found here, so nothing later uses the network, and one place says why a model
-cannot be found.
+cannot be found. An image model's config may name nothing that a hub holds, either.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
+from collections.abc import Set
 from pathlib import Path
+from typing import Any
 
 from fmrl_dist.base.errors import UserError, require
 
 PACKAGE_PREFIX = "package:"
 # Weights (safetensors only), config and tokenizer: fetched from a hub, and hashed as the revision of a local folder.
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+
+TIMM_NAME = re.compile(r"\w+(\.\w+)?", re.ASCII)  # an architecture of timm's own; a hub's has a colon
 
 
 def find_text_model(name: str, revision: str) -> tuple[Path, str]:
@@ -102,3 +107,40 @@ def _content_sha256(folder: Path) -> str:
         with path.open("rb") as file:
             total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return total.hexdigest()
+
+
+def check_towers(name: str, config: dict[str, Any], text_models: Set[str]) -> None:
+    """Refuse the config of an image model that names anything but architectures that the libraries hold themselves.
+
+    Only the image tower is used, but open_clip builds the text tower too: for one of transformers, it reads the config
+    that ``hf_model_name`` names, and transformers fetches and runs the attention that this config names.
+
+    Args:
+        name: of the model, for the message.
+        config: as open_clip takes it.
+        text_models: names of text towers that open_clip's own configs have.
+
+    Raises:
+        UserError: likewise.
+    """
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    require(
+        isinstance(vision, dict) and isinstance(text, dict),
+        f"image model {name}: vision_cfg and text_cfg are not both mappings; expected an open_clip model config",
+    )
+    tower = text.get("hf_model_name")
+    require(
+        not tower or (isinstance(tower, str) and tower in text_models and not Path(tower).exists()),
+        f"image model {name}: text_cfg.hf_model_name is {str(tower)[:100]!r}, which is not a text tower of open_clip's "
+        "own models, or is a folder here; the tower could run code from a hub: choose another model",
+    )
+    architecture = vision.get("timm_model_name")
+    require(
+        not architecture or (isinstance(architecture, str) and TIMM_NAME.fullmatch(architecture) is not None),
+        f"image model {name}: vision_cfg.timm_model_name is {str(architecture)[:100]!r}; expected the name of an "
+        "architecture, such as vit_base_patch16_224, not of a model on a hub",
+    )
+    require(
+        not vision.get("timm_model_pretrained"),
+        f"image model {name}: vision_cfg.timm_model_pretrained is on, which fetches other weights; turn it off",
+    )

@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 
 from fmrl_dist.base.errors import UserError, require
+from shards.encoders.model_folder import check_towers
 from shards.encoders.torchvision_import import make_torchvision_importable
 
 make_torchvision_importable()
@@ -106,15 +107,22 @@ def read_architecture(model: str) -> Architecture:
     """The architecture of a name that open_clip knows, or of a JSON file.
 
     Raises:
-        UserError: neither.
+        UserError: neither, or it names what a hub holds.
     """
-    if not model.endswith(".json"):
-        names = open_clip.list_models()
-        close = difflib.get_close_matches(model, names, 1)
-        hint = f"; did you mean {close[0]!r}?" if close else "; open_clip.list_models() lists them"
-        require(model in names, f"open_clip knows no image model {model!r}{hint}")
-        return Architecture(model, open_clip.get_model_config(model), None)
-    path = Path(model)
+    architecture = _named_architecture(model) if not model.endswith(".json") else _architecture_in(Path(model))
+    check_towers(model, architecture.config, _known_text_towers())
+    return architecture
+
+
+def _named_architecture(model: str) -> Architecture:
+    names = open_clip.list_models()
+    close = difflib.get_close_matches(model, names, 1)
+    hint = f"; did you mean {close[0]!r}?" if close else "; open_clip.list_models() lists them"
+    require(model in names, f"open_clip knows no image model {model!r}{hint}")
+    return Architecture(model, open_clip.get_model_config(model), None)
+
+
+def _architecture_in(path: Path) -> Architecture:
     require(path.is_file(), f"image model {path} does not exist; expected a JSON file of an open_clip model config")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -125,6 +133,12 @@ def read_architecture(model: str) -> Architecture:
         if isinstance(config, dict) and isinstance(preprocessing, dict) and all(key in config for key in CONFIG_KEYS):
             return Architecture(path.stem, config, preprocessing)
     raise UserError(f"image model {path} is not an open_clip model config; expected the keys {', '.join(CONFIG_KEYS)}")
+
+
+def _known_text_towers() -> set[str]:
+    """The text towers of transformers that open_clip's own models have."""
+    configs = map(open_clip.get_model_config, open_clip.list_models())
+    return {name for config in configs if (name := config.get("text_cfg", {}).get("hf_model_name"))}
 
 
 def load_tower(model: ImageModel) -> torch.nn.Module:

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.progress import Progress
+from fmrl_dist.base.yaml_text import shown
 from fmrl_dist.config.features import TransformersFeature
 from shards.encoders.compute import Compute, choose_compute
 from shards.encoders.encoded_blocks import EncodedBlocks
@@ -37,6 +38,7 @@ from shards.encoders.torchvision_import import make_torchvision_importable
 # What a model's config may ask for; any other name, and flash attention that is not installed, is fetched from a hub.
 IMPLEMENTATION_KEY = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 IMPLEMENTATIONS = {"eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm"}
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 BLOCK_ITEMS = 1024  # at most a minute or so of BGE-large on a CPU core is lost; a GPU writes a file a second
 
 
@@ -133,7 +135,7 @@ def load_encoder(config: TransformersFeature) -> TextEncoder:
         UserError: they cannot be found or loaded, lack weights, or are not a text encoder.
     """
     folder, revision = find_text_model(config.model, config.revision)
-    _check_attention(config.model, folder)
+    _check_code(config.model, folder)
     make_torchvision_importable()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -163,8 +165,8 @@ def load_encoder(config: TransformersFeature) -> TextEncoder:
     )
 
 
-def _check_attention(model: str, folder: Path) -> None:
-    """Refuse a model that names an attention of its own: transformers would fetch it from a hub, and run it.
+def _check_code(model: str, folder: Path) -> None:
+    """Refuse a model that names an attention of its own, or is quantized: transformers would fetch and run kernels.
 
     It would do so even without ``trust_remote_code``.
     """
@@ -177,6 +179,11 @@ def _check_attention(model: str, folder: Path) -> None:
         for key, value in part.items() if isinstance(part, dict) else enumerate(part):
             if isinstance(value, dict | list):
                 parts.append(value)
+            require(
+                key not in QUANTIZATION_KEYS or value is None,
+                f"model {model!r}: {folder / 'config.json'} has {key} {shown(value)}; expected a model of float "
+                "weights, since a quantized one can run code from a hub",
+            )
             if IMPLEMENTATION_KEY.fullmatch(str(key)) and not IMPLEMENTATIONS.issuperset(_words(value)):
                 raise UserError(
                     f"model {model!r}: {folder / 'config.json'} has {key} {value!r}; expected one of "

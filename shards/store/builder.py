@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fmrl_dist.base.errors import UserError, require
-from fmrl_dist.base.files import foreign_entries, replaced_folder
+from fmrl_dist.base.files import file_sha256, foreign_entries, replaced_folder
 from fmrl_dist.base.locks import only_writer
 from fmrl_dist.base.progress import Progress
 from fmrl_dist.base.urls import hide_credentials, is_url
@@ -225,6 +225,7 @@ def _write_store(config: Config, folder: Path, encoding: Path) -> list[ItemFeatu
         tables={name: rows_sha256([table]) for name, table in tables.items()},
         fits={name: hashlib.sha256(data).hexdigest() for name, data in fits.items()},
         built_from=record(config, files, features),
+        table_files={name: file_sha256(folder / name) for name in tables},
     )
     (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return features
@@ -268,6 +269,12 @@ def _write_histories(raw: _RawData, blocks: SplitBlocks) -> tuple[LeaveOneOutWri
         column = raw.config.sequences.times
         print(
             f"histories: {writer.num_sorted_users:,} users' events were out of order: sorted by {column!r}", flush=True
+        )
+    if writer.num_repeated_events:
+        print(
+            f"histories: {writer.num_repeated_events:,} events stand twice (same user, item and time): kept as they "
+            "are; remove them from the table if each happened once",
+            flush=True,
         )
     check_unique(users, f"column {raw.config.sequences.user!r} of {raw.history_path}")
     require(

@@ -30,7 +30,8 @@ class LeaveOneOutWriter:
         self._blocks = blocks
         self._external: list[pa.Array] = []
         self.train_count = np.zeros(num_items, np.int64)  # train events of each item
-        self.num_users = self.num_dropped_users = self.num_events = self.num_sorted_users = 0
+        self.num_users = self.num_dropped_users = self.num_events = 0
+        self.num_sorted_users = self.num_repeated_events = 0
 
     def add(self, histories: Histories) -> None:
         """Cut and pack the histories; those with fewer than 2 events are dropped and counted."""
@@ -39,6 +40,7 @@ class LeaveOneOutWriter:
         self._external.append(histories.users.take(pa.array(keep)))
         self.num_dropped_users += len(low) - len(keep)
         self.num_sorted_users += histories.num_sorted
+        self.num_repeated_events += histories.num_repeated
         users = self.num_users + np.arange(len(keep))
         self.num_users += len(keep)
         low, high = low[keep], high[keep]

@@ -35,6 +35,7 @@ class Histories:
     items: np.ndarray  # int64 [events], internal ids
     times: np.ndarray | None  # int64 [events], Unix seconds where the table has timestamps
     num_sorted: int = 0  # users of a table of sequences whose list was not in order of time
+    num_repeated: int = 0  # events that an earlier event of the user equals, in item and time
 
 
 class HistoryBatches(NamedTuple):
@@ -81,7 +82,7 @@ def _parse_sequences(found: TableBatches, path: Path, table: SequenceTableConfig
     for batch in found.batches:
         starts, values = _flatten(batch[table.items], item_column)
         items = ids.lookup(as_ids(values, item_column), item_column)
-        times, num_sorted = None, 0
+        times, num_sorted, num_repeated = None, 0, 0
         if table.times:
             where = f"column {table.times!r} of {path}"
             time_starts, time_values = _flatten(batch[table.times], where)
@@ -93,9 +94,10 @@ def _parse_sequences(found: TableBatches, path: Path, table: SequenceTableConfig
             if num_sorted := len(np.unique(rows[1:][late])):
                 order = np.lexsort((ticks, rows))
                 ticks, items = ticks[order], items[order]
+            num_repeated = _num_repeated(rows, ticks, items)
             times = _seconds(ticks, time_values.type)
         users = as_ids(batch[table.user], f"column {table.user!r} of {path}")
-        yield Histories(users, starts, items, times, num_sorted)
+        yield Histories(users, starts, items, times, num_sorted, num_repeated)
 
 
 def _read_interactions(path: Path, table: SequenceTableConfig, ids: ItemIds) -> Histories:
@@ -110,11 +112,23 @@ def _read_interactions(path: Path, table: SequenceTableConfig, ids: ItemIds) -> 
         ticks = _ticks(column, f"column {table.times!r} of {path}")
         order = np.lexsort((ticks, rows))  # stable: events of one time keep the table's order
         times = _seconds(ticks, column.type)[order]
+        num_repeated = _num_repeated(rows[order], ticks[order], items[order])
     else:
-        order, times = np.argsort(rows, kind="stable"), None
+        order, times, num_repeated = np.argsort(rows, kind="stable"), None, 0
     starts = np.zeros(len(users.dictionary) + 1, np.int64)
     np.cumsum(np.bincount(rows, minlength=len(users.dictionary)), out=starts[1:])
-    return Histories(users.dictionary, starts, items[order], times)
+    return Histories(users.dictionary, starts, items[order], times, num_repeated=num_repeated)
+
+
+def _num_repeated(rows: np.ndarray, ticks: np.ndarray, items: np.ndarray) -> int:
+    """How many events equal an earlier one in user, time and item; events are sorted by user and time."""
+    same = (np.diff(rows) == 0) & (np.diff(ticks) == 0)
+    tied = np.zeros(len(rows), np.bool_)
+    tied[1:] |= same
+    tied[:-1] |= same
+    rows, ticks, items = rows[tied], ticks[tied], items[tied]  # few, where times are fine
+    order = np.lexsort((items, ticks, rows))
+    return int(np.logical_and.reduce([np.diff(values[order]) == 0 for values in (rows, ticks, items)]).sum())
 
 
 def _flatten(column: pa.ChunkedArray, where: str) -> tuple[np.ndarray, pa.Array]:

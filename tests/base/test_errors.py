@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -78,20 +80,20 @@ def test_a_crash_keeps_its_traceback(then: str, error: str, unbuffered: str) -> 
     assert status == 1 and complaint.startswith("Traceback") and error in complaint
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-@pytest.mark.parametrize("inherited", ["default", "ignored"])
-def test_a_signal_ends_a_command_with_one_line_and_cleaned_up(name: str, inherited: str, tmp_path: Path) -> None:
-    """Also where a background shell has it ignored, as ``nohup make test &`` does."""
-    number = signal.Signals[name]
-    then = (
-        "from pathlib import Path; from fmrl_dist.base.files import replaced_folder\n"
-        "    with replaced_folder(Path(os.environ['TARGET'])) as folder:\n"
-        "        print('second', flush=True); sys.stdin.readline()"
-    )
+FILLS_A_FOLDER = """
+    from pathlib import Path
+    from fmrl_dist.base.files import replaced_folder
+    with replaced_folder(Path(os.environ["TARGET"])) as folder:
+        print("second", flush=True); sys.stdin.readline()
+"""
+
+
+def signalled(number: signal.Signals, inherited: str, target: Path) -> tuple[int, str]:
+    """Exit status and stderr of a program that gets a signal while it fills a folder, and then may go on."""
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM.format(then=then)],
+        [sys.executable, "-c", PROGRAM.format(then=FILLS_A_FOLDER)],
         cwd=REPOSITORY,
-        env=clean_environment() | {"TARGET": str(tmp_path / "target")},
+        env=clean_environment() | {"TARGET": str(target)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -102,11 +104,64 @@ def test_a_signal_ends_a_command_with_one_line_and_cleaned_up(name: str, inherit
     process.stdin.write("go on\n")
     process.stdin.flush()
     assert [process.stdout.readline() for _ in range(2)] == ["first\n", "second\n"]
-    assert list(tmp_path.iterdir()), "a folder is being filled, and its lock is held"
+    assert list(target.parent.iterdir()), "a folder is being filled, and its lock is held"
     process.send_signal(number)
+    if number == signal.SIGHUP and inherited == "ignored":
+        time.sleep(0.2)  # in which it would end
+        process.stdin.write("go on\n")
     _, complaint = process.communicate(timeout=60)
-    assert (process.returncode, complaint) == (128 + number, f"ended by {name}\n")
+    return process.returncode, complaint
+
+
+@pytest.mark.parametrize(
+    ("name", "inherited"),
+    [
+        ("SIGINT", "default"),
+        ("SIGTERM", "default"),
+        ("SIGHUP", "default"),
+        ("SIGINT", "ignored"),
+        ("SIGTERM", "ignored"),
+    ],
+)
+def test_a_signal_ends_a_command_with_one_line_and_cleaned_up(name: str, inherited: str, tmp_path: Path) -> None:
+    """Also where a background shell has it ignored, as ``make test &`` does with INT."""
+    number = signal.Signals[name]
+    assert signalled(number, inherited, tmp_path / "target") == (128 + number, f"ended by {name}\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_hup_does_not_end_what_nohup_has_started(tmp_path: Path) -> None:
+    assert signalled(signal.SIGHUP, "ignored", tmp_path / "target") == (0, "")
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_nohup_covers_the_seconds_of_importing(tmp_path: Path) -> None:
+    command = ["nohup", sys.executable, "-m", "shards.verify", str(tmp_path / "none")]
+    process = subprocess.Popen(command, cwd=REPOSITORY, env=clean_environment(), stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not is_caught(process.pid, signal.SIGTERM):
+        pass
+    process.send_signal(signal.SIGHUP)
+    assert "error: store" in process.communicate(timeout=60)[1]
+    assert process.returncode == EXIT_USER_ERROR
+
+
+def test_what_cannot_be_read_is_one_line_that_says_so() -> None:
+    """For another user than the one who runs the tests, perhaps root, who may read anything."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        for path, closed in ((folder / "file", folder / "file"), (folder / "in" / "file", folder / "in")):
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
+            closed.chmod(0)
+            drop = "os.setuid(65534) if os.getuid() == 0 else None"
+            status, complaint = run(f"{drop}; open('{path}').read()", "", leave=False)
+            assert status == EXIT_USER_ERROR
+            assert complaint == (
+                f"error: Permission denied ({path}); {closed} cannot be read by this user: ask for the right to, or "
+                "choose another, then run this again\n"
+            )
+            closed.chmod(0o755)
 
 
 @pytest.mark.parametrize(
@@ -115,6 +170,7 @@ def test_a_signal_ends_a_command_with_one_line_and_cleaned_up(name: str, inherit
         ("EROFS", "choose a place"),
         ("EACCES", "choose a place"),
         ("ENOSPC", "free space"),
+        ("EIO", "check the disk"),
         ("ENAMETOOLONG", "choose a shorter path"),
         ("EISDIR", "move this folder away"),
     ],
@@ -229,7 +285,8 @@ def test_a_signal_amid_imports_is_one_line(name: str, module: str) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(number, signal.SIG_IGN),  # as a shell does for a command in the background
+        # As a shell does for a command in the background; what it means by an ignored HUP is nohup's promise.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL if name == "SIGHUP" else signal.SIG_IGN),
     )
     while process.poll() is None and not is_caught(process.pid, signal.SIGHUP):
         pass

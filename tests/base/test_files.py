@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -11,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from fmrl_dist.base import files
+from fmrl_dist.base import files, locks
 from fmrl_dist.base.errors import UserError
-from fmrl_dist.base.files import replaced_folder
+from fmrl_dist.base.files import final_name, replaced_folder, write_atomically
 
 FORK = multiprocessing.get_context("fork")
 
@@ -106,3 +107,84 @@ def test_killed_at_any_time_a_whole_folder_is_there(tmp_path: Path) -> None:
     with replaced_folder(tmp_path / "target") as folder:
         fill(folder, "last")
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def replace_and_die_in_between(target: Path) -> None:
+    """Where the kernel cannot swap folders: killed after the old one was moved aside."""
+    files.ctypes.CDLL = lambda *_, **__: object()  # type: ignore[assignment, misc]
+    rename = Path.rename
+
+    def rename_once(path: Path, to: Path) -> Path:
+        rename(path, to)
+        os.kill(os.getpid(), signal.SIGKILL)
+        return to
+
+    with replaced_folder(target) as folder:
+        fill(folder, "new")
+        Path.rename = rename_once  # type: ignore[method-assign, assignment]
+
+
+def test_an_old_folder_that_was_moved_aside_is_put_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is filled: the next writer may fail too."""
+    target = tmp_path / "target"
+    with replaced_folder(target) as folder:
+        fill(folder, "old")
+    process = FORK.Process(target=replace_and_die_in_between, args=(target,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and not target.exists()
+    with pytest.raises(RuntimeError), replaced_folder(target):
+        raise RuntimeError
+    assert f"{target} had been moved aside by a process that was killed; it is put back" in capsys.readouterr().out
+    assert (target / "file").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_what_a_process_of_another_machine_may_be_filling_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Some network file systems are mounted without locks between machines; after a week it is abandoned."""
+    left, lock = tmp_path / f".target.{'ab' * 8}", tmp_path / ".target.lock"
+    left.mkdir()
+    fill(left, "theirs")
+    lock.write_text("process 7 of elsewhere\n")
+    with replaced_folder(tmp_path / "target") as folder:
+        fill(folder, "ours")
+    assert f"{left} is left alone: process 7 of elsewhere may still be filling it" in capsys.readouterr().out
+    assert (left / "file").read_text() == "theirs" and (tmp_path / "target" / "file").read_text() == "ours"
+    for path in (left / "file", left):
+        os.utime(path, (1e9, 1e9))
+    lock.write_text("process 7 of elsewhere\n")
+    with replaced_folder(tmp_path / "target") as folder:
+        fill(folder, "ours again")
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_a_file_system_without_locks_is_announced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lockf(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(locks.fcntl, "lockf", lockf)
+    with replaced_folder(tmp_path / "target") as folder:
+        fill(folder, "new")
+    said = capsys.readouterr().out
+    assert said == f"{tmp_path / 'target'} cannot be locked: nothing prevents a second process from writing it\n"
+    assert (tmp_path / "target" / "file").read_text() == "new"
+
+
+def write_and_die(path: Path) -> None:
+    """Killed before the temporary file gets its name."""
+    os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+    write_atomically(path, b"{}")
+
+
+def test_a_temporary_file_has_a_final_name(tmp_path: Path) -> None:
+    process = FORK.Process(target=write_and_die, args=(tmp_path / "evaluation.json",))
+    process.start()
+    process.join()
+    (left,) = tmp_path.iterdir()
+    assert left.name != "evaluation.json"
+    names = (left.name, "evaluation.json", ".hidden", ".a.b")
+    assert [final_name(name) for name in names] == ["evaluation.json", "evaluation.json", ".hidden", ".a.b"]

@@ -10,7 +10,16 @@ import pytest
 
 from fmrl_dist import evaluate, export, train
 from fmrl_dist.checkpoint.folder import find_checkpoint, linked_checkpoint, load_checkpoint
-from tests.fixtures.training import STEPS_PER_EPOCH, evaluation, figures, make_shop, refusal, run_here, train_here
+from tests.fixtures.training import (
+    STEPS_PER_EPOCH,
+    contents,
+    evaluation,
+    figures,
+    make_shop,
+    refusal,
+    run_here,
+    train_here,
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +41,12 @@ def stopped(shop: Path) -> Path:
 
 
 def copy(run: Path, target: Path, how: str) -> Path:
-    """As ``cp -rL`` does, or as a bucket does, which holds no links."""
-    ignored = shutil.ignore_patterns("latest", "best") if how == "no links" else None
-    return Path(shutil.copytree(run, target, symlinks=how == "links", ignore=ignored))
+    """As ``cp -rL`` does, perhaps of the links only, or as a bucket does, which holds no links."""
+    ignored = {"no links": ("latest", "best"), "folders": (), "only the links' folders": ("step-*",)}[how]
+    return Path(shutil.copytree(run, target, ignore=shutil.ignore_patterns(*ignored)))
 
 
-@pytest.mark.parametrize("how", ["no links", "folders"])
+@pytest.mark.parametrize("how", ["no links", "folders", "only the links' folders"])
 def test_a_copy_resumes_where_the_run_was(
     how: str, shop: Path, whole: Path, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -51,7 +60,7 @@ def test_a_copy_resumes_where_the_run_was(
     assert len([path for path in (run / "checkpoints").iterdir() if not path.is_symlink()]) <= 3
 
 
-@pytest.mark.parametrize("how", ["no links", "folders"])
+@pytest.mark.parametrize("how", ["no links", "folders", "only the links' folders"])
 def test_a_copy_is_evaluated_and_exported_at_its_best(how: str, whole: Path, tmp_path: Path) -> None:
     run = copy(whole, tmp_path / "run", how)
     best = load_checkpoint(whole).state.step
@@ -102,3 +111,66 @@ def test_a_folder_that_is_no_checkpoint_is_not_removed(shop: Path, stopped: Path
     line = refusal(train.main, "--config", shop, "--run.dir", run, "--resume", "auto")
     assert "latest is a folder but not an intact checkpoint; expected a link" in line
     assert (run / "checkpoints" / "latest" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_copy_of_the_best_alone_resumes_there(
+    shop: Path, whole: Path, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copy(stopped, tmp_path / "run", "only the links' folders")
+    shutil.rmtree(run / "checkpoints" / "latest")
+    step = load_checkpoint(stopped).state.step
+    train_here(shop, run, "--resume", "auto")
+    assert f"from step {step} to" in capsys.readouterr().out and 0 < step < 2 * STEPS_PER_EPOCH
+    assert figures(run) == figures(whole) and evaluation(run) == evaluation(whole)
+
+
+@pytest.mark.parametrize("left", [("finished.json",), ("evaluation.json",), ("metrics.jsonl",)])
+def test_a_copy_without_checkpoints_is_not_begun_anew(
+    left: tuple[str, ...], shop: Path, whole: Path, tmp_path: Path
+) -> None:
+    """Each of these files alone says that there were checkpoints; nothing of them is touched."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.yaml", *left):
+        shutil.copy(whole / name, run / name)
+    before = contents(run)
+    line = refusal(train.main, "--config", shop, "--run.dir", run, "--resume", "auto")
+    assert f"run folder {run} holds {', '.join(left)} of a run that was saved, but no checkpoint: copy" in line
+    assert contents(run) == before
+
+
+def test_a_run_that_died_before_its_first_checkpoint_begins_anew(shop: Path, whole: Path, tmp_path: Path) -> None:
+    """Perhaps while it wrote that checkpoint; ``--resume auto`` must then need nobody."""
+    for name, num_lines in (("before", STEPS_PER_EPOCH), ("meanwhile", 2 * STEPS_PER_EPOCH)):
+        run = tmp_path / name
+        run.mkdir()
+        shutil.copy(whole / "config.yaml", run)
+        lines = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)[:num_lines]
+        (run / "metrics.jsonl").write_text("".join(lines))
+        if name == "meanwhile":
+            (run / "checkpoints" / ".step-00000008").mkdir(parents=True)
+        train_here(shop, run, "--resume", "auto")
+        assert figures(run) == figures(whole) and evaluation(run) == evaluation(whole)
+
+
+@pytest.mark.parametrize("resume", ["auto", "a run"])
+def test_a_folder_of_others_is_not_trained_into(resume: str, shop: Path, whole: Path, tmp_path: Path) -> None:
+    """Its files may be named like a run's."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    words = ["--config", shop, "--run.dir", folder, "--resume", whole if resume == "a run" else resume]
+    for name in ("requeue", "evaluation.json", "config.yaml"):
+        (folder / name).write_text("model: mine\n")
+        before = contents(folder)
+        line = refusal(train.main, *words)
+        assert f"folder {folder} holds " in line and "and is not a run's: it lacks the config.yaml" in line
+        assert contents(folder) == before
+
+
+def test_a_folder_with_nothing_but_a_log_is_trained_into(shop: Path, whole: Path, tmp_path: Path) -> None:
+    """As ``train … > run/train.log`` makes it."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "train.log").write_text("begins\n")
+    train_here(shop, run, "--resume", "auto")
+    assert figures(run) == figures(whole) and (run / "train.log").read_text() == "begins\n"

@@ -399,9 +399,12 @@ def test_an_export_with_a_file_of_others_is_not_replaced(run: Path, tmp_path: Pa
     exported = tmp_path / "export"
     export_here(run, 8, "--output", exported)
     run_here(evaluate.main, ["--checkpoint", exported, "--threads", 1])
+    (exported / f".evaluation.json.{'0a' * 8}").touch()  # of an evaluation that was killed
     export_here(run, 4, "--output", exported, "--overwrite")  # an evaluation's files are ours
+    assert not list(exported.glob(".*"))
+    (exported / f".notes.md.{'0a' * 8}").touch()
     (exported / "notes.md").write_text("mine")
     before = contents(exported)
     line = refusal(export.main, "--checkpoint", run, "--size", 8, "--output", exported, "--overwrite")
-    assert f"{exported} holds notes.md, which an export does not have; move it away" in line
+    assert f"{exported} holds .notes.md.{'0a' * 8}, notes.md, which an export does not have; move it away" in line
     assert contents(exported) == before

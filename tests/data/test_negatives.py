@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from fmrl_dist import evaluate, export, train
 from fmrl_dist.base.errors import UserError
+from fmrl_dist.config.sections import StoreConfig
 from fmrl_dist.data import item_statistics
 from fmrl_dist.data.alias import alias_table, draw
 from fmrl_dist.data.batches import SampledBatch
@@ -107,6 +108,27 @@ def test_target_shares_are_those_of_an_epoch(store: Store, windows: str) -> None
     np.testing.assert_allclose(found, counts / counts.sum(), rtol=1e-6)
 
 
+def test_target_shares_follow_what_can_be_read(shop: Path, tmp_path: Path) -> None:
+    """Counted while a block is damaged and left out, they are not those of the repaired store; nor the reverse."""
+    folder, rule = shutil.copytree(shop.parent / "store", tmp_path / "store"), WindowRule(50, "last", True)
+    skipping = Store.open(folder, StoreConfig(on_bad_shard="skip"))
+    block = skipping.manifest.splits["train"][1]
+    whole = target_log_shares(Store.open(shop.parent / "store"), rule)
+    content = (folder / block.shard).read_bytes()
+    middle = block.offset + block.num_bytes // 2
+    np.testing.assert_array_equal(target_log_shares(skipping, rule), whole)
+    (folder / block.shard).write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    counts = np.zeros(NUM_ITEMS)
+    for other in skipping.manifest.splits["train"]:
+        if other != block:
+            np.add.at(counts, skipping.read_block(other)["items"], 1)
+    damaged = target_log_shares(skipping, rule)
+    np.testing.assert_allclose(np.exp(damaged), counts / counts.sum(), rtol=1e-6)
+    assert not np.array_equal(damaged, whole)
+    (folder / block.shard).write_bytes(content)
+    np.testing.assert_array_equal(target_log_shares(skipping, rule), whole)
+
+
 def test_derived_files_are_made_once_and_checked(store: Store) -> None:
     table = popularity_table(store, 0.25)
     assert isinstance(table, np.memmap)
@@ -163,13 +185,14 @@ def test_a_vocabulary_of_other_items_is_refused(shop: Path, tmp_path: Path) -> N
 def test_a_long_vocabulary_of_other_items_is_refused(
     shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that takes long to check has at least a row for each item."""
+    """Of a store whose manifest does not know its files: one that takes long to check has a row for each item."""
     monkeypatch.setattr(tables, "MAX_CHECKED_ROWS", 5)
     shutil.copytree(shop.parent / "store", tmp_path / "store")
     vocab = tmp_path / "store" / "vocab.parquet"
     pq.write_table(pq.read_table(vocab).slice(0, 10), vocab)
     with pytest.raises(UserError, match="has 10 rows; expected the store's 40 items"):
-        popularity_table(Store.open(tmp_path / "store"), 0.75)
+        store = Store.open(tmp_path / "store")
+        popularity_table(Store(store.files, replace(store.manifest, table_files={})), 0.75)
 
 
 def test_an_unwritable_folder_is_refused(shop: Path, tmp_path: Path) -> None:

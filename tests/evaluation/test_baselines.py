@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from fmrl_dist.config.loading import load_config
+from fmrl_dist.config.sections import StoreConfig
 from fmrl_dist.data.item_statistics import train_counts
 from fmrl_dist.data.item_table import load_item_table
 from fmrl_dist.data.store.reader import Store
@@ -108,6 +110,28 @@ def test_they_are_computed_once_and_by_any_number_of_processes(store: Store, mon
     assert here(str(store.path)) == first, "what was changed is computed again"
     monkeypatch.setattr(baselines, "count_baseline", None)
     assert here(str(store.path)) == first
+
+
+def test_neighbours_without_some_training_users_are_not_kept(store: Store, tmp_path: Path) -> None:
+    """Where damaged blocks are left out: the repaired store has others."""
+    folder = Path(shutil.copytree(store.path, tmp_path / "store"))
+    block = store.manifest.splits["train"][1]
+    content = (folder / block.shard).read_bytes()
+    middle = block.offset + block.num_bytes // 2
+    (folder / block.shard).write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+
+    def histograms(access: StoreConfig) -> dict[str, torch.Tensor]:
+        opened = Store.open(folder, access)
+        return baseline_histograms(
+            ["popularity", "item_knn"], opened, "valid", start_runtime(1, lanes=None), StopRequest()
+        )
+
+    damaged = histograms(StoreConfig(on_bad_shard="skip"))
+    (folder / block.shard).write_bytes(content)
+    repaired = histograms(StoreConfig())
+    assert not torch.equal(damaged["item_knn"], repaired["item_knn"])
+    expected = baseline_histograms(["item_knn"], store, "valid", start_runtime(1, lanes=None), StopRequest())
+    assert torch.equal(repaired["item_knn"], expected["item_knn"])
 
 
 def test_item_knn_of_a_large_store_is_left_out_and_that_is_said(

@@ -15,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fmrl_dist.base.errors import UserError
 from fmrl_dist.evaluation.catalogue import COMPARED_ITEMS, EmbeddedCatalogue
 from fmrl_dist.evaluation.metrics import metrics_from_histogram
 from fmrl_dist.evaluation.target_ranks import GUESSED
+from fmrl_dist.model.embed_catalogue import check_rankable
 from fmrl_dist.model.fmrlrec import FMRLRec
 from tests.fixtures.ranking import CUTOFF, histograms, make_block, random_users, target_ranks
 
@@ -269,13 +271,21 @@ def test_no_blocks_count_no_users(model: FMRLRec, embeddings: Tensor) -> None:
     assert torch.equal(found, torch.zeros(len(SIZES), 2 * CUTOFF + 1, dtype=torch.int64))
 
 
-def test_a_model_that_returns_nan_has_no_hits(model: FMRLRec, embeddings: Tensor) -> None:
+@pytest.mark.parametrize("factor", [torch.nan, torch.inf, 1e200])  # in float64
+def test_outputs_that_are_not_finite_are_refused(factor: float, model: FMRLRec, embeddings: Tensor) -> None:
+    """No score is higher than NaN, so they would be figures of 0."""
     histories, targets = random_users(6, NUM_ITEMS, seed=7)
-    found = histograms(
-        model, EmbeddedCatalogue(embeddings * torch.nan), [make_block(histories, targets)], mask_seen=False
-    )
-    assert found[:, 0].tolist() == [6] * len(SIZES)
-    assert set(metrics_from_histogram(found[0]).values()) == {0.0}
+    catalogue, block = EmbeddedCatalogue(embeddings), make_block(histories, targets)
+    hook = model.register_forward_hook(lambda _module, _inputs, z: z * factor)
+    try:
+        with pytest.raises(UserError, match="the model's outputs are not finite, or too large to compare"):
+            histograms(model, catalogue, [block], mask_seen=False)
+    finally:
+        hook.remove()
+    assert histograms(model, catalogue, [block], mask_seen=False).sum() == 6 * len(SIZES)
+    with pytest.raises(UserError, match="the model's item embeddings are not finite, or too large to compare"):
+        check_rankable(embeddings * factor, "item embeddings")
+    check_rankable(embeddings * 1e3, "item embeddings")
 
 
 def test_cosines_rank_as_normalised_prefixes_do() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +18,14 @@ from hypothesis import strategies as st
 
 from fmrl_dist import evaluate, export, train
 from fmrl_dist.base.errors import UserError
+from fmrl_dist.checkpoint.folder import load_checkpoint
 from fmrl_dist.config.loading import load_config
 from fmrl_dist.data.feature_identity import MadeBy, encoder_differences
 from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.vocabulary import external_ids, rows_of
 from shards.store.builder import build_store
+from tests.fixtures.checkpoints import reseal
 from tests.fixtures.stores import read_items
 from tests.fixtures.text_model import write_text_model
 from tests.fixtures.training import (
@@ -95,6 +98,28 @@ def test_an_id_table_follows_the_ids(trained: Path, shuffled: Store, tmp_path: P
     run_here(export.main, words)
     run_here(evaluate.main, ["--checkpoint", tmp_path / "export", "--threads", 1])
     assert evaluation(tmp_path / "export")["sizes"]["8"] == pytest.approx(own["8"], abs=1e-6)
+
+
+def test_the_vocabulary_that_a_run_keeps_is_checked(trained: Path, shuffled: Store, tmp_path: Path) -> None:
+    """Two ids that change places are two rows of the id table that do."""
+    run = Path(shutil.copytree(trained, tmp_path / "run", symlinks=True))
+    table = pq.read_table(run / "vocab.parquet")
+    order = [1, 0, *range(2, NUM_ITEMS)]
+    column = table.column_names.index("external_id")
+    pq.write_table(table.set_column(column, "external_id", table["external_id"].take(order)), run / "vocab.parquet")
+    line = refusal(evaluate.main, "--checkpoint", run, "--store", shuffled.path, "--threads", 1)
+    assert f"{run / 'vocab.parquet'} is damaged (its rows are not those that were written); copy it from" in line
+    best = load_checkpoint(run).path
+    record = json.loads((best / "state.json").read_text())
+    del record["vocabulary"]  # as an older version left it
+    (best / "state.json").write_text(json.dumps(record))
+    reseal(best)
+    figures_on(run, shuffled)
+
+
+def test_ids_may_take_more_than_2_gib(trained: Path) -> None:
+    ids = external_ids((trained / "vocab.parquet").read_bytes(), "vocab.parquet")
+    assert ids.type == pa.large_string() and ids.to_pylist() == [f"i{item}" for item in range(NUM_ITEMS)]
 
 
 def test_an_export_follows_the_ids(trained: Path, shuffled: Store, tmp_path: Path) -> None:

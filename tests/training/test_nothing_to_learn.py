@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,7 +18,18 @@ from fmrl_dist.config.loading import load_config
 from fmrl_dist.data.store.reader import Store
 from shards.store.builder import build_store
 from tests.fixtures.checkpoints import reseal, reseal_export
-from tests.fixtures.training import STEPS_PER_EPOCH, figures, make_shop, records, refusal, run_here, train_here
+from tests.fixtures.stores import write_histories
+from tests.fixtures.training import (
+    FEATURE_DIMS,
+    NUM_ITEMS,
+    STEPS_PER_EPOCH,
+    figures,
+    make_shop,
+    records,
+    refusal,
+    run_here,
+    train_here,
+)
 
 
 @pytest.fixture(scope="module")
@@ -124,15 +138,110 @@ def test_more_epochs_for_a_finished_run(
     assert f"from step {STEPS_PER_EPOCH} on the learning rate is 0" in capsys.readouterr().out
 
 
-def test_initial_weights_of_other_items_or_features(shop: Path, trained: Path, tmp_path: Path) -> None:
-    words = ["--config", shop, "--run.dir", tmp_path / "run", "--train.init", trained]
-    assert "reads features" in refusal(train.main, *words, "--model.features", "[colour]")
-    assert "does not fit its config" in refusal(train.main, *words, "--model.id_table", "true")
-    assert "holds no checkpoint" in refusal(train.main, *words[:-1], tmp_path / "nowhere")
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--model.features", "[colour]"], "reads features {'vector': 6, 'colour': 4}, this run {'colour': 4}"),
+        (["--model.features", "[colour, vector]"], "this run {'colour': 4, 'vector': 6}; choose another, or give"),
+        (
+            ["--model.sizes", "[8]", "--eval.size", "8"],
+            "has model.sizes (4, 8), this run (8,): its weights mean something else",
+        ),
+        (["--model.depth", "2"], "has model.depth 1, this run 2"),
+        (["--model.feature_scale", "none"], "has model.feature_scale 'standardize', this run 'none'"),
+        (["--model.output_norm", "true"], "has model.output_norm False, this run True"),
+        (["--model.id_table", "true"], "has model.id_table False, this run True"),
+        (["--train.init", "nowhere"], "nowhere holds no checkpoint"),
+    ],
+)
+def test_initial_weights_of_another_model(
+    words: list[str], complaint: str, shop: Path, trained: Path, tmp_path: Path
+) -> None:
+    """Their names and shapes may be the same: [4, 8] into [8] once cost a third of the figures."""
+    line = refusal(train.main, "--config", shop, "--run.dir", tmp_path / "run", "--train.init", trained, *words)
+    assert complaint in line
     assert not (tmp_path / "run").exists()
+
+
+def test_what_may_change_with_initial_weights(shop: Path, trained: Path, tmp_path: Path) -> None:
+    words = ["--model.dropout", "0.1", "--model.r_max", "0.5", "--loss.predict_first", "false", "--train.max_steps", 1]
+    train_here(shop, tmp_path / "run", "--train.init", trained, *words)
+
+
+def test_initial_weights_of_another_encoder(shop: Path, trained: Path, tmp_path: Path) -> None:
+    """As a checkpoint says that was trained on other features of the same names and dims."""
+    run = Path(shutil.copytree(trained, tmp_path / "source", symlinks=True))
+    best = load_checkpoint(run).path
+    record = json.loads((best / "state.json").read_text())
+    record["feature_encoders"] = {name: "transformers:other 1" for name in FEATURE_DIMS}
+    (best / "state.json").write_text(json.dumps(record))
+    reseal(best)
+    line = refusal(train.main, "--config", shop, "--run.dir", tmp_path / "run", "--train.init", run)
+    assert "was trained on another feature 'vector' than that of store" in line and "transformers:other 1" in line
 
 
 def test_a_finished_checkpoint_in_a_new_folder(shop: Path, trained: Path, tmp_path: Path) -> None:
     line = refusal(train.main, "--config", shop, "--run.dir", tmp_path / "run", "--resume", trained)
     assert "has nothing left to train, and" in line and "has none of its own" in line
     assert not (tmp_path / "run").exists()
+
+
+def built(shop: Path, folder: Path, lengths: Sequence[int] | None = None, same: bool = False, *words: str) -> Path:
+    """A store of the shop's items: histories of these lengths, or features that are the same for all items."""
+    raw = Path(shutil.copytree(shop.parent / "raw", folder / "raw"))
+    if lengths is not None:
+        write_histories(
+            raw / "sequences.parquet", {f"u{u}": [f"i{u + k}" for k in range(n)] for u, n in enumerate(lengths)}
+        )
+    if same:
+        for name, dim in FEATURE_DIMS.items():
+            rows = np.full((NUM_ITEMS, dim), 0.5, np.float32)
+            rows[1::2] += 1e-5  # nothing in float16
+            np.save(raw / f"{name}.npy", rows)
+    build_store(load_config(shop, ["--data.root", str(raw), "--store.path", str(folder / "store"), *words]))
+    return folder / "store"
+
+
+def test_histories_without_a_target(shop: Path, tmp_path: Path) -> None:
+    """Of 3 events, validation and test take two; the first is a target only from the start position."""
+    words = ["--config", shop, "--store.path", built(shop, tmp_path, [3] * 20), "--run.dir", tmp_path / "run"]
+    line = refusal(train.main, *words, "--loss.predict_first", "false")
+    assert "all 20 training histories of store" in line and "there is no target to learn from; turn it on" in line
+    alone = ["--loss.softmax", "sampled", "--loss.negatives", "in_batch"]
+    assert "each target is alone (one user for each lane" in refusal(train.main, *words, *alone)
+    assert not (tmp_path / "run").exists()
+    run = train_here(shop, tmp_path / "run", *words[2:4], *alone, "--train.lanes", 8, "--train.max_steps", 1)
+    assert records(run)[0]["loss"] > 0
+    longer = built(shop, tmp_path / "longer", [3] * 19 + [4])
+    train_here(shop, tmp_path / "other", "--store.path", longer, "--loss.predict_first", "false", "--train.epochs", 1)
+    assert max(record["loss"] for record in records(tmp_path / "other")) > 0
+
+
+@pytest.mark.parametrize("mode", ["table", "inline"])
+def test_features_that_are_the_same_for_all_items(mode: str, shop: Path, trained: Path, tmp_path: Path) -> None:
+    inline = ["--store.feature_mode", mode, "--loss.softmax", "sampled"]
+    store = built(shop, tmp_path, None, True, *inline)
+    line = refusal(train.main, "--config", shop, "--store.path", store, "--run.dir", tmp_path / "run", *inline)
+    assert f"all items of store {store} have the same features (vector, colour), and the model has no id table" in line
+    assert not (tmp_path / "run").exists()
+    assert "have the same features" in refusal(evaluate.main, "--checkpoint", trained, "--store", store, "--threads", 1)
+    if mode == "table":
+        train_here(shop, tmp_path / "run", "--store.path", store, "--model.id_table", "true", "--train.max_steps", 1)
+
+
+def test_weights_whose_outputs_are_not_finite(trained: Path, tmp_path: Path) -> None:
+    """Finite weights, in a checkpoint and in an export."""
+    run = Path(shutil.copytree(trained, tmp_path / "run", symlinks=True))
+    run_here(export.main, ["--checkpoint", run, "--size", 8, "--output", tmp_path / "export"])
+    best = load_checkpoint(run).path
+    for file in (best / "model.safetensors", tmp_path / "export" / "item_embeddings.safetensors"):
+        save_file({name: t * 1e30 for name, t in load_file(file).items()}, file, metadata={"format": "pt"})
+    reseal(best)
+    reseal_export(tmp_path / "export")
+    before = (run / "evaluation.json").read_bytes()
+    for model in (run, tmp_path / "export"):
+        line = refusal(evaluate.main, "--checkpoint", model, "--threads", 1)
+        assert "the model's item embeddings are not finite, or too large to compare" in line
+    words = ["--checkpoint", run, "--size", 4, "--output", tmp_path / "other"]
+    assert "are not finite, or too large to compare" in refusal(export.main, *words)
+    assert (run / "evaluation.json").read_bytes() == before and not (tmp_path / "other").exists()

@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -25,6 +26,10 @@ T = TypeVar("T")
 
 class SourceError(UserError):
     """The source of a store does not answer. The store itself may be intact, so none of its blocks may be skipped."""
+
+
+class FinalError(UserError):
+    """A problem that a retry cannot solve."""
 
 
 class StoreFiles(Protocol):
@@ -59,19 +64,22 @@ class LocalFiles:
         self.location = str(folder)
 
     def read(self, name: str, parse: Callable[[bytes], T]) -> T:
-        return parse(self._existing(name).read_bytes())
+        with _said(f"{name} "):
+            data = self._existing(name).read_bytes()
+        return parse(data)
 
     def read_range(self, name: str, offset: int, num_bytes: int, sha256: str) -> bytes:
-        with self._existing(name).open("rb") as file:
+        with _said(), self._existing(name).open("rb") as file:
             file.seek(offset)
             there = max(min(num_bytes, os.fstat(file.fileno()).st_size - offset), 0)
-            return checked_range(file.read(there), num_bytes, sha256)
+            data = file.read(there)
+        return checked_range(data, num_bytes, sha256)
 
     def size(self, name: str) -> int:
         return self._existing(name).stat().st_size
 
     def stream(self, name: str, num_bytes: int) -> Iterator[bytes]:
-        with self._existing(name).open("rb") as file:
+        with _said(f"{name} "), self._existing(name).open("rb") as file:
             while num_bytes > 0 and (piece := file.read(min(CHUNK_BYTES, num_bytes))):
                 yield piece
                 num_bytes -= len(piece)
@@ -84,6 +92,19 @@ class LocalFiles:
         if not path.is_file():
             raise FileNotFoundError(path)
         return path
+
+
+@contextmanager
+def _said(subject: str = "") -> Iterator[None]:
+    """A file that the system cannot read, though it is there, is said to be so."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise SourceError(
+            f"{subject}cannot be read ({error.strerror}); check its disk, and this user's rights to the file"
+        ) from None
 
 
 def checked_name(name: str) -> str:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Set
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -30,6 +30,8 @@ USERS_FILE = "users.parquet"
 SPLITS = ("train", "valid", "test")
 ROW_BYTES = 8  # of an id: every item, user or event takes at least as many
 SHARD_NAME = re.compile(r"[a-z]+-\d{6}\.tar", re.ASCII)
+
+UNHASHED = ("sha256", "built_from", "table_files")  # what names no store
 
 T = TypeVar("T")
 
@@ -85,7 +87,7 @@ class Manifest:
     ``num_events`` counts the whole histories of the ``num_users`` users that were kept; ``num_dropped_users`` had fewer
     than 2 events. ``tables`` maps each Parquet file to the digest of its rows, ``fits`` each feature that was fitted to
     its items to the sha256 of :func:`fit_file`. ``built_from`` has a hash of its own: other tables can give the same
-    store.
+    store. ``table_files`` maps each Parquet file to its sha256, which depends on its writer and so names no store.
     """
 
     schema_version: int
@@ -101,6 +103,7 @@ class Manifest:
     tables: dict[str, str]
     fits: dict[str, str]
     built_from: BuiltFrom | None  # None in a store of schema version 2
+    table_files: dict[str, str] = field(default_factory=dict)  # empty in a store of an older version
 
     @cached_property
     def sha256(self) -> str:
@@ -112,6 +115,8 @@ class Manifest:
 
     def _raw(self) -> dict[str, Any]:
         raw = asdict(self)
+        if not self.table_files:
+            del raw["table_files"]
         if self.schema_version == WITHOUT_RECORD:
             del raw["fits"], raw["built_from"]
             for feature in raw["features"]:
@@ -157,8 +162,8 @@ class Manifest:
 
 
 def manifest_sha256(raw: dict[str, Any]) -> str:
-    """Hash of a manifest's canonical JSON without this hash and without ``built_from``."""
-    return json_sha256({key: value for key, value in raw.items() if key not in ("sha256", "built_from")})
+    """Hash of a manifest's canonical JSON without this hash, ``built_from`` and ``table_files``."""
+    return json_sha256({key: value for key, value in raw.items() if key not in UNHASHED})
 
 
 def fit_file(feature: str) -> str:
@@ -172,12 +177,13 @@ def block_sha256(data: bytes) -> str:
 
 
 def _parse_manifest(raw: dict[str, Any]) -> Manifest:
+    missing = {"table_files"} - raw.keys()
     if raw["schema_version"] == WITHOUT_RECORD:
-        values = dict(_check_fields(Manifest, raw, "manifest", {"fits", "built_from"}))
+        values = dict(_check_fields(Manifest, raw, "manifest", missing | {"fits", "built_from"}))
         values |= {"fits": {}, "built_from": None}
         values["features"] = _parse_list(Feature, values["features"], "features", {"recipe"})
     else:
-        values = dict(_check_fields(Manifest, raw, "manifest"))
+        values = dict(_check_fields(Manifest, raw, "manifest", missing))
         values["built_from"] = BuiltFrom.from_raw(values["built_from"])
         values["features"] = _parse_list(Feature, values["features"], "features")
     splits, tables = values["splits"], values["tables"]
@@ -185,6 +191,9 @@ def _parse_manifest(raw: dict[str, Any]) -> Manifest:
         raise UserError(f"the manifest's splits are not {', '.join(SPLITS)}")
     if not isinstance(tables, dict) or set(tables) != {VOCAB_FILE, USERS_FILE}:
         raise UserError(f"the manifest's tables are not {VOCAB_FILE}, {USERS_FILE}")
+    files = values.get("table_files", {})
+    if not isinstance(files, dict) or not all(type(value) is str for pair in files.items() for value in pair):
+        raise UserError("the manifest's table_files are not hashes by file; build the store again")
     values["items"] = _parse_list(Block, values["items"], "items")
     values["shards"] = _parse_list(Shard, values["shards"], "shards")
     values["splits"] = {name: _parse_list(Block, splits[name], f"splits.{name}") for name in SPLITS}

@@ -212,11 +212,9 @@ class Store:
         Raises:
             UserError: it is missing, cannot be fetched, or its rows are not those that were written.
         """
-        expected = self.manifest.tables[name]
+        rows, file = self.manifest.tables[name], self.manifest.table_files.get(name, "")
         try:
-            return self.files.read(
-                name, partial(checked_table, name=name, expected_sha256=expected) if checked else bytes
-            )
+            return self.files.read(name, partial(checked_table, name=name, rows=rows, file=file) if checked else bytes)
         except FileNotFoundError:
             raise UserError(f"store {self.location} has no {name}; build the store again") from None
         except UserError as error:

@@ -29,11 +29,10 @@ from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import home_folder
 from fmrl_dist.base.urls import HIDDEN, hide_credentials
 from fmrl_dist.data.store.cache import RangeCache
-from fmrl_dist.data.store.files import CHUNK_BYTES, SourceError, checked_name, checked_range
+from fmrl_dist.data.store.files import CHUNK_BYTES, FinalError, SourceError, checked_name, checked_range
 
 PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "memory": "fsspec"}
 PROTOCOLS = ("file", *PACKAGES)
-OPTIONS: dict[str, dict[str, Any]] = dict.fromkeys(("http", "https"), {"encoded": True})  # a signature covers the URL
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 8.0
 TEMPORARY_STATUSES = (408, 429)  # the 4xx that are worth another try
 
@@ -115,7 +114,12 @@ class RemoteFiles:
         """fsspec's own, which keeps one for each process: none may be carried over a fork."""
         fsspec = import_fsspec()
         try:
-            return fsspec.filesystem(self._protocol, **OPTIONS.get(self._protocol, {}))
+            options: dict[str, Any] = {}
+            if self._protocol in ("http", "https"):
+                from fmrl_dist.data.store.bounded_client import bounded_client  # needs aiohttp
+
+                options = {"encoded": True, "get_client": bounded_client}  # a signature covers the URL as it is
+            return fsspec.filesystem(self._protocol, **options)
         except ImportError:
             package = PACKAGES[self._protocol]
             raise UserError(
@@ -152,10 +156,6 @@ class RemoteFiles:
             f"{subject}{problem} ({tries} of {self._retries + 1} tries in {time.monotonic() - begin:.1f} s; "
             "see store.retries, store.timeout_s)"
         )
-
-
-class FinalError(UserError):
-    """A problem that a retry cannot solve."""
 
 
 def import_fsspec() -> Any:

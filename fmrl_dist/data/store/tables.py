@@ -12,7 +12,7 @@ from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.parquet import open_parquet
 
 ROWS_AT_ONCE = 65_536
-MAX_CHECKED_ROWS = 2_000_000  # a larger table takes more than a few seconds: only shards.verify checks it
+MAX_CHECKED_ROWS = 2_000_000  # the rows of a larger table take more than a few seconds: its file's hash is compared
 
 
 def rows_sha256(batches: Iterable[pa.Table]) -> str:
@@ -49,21 +49,29 @@ def table_batches(data: bytes, name: str, columns: Sequence[str] | None = None) 
         yield from file.batches(names, ROWS_AT_ONCE, use_threads=False)
 
 
-def checked_table(data: bytes, name: str, expected_sha256: str) -> bytes:
+def checked_table(data: bytes, name: str, rows: str, file: str = "") -> bytes:
     """A table's file ``name``, if its rows are those that were written.
+
+    Args:
+        data: the file.
+        name: for messages.
+        rows: :func:`rows_sha256` of its rows.
+        file: sha256 of the file, compared where there are more than :data:`MAX_CHECKED_ROWS`; "" if unknown.
 
     Raises:
         UserError: it cannot be read, or holds other rows.
     """
     try:
-        with open_parquet(pa.py_buffer(data), name) as file:
-            if file.num_rows > MAX_CHECKED_ROWS:
-                return data
-        found = rows_sha256(table_batches(data, name))
+        with open_parquet(pa.py_buffer(data), name) as opened:
+            is_large = opened.num_rows > MAX_CHECKED_ROWS
+        if is_large:
+            is_whole = not file or hashlib.sha256(data).hexdigest() == file
+        else:
+            is_whole = rows_sha256(table_batches(data, name)) == rows
     except UserError as error:
         raise UserError(f"{error}; build the store again") from None
     except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError, RecursionError, LookupError) as error:
         raise UserError(f"cannot be read ({' '.join(str(error).split())[:200]}); build the store again") from None
-    if found != expected_sha256:
+    if not is_whole:
         raise UserError("its rows are not those that were written; build the store again")
     return data

@@ -19,6 +19,7 @@ from fmrl_dist.config.sections import StoreConfig
 from fmrl_dist.data.item_table import load_item_table
 from fmrl_dist.data.store import remote
 from fmrl_dist.data.store.files import SourceError
+from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.data.store.reader import Store
 from shards import inspect as inspect_command
 from shards.store.builder import build_store
@@ -31,6 +32,8 @@ from tests.fixtures.stores import all_blocks, tiny_config, write_raw
 from tests.fixtures.training import contents, refusal
 
 pytest.importorskip("aiohttp", reason="stores at http:// need aiohttp (extra: remote)")
+
+from fmrl_dist.data.store import bounded_client
 
 LATE_S = 1.5  # for a busy machine
 
@@ -223,6 +226,21 @@ def test_what_another_try_cannot_solve(server: StoreServer, fault: str, text: st
     with pytest.raises(UserError, match=text):
         store.read_bytes(store.manifest.items[1])
     assert len(tar_requests(server)) == 1
+
+
+def test_no_more_is_read_than_was_asked_for(server: StoreServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an answer without an end: of a range, its bytes; of a whole file, what half of the memory holds."""
+    store = Store.open(server.url, access())
+    server.faults = ["forever", "endless"]
+    block = store.manifest.items[1]
+    with pytest.raises(UserError, match=f"more bytes came than a range of {block.num_bytes:,}; the server must serve"):
+        store.read_bytes(block)
+    assert len(tar_requests(server)) == 1
+    server.faulty = ""
+    monkeypatch.setattr(bounded_client, "memory_bytes", lambda: 4 << 20)
+    with pytest.raises(UserError, match="vocab.parquet: cannot be fetched: more bytes came than at most 2,097,152"):
+        store.read_table(VOCAB_FILE)
+    assert server.endless_bytes < 64 << 20
 
 
 @pytest.mark.alone

@@ -17,8 +17,11 @@ import webdataset
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from fmrl_dist.base.errors import UserError
+from fmrl_dist.config.sections import StoreConfig
+from fmrl_dist.data.store import files
 from fmrl_dist.data.store.block_arrays import parse_block
-from fmrl_dist.data.store.manifest import Manifest
+from fmrl_dist.data.store.files import SourceError
+from fmrl_dist.data.store.manifest import MANIFEST_FILE, VOCAB_FILE, Manifest
 from fmrl_dist.data.store.reader import Store
 from tests.fixtures.processes import REPOSITORY
 from tests.fixtures.stores import all_blocks
@@ -186,3 +189,23 @@ def test_members_that_are_not_plain_arrays_are_refused(
     with pytest.raises(UserError, match=message) as caught:
         parse_block(without_end(tar_bytes(*members)), "here")
     assert "\n" not in str(caught.value)
+
+
+def test_what_the_system_cannot_read_is_one_line(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file behind the link fails as a broken disk does; it is not skipped, as the block may be intact elsewhere."""
+    block, memory = store.manifest.items[0], Path("/proc/self/mem")
+    with memory.open("rb") as file, pytest.raises(OSError, match="Input/output error"):
+        file.read(1)
+    for name in (block.shard, VOCAB_FILE, MANIFEST_FILE):
+        (store.path / name).unlink()
+        (store.path / name).symlink_to(memory)
+    monkeypatch.setattr(files.os, "fstat", lambda _: os.stat_result((0,) * 6 + (1 << 30,) + (0,) * 3))
+    block = dataclasses.replace(block, offset=0)
+    skipping = Store(store.files, store.manifest, StoreConfig(on_bad_shard="skip"))
+    reason = r"cannot be read \(Input/output error\); check its disk, and this user's rights to the file$"
+    with pytest.raises(SourceError, match=f"^block at byte 0 of shard {store.path}/{block.shard} {reason}"):
+        skipping.read_or_skip(block)
+    with pytest.raises(UserError, match=f"^store {store.path}: {VOCAB_FILE} {reason}"):
+        store.read_table(VOCAB_FILE)
+    with pytest.raises(UserError, match=f"^store {store.path}: {MANIFEST_FILE} {reason}"):
+        Store.open(store.path)

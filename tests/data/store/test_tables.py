@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from fmrl_dist import train
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.config.loading import load_config
 from fmrl_dist.data.store import tables
-from fmrl_dist.data.store.manifest import USERS_FILE, VOCAB_FILE
+from fmrl_dist.data.store.manifest import USERS_FILE, VOCAB_FILE, Manifest
 from fmrl_dist.data.store.reader import Store
 from tests.fixtures.training import make_shop, refusal
 
@@ -59,8 +60,27 @@ def test_a_run_by_popularity_with_other_counts_is_refused(shop: Path, tmp_path: 
     assert "its rows are not those that were written" in line
 
 
-def test_a_large_table_is_left_to_verify(shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_table_is_compared_as_a_file(shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows take too long; a store of an older version does not know its files, and only shards.verify checks it."""
     monkeypatch.setattr(tables, "MAX_CHECKED_ROWS", 10)
-    store = Store.open(load_config(shop).store.path)
     monkeypatch.setattr(tables, "rows_sha256", lambda _: pytest.fail("all rows were read"))
-    assert pq.read_table(pa.BufferReader(store.read_table(VOCAB_FILE)), use_threads=False).num_rows > 10
+    store = Store.open(shutil.copytree(load_config(shop).store.path, tmp_path / "store"))
+    whole = store.read_table(VOCAB_FILE)
+    assert pq.read_table(pa.BufferReader(whole), use_threads=False).num_rows > 10
+    table = pq.read_table(pa.BufferReader(whole), use_threads=False)
+    counts = table["train_count"].to_numpy().copy()
+    counts[3] += 1
+    pq.write_table(table.set_column(1, "train_count", pa.array(counts)), store.path / VOCAB_FILE)
+    with pytest.raises(UserError, match="its rows are not those that were written; build the store again"):
+        store.read_table(VOCAB_FILE)
+    older = Store(store.files, replace(store.manifest, table_files={}))
+    assert older.read_table(VOCAB_FILE) != whole
+
+
+def test_hashes_of_files_name_no_store(shop: Path) -> None:
+    """Another version of pyarrow may write other bytes of the same rows."""
+    manifest = Store.open(load_config(shop).store.path).manifest
+    assert set(manifest.table_files) == {VOCAB_FILE, USERS_FILE}
+    for other in ({}, {VOCAB_FILE: "0" * 64, USERS_FILE: "0" * 64}):
+        again = Manifest.from_json(replace(manifest, table_files=other).to_json())
+        assert again.table_files == other and again.sha256 == manifest.sha256

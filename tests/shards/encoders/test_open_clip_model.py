@@ -73,6 +73,15 @@ REFUSALS: dict[str, Refusal] = {
         },
         "cannot be loaded from .*widht",
     ),
+    "text tower of a hub": (
+        lambda p, w: {
+            "model": str(p / "m.json"),
+            "x": (p / "m.json").write_text(
+                '{"embed_dim": 8, "vision_cfg": {}, "text_cfg": {"hf_model_name": "someone/tower"}}'
+            ),
+        },
+        "hf_model_name is 'someone/tower', which is not a text tower of open_clip's own models",
+    ),
     "other activation": (
         lambda p, w: {"model": "ViT-B-32", "pretrained": "openai"},
         "trained with QuickGELU; name the model ViT-B-32-quickgelu",

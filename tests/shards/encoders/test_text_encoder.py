@@ -250,6 +250,23 @@ def test_code_from_a_hub_is_refused(model: Path, tmp_path: Path, key: str, value
     load_encoder(config(folder))
 
 
+@pytest.mark.parametrize("place", ["quantization_config", "text_config"])
+def test_a_quantized_model_is_refused(model: Path, tmp_path: Path, place: str) -> None:
+    """transformers fetches the kernels of some methods from a hub."""
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    path, method = folder / "config.json", {"quant_method": "mxfp4"}
+    sound = json.loads(path.read_text())
+    value = method if place == "quantization_config" else {"quantization_config": method}
+    path.write_text(json.dumps(sound | {place: value}))
+    with pytest.raises(
+        UserError, match="has quantization_config .*mxfp4.*; expected a model of float weights"
+    ) as refused:
+        load_encoder(config(folder))
+    assert "\n" not in str(refused.value)
+    path.write_text(json.dumps(sound | {"quantization_config": None}))
+    load_encoder(config(folder))
+
+
 def test_weights_that_would_stay_random_are_refused(model: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(model, tmp_path / "model")
     bert = AutoModel.from_pretrained(folder)

@@ -94,6 +94,28 @@ def test_lists_are_ordered_by_time(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "out of order" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("layout", ["sequences", "interactions"])
+def test_events_that_stand_twice_are_kept_and_counted(
+    layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where another event of that time stands between them; an item that is bought again later is none."""
+    write_items(tmp_path / "items.parquet")
+    histories = {1: ["a", "b", "a", "a", "c"], 2: ["a", "a", "b", "c"], 3: ["b", "b", "d"]}
+    times = {1: [1, 1, 1, 1, 2], 2: [1, 2, 3, 3], 3: [5, 5, 6]}
+    write_histories(tmp_path / "sequences.parquet", histories, times)
+    flat = [(user, item, time) for user in histories for item, time in zip(histories[user], times[user], strict=True)]
+    events = dict(zip(("user_id", "item_ids", "times"), map(list, zip(*flat[::-1], strict=True)), strict=True))
+    pq.write_table(pa.table(events), tmp_path / "events.parquet")
+    path = "sequences.parquet" if layout == "sequences" else "events.parquet"
+    sequences = {"path": path, "layout": layout, "times": "times"}
+    store, _ = build_store(tiny_config(tmp_path, tmp_path / "store", features={}, sequences=sequences))
+    assert store.manifest.num_events == 12
+    said = "histories: 3 events stand twice (same user, item and time): kept as they are"
+    assert said in capsys.readouterr().out
+    build_store(tiny_config(tmp_path, tmp_path / "as-is", features={}, sequences=sequences | {"times": ""}))
+    assert "stand twice" not in capsys.readouterr().out
+
+
 def write_csvs(folder: Path, items: list[str], events: list[tuple[str, str]]) -> dict[str, dict[str, str]]:
     (folder / "items.csv").write_text("\n".join(["item_id", *items]) + "\n")
     (folder / "events.csv").write_text("\n".join(["who,what", *map(",".join, events)]) + "\n")
