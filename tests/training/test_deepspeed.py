@@ -216,7 +216,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """The environment of a rank started by the launcher with DeepSpeed."""
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(ZERO2_FILE))
-    monkeypatch.setenv("LOCAL_RANK", "0")
+    for name, value in {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", "29500")
     return monkeypatch
 
 
@@ -248,9 +250,9 @@ ZERO = {"stage": 2}
         ({"zero_optimization": {"stage": 0}}, "asks for ZeRO 0; expected 1, 2 or 3 (0 is accelerate launch --multi"),
         ({"zero_optimization": {"stage": 4}}, "asks for ZeRO 4; expected 1, 2 or 3"),
         ({}, "is not valid: Please specify the ZeRO optimization config"),
-        ({"zero_optimization": 2}, "is not valid: "),
-        ([], "is not valid: "),
-        ("{", "is not valid: Expecting property name"),
+        ({"zero_optimization": 2}, "has zero_optimization 2; expected an object"),
+        ([], "holds a list; expected an object"),
+        ("{", "is not JSON (Expecting property name"),
     ],
 )
 def test_deepspeed_config_that_is_refused(
@@ -289,8 +291,9 @@ def test_options_of_the_launcher_are_checked_too(shop: Path, tmp_path: Path, lau
 def test_environment_that_is_refused(
     name: str, value: str | None, complaint: str, shop: Path, tmp_path: Path, launched: pytest.MonkeyPatch
 ) -> None:
-    if value is None:
-        launched.delenv(name)
+    if value is None:  # a process that no launcher has started
+        for variable in ("WORLD_SIZE", "RANK", name, "MASTER_ADDR", "MASTER_PORT"):
+            launched.delenv(variable)
     else:
         launched.setenv(name, value)
     assert complaint in refused(shop, tmp_path)

@@ -254,6 +254,7 @@ def test_resume_auto_without_a_checkpoint_starts_fresh(
 ) -> None:
     run = tmp_path / "run"
     run.mkdir()
+    shutil.copy(finished[0] / "config.yaml", run)
     (run / "metrics.jsonl").write_text('{"step": 1, "epoch": 0, "split": "train", "loss": -1.0}\n')
     train_here(shop, run, "--resume", "auto")
     assert "from step 0" in capsys.readouterr().out
