@@ -145,7 +145,8 @@ def _status_of(error: BaseException) -> int | str | None:
     if isinstance(error, UserError):
         sys.stderr.write(one_line(f"error: {hide_credentials(str(error))}"))
         return EXIT_USER_ERROR
-    if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
+    is_of_stdout = isinstance(error, OSError) and error.errno in NO_READER and not _stdout_is_read()
+    if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS and not is_of_stdout:
         where, mend = error.filename or "while reading or writing", SYSTEM_ERRORS[error.errno]
         closed = _unreadable(Path(where)) if error.errno == errno.EACCES and isinstance(where, str) else None
         if closed is not None:
@@ -181,5 +182,8 @@ def one_line(message: str) -> str:
 def _stdout_is_read() -> bool:
     """Whether the other end of stdout is open: for one that nobody reads, the kernel reports an error."""
     poll = select.poll()
-    poll.register(sys.stdout, select.POLLOUT)
+    try:
+        poll.register(sys.stdout, select.POLLOUT)
+    except (OSError, ValueError):  # no file, or a closed one
+        return True
     return not any(events & select.POLLERR for _, events in poll.poll(0))

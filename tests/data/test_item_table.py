@@ -219,7 +219,7 @@ def test_a_user_without_a_home_is_told_what_to_set(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(os, "getuid", lambda: 54321)  # of a container: no entry in the list of users
     monkeypatch.setattr(os, "access", lambda *_: False)
     store = Store.open(tmp_path / "shop" / "store")
-    with pytest.raises(UserError, match=r"no home folder, and so no cache; give a folder with --store.cache_dir"):
+    with pytest.raises(UserError, match=r"no home folder to keep a cache in; set store.cache_dir, or HOME"):
         load_item_table(store, None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert load_item_table(store, None).values.any()

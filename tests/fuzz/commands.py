@@ -170,7 +170,7 @@ COMMANDS = [
         ("--checkpoint", "FOLDER/export", *STORE),
         ("store", "export"),
         evaluation_of("export", "evaluation"),
-        ("export",),
+        ("export", "store.derived"),
     ),
     Command(
         "export",
