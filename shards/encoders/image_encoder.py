@@ -100,6 +100,7 @@ def encode_images(
         except (RuntimeError, ConnectionError, EOFError) as error:
             if not image_loader.is_dead_worker(error):
                 raise
+            image_loader.wait_for_notice(error)
             raise UserError(
                 f"feature {name!r}: a process that decodes images died ({' '.join(str(error).split())}); finished "
                 f"blocks are kept: build again, with fewer data.features.{name}.workers or batch_images if memory or "

@@ -8,7 +8,9 @@ a build that resumes after an interruption forms the same batches, and so the sa
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
 from collections.abc import Collection, Iterable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,6 +23,7 @@ from fmrl_dist.base.parent_process import end_with_parent
 from shards.encoders.item_images import ImageTable, decode_image, read_image
 from shards.encoders.open_clip_model import make_transform
 
+NOTICE_S = 1.0  # within which the kernel tells of a child that has closed its connections
 BLOCK_ROWS = 512  # at most a few minutes of SigLIP ViT-L on a CPU are lost; a GPU writes a file a second
 
 
@@ -105,6 +108,16 @@ def is_dead_worker(error: Exception) -> bool:
     return isinstance(error, ConnectionError | EOFError) or (
         isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
     )
+
+
+def wait_for_notice(error: Exception) -> None:
+    """Let the loader say that a worker died where a broken connection has said so first.
+
+    Its handler of SIGCHLD raises once, wherever this process then is: without this, amid what deals with ``error``.
+    """
+    if not isinstance(error, RuntimeError):
+        with contextlib.suppress(RuntimeError):
+            time.sleep(NOTICE_S)
 
 
 def _raw_batches(table: ImageTable, blocks: Collection[int], batch_images: int) -> Iterator[RawBatch]:
