@@ -68,6 +68,7 @@ class Step:
     on_gpu: bool
     memory_bytes: int  # of one rank
     micro_batches: int = 1  # one after the other, their gradients added
+    distilled: bool = False  # whether smaller sizes learn from the largest one
 
     @property
     def width(self) -> int:
@@ -153,8 +154,8 @@ def _full(step: Step, num_columns: int, split: bool) -> Cost:
         2 * rows * num_columns * (tiles.projections + 1)  # all factors of the columns, and their gradient
         + 2 * positions * embedded * (tiles.scores + 2)
     )
-    sent = exchanged_bytes(positions, step.num_ranks, step.width, len(step.sizes)) // step.num_ranks if split else 0
-    return Cost({"loss": memory}, operations, sent, 0)
+    everything = exchanged_bytes(positions, step.num_ranks, step.width, len(step.sizes), distilled=step.distilled)
+    return Cost({"loss": memory}, operations, everything // step.num_ranks if split else 0, 0)
 
 
 def _sampled(step: Step, num_columns: int, split: bool) -> Cost:
@@ -282,6 +283,7 @@ def step_of(
         on_gpu=on_gpu,
         memory_bytes=memory_bytes,
         micro_batches=micro_batches,
+        distilled=loss.alphas(len(config.model.sizes)) is not None,
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -56,13 +56,8 @@ def target_log_shares(store: Store, rule: WindowRule) -> np.ndarray:
 
     def compute() -> np.ndarray:
         counts = np.zeros(store.manifest.num_items, np.int64)
-        for block in store.manifest.splits["train"]:
-            arrays = store.read_or_skip(block)
-            if arrays is None:
-                continue
-            begins = arrays["starts"][:-1]
-            owner, first, last = target_windows(np.diff(arrays["starts"]), rule)
-            np.add.at(counts, arrays["items"][ragged_rows(begins[owner] + first, last - first)], 1)
+        for items, begins, first, last in _target_windows_of_all(store, rule):
+            np.add.at(counts, items[ragged_rows(begins + first, last - first)], 1)
         with np.errstate(divide="ignore"):
             return np.log(counts / counts.sum()).astype(np.float32)
 
@@ -79,19 +74,28 @@ def trained_items(store: Store, rule: WindowRule) -> np.ndarray:
 
     def compute() -> np.ndarray:
         trained = np.zeros(store.manifest.num_items, np.bool_)
-        for block in store.manifest.splits["train"]:
-            arrays = store.read_or_skip(block)
-            if arrays is None:
-                continue
-            begins = arrays["starts"][:-1]
-            owner, first, last = target_windows(np.diff(arrays["starts"]), rule)
+        for items, begins, first, last in _target_windows_of_all(store, rule):
             first = np.maximum(first - 1, 0)  # the input of the first target; item 1 has none
-            trained[arrays["items"][ragged_rows(begins[owner] + first, last - first)]] = True
+            trained[items[ragged_rows(begins + first, last - first)]] = True
         return trained
 
     if store.skips_damaged:
         return compute()
     return _computed_once(store, f"trained-{_name(rule)}", np.dtype(np.bool_), compute)
+
+
+def _target_windows_of_all(
+    store: Store, rule: WindowRule
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """Windows of an epoch, block by block: items [N], and where each window's user begins in them; its first target,
+    and the end of its targets, counted from there.
+    """
+    for block in store.manifest.splits["train"]:
+        arrays = store.read_or_skip(block)
+        if arrays is None:
+            continue
+        owner, first, last = target_windows(np.diff(arrays["starts"]), rule)
+        yield arrays["items"], arrays["starts"][:-1][owner], first, last
 
 
 def _name(rule: WindowRule) -> str:

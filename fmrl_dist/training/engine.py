@@ -90,9 +90,7 @@ class DataParallelEngine:
         return loss_sums.detach()
 
     def set_learning_rate(self, lr: float) -> None:
-        set_learning_rate(self._optimizer, lr)
-        if self._id_table is not None:
-            self._id_table.set_learning_rate(lr)
+        set_learning_rates(self._optimizer, self._id_table, lr)
 
     def clip_and_step(self) -> Tensor:
         parameters = [p for p in self._module.parameters() if p.grad is not None]
@@ -208,9 +206,7 @@ class ZeroEngine:
         return loss_sums.detach()
 
     def set_learning_rate(self, lr: float) -> None:
-        set_learning_rate(self._optimizer, lr)
-        if self._id_table is not None:
-            self._id_table.set_learning_rate(lr)
+        set_learning_rates(self._optimizer, self._id_table, lr)
 
     def clip_and_step(self) -> Tensor:
         if self._id_table is not None:
@@ -264,6 +260,12 @@ class ZeroEngine:
         for state in self._optimizer.state.values():
             state["step"].copy_(step)
         restore_id_table(self._id_table, tensors)
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, id_table: SeparateIdTable | None, lr: float) -> None:
+    set_learning_rate(optimizer, lr)
+    if id_table is not None:
+        id_table.set_learning_rate(lr)
 
 
 def clip_factor(norm: Tensor, clip_norm: float) -> Tensor:

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -88,22 +89,33 @@ FILLS_A_FOLDER = """
 """
 
 
-def signalled(number: signal.Signals, inherited: str, target: Path) -> tuple[int, str]:
-    """Exit status and stderr of a program that gets a signal while it fills a folder, and then may go on."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM.format(then=FILLS_A_FOLDER)],
+def started(then: str, variables: dict[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:
+    """A program that has said "first" and "second", and now does the rest of ``then``."""
+    process: subprocess.Popen[str] = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(then=then)],
         cwd=REPOSITORY,
-        env=clean_environment() | {"TARGET": str(target)},
+        env=clean_environment() | (variables or {}),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(number, signal.SIG_IGN if inherited == "ignored" else signal.SIG_DFL),
+        **options,
     )
-    assert process.stdin and process.stdout and process.stderr
+    assert process.stdin and process.stdout
     process.stdin.write("go on\n")
     process.stdin.flush()
     assert [process.stdout.readline() for _ in range(2)] == ["first\n", "second\n"]
+    return process
+
+
+def signalled(number: signal.Signals, inherited: str, target: Path) -> tuple[int, str]:
+    """Exit status and stderr of a program that gets a signal while it fills a folder, and then may go on."""
+    process = started(
+        FILLS_A_FOLDER,
+        {"TARGET": str(target)},
+        preexec_fn=lambda: signal.signal(number, signal.SIG_IGN if inherited == "ignored" else signal.SIG_DFL),
+    )
+    assert process.stdin
     assert list(target.parent.iterdir()), "a folder is being filled, and its lock is held"
     process.send_signal(number)
     if number == signal.SIGHUP and inherited == "ignored":
@@ -193,20 +205,8 @@ CLEANS_UP = """
 @pytest.mark.parametrize("then", ["", "; raise RuntimeError('of a library that cleans up')"], ids=["", "fails"])
 def test_signals_do_not_interrupt_cleaning_up(then: str) -> None:
     """A launcher passes on what the terminal has already sent; one line tells of the first."""
-    program = PROGRAM.format(then=CLEANS_UP.format(then=then))
-    process = subprocess.Popen(
-        [sys.executable, "-c", program],
-        cwd=REPOSITORY,
-        env=clean_environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdin and process.stdout
-    process.stdin.write("go on\n")
-    process.stdin.flush()
-    assert [process.stdout.readline() for _ in range(2)] == ["first\n", "second\n"]
+    process = started(CLEANS_UP.format(then=then))
+    assert process.stdout
     process.send_signal(signal.SIGHUP)
     assert process.stdout.readline() == "cleaning up\n"
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -225,20 +225,7 @@ FORKS = """
 
 def test_a_forked_worker_leaves_the_line_to_its_parent() -> None:
     """A terminal that is closed tells the whole group."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM.format(then=FORKS)],
-        cwd=REPOSITORY,
-        env=clean_environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdin and process.stdout
-    process.stdin.write("go on\n")
-    process.stdin.flush()
-    assert [process.stdout.readline() for _ in range(2)] == ["first\n", "second\n"]
+    process = started(FORKS, start_new_session=True)
     os.killpg(process.pid, signal.SIGHUP)
     output, complaint = process.communicate(timeout=60)
     assert (process.returncode, output, complaint) == (128 + signal.SIGHUP, "", "ended by SIGHUP\n")
@@ -256,19 +243,7 @@ LOSES_SIGNALS = """
 
 def test_a_signal_is_not_lost_where_exceptions_are() -> None:
     """Python ignores what is raised in ``__del__``, such as that of a DataLoader, and would tell of it at length."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM.format(then=LOSES_SIGNALS)],
-        cwd=REPOSITORY,
-        env=clean_environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdin and process.stdout
-    process.stdin.write("go on\n")
-    process.stdin.flush()
-    assert [process.stdout.readline() for _ in range(2)] == ["first\n", "second\n"]
+    process = started(LOSES_SIGNALS)
     process.send_signal(signal.SIGTERM)
     output, complaint = process.communicate(timeout=60)
     assert (process.returncode, output, complaint) == (128 + signal.SIGTERM, "goes on\n", "ended by SIGTERM\n")

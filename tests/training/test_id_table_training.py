@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,8 +23,17 @@ from fmrl_dist.data.windows import WindowRule
 from fmrl_dist.evaluation import split_catalogue
 from tests.fixtures.checkpoints import reseal
 from tests.fixtures.engines import DDP, train_under, zero
-from tests.fixtures.processes import REPOSITORY, clean_environment, run_processes
-from tests.fixtures.training import STEPS_PER_EPOCH, evaluation, figures, make_shop, records, refusal, train_here
+from tests.fixtures.processes import run_processes
+from tests.fixtures.training import (
+    STEPS_PER_EPOCH,
+    evaluation,
+    figures,
+    make_shop,
+    records,
+    refusal,
+    train_and_kill,
+    train_here,
+)
 
 NUM_ITEMS = 301
 NO_DROPOUT = ["--model.dropout", "0", "--model.lru_dropout", "0", "--train.epochs", "2"]
@@ -132,13 +137,7 @@ def test_a_killed_run_resumes_bit_for_bit(shop: Path, tmp_path: Path) -> None:
         "10000",
     ]
     run = tmp_path / "killed"
-    command = [sys.executable, "-m", "fmrl_dist.train", "--config", str(shop), "--run.dir", str(run), *words]
-    process = subprocess.Popen(command, cwd=REPOSITORY, env=clean_environment(), stdout=subprocess.DEVNULL)
-    metrics = run / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= 22):
-        time.sleep(0.002)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    train_and_kill(shop, run, words, lines=22)
     train_here(shop, run, *words, "--resume", "auto")
     assert_same_bits(run, train_here(shop, tmp_path / "whole", *words))
 

@@ -7,10 +7,6 @@ import json
 import math
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -35,7 +31,6 @@ from fmrl_dist.training.learner import prepare_learner
 from fmrl_dist.training.run import Run
 from shards.store.builder import build_store
 from tests.fixtures.checkpoints import reseal
-from tests.fixtures.processes import REPOSITORY, clean_environment
 from tests.fixtures.stores import as_older_version
 from tests.fixtures.training import (
     NUM_ITEMS,
@@ -46,6 +41,7 @@ from tests.fixtures.training import (
     records,
     refusal,
     run_module,
+    train_and_kill,
     train_here,
 )
 
@@ -212,17 +208,11 @@ def test_killed_run_resumes(shop: Path, tmp_path: Path) -> None:
     """Killed between two checkpoints, with a half-written line: the work since the last checkpoint is repeated."""
     words = ["--train.epochs", "8", "--train.checkpoint_every_steps", "5", "--eval.every_steps", "10000"]
     run = tmp_path / "killed"
-    command = [sys.executable, "-m", "fmrl_dist.train", "--config", str(shop), "--run.dir", str(run), *words]
-    process = subprocess.Popen(command, cwd=REPOSITORY, env=clean_environment(), stdout=subprocess.DEVNULL)
-    metrics = run / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= 22):
-        time.sleep(0.002)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    train_and_kill(shop, run, words, lines=22)
     assert not (run / "evaluation.json").exists()
     saved = json.loads((run / "checkpoints" / "latest" / "state.json").read_text())["state"]["step"]
     assert saved >= 15 and saved % 5 == 0, "the checkpoint of step 20 may still be in progress when line 22 is written"
-    with metrics.open("a") as file:
+    with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 64, "epoch": 7, "spl')
 
     train_here(shop, run, *words, "--resume", "auto")
