@@ -1,6 +1,7 @@
 """The price of nesting: a whole training step with eight sizes against the same code with the largest size alone.
 
-The paper promises every size at the cost of one. Same batch, same width, same features; forward, backward, AdamW.
+The paper promises every size at the cost of one. Same batch, same width, same features; forward, backward, AdamW. A third
+side lets the smaller of the eight sizes learn half from the largest.
 ``--masked-linear`` also times the nested linear layers against masked dense products, forward and backward.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,7 +25,7 @@ from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.model.nested import nested_linear, nested_mask
 from fmrl_dist.training.optimizer import build_optimizer
 
-SIDES = {"one size": SIZES[-1:], "eight sizes": SIZES}
+SIDES = {"one size": (SIZES[-1:], 0.0), "eight sizes": (SIZES, 0.0), "distilled": (SIZES, 0.5)}  # sizes, and α
 
 
 def main(argv: list[str]) -> None:
@@ -43,7 +45,7 @@ def main(argv: list[str]) -> None:
     histories, num_items = read_histories(arguments.sequences)
     if arguments.memory_of:
         side, precision = arguments.memory_of
-        step = make_step(SIDES[side], num_items, precision, arguments.impl)
+        step = make_step(*SIDES[side], num_items, precision, arguments.impl)
         forget_peak()
         for number in range(2):
             step(draw(histories, number, arguments.histories))
@@ -56,24 +58,30 @@ def main(argv: list[str]) -> None:
     targets = [len(pack(batch).targets) for batch in batches]
     print(f"{'work':<12} V = {num_items:,}, {arguments.rounds} batches of {min(targets)} … {max(targets)} targets")
     for precision in ("fp32", "bf16"):
-        steps = {name: make_step(sizes, num_items, precision, arguments.impl) for name, sizes in SIDES.items()}
+        steps = {name: make_step(*side, num_items, precision, arguments.impl) for name, side in SIDES.items()}
         times = interleave({name: over(step, batches) for name, step in steps.items()}, arguments.rounds)
         del steps
-        one, eight = times.values()
+        one, eight, distilled = times.values()
         print(f"{precision}, {arguments.impl}: one size {one}, eight sizes {eight}, ratio {eight.over(one)}")
+        print(f"{precision}, {arguments.impl}: distilled {distilled}, ratio to eight sizes {distilled.over(eight)}")
         given = ["--sequences", str(arguments.sequences), "--histories", str(arguments.histories)]
         memory = [int(in_child("benchmarks.nesting", *given, "--memory-of", name, precision)) for name in SIDES]
-        one_gib, eight_gib = (num_bytes / 2**30 for num_bytes in memory)
+        one_gib, eight_gib, distilled_gib = (num_bytes / 2**30 for num_bytes in memory)
         print(f"{precision}: peak memory {one_gib:.2f}, {eight_gib:.2f} GiB, ratio {eight_gib / one_gib:.2f}")
+        print(f"{precision}: peak memory, distilled {distilled_gib:.2f} GiB")
     if arguments.masked_linear:
         compare_linear(round(sum(targets) / len(targets)), arguments.rounds)
 
 
-def make_step(sizes: tuple[int, ...], num_items: int, precision: str, impl: str) -> Callable[[list[list[int]]], float]:
+def make_step(
+    sizes: tuple[int, ...], alpha: float, num_items: int, precision: str, impl: str
+) -> Callable[[list[list[int]]], float]:
     """A step of our own training module."""
     torch.manual_seed(0)
     features = FEATURE_NORM * F.normalize(torch.randn(2, num_items, FEATURE_DIM), dim=2)
     module = training_module(FMRLRec(sizes, 2, {"a": FEATURE_DIM, "b": FEATURE_DIM}), features, precision, impl)
+    if alpha:
+        module.settings = replace(module.settings, distillation=(alpha,) * (len(sizes) - 1) + (0.0,))
     optimizer = build_optimizer(module.model, 1e-3, (0.9, 0.999), 1e-8, 0.01)
 
     def step(histories: list[list[int]]) -> float:

@@ -46,6 +46,7 @@ def test_trainers_save_and_end(num_processes: int, number: signal.Signals, tmp_p
         for process in filter(is_alive, everybody):
             process.kill()
     text = log.read_text()
-    assert text.count(f"the launcher (process {launcher.pid}) has ended; this process ends too") == num_processes
+    told = text.count(f"the launcher (process {launcher.pid}) has ended; this process ends too")
+    assert 1 <= told <= num_processes  # the first to notice stops the others, perhaps before they have noticed
     assert "stopped by a signal; resume with --resume auto" in text and "Traceback" not in text
     assert (run / "checkpoints" / "latest").resolve().name == f"step-{last_step(run):08d}"
