@@ -1,7 +1,7 @@
 """The price of nesting: a whole training step with eight sizes against the same code with the largest size alone.
 
-The paper promises every size at the cost of one. Same batch, same width, same features; forward, backward, AdamW. A third
-side lets the smaller of the eight sizes learn half from the largest.
+The paper promises every size at the cost of one. Same batch, same width, same features; forward, backward, AdamW. A
+third side lets the smaller of the eight sizes learn half from the largest.
 ``--masked-linear`` also times the nested linear layers against masked dense products, forward and backward.
 """
 

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     for name, value in describe_setting().items():
         print(f"{name:<10} {value}")
     for precision in arguments.precision:
-        step = make_step(SIZES, num_items, precision, "tiled")
+        step = make_step(SIZES, 0.0, num_items, precision, "tiled")
         for num_histories in arguments.histories:
             batches = [draw(histories, number, num_histories) for number in range(arguments.rounds)]
             (times,) = interleave({"": over(step, batches)}, arguments.rounds).values()

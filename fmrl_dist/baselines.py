@@ -18,7 +18,7 @@ from fmrl_dist.distributed.signals import StopRequest
 from fmrl_dist.evaluation.baselines import VERSION, count_baseline, possible_baselines
 from fmrl_dist.evaluation.histograms import EvaluationProtocol
 from fmrl_dist.evaluation.rank_counts import join_sizes
-from fmrl_dist.evaluation.report import EvaluatedModel, report
+from fmrl_dist.evaluation.results.report import EvaluatedModel, report
 
 
 def main(argv: list[str]) -> None:
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"store {store.location} has no {arguments.split} users (all histories have under 3 events)")
     output = arguments.output or store.derived_folder / "baselines"
     runtime = start_runtime(arguments.threads or "auto", lanes=None)
-    protocol = EvaluationProtocol.of_report(store, arguments.split, False, EvalConfig())
+    protocol = EvaluationProtocol.of_report(store, arguments.split, False, EvalConfig(cut_vectors=False))
     names = possible_baselines(store, each_feature=True)
     counts = [count_baseline(name, protocol, runtime, StopRequest()) for name in names]
     if runtime.is_main:

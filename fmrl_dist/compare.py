@@ -19,7 +19,8 @@ from typing import Any
 from fmrl_dist.base.errors import require, run_command
 from fmrl_dist.base.files import write_atomically
 from fmrl_dist.config.command_line import CommandParser
-from fmrl_dist.evaluation.comparison import PROTOCOLS, compare, group_models, load_evaluated_run
+from fmrl_dist.evaluation.results.comparison import PROTOCOLS, compare, group_models, load_evaluated_run
+from fmrl_dist.evaluation.results.user_ranks import VECTORS
 
 METRIC = re.compile(r"(recall|ndcg|mrr)@([1-9][0-9]{0,5})")
 SIGNIFICANT = 0.05
@@ -103,18 +104,20 @@ def draw(result: Mapping[str, Any]) -> bytes:
     colour = 0
     for model in result["models"]:
         rows = [row for row in result["rows"] if row["model"] == model]
-        sized = [row for row in rows if row["row"].isdigit()]
-        for protocol, style in zip(PROTOCOLS.values(), ("-", "--"), strict=True):
-            points = [row[protocol] for row in sized]
-            means = [point["mean"] for point in points]
-            errors = [[p["mean"] - p["low"] for p in points], [p["high"] - p["mean"] for p in points]]
-            label = f"{model}, {protocol}"
-            if points:
-                x = [int(row["row"]) for row in sized]
-                sizes.update(x)
-                axes.errorbar(x, means, errors, fmt=style, color=f"C{colour}", marker="o", capsize=3, label=label)
+        for prefix, marker, suffix in (("", "o", ""), (VECTORS, "x", ", cut vectors")):
+            sized = [row for row in rows if re.fullmatch(f"{prefix}[0-9]+", row["row"])]
+            x = [int(row["row"].removeprefix(prefix)) for row in sized]
+            sizes.update(x)
+            if not sized:
+                continue
+            for protocol, style in zip(PROTOCOLS.values(), ("-", "--"), strict=True):
+                points = [row[protocol] for row in sized]
+                means = [point["mean"] for point in points]
+                errors = [[p["mean"] - p["low"] for p in points], [p["high"] - p["mean"] for p in points]]
+                label = f"{model}{suffix}, {protocol}"
+                axes.errorbar(x, means, errors, fmt=style, color=f"C{colour}", marker=marker, capsize=3, label=label)
         for row in rows:
-            if row not in sized:
+            if not re.fullmatch(f"({VECTORS})?[0-9]+", row["row"]):
                 colour += 1
                 for protocol, style in zip(PROTOCOLS.values(), ("-", "--"), strict=True):
                     label = f"{row['row']}, {protocol}"

@@ -37,7 +37,8 @@ from fmrl_dist.data.vocabulary import external_ids, rows_of
 from fmrl_dist.distributed.processes import Runtime, start_runtime
 from fmrl_dist.distributed.signals import StopRequest
 from fmrl_dist.evaluation.baselines import baseline_histograms
-from fmrl_dist.evaluation.histograms import EvaluationProtocol, count_target_ranks
+from fmrl_dist.evaluation.cut_vectors import count_deployments, cut_sizes
+from fmrl_dist.evaluation.histograms import EvaluationProtocol
 from fmrl_dist.evaluation.parts import (
     WHOLE,
     ComputeSetting,
@@ -50,7 +51,7 @@ from fmrl_dist.evaluation.parts import (
 )
 from fmrl_dist.evaluation.rank_counts import RankCounts
 from fmrl_dist.evaluation.ranker import Ranker, ranker_of_checkpoint, ranker_of_export
-from fmrl_dist.evaluation.report import EvaluatedModel, num_users_in, report
+from fmrl_dist.evaluation.results.report import EvaluatedModel, num_users_in, report
 from fmrl_dist.evaluation.segments import NUM_CELLS
 
 
@@ -77,6 +78,11 @@ def main(argv: list[str]) -> None:
         "--per-user",
         action=argparse.BooleanOptionalAction,
         help="keep every user's ranks, for fmrl_dist.compare (default: eval.per_user)",
+    )
+    parser.add_argument(
+        "--cut-vectors",
+        action=argparse.BooleanOptionalAction,
+        help="also rank with the whole network's vectors, rotated and cut (default: eval.cut_vectors)",
     )
     parser.add_argument("--store", help="shard store, a folder or URL (default: the recorded one)")
     parser.add_argument("--threads", type=int, default=0, help="threads per process (default: cores / processes)")
@@ -117,7 +123,8 @@ def numbers(text: str) -> tuple[int, ...]:
 
 def changed(config: EvalConfig, arguments: argparse.Namespace) -> EvalConfig:
     """The configuration of an evaluation, with what the command line says."""
-    keys = {"cutoffs": arguments.cutoffs, "metrics": arguments.metrics, "per_user": arguments.per_user}
+    names = ("cutoffs", "metrics", "per_user", "cut_vectors")
+    keys = {name: getattr(arguments, name) for name in names}
     given = {key: value for key, value in keys.items() if value is not None}
     cutoffs, metrics = given.get("cutoffs", config.cutoffs), given.get("metrics", config.metrics)
     of_ranks = [name for name in metrics if name in RANK_METRICS] or ["recall"]
@@ -132,7 +139,7 @@ def evaluate(
     part: Part | None,
 ) -> None:
     """Evaluate all users and report, or evaluate one part and write it."""
-    counts = count_target_ranks(source.build(runtime), protocol, runtime, StopRequest(), part or WHOLE)
+    counts = count_deployments(source.build(runtime), protocol, runtime, StopRequest(), part or WHOLE)
     if not runtime.is_main:
         return
     if part is None:
@@ -167,6 +174,7 @@ def identity_of(source: ModelSource, protocol: EvaluationProtocol, model: Evalua
         split=protocol.split,
         mask_seen=protocol.mask_seen,
         sizes=source.sizes,
+        vector_sizes=list(cut_sizes(source.sizes, protocol)),
         users=num_users_in(protocol),
         cells=NUM_CELLS,
         cutoff=protocol.cutoff,

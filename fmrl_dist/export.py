@@ -1,12 +1,17 @@
-"""``python -m fmrl_dist.export --checkpoint RUN --size M``: cut out the model of one trained size, ready to deploy."""
+"""``python -m fmrl_dist.export --checkpoint RUN --size M``: cut out the model of one trained size, ready to deploy.
+
+Two ways to be small: a small M cuts the network. The whole network with ``--vectors K`` cuts only the vectors that are
+compared, for a retrieval index: those of the items are written, those of the users are outputs times the rotation, cut.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from fmrl_dist.base.errors import UserError, run_command
+from fmrl_dist.base.errors import UserError, require, run_command
 from fmrl_dist.checkpoint.export_folder import FILES, check_output, write_export
 from fmrl_dist.checkpoint.folder import Checkpoint, load_checkpoint
 from fmrl_dist.checkpoint.restore import build_recommender
@@ -17,12 +22,16 @@ from fmrl_dist.config.loading import config_from_dict
 from fmrl_dist.data.feature_identity import feature_encoders
 from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.data.store.reader import Store
+from fmrl_dist.distributed.signals import StopRequest
+from fmrl_dist.evaluation.cut_vectors import fit_rotation, sample_vectors
+from fmrl_dist.evaluation.ranker import ranker_of_export
 
 
 def main(argv: list[str]) -> None:
     parser = CommandParser(prog="python -m fmrl_dist.export", description=__doc__, allow_abbrev=False)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a run (its best) or a checkpoint")
     parser.add_argument("--size", type=int, required=True, help="one of the trained sizes")
+    parser.add_argument("--vectors", type=int, default=0, metavar="K", help="also write item vectors cut to K channels")
     parser.add_argument("--output", type=Path, help="folder to write (default: export-SIZE in the run)")
     parser.add_argument("--store", help="shard store of the catalogue, a folder or URL (default: the recorded one)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing export")
@@ -33,11 +42,19 @@ def main(argv: list[str]) -> None:
     config = config_from_dict(checkpoint.config)
     output = (arguments.output or default_output(checkpoint, arguments.size)).resolve()
     check_output(output, arguments.overwrite)
+    require(
+        0 <= arguments.vectors <= arguments.size,
+        f"--vectors is {arguments.vectors}; expected at most the network's {arguments.size} channels, or 0 for none",
+    )
     store = Store.open(arguments.store or config.store.path, config.store)
     recommender = build_recommender(checkpoint, config, store, torch.device("cpu"), arguments.size)
+    ranker = replace(ranker_of_export(recommender), temperature=config.temperature_of(arguments.size))
+    recommender = replace(recommender, rotation=fit_rotation(ranker, *sample_vectors(ranker, store, StopRequest())))
     encoders = {name: made_by for name, made_by in feature_encoders(store).items() if name in checkpoint.features}
     fits = {name: store.read_fit(name) for name in store.manifest.fits if name in checkpoint.features}
-    write_export(recommender, output, store.read_table(VOCAB_FILE), encoders, fits, arguments.overwrite)
+    write_export(
+        recommender, output, store.read_table(VOCAB_FILE), encoders, fits, arguments.overwrite, arguments.vectors
+    )
     num_parameters = sum(parameter.numel() for parameter in recommender.model.parameters())
     print(f"size {arguments.size}: {num_parameters:,} parameters, {len(recommender.items):,} items")
     print(file_table(output))
@@ -54,8 +71,8 @@ def default_output(checkpoint: Checkpoint, size: int) -> Path:
 
 def file_table(folder: Path) -> str:
     """Bytes of each file of an export, and in total."""
-    fits = sorted(path.name for path in folder.glob("fit-*.safetensors"))
-    rows = [((folder / name).stat().st_size, name) for name in (*FILES, *fits)]
+    others = sorted({path.name for path in folder.glob("*.safetensors")} - set(FILES))
+    rows = [((folder / name).stat().st_size, name) for name in (*FILES, *others)]
     rows.append((sum(num_bytes for num_bytes, _ in rows), "total"))
     return "\n".join(f"{num_bytes:>15,} bytes  {name}" for num_bytes, name in rows)
 

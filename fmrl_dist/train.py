@@ -52,9 +52,10 @@ from fmrl_dist.data.windows import window_rule
 from fmrl_dist.distributed.processes import Runtime, start_runtime
 from fmrl_dist.distributed.signals import Stopped, StopRequest, ask_for_requeue, forget_requeue
 from fmrl_dist.evaluation.baselines import baseline_histograms
-from fmrl_dist.evaluation.histograms import EvaluationProtocol, count_target_ranks
+from fmrl_dist.evaluation.cut_vectors import count_deployments
+from fmrl_dist.evaluation.histograms import EvaluationProtocol
 from fmrl_dist.evaluation.ranker import ranker_of_checkpoint
-from fmrl_dist.evaluation.report import EvaluatedModel, report
+from fmrl_dist.evaluation.results.report import EvaluatedModel, report
 from fmrl_dist.training.agreement import StepResult, agree, count_targets, stop_if_not_finite
 from fmrl_dist.training.checks import (
     check_inline,
@@ -388,7 +389,7 @@ def _evaluate_best(config: Config, runtime: Runtime, store: Store, folder: Path,
     best = load_best(folder, runtime)
     ranker = ranker_of_checkpoint(best, config, store, runtime)
     protocol = EvaluationProtocol.of_report(store, "test", mask_seen=False, config=config.eval)
-    counts = count_target_ranks(ranker, protocol, runtime, stop)
+    counts = count_deployments(ranker, protocol, runtime, stop)
     baselines = baseline_histograms(config.eval.baselines, store, "test", runtime, stop)
     if runtime.is_main:
         model = EvaluatedModel(best.state.step, best.sha256, best.manifest_sha256)

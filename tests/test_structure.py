@@ -19,7 +19,7 @@ PACKAGES = ("fmrl_dist", "shards", "launch")
 # (train, evaluate, …) are commands, on top.
 FOLDERS = ("base", "model", "config", "distributed", "losses", "data", "checkpoint", "evaluation", "training")
 SUBFOLDERS = {
-    "fmrl_dist": {*FOLDERS, "data/store", "training/id_table"},
+    "fmrl_dist": {*FOLDERS, "data/store", "evaluation/results", "training/id_table"},
     "shards": {"tables", "encoders", "store", "demo"},
     "launch": {"slurm", "sweeps", "local"},
     "benchmarks": {"gpu"},

@@ -3,6 +3,8 @@
     config.json                   how to build the model, how it reads a history, where it came from
     model.safetensors             its state dict, float32
     item_embeddings.safetensors   the scoring embeddings: no item features are needed to deploy
+    rotation.safetensors          what turns outputs and embeddings into vectors that may be cut
+    item_vectors.safetensors      embeddings rotated and cut, for a retrieval index, if asked for
     vocab.parquet                 copied from the store: external ids, training counts, titles if any
     fit-<feature>.safetensors     copied from the store: what a new item's text is encoded with, of a fitted feature
 
@@ -17,6 +19,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -34,12 +37,20 @@ from fmrl_dist.model.export_config import (
     read_export_config,
 )
 from fmrl_dist.model.fmrlrec import MODEL_FILE, FMRLRec
+from fmrl_dist.model.rotation import rotate_tiles
 
 ITEMS_FILE = "item_embeddings.safetensors"
 ITEMS_TENSOR = "item_embeddings"
+ROTATION_FILE = "rotation.safetensors"
+ROTATION_TENSOR = "rotation"
+VECTORS_FILE = "item_vectors.safetensors"
+VECTORS_TENSOR = "item_vectors"
 # What an export may also have: fits of its features, and what fmrl_dist.evaluate adds.
-ADDED = re.compile(r"fit-[a-z][a-z0-9_]*\.safetensors|evaluation(-[a-z0-9-]+)?\.(json|png|parts|parquet)", re.ASCII)
-FILES = (CONFIG_FILE, MODEL_FILE, ITEMS_FILE, VOCAB_FILE)
+ADDED = re.compile(
+    r"fit-[a-z][a-z0-9_]*\.safetensors|item_vectors\.safetensors|evaluation(-[a-z0-9-]+)?\.(json|png|parts|parquet)",
+    re.ASCII,
+)
+FILES = (CONFIG_FILE, MODEL_FILE, ITEMS_FILE, ROTATION_FILE, VOCAB_FILE)
 
 
 @dataclass(frozen=True)
@@ -63,9 +74,11 @@ class Recommender:
     predict_first: bool  # whether the start position, which serves an empty history, was trained
     origin: Origin
     normalize: bool = False  # whether scores are cosines of each size's prefixes
+    rotation: Tensor | None = None  # orthogonal [D, D], for cut vectors; older exports have none
 
     def to(self, device: torch.device) -> Recommender:
-        return replace(self, model=self.model.to(device), items=self.items.to(device))
+        rotation = None if self.rotation is None else self.rotation.to(device)
+        return replace(self, model=self.model.to(device), items=self.items.to(device), rotation=rotation)
 
 
 def is_export(folder: Path) -> bool:
@@ -100,16 +113,18 @@ def write_export(
     encoders: Mapping[str, MadeBy],
     fits: Mapping[str, bytes],
     overwrite: bool,
+    vectors: int = 0,
 ) -> None:
     """Write ``folder``.
 
     Args:
-        recommender: the model and its catalogue.
+        recommender: the model and its catalogue, with a rotation.
         folder: to write.
         vocab: the store's vocabulary file.
         encoders: what made each feature that the model reads.
         fits: file of each of those that was fitted to its items.
         overwrite: replace an existing export.
+        vectors: also write item vectors cut to so many channels; 0 for none.
 
     Raises:
         UserError: as :func:`check_output`, or another process is writing ``folder``.
@@ -120,6 +135,7 @@ def write_export(
         "max_length": recommender.max_length,
         "predict_first": recommender.predict_first,
         "normalize": recommender.normalize,
+        **({"vectors": vectors} if vectors else {}),
         "feature_encoders": encoders,
         "origin": asdict(recommender.origin),
     }
@@ -128,13 +144,19 @@ def write_export(
         (aside / VOCAB_FILE).write_bytes(vocab)
         _save(recommender.model.state_dict(), aside / MODEL_FILE)
         _save({ITEMS_TENSOR: recommender.items}, aside / ITEMS_FILE)
-        names = [MODEL_FILE, ITEMS_FILE, VOCAB_FILE]
+        assert recommender.rotation is not None
+        _save({ROTATION_TENSOR: recommender.rotation}, aside / ROTATION_FILE)
+        names = [MODEL_FILE, ITEMS_FILE, ROTATION_FILE, VOCAB_FILE]
+        if vectors:
+            rotated = rotate_tiles(recommender.items, recommender.rotation)
+            _save({VECTORS_TENSOR: rotated[:, :vectors]}, aside / VECTORS_FILE)
+            names.append(VECTORS_FILE)
         for feature, data in fits.items():
             (aside / fit_file(feature)).write_bytes(data)
             names.append(fit_file(feature))
         (aside / CONFIG_FILE).write_text(export_config_text(config, aside, names), encoding="utf-8")
-        for name in (MODEL_FILE, ITEMS_FILE):  # safetensors makes files readable only by their owner
-            shutil.copymode(aside / CONFIG_FILE, aside / name)
+        for name in aside.glob("*.safetensors"):  # safetensors makes files readable only by their owner
+            shutil.copymode(aside / CONFIG_FILE, name)
         if not overwrite:
             check_output(folder, overwrite)  # or meanwhile, where there are no locks
 
@@ -155,6 +177,7 @@ def read_export(folder: Path) -> Recommender:
         shape = (config["num_items"], model.width)
         if items.dtype != torch.float32 or items.shape != shape:
             raise ValueError(f"{ITEMS_FILE} is {items.dtype} {list(items.shape)}; expected float32 {list(shape)}")
+        rotation = _read_rotation(folder, config, model.width)
         max_length, predict_first, origin = config["max_length"], config["predict_first"], Origin(**config["origin"])
         normalize = config.get("normalize", False)  # missing from older exports
         if type(max_length) is not int or max_length < 1 or {type(predict_first), type(normalize)} != {bool}:
@@ -165,7 +188,21 @@ def read_export(folder: Path) -> Recommender:
         raise
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         raise _damaged(folder, error) from None
-    return Recommender(model, items, max_length, predict_first, origin, normalize)
+    return Recommender(model, items, max_length, predict_first, origin, normalize, rotation)
+
+
+def _read_rotation(folder: Path, config: Mapping[str, Any], width: int) -> Tensor | None:
+    """The rotation of an export; None if it is from before there was one."""
+    if ROTATION_FILE not in config.get("sha256_of", {}):
+        return None
+    check_export_file(folder, config, ROTATION_FILE)
+    rotation = load_file(folder / ROTATION_FILE)[ROTATION_TENSOR]
+    shape = (width, width)
+    if rotation.dtype != torch.float32 or rotation.shape != shape:
+        raise ValueError(f"{ROTATION_FILE} is {rotation.dtype} {list(rotation.shape)}; expected float32 {list(shape)}")
+    if not torch.allclose(rotation.T @ rotation, torch.eye(width), atol=1e-4):
+        raise ValueError(f"{ROTATION_FILE} is not orthogonal")
+    return rotation
 
 
 def read_export_vocabulary(folder: Path) -> bytes:

@@ -343,6 +343,9 @@ class EvalConfig:
     # keep every user's ranks beside an evaluation's figures, for fmrl_dist.compare (while it is written, 24 bytes per
     # user, and 16 per user and size)
     per_user: bool = True
+    # final evaluations also rank with cut vectors, outputs and item vectors of the whole network, rotated and cut to
+    # each smaller size: twice the time
+    cut_vectors: bool = True
 
     def __post_init__(self) -> None:
         check_fields(self, "eval")
@@ -430,6 +433,10 @@ class Config:
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    def temperature_of(self, size: int) -> float:
+        """What a trained size's scores are divided by."""
+        return self.loss.temperatures[self.model.sizes.index(size)] if self.loss.temperatures else 1.0
 
     @property
     def hash(self) -> str:

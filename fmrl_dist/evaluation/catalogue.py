@@ -7,7 +7,7 @@ V items, D width. :mod:`fmrl_dist.evaluation.split_catalogue` splits it over the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -19,8 +19,9 @@ from fmrl_dist.data.store.reader import Store
 from fmrl_dist.distributed.signals import StopRequest
 from fmrl_dist.evaluation.target_ranks import TargetRanks
 from fmrl_dist.model.embed_catalogue import check_rankable
+from fmrl_dist.model.rotation import ROTATED_ITEMS, rotate_tiles
 
-COMPARED_ITEMS = 4096  # per tile
+COMPARED_ITEMS = ROTATED_ITEMS  # per tile
 Group = list[EvaluationBlock]  # users that one pass over the items serves
 STREAMED_USERS = 65536  # per pass over the item shards: with D = 1024 their outputs take 256 MiB
 
@@ -80,6 +81,7 @@ class EmbeddedCatalogue:
     """Embeddings that are all in memory, float32 [V, D]."""
 
     items: Tensor
+    vectors: Tensor | None = None  # what outputs are compared with [V, D], if not ``items``
     users_at_once: int = 1
     inline_dims: None = None
 
@@ -90,10 +92,18 @@ class EmbeddedCatalogue:
         return [self.items[block.items] for block in group]
 
     def target_items(self, group: Group) -> list[Tensor]:
-        return [self.items[block.targets] for block in group]
+        return [self._compared[block.targets] for block in group]
 
     def compare(self, users: Sequence[TargetRanks], stop: StopRequest) -> None:
-        add_all_tiles(users, lambda: tiles_of(self.items), stop)
+        add_all_tiles(users, lambda: tiles_of(self._compared), stop)
+
+    def rotated(self, rotation: Tensor) -> EmbeddedCatalogue:
+        """Targets and tiles times ``rotation`` [D, D], for outputs that are rotated, too; inputs stay."""
+        return replace(self, vectors=rotate_tiles(self.items, rotation))
+
+    @property
+    def _compared(self) -> Tensor:
+        return self.items if self.vectors is None else self.vectors
 
 
 class FeatureEncoder(Protocol):
@@ -121,6 +131,7 @@ class StreamedCatalogue:
     store: Store
     inline_dims: Mapping[str, int]
     users_at_once: int = STREAMED_USERS
+    rotation: Tensor | None = None  # of targets and tiles [D, D]
 
     def in_step(self, groups: Iterable[Group]) -> Iterator[Group]:
         yield from groups
@@ -129,10 +140,14 @@ class StreamedCatalogue:
         return [self._of_block(block, block.items) for block in group]
 
     def target_items(self, group: Group) -> list[Tensor]:
-        return [self._of_block(block, block.targets) for block in group]
+        return [self._rotate(self._of_block(block, block.targets)) for block in group]
 
     def compare(self, users: Sequence[TargetRanks], stop: StopRequest) -> None:
         add_all_tiles(users, self._tiles, stop)
+
+    def rotated(self, rotation: Tensor) -> StreamedCatalogue:
+        """As :meth:`EmbeddedCatalogue.rotated`."""
+        return replace(self, rotation=rotation)
 
     def _of_block(self, block: EvaluationBlock, ids: Tensor) -> Tensor:
         """Embeddings of some items of a block's histories and targets, from the features in the block."""
@@ -145,7 +160,10 @@ class StreamedCatalogue:
         for block in self.store.manifest.items:
             rows = block_rows(self.store.read_block(block), "ids", self.inline_dims)
             values, present = torch.from_numpy(rows.values).to(device), torch.from_numpy(rows.present).to(device)
-            yield torch.from_numpy(rows.ids).to(device), self._embed(values, present)
+            yield torch.from_numpy(rows.ids).to(device), self._rotate(self._embed(values, present))
+
+    def _rotate(self, vectors: Tensor) -> Tensor:
+        return vectors if self.rotation is None else rotate_tiles(vectors, self.rotation)
 
     @torch.no_grad()
     def _embed(self, values: Tensor, present: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from fmrl_dist.config.sections import EvalConfig
 from fmrl_dist.data.batches import EvaluationBlock, evaluation_blocks
@@ -21,7 +22,7 @@ from fmrl_dist.distributed.signals import StopRequest
 from fmrl_dist.evaluation.metrics import METRICS, histogram_of
 from fmrl_dist.evaluation.parts import WHOLE, Part
 from fmrl_dist.evaluation.rank_counts import RankCounts, RankedUsers, sorted_users
-from fmrl_dist.evaluation.ranker import Ranker
+from fmrl_dist.evaluation.ranker import Ranker, SequenceModel
 from fmrl_dist.evaluation.segments import NUM_CELLS, Segments
 from fmrl_dist.evaluation.target_ranks import TargetRanks, guessed_scores, seen_items
 from fmrl_dist.evaluation.top_lists import exposures
@@ -40,13 +41,15 @@ class EvaluationProtocol:
     segments: Segments | None = None  # if users are also reported by segment
     keep_users: bool = False  # whether each user's ranks are kept
     list_metrics: tuple[str, ...] = ()  # name@k each, of the items that are recommended
+    cut_vectors: bool = False  # whether the whole network's rotated vectors are ranked with at the smaller sizes, too
 
     @classmethod
     def of_report(cls, store: Store, split: str, mask_seen: bool, config: EvalConfig) -> EvaluationProtocol:
         """All users of a split, also by segment."""
         segments = Segments.of(train_counts(store))
         names = config.metric_names
-        return cls(store, split, mask_seen, 0, names, segments, config.per_user, config.list_metric_names)
+        lists = config.list_metric_names
+        return cls(store, split, mask_seen, 0, names, segments, config.per_user, lists, config.cut_vectors)
 
     @property
     def cutoff(self) -> int:
@@ -149,13 +152,12 @@ def rank_users(
         UserError: the model's outputs are not finite, or too large.
     """
     model, catalogue = ranker.model, ranker.catalogue
-    for group in catalogue.in_step(_groups(stop.until_requested(blocks), catalogue.users_at_once)):
+    for group in catalogue.in_step(groups_of(stop.until_requested(blocks), catalogue.users_at_once)):
         group = [block.to(ranker.device) for block in group]
         ranks = []
         inputs, target_items = catalogue.inputs(group), catalogue.target_items(group)
         for block, rows, wanted in zip(group, inputs, target_items, strict=True):
-            z = model(rows, block.starts, block.from_start)[block.starts[1:] - 1]
-            check_rankable(z, "outputs")
+            z = last_outputs(model, block, rows)
             guesses = guessed_scores(z, wanted, model.sizes, ranker.normalize)
             seen = seen_items(block)
             ranks.append(TargetRanks(z, block.targets, seen, guesses, model.sizes, ranker.normalize, list_length))
@@ -165,7 +167,18 @@ def rank_users(
             yield RankedUsers(block.users, block.targets, block.seen_starts.diff(), target_ranks.result(), lists)
 
 
-def _groups(blocks: Iterable[EvaluationBlock], num_users: int) -> Iterator[list[EvaluationBlock]]:
+def last_outputs(model: SequenceModel, block: EvaluationBlock, rows: Tensor) -> Tensor:
+    """Outputs after the last item of each history [U, D], from the embeddings of all items [N, D].
+
+    Raises:
+        UserError: they are not finite, or too large.
+    """
+    z = model(rows, block.starts, block.from_start)[block.starts[1:] - 1]
+    check_rankable(z, "outputs")
+    return z
+
+
+def groups_of(blocks: Iterable[EvaluationBlock], num_users: int) -> Iterator[list[EvaluationBlock]]:
     """Consecutive blocks, grouped until each group has at least ``num_users`` users."""
     group: list[EvaluationBlock] = []
     for block in blocks:

@@ -72,6 +72,7 @@ class EvaluationIdentity:
     split: str
     mask_seen: bool
     sizes: list[int]
+    vector_sizes: list[int]  # of cut vectors
     users: int  # of the whole split, including those in damaged blocks
     cells: int  # of segments
     cutoff: int  # last rank that is counted
@@ -80,7 +81,12 @@ class EvaluationIdentity:
 
     @property
     def histograms_shape(self) -> tuple[int, ...]:
-        return (self.cells, 2, len(self.sizes), 2 * self.cutoff + 1)
+        return (self.cells, 2, self.num_rows, 2 * self.cutoff + 1)
+
+    @property
+    def num_rows(self) -> int:
+        """Figures of each kind: one per size and deployment."""
+        return len(self.sizes) + len(self.vector_sizes)
 
 
 @dataclass(frozen=True)
@@ -148,7 +154,7 @@ def join_parts(folder: Path, evaluated: EvaluationIdentity) -> RankCounts:
             f"{_describe(settings[0])}: they round differently; evaluate all parts with the same --threads on the same "
             "kind of device",
         )
-    users = sorted_users([each["users"] for each in tensors], len(evaluated.sizes)) if evaluated.keep_users else None
+    users = sorted_users([each["users"] for each in tensors], evaluated.num_rows) if evaluated.keep_users else None
     exposures = sum(each["exposures"] for each in tensors) if evaluated.list_lengths else None
     return RankCounts(torch.stack(histograms).sum(0), users, exposures)
 

@@ -62,9 +62,11 @@ def sorted_users(tables: Sequence[Tensor], num_sizes: int) -> RankedUsers:
 def join_sizes(counts: Sequence[RankCounts]) -> RankCounts:
     """Counts of several rankings of the same users, as if they were sizes of one model."""
     histograms = torch.cat([each.histograms for each in counts], 2)
+    listed = [each.exposures for each in counts if each.exposures is not None]
+    exposures = torch.cat(listed, 2) if listed else None
     kept = [each.users for each in counts if each.users is not None]
     if not kept:
-        return RankCounts(histograms)
+        return RankCounts(histograms, exposures=exposures)
     first = kept[0]
     ranks = torch.cat([users.ranks for users in kept], 1)
-    return RankCounts(histograms, RankedUsers(first.users, first.targets, first.lengths, ranks))
+    return RankCounts(histograms, RankedUsers(first.users, first.targets, first.lengths, ranks), exposures)

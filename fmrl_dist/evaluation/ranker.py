@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -36,6 +36,19 @@ class SequenceModel(Protocol):
 
 
 @dataclass(frozen=True)
+class RotatedModel:
+    """A whole model whose outputs are rotated, then cut to each of some sizes (:mod:`fmrl_dist.model.rotation`)."""
+
+    model: SequenceModel
+    rotation: Tensor  # float32 [D, D]
+    sizes: tuple[int, ...]
+
+    def __call__(self, items: Tensor, starts: Tensor, from_start: Tensor) -> Tensor:
+        """Outputs [N, D]."""
+        return self.model(items, starts, from_start) @ self.rotation
+
+
+@dataclass(frozen=True)
 class Ranker:
     """A model in evaluation mode, and the catalogue."""
 
@@ -44,6 +57,14 @@ class Ranker:
     max_length: int  # number of last events of a history that the model reads
     normalize: bool  # whether scores are cosines of each size's prefixes
     device: torch.device = CPU  # of model and catalogue
+    temperature: float = 1.0  # what whole scores are divided by before a softmax
+    rotation: Tensor | None = None  # of cut vectors, float32 [D, D], if it is known already
+
+    def rotated(self, rotation: Tensor, sizes: tuple[int, ...]) -> Ranker:
+        """The whole model, its outputs and item vectors rotated and cut to each of ``sizes``."""
+        assert isinstance(self.catalogue, EmbeddedCatalogue | SplitCatalogue | StreamedCatalogue), "a model's own items"
+        catalogue = self.catalogue.rotated(rotation)
+        return replace(self, model=RotatedModel(self.model, rotation, sizes), catalogue=catalogue)
 
 
 def build_ranker(model: FMRLRec, config: Config, store: Store, table: ItemTable | None, runtime: Runtime) -> Ranker:
@@ -68,7 +89,8 @@ def build_ranker(model: FMRLRec, config: Config, store: Store, table: ItemTable 
         catalogue = SplitCatalogue.embed(runtime.rank, runtime.world_size, len(table.values), embed)
     else:
         catalogue = EmbeddedCatalogue(embed_catalogue(model.encoder, table.values, table.present))
-    return Ranker(model, catalogue, config.data.max_length, config.loss.normalize, runtime.device)
+    temperature = config.temperature_of(model.width)
+    return Ranker(model, catalogue, config.data.max_length, config.loss.normalize, runtime.device, temperature)
 
 
 def ranker_of_checkpoint(checkpoint: Checkpoint, config: Config, store: Store, runtime: Runtime) -> Ranker:
@@ -107,5 +129,11 @@ def ranker_of_export(recommender: Recommender) -> Ranker:
     """
     check_rankable(recommender.items, "item embeddings")
     catalogue = EmbeddedCatalogue(recommender.items)
-    device = recommender.items.device
-    return Ranker(recommender.model, catalogue, recommender.max_length, recommender.normalize, device)
+    return Ranker(
+        recommender.model,
+        catalogue,
+        recommender.max_length,
+        recommender.normalize,
+        recommender.items.device,
+        rotation=recommender.rotation,
+    )

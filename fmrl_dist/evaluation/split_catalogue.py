@@ -14,7 +14,7 @@ shape and the figures are identical, digit for digit. A rank holds 1/W of [V, D]
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from fmrl_dist.distributed.collectives import exchange_counts, exchange_rows, to
 from fmrl_dist.distributed.signals import StopRequest
 from fmrl_dist.evaluation.catalogue import COMPARED_ITEMS, Group, add_tiles, tiles_of
 from fmrl_dist.evaluation.target_ranks import TargetRanks
+from fmrl_dist.model.rotation import rotate_tiles
 
 SHARED_BYTES = 2**30  # of embeddings: above this, ranks share them even if each rank scores all items for its loss
 
@@ -35,6 +36,7 @@ class SplitCatalogue:
 
     items: Tensor  # float32 [v, D]
     bounds: Sequence[int]  # first item of each rank, then V
+    vectors: Tensor | None = None  # what outputs are compared with [v, D], if not ``items``
     users_at_once: int = 1
     inline_dims: None = None
 
@@ -56,22 +58,30 @@ class SplitCatalogue:
             yield [block or nobody()]
 
     def inputs(self, group: Group) -> list[Tensor]:
-        return [self._fetch(block.items) for block in group]
+        return [self._fetch(self.items, block.items) for block in group]
 
     def target_items(self, group: Group) -> list[Tensor]:
-        return [self._fetch(block.targets) for block in group]
+        return [self._fetch(self._compared, block.targets) for block in group]
 
     def compare(self, users: Sequence[TargetRanks], stop: StopRequest) -> None:
         for target_ranks in users:
             self._compare_together(target_ranks, stop)
 
-    def _fetch(self, ids: Tensor) -> Tensor:
-        """Embeddings of any items, each fetched from its rank."""
+    def rotated(self, rotation: Tensor) -> SplitCatalogue:
+        """As :meth:`~fmrl_dist.evaluation.catalogue.EmbeddedCatalogue.rotated`."""
+        return replace(self, vectors=rotate_tiles(self.items, rotation))
+
+    @property
+    def _compared(self) -> Tensor:
+        return self.items if self.vectors is None else self.vectors
+
+    def _fetch(self, own: Tensor, ids: Tensor) -> Tensor:
+        """Rows of any items, each fetched from the rank that has it among its ``own`` [v, D]."""
         wanted, places = ids.unique(return_inverse=True)
         edges = torch.searchsorted(wanted, torch.tensor(self.bounds, device=wanted.device))
         asked = edges.diff().tolist()
         answered = exchange_counts(asked, ids.device)
-        rows = self.items[exchange_rows(wanted[:, None], asked, answered)[:, 0] - self.bounds[dist.get_rank()]]
+        rows = own[exchange_rows(wanted[:, None], asked, answered)[:, 0] - self.bounds[dist.get_rank()]]
         return exchange_rows(rows, answered, asked)[places]
 
     def _compare_together(self, own: TargetRanks, stop: StopRequest) -> None:
@@ -91,7 +101,7 @@ class SplitCatalogue:
             TargetRanks(z, targets[:, 0], seen, assumed.T, own.sizes, own.normalize, length)
             for z, targets, seen, assumed in of_all
         ]
-        add_tiles(everyone, stop.until_requested(tiles_of(self.items, self.bounds[dist.get_rank()])))
+        add_tiles(everyone, stop.until_requested(tiles_of(self._compared, self.bounds[dist.get_rank()])))
         found = [target_ranks.found() for target_ranks in everyone]
         sent, received = [len(part) for part in found], [len(own.z)] * len(found)
         parts = exchange_rows(torch.cat(found).flatten(1), sent, received)

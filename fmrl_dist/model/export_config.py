@@ -6,7 +6,7 @@ Whatever reads an export checks the hash of each file first: a damaged weight is
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def read_export_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def check_export_file(folder: Path, config: dict[str, Any], name: str) -> None:
+def check_export_file(folder: Path, config: Mapping[str, Any], name: str) -> None:
     """Check a file of an export against :func:`read_export_config`'s result.
 
     Raises:

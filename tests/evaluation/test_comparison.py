@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import fmrl_dist.evaluation.bootstrap
+import fmrl_dist.evaluation.results.bootstrap
 from fmrl_dist import baselines, compare
 from fmrl_dist.config.loading import load_config
-from fmrl_dist.evaluation.bootstrap import bootstrap
+from fmrl_dist.evaluation.results.bootstrap import bootstrap
 from tests.fixtures.training import evaluation, make_shop, refusal, run_here, train_here
 
 
@@ -44,7 +44,7 @@ def compared(folder: Path, *words: object) -> Any:
 
 
 def test_examples_run() -> None:
-    result = doctest.testmod(fmrl_dist.evaluation.bootstrap)
+    result = doctest.testmod(fmrl_dist.evaluation.results.bootstrap)
     assert result.attempted >= 3 and result.failed == 0
 
 

@@ -14,7 +14,7 @@ from fmrl_dist.checkpoint.folder import load_checkpoint
 from fmrl_dist.checkpoint.run_folder import is_finished
 from fmrl_dist.config.loading import load_config
 from fmrl_dist.data.store.reader import Store
-from fmrl_dist.evaluation.report import describe
+from fmrl_dist.evaluation.results.report import describe
 from shards.store.builder import build_store
 from tests.fixtures.checkpoints import flip
 from tests.fixtures.training import (

@@ -238,7 +238,7 @@ def test_part_on_another_device(tmp_path: Path) -> None:
 
 MEANS = ComputeSetting(1, "cpu")
 EVALUATED = EvaluationIdentity(
-    "c" * 64, "m" * 64, "test", False, [4, 8], users=60, cells=1, cutoff=CUTOFF, keep_users=False, list_lengths=[]
+    "c" * 64, "m" * 64, "test", False, [4, 8], [], users=60, cells=1, cutoff=CUTOFF, keep_users=False, list_lengths=[]
 )
 NOBODY = RankCounts(torch.zeros(1, 2, 2, 2 * CUTOFF + 1, dtype=torch.int64))
 
@@ -251,6 +251,7 @@ NOBODY = RankCounts(torch.zeros(1, 2, 2, 2 * CUTOFF + 1, dtype=torch.int64))
         ({"split": "valid"}, "split is 'test', expected 'valid'"),
         ({"mask_seen": True}, "mask_seen is False, expected True"),
         ({"sizes": [4, 16]}, "sizes is [4, 8], expected [4, 16]"),
+        ({"vector_sizes": [4]}, "vector_sizes is [], expected [4]"),
         ({"users": 61}, "users is 60, expected 61"),
         ({"cells": 15}, "cells is 1, expected 15"),
         ({"cutoff": 20}, "cutoff is 10, expected 20"),

@@ -14,7 +14,7 @@ from PIL import Image
 
 from fmrl_dist.base.files import write_atomically
 from fmrl_dist.evaluation.metrics import METRICS
-from fmrl_dist.evaluation.report import describe, evaluation_file, write_report
+from fmrl_dist.evaluation.results.report import describe, evaluation_file, write_report
 
 OWN = "ab" * 32  # of the manifest of the model's own store
 

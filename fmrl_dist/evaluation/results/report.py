@@ -1,6 +1,7 @@
 """How results are shown: the tables, evaluation.json, the plot of metrics against size, and every user's ranks.
 
-Figures among all items and among unseen ones always stand side by side.
+Figures among all items and among unseen ones always stand side by side, and so do both deployments: the network cut to
+a size, and the whole network's vectors cut to it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -20,16 +21,18 @@ from fmrl_dist.base.files import write_atomically
 from fmrl_dist.checkpoint.run_folder import evaluation_file
 from fmrl_dist.data.item_statistics import train_counts
 from fmrl_dist.data.store.reader import check_lost_users
+from fmrl_dist.evaluation.cut_vectors import cut_sizes
 from fmrl_dist.evaluation.histograms import EvaluationProtocol
 from fmrl_dist.evaluation.metrics import metrics_from_histogram, metrics_of_lists
 from fmrl_dist.evaluation.rank_counts import RankCounts
+from fmrl_dist.evaluation.results.user_ranks import VECTORS, write_user_ranks
 from fmrl_dist.evaluation.segments import segments_of_cells
 from fmrl_dist.evaluation.target_ranks import ALL, UNSEEN
-from fmrl_dist.evaluation.user_ranks import write_user_ranks
 
 SPLIT_RULE = "leave-one-out"
 COLUMNS = 6  # metrics side by side in a table
 Rows = Mapping[str, Mapping[str, float]]  # name of a size or baseline → metric → value
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ def report(
         name = evaluation_file(protocol.split, False, other_manifest(result, model.manifest_sha256))
         users_path = folder / f"{name}-users.parquet"
         if counts.users is not None:
-            write_user_ranks(users_path, counts.users, sizes, protocol.store, origin(protocol, model))
+            names = [*map(str, sizes), *(f"{VECTORS}{size}" for size in cut_sizes(sizes, protocol))]
+            write_user_ranks(users_path, counts.users, names, protocol.store, origin(protocol, model))
     print(f"written: {json_path}\npicture: {picture_path}", flush=True)
     if counts.users is not None:
         print(f"users: {users_path}", flush=True)
@@ -80,7 +84,7 @@ def figures(
     """The content of ``evaluation.json``; it has ``users_lost`` only if damaged blocks were left out.
 
     Args:
-        counts: of the model.
+        counts: of the model, of cut vectors too if the protocol has them.
         baselines: histograms of each, int64 [2, 2·K' + 1] with K' at least the protocol's cut-off.
         sizes: of the model, or what else there are figures of.
         protocol: whose targets were ranked.
@@ -97,10 +101,21 @@ def figures(
     def rows(histograms: Mapping[str, Tensor], which: int) -> dict[str, dict[str, float]]:
         return {name: metrics_from_histogram(pair[which], protocol.metrics) for name, pair in histograms.items()}
 
+    vector_sizes = cut_sizes(sizes, protocol)
+
+    def by_deployment(of_rows: Sequence[T]) -> dict[str, dict[str, T]]:
+        """What there is of the cut network at each size, then of cut vectors, by deployment and size."""
+        named = {"sizes": sizes, **({"vectors": vector_sizes} if vector_sizes else {})}
+        assert len(of_rows) == len(sizes) + len(vector_sizes)
+        values = iter(of_rows)
+        return {key: {str(size): next(values) for size in its_sizes} for key, its_sizes in named.items()}
+
     def both(histograms: Tensor) -> dict[str, Any]:
-        """The figures of every size, from histograms [2, S, 2·K + 1]."""
-        of_size = {str(size): pair for size, pair in zip(sizes, histograms.transpose(0, 1), strict=True)}
-        return {"sizes": rows(of_size, main), other_name: {"sizes": rows(of_size, other)}}
+        """The figures of every size, from histograms [2, S + S', 2·K + 1]."""
+        pairs = by_deployment(list(histograms.transpose(0, 1)))
+        return {key: rows(of_size, main) for key, of_size in pairs.items()} | {
+            other_name: {key: rows(of_size, other) for key, of_size in pairs.items()}
+        }
 
     segments = {}
     for name, cells in segments_of_cells() if protocol.segments else ():
@@ -112,10 +127,12 @@ def figures(
     if counts.exposures is not None:
         trained = train_counts(protocol.store)
         for which, part in ((main, result), (other, result[other_name])):
-            part["lists"] = {
-                str(size): metrics_of_lists(counts.exposures[:, which, j], trained, protocol.list_metrics)
-                for j, size in enumerate(sizes)
-            }
+            of_rows = [
+                metrics_of_lists(counts.exposures[:, which, j], trained, protocol.list_metrics)
+                for j in range(counts.exposures.shape[2])
+            ]
+            for key, of_size in by_deployment(of_rows).items():
+                part["lists" if key == "sizes" else "vector_lists"] = of_size
     return {
         "split": protocol.split,
         "split_rule": SPLIT_RULE,
@@ -154,9 +171,12 @@ def describe(result: Mapping[str, Any]) -> str:
         "pairs of figures: all items ranked | seen items masked",
         *pair_table("size", *both_protocols(result)),
     ]
-    if "lists" in result:
-        unmasked, masked = both_protocols(result, ("lists",))
-        lines += ["", "of the items recommended:", *pair_table("size", unmasked, masked)]
+    if "vectors" in result:
+        what = "cut vectors: the whole network, its outputs and item vectors rotated, then cut:"
+        lines += ["", what, *pair_table("size", *both_protocols(result, ("vectors",)))]
+    for key, suffix in (("lists", ""), ("vector_lists", ", cut vectors")):
+        if key in result:
+            lines += ["", f"of the items recommended{suffix}:", *pair_table("size", *both_protocols(result, (key,)))]
     filled = {name: part for name, part in result["segments"].items() if part["users"]}
     if filled:
         largest = list(result["sizes"])[-1]
@@ -201,7 +221,7 @@ def write_report(folder: Path, result: dict[str, Any], own_manifest: str) -> tup
 
 
 def _draw(result: dict[str, Any]) -> bytes:
-    """The plot, as PNG: the metrics of the largest cut-off against size, masked ones dashed."""
+    """The plot, as PNG: the metrics of the largest cut-off against size, masked ones dashed, cut vectors thin."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -210,12 +230,19 @@ def _draw(result: dict[str, Any]) -> bytes:
     are_sizes = all(size.isdigit() for size in sizes)
     x = [int(size) for size in sizes] if are_sizes else list(range(len(sizes)))
     unmasked, masked = both_protocols(result)
+    vectors = both_protocols(result, ("vectors",))
     metrics = list(next(iter(unmasked.values())))
     cutoff = metrics[-1].split("@")[1]
     for colour, metric in enumerate(name for name in metrics if name.split("@")[1] == cutoff):
-        for rows, style, suffix in ((unmasked, "-", ""), (masked, "--", ", seen items masked")):
+        for which, (style, suffix) in enumerate((("-", ""), ("--", ", seen items masked"))):
+            rows, color = (unmasked, masked)[which], f"C{colour}"
             values = [rows[size][metric] for size in sizes]
-            axes.plot(x, values, style if are_sizes else "", color=f"C{colour}", marker="o", label=metric + suffix)
+            axes.plot(x, values, style if are_sizes else "", color=color, marker="o", label=metric + suffix)
+            if vectors[which]:
+                of_vectors = [vectors[which][size][metric] for size in sizes[:-1]] + values[-1:]
+                axes.plot(x, of_vectors, style, color=color, marker="x", alpha=0.5, lw=1)
+    if vectors[0]:
+        axes.plot([], [], color="gray", marker="x", alpha=0.5, lw=1, label="the same, cut vectors")
     if are_sizes:
         axes.set_xscale("log", base=2)
         axes.set_xlabel("model size (channels kept)")

@@ -2,7 +2,8 @@
 
 Columns: ``user`` (external id, as text), ``history`` (events before the target), ``target`` (the item's external id, as
 text), and for each size M ``rank@M`` and ``masked_rank@M``: the target's rank among all items, and among those that the
-user has not seen; infinity if the model gave no score. Rows are in the order of the store's users.
+user has not seen; infinity if the model gave no score. ``vectors-M`` in place of M is of vectors cut to M. Rows are in
+the order of the store's users.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from fmrl_dist.evaluation.rank_counts import RankedUsers
 from fmrl_dist.evaluation.target_ranks import ALL, UNSEEN
 
 ORIGIN = b"fmrl_dist"  # key of the file's metadata
+VECTORS = "vectors-"
 PREFIXES = {ALL: "rank@", UNSEEN: "masked_rank@"}
 
 
@@ -37,7 +39,7 @@ class UserRanks:
     users: pa.Array  # external ids, text [n]
     targets: pa.Array  # external ids, text [n]
     lengths: np.ndarray  # int64 [n]
-    ranks: Mapping[tuple[int, str], np.ndarray]  # (ALL or UNSEEN, size or baseline) → float64 [n]
+    ranks: Mapping[tuple[int, str], np.ndarray]  # (ALL or UNSEEN, name of the row) → float64 [n]
     origin: Mapping[str, Any]
 
 
@@ -49,7 +51,7 @@ def write_user_ranks(
     Args:
         path: of the file.
         ranked: users, sorted; ranks [2, S, n].
-        names: of the S sizes or baselines.
+        names: of the S sizes, cut vectors or baselines.
         store: whose users they are.
         origin: what model and store the ranks are of.
     """

@@ -19,10 +19,10 @@ import yaml
 
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.checkpoint.run_folder import evaluation_file
-from fmrl_dist.evaluation.bootstrap import bootstrap, holm
 from fmrl_dist.evaluation.metrics import metric_of_users
+from fmrl_dist.evaluation.results.bootstrap import bootstrap, holm
+from fmrl_dist.evaluation.results.user_ranks import VECTORS, UserRanks, read_user_ranks
 from fmrl_dist.evaluation.target_ranks import ALL, UNSEEN
-from fmrl_dist.evaluation.user_ranks import UserRanks, read_user_ranks
 
 PROTOCOLS = {ALL: "unmasked", UNSEEN: "masked"}
 # What may differ between runs of one model: the seed, and what does not change the model.
@@ -51,8 +51,13 @@ class EvaluatedRun:
 
     @property
     def rows(self) -> list[str]:
-        """Its sizes, or the names of baselines."""
-        return list(self.figures["sizes"])
+        """Its sizes, or the names of baselines, then its cut vectors."""
+        return [*self.figures["sizes"], *(f"{VECTORS}{size}" for size in self.figures.get("vectors", {}))]
+
+    @property
+    def largest(self) -> str:
+        """Its largest size, or its last baseline."""
+        return list(self.figures["sizes"])[-1]
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def load_evaluated_run(path: Path, split: str) -> EvaluatedRun:
     mend = f"evaluate it with python -m fmrl_dist.evaluate --checkpoint {path} --split {split}"
     try:
         figures = json.loads(file.read_text(encoding="utf-8"))
-        rows, origin = list(figures["sizes"]), (figures["checkpoint"]["sha256"], figures["manifest_sha256"])
+        sizes, origin = list(figures["sizes"]), (figures["checkpoint"]["sha256"], figures["manifest_sha256"])
     except FileNotFoundError:
         raise UserError(f"{path} has no {file.name}; {mend}") from None
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -83,7 +88,7 @@ def load_evaluated_run(path: Path, split: str) -> EvaluatedRun:
     ranks = read_user_ranks(users_file)
     require(
         origin == (ranks.origin["checkpoint"]["sha256"], ranks.origin["manifest_sha256"])
-        and all((which, row) in ranks.ranks for which in PROTOCOLS for row in rows),
+        and all((which, row) in ranks.ranks for which in PROTOCOLS for row in sizes),
         f"{users_file} and {file.name} are of different evaluations; {mend}",
     )
     return EvaluatedRun(path, figures, ranks, _model_config(path, figures))
@@ -168,7 +173,7 @@ def compare(models: Sequence[Model], metric: str, num_samples: int, seed: int) -
     for model in models:
         for row in model.runs[0].rows:
             entry: dict[str, Any] = {"model": model.name, "row": row, "seeds": len(model.runs)}
-            against = row if row in reference.runs[0].rows else reference.runs[0].rows[-1]
+            against = row if row in reference.runs[0].rows else reference.runs[0].largest
             for which, protocol in PROTOCOLS.items():
                 own = values(model, which, row)
                 by_seed = own.mean(1)

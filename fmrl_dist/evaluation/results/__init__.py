@@ -1,0 +1,1 @@
+"""Ranking the whole catalogue for every user, at every size."""

@@ -1,0 +1,146 @@
+"""Both deployments are ranked, reported and exported; cut vectors are what they say, by a naive computation."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from fmrl_dist import evaluate, export
+from fmrl_dist.base.files import file_sha256, json_sha256
+from fmrl_dist.checkpoint.export_folder import ITEMS_FILE, ROTATION_FILE, VECTORS_FILE, read_export
+from fmrl_dist.data.batches import evaluation_blocks
+from fmrl_dist.data.store.reader import Store
+from fmrl_dist.model.export_config import CONFIG_FILE
+from tests.fixtures.training import evaluate_here, evaluation, make_shop, refusal, run_here, train_here
+
+SIZES = (4, 8, 16)
+WORDS = ("--model.sizes", "[4, 8, 16]", "--model.width", 16, "--model.depth", 2, "--eval.size", 16)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    shop = make_shop(tmp_path_factory.mktemp("vectors"))
+    return train_here(shop, shop.parent / "run", *WORDS, "--eval.metrics", "[recall, ndcg, mrr, coverage]")
+
+
+@pytest.fixture(scope="module")
+def whole(run: Path) -> Path:
+    """An export of the whole network, with vectors cut to 4 channels."""
+    run_here(export.main, ["--checkpoint", run, "--size", 16, "--vectors", 4])
+    return run / "export-16"
+
+
+def naive_ndcg(folder: Path, size: int, masked: bool) -> float:
+    """NDCG@10 on the test users of an export's vectors, user by user."""
+    recommender = read_export(folder)
+    rotation, items = load_file(folder / ROTATION_FILE)["rotation"], recommender.items
+    vectors = items.numpy() @ rotation
+    store = Store.open(recommender.origin.store)
+    gains = []
+    numbers = range(len(store.manifest.splits["test"]))
+    for block in evaluation_blocks(store, "test", recommender.max_length, numbers):
+        for user, target in enumerate(block.targets.tolist()):
+            history = block.items[block.starts[user] : block.starts[user + 1]]
+            with torch.no_grad():
+                z = recommender.model(items[history], torch.tensor([0, len(history)]), torch.tensor([False]))[-1]
+            scores = (z.numpy() @ rotation)[:size] @ vectors[:, :size].T
+            others = set(range(len(items))) - {target}
+            if masked:
+                others -= set(block.seen[block.seen_starts[user] : block.seen_starts[user + 1]].tolist())
+            rank = 1 + sum(scores[other] > scores[target] for other in others)
+            gains.append(1 / np.log2(1 + rank) if rank <= 10 else 0)
+    return float(np.mean(gains))
+
+
+def test_figures_are_those_of_a_naive_computation(run: Path, whole: Path) -> None:
+    result = evaluation(run)
+    assert list(result["vectors"]) == list(result["masked"]["vectors"]) == ["4", "8"]
+    evaluate_here(whole, "--metrics", "recall,ndcg,mrr,coverage")
+    exported = evaluation(whole)
+    assert exported["vectors"] == result["vectors"] and exported["sizes"] == result["sizes"]
+    assert list(result["vector_lists"]) == ["4", "8"]
+    for size in ("4", "8"):
+        assert abs(result["vectors"][size]["ndcg@10"] - naive_ndcg(whole, int(size), masked=False)) < 1e-9
+        assert abs(result["masked"]["vectors"][size]["ndcg@10"] - naive_ndcg(whole, int(size), masked=True)) < 1e-9
+
+
+def test_users_ranks_are_kept(run: Path) -> None:
+    table = pq.read_table(run / "evaluation-users.parquet")
+    ranks = table.column("masked_rank@vectors-8").to_numpy()
+    expected = np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0).mean()
+    assert abs(expected - evaluation(run)["masked"]["vectors"]["8"]["ndcg@10"]) < 1e-9
+
+
+def test_files_of_an_export(whole: Path) -> None:
+    """The whole vectors score as the embeddings do, and the cut ones are their first channels."""
+    rotation, items = load_file(whole / ROTATION_FILE)["rotation"], load_file(whole / ITEMS_FILE)["item_embeddings"]
+    assert rotation.shape == (16, 16) and np.allclose(rotation.T @ rotation, np.eye(16), atol=1e-5)
+    assert np.allclose(load_file(whole / VECTORS_FILE)["item_vectors"], (items @ rotation)[:, :4], atol=1e-6)
+    assert json.loads((whole / CONFIG_FILE).read_text())["vectors"] == 4
+
+
+def test_without_cut_vectors(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, symlinks=True)
+    evaluate_here(copy, "--no-cut-vectors")
+    assert "vectors" not in evaluation(copy) and "cut vectors" not in capsys.readouterr().out
+    evaluate_here(copy, "--metrics", "recall,ndcg,mrr,coverage")
+    assert evaluation(copy)["vectors"] == evaluation(run)["vectors"]
+    assert "cut vectors: the whole network" in capsys.readouterr().out
+
+
+def test_parts_have_both(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, symlinks=True)
+    for part in ("1/2", "2/2"):
+        run_here(evaluate.main, ["--checkpoint", copy, "--part", part])
+    evaluate_here(copy, "--join")
+    assert evaluation(copy)["vectors"] == evaluation(run)["vectors"]
+
+
+@pytest.mark.parametrize("vectors", [17, -1])
+def test_impossible_vectors_are_refused(run: Path, tmp_path: Path, vectors: int) -> None:
+    words = ("--checkpoint", run, "--size", 16, "--output", tmp_path / "new", "--vectors", vectors)
+    assert f"--vectors is {vectors}; expected at most the network's 16 channels" in refusal(export.main, *words)
+    assert not (tmp_path / "new").exists()
+
+
+def rewritten(whole: Path, folder: Path, rotation: Any) -> Path:
+    """A copy of an export with another rotation and the hashes to match; None removes it."""
+    shutil.copytree(whole, folder)
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    (folder / ROTATION_FILE).unlink()
+    del config["sha256"], config["sha256_of"][ROTATION_FILE]
+    if rotation is not None:
+        save_file({"rotation": rotation}, folder / ROTATION_FILE)
+        config["sha256_of"][ROTATION_FILE] = file_sha256(folder / ROTATION_FILE)
+    (folder / CONFIG_FILE).write_text(json.dumps(config | {"sha256": json_sha256(config)}))
+    return folder
+
+
+def test_an_export_from_before_rotations(run: Path, whole: Path, tmp_path: Path) -> None:
+    older = rewritten(whole, tmp_path / "older", None)
+    assert read_export(older).rotation is None
+    evaluate_here(older)
+    assert list(evaluation(older)["vectors"]) == ["4", "8"]
+
+
+@pytest.mark.parametrize(
+    ("rotation", "problem"),
+    [
+        (2 * np.eye(16, dtype=np.float32), "not orthogonal"),
+        (np.full((16, 16), np.nan, np.float32), "not orthogonal"),
+        (np.eye(8, dtype=np.float32), r"is torch.float32 [8, 8]; expected float32 [16, 16]"),
+    ],
+)
+def test_a_wrong_rotation_is_refused(whole: Path, tmp_path: Path, rotation: np.ndarray, problem: str) -> None:
+    folder = rewritten(whole, tmp_path / "wrong", rotation)
+    assert problem in refusal(evaluate.main, "--checkpoint", folder)
