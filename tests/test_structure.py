@@ -22,7 +22,7 @@ SUBFOLDERS = {
     "fmrl_dist": {*FOLDERS, "data/store", "evaluation/results", "training/id_table"},
     "shards": {"tables", "encoders", "store", "demo"},
     "launch": {"slurm", "sweeps", "local"},
-    "benchmarks": {"gpu"},
+    "benchmarks": {"gpu", "rivals"},
 }
 COMMANDS = {
     "fmrl_dist": {"train", "evaluate", "export", "plan", "compare", "baselines"},
