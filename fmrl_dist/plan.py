@@ -272,7 +272,7 @@ def step_of(
         depth=config.model.depth,
         num_features=num_features,
         num_items=num_items,
-        id_width=(config.model.id_width or config.model.width) * config.model.id_table,
+        id_width=(config.model.id_width or config.model.width) * bool(config.model.id_table),
         id_dropout=config.model.id_dropout > 0,
         dropout=max(config.model.dropout, config.model.lru_dropout) > 0,
         num_ranks=num_ranks,

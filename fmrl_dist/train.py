@@ -106,6 +106,14 @@ def train_and_evaluate(config: Config, runtime: Runtime, resume: str | None, sto
         raise UserError(
             f"store {store.location} has no validation and test users; expected histories of 3 events or more"
         )
+    order = Order(
+        [block.count for block in store.manifest.splits["train"]],
+        batch_size=config.train.batch_size,
+        lanes=config.train.num_lanes,
+        seed=config.train.seed,
+        pool_blocks=config.train.shuffle_blocks,
+    )
+    config = config.resolved(store.manifest.num_items, order.steps_per_epoch)
     check_inline(config, store)
     check_targets(config, store)
     check_something_tells_items_apart(config, store)
@@ -116,14 +124,7 @@ def train_and_evaluate(config: Config, runtime: Runtime, resume: str | None, sto
     if runtime.is_main:
         forget_requeue(folder)
     runtime.require_same("checkpoint", json_sha256(checkpoint and asdict(checkpoint.state)))
-    order = Order(
-        [block.count for block in store.manifest.splits["train"]],
-        batch_size=config.train.batch_size,
-        lanes=config.train.num_lanes,
-        seed=config.train.seed,
-        pool_blocks=config.train.shuffle_blocks,
-    )
-    total_steps = config.train.epochs * order.steps_per_epoch
+    total_steps = config.train.num_epochs * order.steps_per_epoch
     total_steps = min(total_steps, config.train.max_steps or total_steps)
 
     if checkpoint is None or not training_is_over(config, checkpoint, total_steps):
@@ -162,7 +163,7 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest, cl
     result: StepResult | None = None
 
     features = model.encoder.feature_dims
-    store_files = files_of_store(run.store, features, config.model.id_table) if runtime.is_main else {}
+    store_files = files_of_store(run.store, features, bool(config.model.id_table)) if runtime.is_main else {}
     claimed = claim.enter_context(claimed_run_folder(run.folder, config, runtime, store_files))
     with (
         Logbook(

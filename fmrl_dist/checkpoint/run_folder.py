@@ -59,6 +59,7 @@ FIXED = {
         "predict_first",
         "size_weights",
         "temperatures",
+        "temperature_power",
         "normalize",
         "distillation",
         "teacher_temperature",
@@ -299,7 +300,7 @@ def is_finished(folder: Path) -> bool:
 
 def schedule_epochs(config: Config) -> int:
     """Length of the cosine schedule in epochs."""
-    return config.train.schedule_epochs or config.train.epochs
+    return config.train.schedule_epochs or config.train.num_epochs
 
 
 def training_is_over(config: Config, checkpoint: Checkpoint, total_steps: int) -> bool:

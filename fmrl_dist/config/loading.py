@@ -15,6 +15,14 @@ from fmrl_dist.config.sections import Config
 DEMO_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 
 
+# What a recorded configuration means that is older than a key, where that is not the key's default.
+UNRECORDED: dict[str, dict[str, Any]] = {
+    "model": {"input_norm": False, "output_norm": False, "id_table": False, "id_init": None, "feature_scale": "none"},
+    "loss": {"softmax": "full", "negatives": "uniform", "num_negatives": 256, "scope": "lane"}
+    | {"distillation": 0.0, "temperature_power": 0.0},
+}
+
+
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file (``None``: the demo) and apply ``--section.key value`` overrides.
 
@@ -36,6 +44,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
 
 def config_from_dict(raw: dict[str, Any]) -> Config:
     """The inverse of :meth:`Config.to_dict`, also for what older versions have recorded."""
+    raw = raw | {key: values | raw[key] for key, values in UNRECORDED.items() if isinstance(raw.get(key), dict)}
     loss = raw.get("loss")
     if isinstance(loss, dict) and loss.get("impl") == "compiled":  # removed since; "tiled" computes the same
         raw = raw | {"loss": loss | {"impl": "tiled"}}

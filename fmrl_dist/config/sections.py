@@ -40,6 +40,8 @@ MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 1024  # of a path; less than any file syst
 RANK_METRICS = ("recall", "ndcg", "mrr")
 MAX_CUTOFF = 1000  # of ranks that are counted
 MAX_SIZES = 64  # far more than anyone deploys
+FULL_SOFTMAX_ITEMS = 4096  # so many are scored at once anyway
+AUTO_EPOCHS, AUTO_STEPS = 20, 3500  # at least
 TrainPrecision = Literal["fp32", "bf16"]
 
 
@@ -154,25 +156,28 @@ class StoreConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """fMRLRec (paper section 3)."""
+    """fMRLRec (paper section 3), with what makes it better: norms at both ends, ids, a longer memory."""
 
     sizes: tuple[int, ...] = (8, 16, 32, 64, 128)  # Matryoshka sizes, increasing by at least 4; the last is the width
     depth: Annotated[int, Limits(1, 1000)] = 2  # number of blocks
-    dropout: Fraction = 0.5  # rate on the input embeddings and in the feed-forward network
-    lru_dropout: Fraction = 0.5  # rate after the LRU
-    r_min: float = 0.0  # inner radius of the ring on which |Λ| starts, below r_max
-    r_max: float = 0.1  # outer radius of that ring, at most 1
-    input_norm: bool = False  # a layer-norm per chunk before the first block (not in the paper)
-    output_norm: bool = False  # and one after the last block, before scoring
+    dropout: Fraction = 0.4  # rate on the input embeddings and in the feed-forward network
+    lru_dropout: Fraction = 0.4  # rate after the LRU
+    r_min: float = 0.5  # inner radius of the ring on which |Λ| starts, below r_max
+    r_max: float = 0.99  # outer radius of that ring, at most 1
+    input_norm: bool = True  # a layer-norm per chunk before the first block (not in the paper)
+    output_norm: bool = True  # and one after the last block, before scoring
     features: tuple[str, ...] | None = None  # names of features to read; null: every feature of the store
-    id_table: bool = False  # a trained embedding per item (the paper's "w/o Lang. & Image" is features: [] and this)
+    # a trained embedding per item (the paper's "w/o Lang. & Image" is features: [] and this); auto: unless the store is
+    # inline, which serves no id table
+    id_table: bool | Literal["auto"] = "auto"
     id_width: NonNegativeInt = 0  # first channels that the id table is added to, one of sizes; 0: all of them
-    id_init: NonNegativeFloat | None = None  # standard deviation of the id table's first rows; null: 1/√width
+    id_init: NonNegativeFloat | None = 0.02  # standard deviation of the id table's first rows; null: 1/√width
     id_dropout: Fraction = 0.0  # share of the items whose ids a training step leaves out, wherever these items occur
     # how the recurrence is computed in training: auto: by device | doubling | triton | plain: one event at a time
     scan: Literal["auto", "doubling", "triton", "plain"] = "auto"
-    # none: features as they are | a number: features times it | standardize: mean 0, and mean variance 1
-    feature_scale: Literal["none", "standardize"] | PositiveFloat = "none"
+    # none: features as they are | a number: features times it | standardize: mean 0, and mean variance 1 | length: mean
+    # 0, and mean squared length 9, whatever the dim
+    feature_scale: Literal["none", "standardize", "length"] | PositiveFloat = "length"
 
     def __post_init__(self) -> None:
         check_fields(self, "model")
@@ -184,7 +189,7 @@ class ModelConfig:
         names = self.features or ()
         require(len(set(names)) == len(names), f"model.features {list(names)} name a feature twice; name each once")
         require(
-            self.features != () or self.id_table,
+            self.features != () or bool(self.id_table),
             "model.features is empty and model.id_table is off: nothing would distinguish items; turn one on",
         )
         require(
@@ -224,22 +229,26 @@ class LossConfig:
     impl: Literal["auto", "tiled", "triton", "plain"] = "auto"
     predict_first: bool = True  # a start position predicts the first item of a whole history
     size_weights: tuple[float, ...] | None = None  # weight c_m of each size's loss; null: 1
-    temperatures: tuple[PositiveFloat, ...] | None = None  # τ_m by which each size's scores are divided; null: 1
+    # τ_m by which each size's scores are divided; null: (m / width)^temperature_power, as small sizes score lower
+    temperatures: tuple[PositiveFloat, ...] | None = None
+    temperature_power: Annotated[float, Limits(0, 2)] = 0.5  # of them; 0: all are 1
     normalize: bool = False  # score by cosines of each size's prefixes; needs temperatures
     # share α_m of what a size learns from the largest size's softmax instead of from the right item: a number for all
     # smaller sizes, or one for each size, the last of them 0
-    distillation: Annotated[float, Limits(0, 1)] | tuple[Annotated[float, Limits(0, 1)], ...] = 0.0
+    distillation: Annotated[float, Limits(0, 1)] | tuple[Annotated[float, Limits(0, 1)], ...] = 0.5
     teacher_temperature: PositiveFloat = 1.0  # κ by which the largest size's scores are divided, to teach
-    softmax: Literal["full", "sampled"] = "full"  # full: over all items | sampled: over the target and negatives
+    # full: over all items | sampled: over the target and negatives | auto: sampled in an inline store, or if there are
+    # more than 4,096 items and the catalogue is whole
+    softmax: Literal["auto", "full", "sampled"] = "auto"
     # whole: each rank scores all items | split: each scores a slice of them, for all ranks; for the full softmax
     catalogue: Literal["whole", "split"] = "whole"
     # uniform: drawn from all items | popularity: drawn by training counts | in_batch: the batch's targets | mixed:
     # uniform and in_batch | stratified: the batch's targets exactly, and uniform ones that stand for all others
-    negatives: Literal["uniform", "popularity", "in_batch", "mixed", "stratified"] = "uniform"
-    num_negatives: PositiveInt = 256  # negatives drawn per lane; in_batch draws none
+    negatives: Literal["uniform", "popularity", "in_batch", "mixed", "stratified"] = "stratified"
+    num_negatives: PositiveInt = 64  # negatives drawn per lane; in_batch draws none
     popularity_power: Annotated[float, Limits(0, 2)] = 0.75  # popularity is (train_count + 1)^power; 0 is uniform
     # lane: a position's negatives are those of its lane | batch: those of the whole global batch
-    scope: Literal["lane", "batch"] = "lane"
+    scope: Literal["lane", "batch"] = "batch"
 
     def __post_init__(self) -> None:
         check_fields(self, "loss")
@@ -249,7 +258,7 @@ class LossConfig:
             f"loss.size_weights is {list(weights or ())}; expected numbers of at least 0, one of them more",
         )
         require(
-            self.catalogue == "whole" or self.softmax == "full",
+            self.catalogue == "whole" or self.softmax != "sampled",
             "loss.catalogue is split and loss.softmax is sampled, which scores no catalogue; choose whole, or full",
         )
         require(
@@ -262,7 +271,8 @@ class LossConfig:
         )
         require(
             not self.normalize or self.alphas(2) is None,
-            "loss.normalize scores each size apart, which loss.distillation does not support; turn one of them off",
+            f"loss.normalize scores each size apart, which loss.distillation {shown(self.distillation)} does not "
+            "support; set that to 0",
         )
         require(
             not isinstance(self.distillation, tuple) or self.distillation[-1:] == (0.0,),
@@ -281,14 +291,15 @@ class LossConfig:
 class TrainConfig:
     """Optimisation (paper section 5.3), reading ahead, and checkpoints."""
 
-    epochs: PositiveInt = 500  # passes over the training users, at most; early stopping may end a run earlier
+    # passes over the training users, at most; early stopping may end a run earlier; auto: 20, or more for 3,500 steps
+    epochs: PositiveInt | Literal["auto"] = "auto"
     max_steps: NonNegativeInt = 0  # optimiser steps, at most; 0: no limit but the epochs
     schedule_epochs: NonNegativeInt = 0  # length of the cosine schedule; 0: train.epochs
-    batch_size: PositiveInt = 32  # histories per step, over all ranks
+    batch_size: PositiveInt = 128  # histories per step, over all ranks
     lanes: NonNegativeInt = 0  # equal parts of the batch that ranks share out; 0: the batch's largest divisor up to 16
     micro_batches: PositiveInt = 1  # parts into which a rank divides its share of a batch, to hold one at a time
     shuffle_blocks: PositiveInt = 64  # blocks whose users are shuffled together; each lane's reader holds that many
-    lr: PositiveFloat = 1e-3  # peak learning rate of AdamW, reached after warm-up
+    lr: PositiveFloat = 2e-3  # peak learning rate of AdamW, reached after warm-up
     min_lr_ratio: NonNegativeFloat = 0.0  # learning rate at the end of the cosine, as a share of the peak
     weight_decay: NonNegativeFloat = 1e-2  # AdamW's weight decay, of nested and projection matrices only
     id_lr_factor: PositiveFloat = 1.0  # learning rate of the id table, as a multiple of all others'
@@ -306,7 +317,7 @@ class TrainConfig:
     workers: NonNegativeInt = 1  # processes per rank that read ahead; 0: read when a step needs it
     worker_timeout_s: PositiveFloat = 600.0  # longest wait for the workers before the run ends
     hang_timeout_s: PositiveFloat = 1800.0  # longest step or evaluation; then every rank writes its stacks and ends
-    patience: NonNegativeInt = 10  # evaluations without gain before early stopping; 0: never stop early
+    patience: NonNegativeInt = 0  # evaluations without gain before early stopping; 0: never stop early
     log_every_steps: PositiveInt = 10  # steps between two records in metrics.jsonl
     checkpoint_every_steps: NonNegativeInt = 0  # steps between checkpoints, besides those at every evaluation; 0: none
     checkpoint_every_minutes: NonNegativeFloat = 0.0  # minutes between checkpoints, besides the others; 0: none
@@ -318,6 +329,12 @@ class TrainConfig:
             self.lanes == 0 or self.batch_size % self.lanes == 0,
             f"train.lanes is {self.lanes}, which does not divide train.batch_size {self.batch_size}",
         )
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs of a configuration that is resolved for a store."""
+        assert isinstance(self.epochs, int), "resolved"
+        return self.epochs
 
     @property
     def num_lanes(self) -> int:
@@ -334,7 +351,8 @@ class EvalConfig:
     # items that are recommended: coverage, the share of the catalogue that somebody gets | popularity, mean percentile
     metrics: tuple[Literal["recall", "ndcg", "mrr", "coverage", "popularity"], ...] = ("recall", "ndcg", "mrr")
     metric: str = "ndcg@10"  # validation metric that chooses the best checkpoint, at eval.size: one of the metrics@k
-    size: NonNegativeInt = 0  # which of model.sizes chooses the best checkpoint; 0: the largest
+    # which of model.sizes chooses the best checkpoint; mean: all of them, by the mean of their metrics | 0: the largest
+    size: NonNegativeInt | Literal["mean"] = "mean"
     every_steps: NonNegativeInt = 0  # steps between validations; 0: once per epoch
     users: NonNegativeInt = 0  # validate on a fixed, evenly spread subset of so many users; 0: all
     # free baselines beside a final evaluation's figures, computed once per store: popularity | cosine of the last
@@ -413,8 +431,8 @@ class Config:
 
     def __post_init__(self) -> None:
         require(
-            self.eval.size in (0, *self.model.sizes),
-            f"eval.size is {self.eval.size}, which is not trained; choose one of {list(self.model.sizes)}",
+            self.eval.size in ("mean", 0, *self.model.sizes),
+            f"eval.size is {self.eval.size}, which is not trained; choose one of {list(self.model.sizes)}, or mean",
         )
         for key in ("size_weights", "temperatures", "distillation"):
             values = getattr(self.loss, key)
@@ -434,9 +452,36 @@ class Config:
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
+    @property
+    def chosen_by(self) -> str:
+        """The name in ``metrics.jsonl`` of the validation figure that chooses the best checkpoint."""
+        return f"{self.eval.metric}@{self.eval.size or self.model.width}"
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """τ_m of each size."""
+        power = self.loss.temperature_power
+        return self.loss.temperatures or tuple((size / self.model.width) ** power for size in self.model.sizes)
+
     def temperature_of(self, size: int) -> float:
         """What a trained size's scores are divided by."""
-        return self.loss.temperatures[self.model.sizes.index(size)] if self.loss.temperatures else 1.0
+        return self.temperatures[self.model.sizes.index(size)]
+
+    def resolved(self, num_items: int, steps_per_epoch: int) -> Config:
+        """This configuration for a store: what is "auto" because it depends on one has its value."""
+        inline = self.store.feature_mode == "inline"
+        ids, softmax, epochs = self.model.id_table, self.loss.softmax, self.train.epochs
+        if softmax == "auto":
+            samples = inline or (num_items > FULL_SOFTMAX_ITEMS and self.loss.catalogue == "whole")
+            softmax = "sampled" if samples else "full"
+        if epochs == "auto":
+            epochs = max(AUTO_EPOCHS, -(-AUTO_STEPS // steps_per_epoch))
+        return dataclasses.replace(
+            self,
+            model=dataclasses.replace(self.model, id_table=not inline if ids == "auto" else ids),
+            loss=dataclasses.replace(self.loss, softmax=softmax),
+            train=dataclasses.replace(self.train, epochs=epochs),
+        )
 
     @property
     def hash(self) -> str:

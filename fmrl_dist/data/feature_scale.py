@@ -17,6 +17,8 @@ from fmrl_dist.data.store.reader import Store
 
 SUMMED_AT_ONCE = 65536  # rows
 MIN_VARIANCE = 1e-12
+MEAN_SQUARED_LENGTH = 9.0
+FITTED = ("standardize", "length")  # scales that need statistics
 
 FeatureParts = tuple[Tensor, Tensor]  # values float16 [n, F], present bool [n, M]
 
@@ -36,13 +38,14 @@ def feature_affine(dims: Mapping[str, int], sums: Tensor | None, scale: str | fl
 
     Args:
         dims: feature → dim, in the order of the columns.
-        sums: from :func:`feature_sums`; needed to standardize.
-        scale: "none"; a number, by which every feature is multiplied; or "standardize": each dimension's mean is
-            subtracted and each feature divided by one number, so that its mean variance is 1.
+        sums: from :func:`feature_sums`; needed for those of ``FITTED``.
+        scale: "none"; a number, by which every feature is multiplied; or one of ``FITTED``: each dimension's mean is
+            subtracted and each feature divided by one number, so that its mean variance is 1 ("standardize"), or the
+            mean squared length of its rows is ``MEAN_SQUARED_LENGTH`` ("length").
     """
     total = sum(dims.values())
     shift, factor = torch.zeros(total), torch.ones(total)
-    if scale != "standardize":
+    if scale not in FITTED:
         return shift, factor * scale if isinstance(scale, float) else factor
     assert sums is not None
     begin = 0
@@ -53,7 +56,8 @@ def feature_affine(dims: Mapping[str, int], sums: Tensor | None, scale: str | fl
             mean = first / counts
             variances = (second - counts * mean.square()) / (counts - 1)
             shift[columns] = mean.float()
-            factor[columns] = variances.mean().clamp_min(MIN_VARIANCE).rsqrt().float()
+            wanted = 1.0 if scale == "standardize" else MEAN_SQUARED_LENGTH / dim
+            factor[columns] = (wanted / variances.mean().clamp_min(MIN_VARIANCE)).sqrt().float()
         begin += dim
     return shift, factor
 

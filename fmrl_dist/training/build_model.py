@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fmrl_dist.checkpoint.restore import construct_model
 from fmrl_dist.config.sections import ModelConfig
-from fmrl_dist.data.feature_scale import block_parts, feature_affine, feature_sums, table_parts
+from fmrl_dist.data.feature_scale import FITTED, block_parts, feature_affine, feature_sums, table_parts
 from fmrl_dist.data.item_table import ItemTable, feature_dims
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.distributed.processes import Runtime
@@ -16,7 +16,7 @@ from fmrl_dist.model.fmrlrec import FMRLRec
 
 def build_model(config: ModelConfig, table: ItemTable, matmul_dtype: torch.dtype | None = None) -> FMRLRec:
     """A freshly initialised model for the items of ``table``."""
-    sums = feature_sums(table.dims, table_parts(table)) if config.feature_scale == "standardize" else None
+    sums = feature_sums(table.dims, table_parts(table)) if config.feature_scale in FITTED else None
     model = construct_model(config, dict(table.dims), len(table.values), matmul_dtype, config.scan)
     return _with_scale(model, config, sums)
 
@@ -30,7 +30,7 @@ def build_inline_model(
         UserError: a feature is not in the store, or an item shard is damaged.
     """
     dims, blocks, sums = feature_dims(store, config.features), store.manifest.items, None
-    if config.feature_scale == "standardize":
+    if config.feature_scale in FITTED:
         mine = [blocks[number] for number in runtime.my_share(len(blocks))]
         sums = runtime.sum(feature_sums(dims, block_parts(store, mine, dims)).to(runtime.device)).cpu()
     model = construct_model(config, dims, store.manifest.num_items, matmul_dtype, config.scan)

@@ -91,7 +91,7 @@ def check_something_tells_items_apart(config: Config, store: Store) -> None:
     """Refuse a model without any feature and without an id table: all its items would be the same."""
     has_features = bool(store.manifest.features if config.model.features is None else config.model.features)
     require(
-        has_features or config.model.id_table,
+        has_features or bool(config.model.id_table),
         f"store {store.location} has no features and model.id_table is off: nothing would tell items apart; turn "
         "model.id_table on, or build the store with data.features",
     )

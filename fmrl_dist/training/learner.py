@@ -72,7 +72,7 @@ def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
     check_scan_impl(config.model.scan, runtime.device)
     settings = LossSettings(
         sizes=config.model.sizes,
-        temperatures=config.loss.temperatures,
+        temperatures=config.temperatures if config.loss.normalize or set(config.temperatures) != {1.0} else None,
         impl=resolve_loss_impl(config.loss.impl, runtime.device),
         dtype=runtime.matmul_dtype,
         distillation=config.loss.alphas(len(config.model.sizes)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import fmean
+
 from fmrl_dist.base.progress import Progress
 from fmrl_dist.checkpoint.folder import TrainState
 from fmrl_dist.config.sections import Config
@@ -35,7 +37,7 @@ def note_validation(
 
 
 def validate(run: Run, learner: Learner, stop: StopRequest) -> dict[str, float]:
-    """Metrics of every size on the validation users: ``ndcg@10@512`` and so on.
+    """Metrics of every size on the validation users: ``ndcg@10@512`` and so on, and their means, ``ndcg@10@mean``.
 
     In evaluation mode everything is float32: the figures equal those of ``fmrl_dist.evaluate --split valid``.
 
@@ -51,16 +53,15 @@ def validate(run: Run, learner: Learner, stop: StopRequest) -> dict[str, float]:
     module.train()
     num_users = min(protocol.num_users or num_users_in(protocol), num_users_in(protocol))
     check_lost_users(num_users - counts.num_users, num_users, "valid", run.store)
-    return {
-        f"{metric}@{size}": value
-        for size, histogram in zip(module.model.sizes, counts.all_users[ALL], strict=True)
-        for metric, value in metrics_from_histogram(histogram, protocol.metrics).items()
-    }
+    of_sizes = [metrics_from_histogram(histogram, protocol.metrics) for histogram in counts.all_users[ALL]]
+    figures = dict(zip(map(str, module.model.sizes), of_sizes, strict=True))
+    figures["mean"] = {metric: fmean(of_size[metric] for of_size in of_sizes) for metric in protocol.metrics}
+    return {f"{metric}@{row}": value for row, of_row in figures.items() for metric, value in of_row.items()}
 
 
 def update_early_stopping(config: Config, state: TrainState, record: dict[str, float]) -> None:
     """Record whether the chosen metric is the best so far; all ranks have the same figures and so the same answer."""
-    value = record[f"{config.eval.metric}@{config.eval.size or config.model.width}"]
+    value = record[config.chosen_by]
     if value > state.best_value:
         state.best_value, state.best_step, state.evaluations_without_gain = value, state.step, 0
     else:
@@ -70,5 +71,6 @@ def update_early_stopping(config: Config, state: TrainState, record: dict[str, f
 def describe_validation(config: Config, state: TrainState, epoch: int, record: dict[str, float]) -> str:
     metric, sizes = config.eval.metric, config.model.sizes
     values = "  ".join(f"{size}: {record[f'{metric}@{size}']:.4f}" for size in sizes)
-    best = f"(best {state.best_value:.4f} at step {state.best_step})"
+    which = " mean" if config.eval.size == "mean" else ""
+    best = f"(best{which} {state.best_value:.4f} at step {state.best_step})"
     return f"epoch {epoch + 1}, step {state.step}: valid {metric}  {values}  {best}"

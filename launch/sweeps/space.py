@@ -101,7 +101,7 @@ def as_argument(value: Any) -> str:
 
 def metric_of(config: Config) -> str:
     """The name in ``metrics.jsonl`` of the figure that decides which checkpoint is best, and which trial."""
-    return f"{config.eval.metric}@{config.eval.size or config.model.width}"
+    return config.chosen_by
 
 
 def read_space(path: Path) -> SearchSpace:
@@ -168,8 +168,8 @@ def _metric_keys(metric: Any) -> dict[str, str]:
         return {}
     name, _, size = str(metric).rpartition("@")
     require(
-        isinstance(metric, str) and "@" in name and size.isdecimal(),
-        f"metric is {metric!r}; expected one of a run's validation figures, such as ndcg@10@64",
+        isinstance(metric, str) and "@" in name and (size.isdecimal() or size == "mean"),
+        f"metric is {metric!r}; expected one of a run's validation figures, such as ndcg@10@64 or ndcg@10@mean",
     )
     return {"eval.metric": name, "eval.size": size}
 

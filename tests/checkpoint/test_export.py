@@ -95,10 +95,10 @@ def export_here(run: Path, size: int, *words: object) -> None:
 @pytest.mark.parametrize("words", [(), ("--mask-seen",), ("--split", "valid")], ids=["test", "masked", "valid"])
 def test_every_size_evaluates_as_that_size_of_the_run(run: Path, words: tuple[str, ...]) -> None:
     name = {(): "evaluation", ("--mask-seen",): "evaluation-masked"}.get(words, "evaluation-valid")
-    evaluate_here(run, *words)
+    evaluate_here(run, *words, "--no-cut-vectors")  # which are of the whole network
     for size in SIZES:
         export_here(run, size)
-        evaluate_here(run / f"export-{size}", *words)
+        evaluate_here(run / f"export-{size}", *words, "--no-cut-vectors")
         found, expected = evaluation(run / f"export-{size}", name), evaluation(run, name)
         assert list(found["sizes"]) == [str(m) for m in SIZES if m <= size]
         assert up_to(size, found) == up_to(size, expected)
@@ -169,7 +169,7 @@ def models(draw: st.DrawFn) -> tuple[FMRLRec, int, int]:
 def recommender_of(model: FMRLRec, values: Tensor, present: Tensor) -> Recommender:
     with torch.no_grad():
         items = model.encoder(model.encoder.normalize(values, present), present)
-    return Recommender(model, items, 50, False, Origin("0", 1, "a", "b", "c"))
+    return Recommender(model, items, 50, False, Origin("0", 1, "a", "b", "c"), rotation=torch.eye(items.shape[1]))
 
 
 @settings(max_examples=40)
@@ -199,7 +199,9 @@ def test_an_export_of_any_model_ranks_like_the_model(case: tuple[FMRLRec, int, i
 
 
 def assert_same_recommender(found: Recommender, expected: Recommender) -> None:
-    assert replace(found, model=expected.model, items=expected.items) == expected
+    assert replace(found, model=expected.model, items=expected.items, rotation=expected.rotation) == expected
+    assert found.rotation is not None and expected.rotation is not None
+    assert torch.equal(found.rotation, expected.rotation)
     assert torch.equal(found.items, expected.items)
     assert found.model.arguments == expected.model.arguments
     tensors, wanted = found.model.state_dict(), expected.model.state_dict()

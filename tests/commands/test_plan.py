@@ -304,7 +304,10 @@ def test_command_of_one_rank_names_no_split(capsys: pytest.CaptureFixture[str]) 
         (["--items", "5", "--gpus", "2", "--memory-gib", "inf"], "--memory-gib is inf; expected a number of more"),
         (["--items", "5", "--gpus", "2", "--max-step-s", "nan"], "--max-step-s is nan; expected a number of more"),
         (
-            ["--items", "5", "--gpus", "2", "--loss.normalize", "true", "--loss.temperatures", "[1, 1, 1, 1, 1]"],
+            [
+                *("--items", "5", "--gpus", "2", "--loss.normalize", "true", "--loss.distillation", "0"),
+                *("--loss.temperatures", "[1, 1, 1, 1, 1]"),
+            ],
             "loss.normalize is on, whose cost is not predicted",
         ),
         (["--items", "1000000000", "--gpus", "8", "--model.id_table", "true"], "no loss fits: a step needs at least "),

@@ -20,7 +20,7 @@ from fmrl_dist.checkpoint.folder import TrainState, save_checkpoint
 from fmrl_dist.checkpoint.run_folder import open_run
 from fmrl_dist.config.features import NpyFeature
 from fmrl_dist.config.loading import DEMO_CONFIG, config_from_dict, load_config
-from fmrl_dist.config.sections import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
+from fmrl_dist.config.sections import Config, DataConfig, LossConfig, ModelConfig, RunConfig, StoreConfig, TrainConfig
 from tests.fixtures.processes import REPOSITORY
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -73,9 +73,9 @@ def test_an_integer_that_no_float_holds(section: str, key: str, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({"train": {"epochs": "many"}}, "train.epochs is 'many'; expected int"),
-        ({"train": {"epochs": 2.5}}, "train.epochs is 2.5; expected int"),
-        ({"train": {"epochs": True}}, "train.epochs is True; expected int"),
+        ({"train": {"epochs": "many"}}, "train.epochs is 'many'; expected int (at least 1) or auto"),
+        ({"train": {"epochs": 2.5}}, "train.epochs is 2.5; expected int (at least 1) or auto"),
+        ({"train": {"epochs": True}}, "train.epochs is True; expected int (at least 1) or auto"),
         ({"train": {"lr": "fast"}}, "train.lr is 'fast'; expected float"),
         ({"train": {"lr": float("nan")}}, "train.lr is nan; expected a finite number"),
         ({"train": {"threads": [1]}}, "train.threads is [1]; expected int (at least 1) or auto"),
@@ -104,12 +104,12 @@ def test_wrong_type(raw: Any, message: str, tmp_path: Path) -> None:
         ({"model": {"depth": 0}}, "model.depth is 0; expected 1 <= value <= 1000"),
         ({"model": {"dropout": 1.0}}, "model.dropout is 1.0; expected 0 <= value < 1"),
         ({"model": {"r_min": 0.2, "r_max": 0.1}}, "model.r_min, r_max are 0.2, 0.1"),
-        ({"model": {"features": []}}, "model.features is empty and model.id_table is off"),
+        ({"model": {"features": [], "id_table": False}}, "model.features is empty and model.id_table is off"),
         ({"model": {"features": ["text", "text"]}}, "model.features ['text', 'text'] name a feature twice"),
         ({"model": {"feature_scale": "big"}}, "model.feature_scale is 'big'"),
         (
             {"model": {"feature_scale": 0}},
-            "model.feature_scale is 0; expected none, standardize or float (more than 0)",
+            "model.feature_scale is 0; expected none, standardize, length or float (more than 0)",
         ),
         ({"train": {"batch_size": 32, "lanes": 5}}, "train.lanes is 5, which does not divide train.batch_size 32"),
         ({"train": {"log_every_steps": 0}}, "train.log_every_steps is 0; expected at least 1"),
@@ -143,7 +143,7 @@ def test_impossible_value(raw: Any, message: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TrainConfig(epochs=0), "train.epochs is 0; expected at least 1"),
+        (lambda: TrainConfig(epochs=0), "train.epochs is 0; expected int (at least 1) or auto"),
         (
             lambda: TrainConfig(precision="fp16"),  # type: ignore[arg-type]
             "train.precision is 'fp16'; expected one of: fp32, bf16",
@@ -237,7 +237,7 @@ def test_width_follows_from_sizes(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_an_older_version_is_resumed(tmp_path: Path) -> None:
-    config = Config(run=RunConfig(dir=str(tmp_path)))
+    config = Config(run=RunConfig(dir=str(tmp_path))).resolved(num_items=1, steps_per_epoch=1)
     recorded = config.to_dict()
     recorded["model"]["width"] = config.model.width
     recorded["loss"]["impl"] = "compiled"
@@ -248,6 +248,44 @@ def test_a_checkpoint_of_an_older_version_is_resumed(tmp_path: Path) -> None:
     assert checkpoint is not None and checkpoint.state.step == 3
     with pytest.raises(UserError, match=r"has model.sizes \(8, 16, 32, 64, 128\), this run \(8, 16\)"):
         open_run(replace(config, model=ModelConfig(sizes=(8, 16))), "auto", "0" * 64)
+
+
+def test_keys_that_a_recorded_config_lacks_mean_what_was_done_then() -> None:
+    """Whatever the defaults are now: neither norms nor ids, and the whole softmax."""
+    recorded = Config().to_dict()
+    for section, key in (("model", "input_norm"), ("model", "output_norm"), ("loss", "temperature_power")):
+        del recorded[section][key]
+    for section, key in (("model", "id_init"), ("loss", "distillation"), ("eval", "cut_vectors")):
+        del recorded[section][key]
+    then = config_from_dict(recorded)
+    assert (then.model.input_norm, then.model.output_norm, then.model.id_init) == (False, False, None)
+    assert then.loss.distillation == 0 and set(then.temperatures) == {1.0}
+    assert then.eval.cut_vectors, "which changes no model"
+
+
+@pytest.mark.parametrize(
+    ("store", "loss", "num_items", "steps_per_epoch", "expected"),
+    [
+        ({}, {}, 4096, 175, (True, "full", 20)),
+        ({}, {}, 4097, 174, (True, "sampled", 21)),
+        ({}, {"catalogue": "split"}, 10**7, 10**5, (True, "full", 20)),
+        ({"feature_mode": "inline"}, {}, 100, 1, (False, "sampled", 3500)),
+        ({"feature_mode": "inline"}, {"softmax": "full"}, 100, 4000, (False, "full", 20)),
+    ],
+)
+def test_what_depends_on_the_store(
+    store: dict[str, Any], loss: dict[str, Any], num_items: int, steps_per_epoch: int, expected: tuple[bool, str, int]
+) -> None:
+    config = Config(store=StoreConfig(**store), loss=LossConfig(**loss)).resolved(num_items, steps_per_epoch)
+    assert (config.model.id_table, config.loss.softmax, config.train.epochs) == expected
+    assert config.resolved(1, 1) == config, "what is set stays"
+
+
+def test_temperatures_follow_from_the_sizes() -> None:
+    config = Config(model=ModelConfig(sizes=(4, 16, 64)))
+    assert config.temperatures == (0.25, 0.5, 1.0) and config.temperature_of(16) == 0.5
+    given_ones = replace(config, loss=LossConfig(temperatures=(1.0, 2.0, 3.0)))
+    assert given_ones.temperatures == (1.0, 2.0, 3.0)
 
 
 @given(st.lists(st.integers(-2, 40), min_size=1, max_size=6))

@@ -14,17 +14,14 @@ from tests.fixtures.processes import REPOSITORY, launch
 from tests.fixtures.training import evaluation, records, train_here
 
 CHANGED = {
-    "demo-sampled": {"loss.softmax", "loss.negatives", "loss.num_negatives", "loss.scope"},
+    "demo-sampled": {"loss.softmax", "loss.negatives"},
     "demo-split": {"loss.catalogue"},
-    "demo-inline": {
-        *("store.feature_mode", "store.users_per_block", "train.shuffle_blocks"),
-        *("loss.softmax", "loss.negatives", "loss.num_negatives", "loss.scope"),
-    },
+    "demo-inline": {"store.feature_mode", "store.users_per_block", "train.shuffle_blocks"},
 }
 SMALL = (
     *("--data.demo.users", 200, "--data.demo.items", 150, "--data.features.text.dim", 16),
     *("--model.sizes", "[8, 16]", "--eval.size", 16, "--model.dropout", 0, "--model.lru_dropout", 0),
-    *("--train.batch_size", 64, "--train.max_steps", 8, "--train.lr", 0.02, "--train.warmup_steps", 1),
+    *("--train.batch_size", 64, "--train.max_steps", 8, "--train.lr", 0.003, "--train.warmup_steps", 1),
     *("--train.threads", 1, "--train.workers", 0, "--train.log_every_steps", 1, "--run.tensorboard", "false"),
 )
 

@@ -415,7 +415,7 @@ def test_another_loss_is_refused_on_resume(change: list[str], shop: Path, tmp_pa
 
 @pytest.mark.parametrize("softmax", [[], sampled("popularity")], ids=["full", "sampled"])
 def test_cosines_learn_and_rank_alike_in_run_and_export(softmax: list[str], shop: Path, tmp_path: Path) -> None:
-    run = train_here(shop, tmp_path / "run", *NO_DROPOUT, *COSINE, *softmax)
+    run = train_here(shop, tmp_path / "run", *NO_DROPOUT, *COSINE, *softmax, "--eval.cut_vectors", "true")
     lines = records(run)
     assert lines[-1]["loss"] < lines[0]["loss"]
     run_here(export.main, ["--checkpoint", run, "--size", 8, "--output", tmp_path / "export"])

@@ -29,7 +29,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(shop: Path) -> list[Path]:
     """A model that learns much, with two seeds, and one that learns nothing."""
     words = [("a0", "--train.seed", 0), ("a1", "--train.seed", 1), ("b", "--train.lr", 1e-9)]
-    longer = ("--train.epochs", 12, "--eval.size", 8)
+    longer = ("--train.epochs", 12, "--eval.size", 8, "--eval.cut_vectors", "true")
     return [train_here(shop, shop.parent / name, *longer, *options) for name, *options in words]
 
 
@@ -68,20 +68,20 @@ def test_seeds_are_aggregated_and_users_are_paired(runs: list[Path], tmp_path: P
     result = compared(tmp_path, runs[2], runs[0], runs[1])
     assert result["models"] == {"b": [str(runs[2])], "a0": [str(runs[0]), str(runs[1])]}
     rows = {(row["model"], row["row"]): row for row in result["rows"]}
-    assert list(rows) == [("b", "4"), ("b", "8"), ("a0", "4"), ("a0", "8")]
+    assert list(rows) == [(model, row) for model in ("b", "a0") for row in ("4", "8", "vectors-4")]
     own = [evaluation(run) for run in runs]
-    for size in ("4", "8"):
+    for key, size, row in (("sizes", "4", "4"), ("sizes", "8", "8"), ("vectors", "4", "vectors-4")):
         for protocol in ("unmasked", "masked"):
-            a0, a1, b = ((e if protocol == "unmasked" else e["masked"])["sizes"][size]["ndcg@10"] for e in own)
-            figure = rows["a0", size][protocol]
+            a0, a1, b = ((e if protocol == "unmasked" else e["masked"])[key][size]["ndcg@10"] for e in own)
+            figure = rows["a0", row][protocol]
             assert figure["by_seed"] == pytest.approx([a0, a1])
             assert figure["mean"] == pytest.approx((a0 + a1) / 2)
             assert figure["std_over_seeds"] == pytest.approx(abs(a0 - a1) / 2**0.5)
             assert figure["low"] < figure["mean"] < figure["high"]
-            assert figure["difference"]["to"] == f"b {size}"
+            assert figure["difference"]["to"] == f"b {row}"
             assert figure["difference"]["mean"] == pytest.approx((a0 + a1) / 2 - b)
             assert figure["difference"]["low"] < figure["difference"]["mean"] < figure["difference"]["high"]
-            assert "difference" not in rows["b", size][protocol]
+            assert "difference" not in rows["b", row][protocol]
     assert rows["a0", "8"]["unmasked"]["difference"]["p_holm"] < 0.05, "it has learned, and that is sure"
     assert result["baselines"]["popularity"]["masked"] == own[0]["masked"]["baselines"]["popularity"]["ndcg@10"]
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
@@ -102,10 +102,10 @@ def test_any_metric_and_the_baselines(
     result = compared(tmp_path, runs[0], tmp_path / "free", "--metric", "recall@3", "--samples", 500)
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("recall@3, test, 100 users in all runs, whole catalogue ranked, leave-one-out")
-    assert [row["row"] for row in result["rows"]] == ["4", "8", *names]
+    assert [row["row"] for row in result["rows"]] == ["4", "8", "vectors-4", *names]
     ranks = pq.read_table(runs[0] / "evaluation-users.parquet")["rank@8"].to_numpy()
     assert result["rows"][1]["unmasked"]["mean"] == pytest.approx((ranks <= 3).mean())
-    assert result["rows"][2]["masked"]["difference"]["to"] == "a0 8"
+    assert result["rows"][3]["masked"]["difference"]["to"] == "a0 8", "the largest size, not cut vectors"
 
 
 def test_users_are_paired_by_id(runs: list[Path], tmp_path: Path) -> None:

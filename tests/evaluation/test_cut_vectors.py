@@ -19,10 +19,22 @@ from fmrl_dist.checkpoint.export_folder import ITEMS_FILE, ROTATION_FILE, VECTOR
 from fmrl_dist.data.batches import evaluation_blocks
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.model.export_config import CONFIG_FILE
+from tests.fixtures.processes import run_processes
 from tests.fixtures.training import evaluate_here, evaluation, make_shop, refusal, run_here, train_here
 
 SIZES = (4, 8, 16)
-WORDS = ("--model.sizes", "[4, 8, 16]", "--model.width", 16, "--model.depth", 2, "--eval.size", 16)
+WORDS = (
+    "--eval.cut_vectors",
+    "true",
+    "--model.sizes",
+    "[4, 8, 16]",
+    "--model.width",
+    16,
+    "--model.depth",
+    2,
+    "--eval.size",
+    16,
+)
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +123,20 @@ def test_impossible_vectors_are_refused(run: Path, tmp_path: Path, vectors: int)
     words = ("--checkpoint", run, "--size", 16, "--output", tmp_path / "new", "--vectors", vectors)
     assert f"--vectors is {vectors}; expected at most the network's 16 channels" in refusal(export.main, *words)
     assert not (tmp_path / "new").exists()
+
+
+def evaluated_together(copy: str) -> None:
+    evaluate_here(copy)
+
+
+@pytest.mark.multiproc
+def test_two_processes_have_the_digits_of_one(run: Path, tmp_path: Path) -> None:
+    """The rotation is learned by one of them, which may not be the other's to the last bit."""
+    for name in ("one", "two"):
+        shutil.copytree(run, tmp_path / name, symlinks=True)
+    evaluate_here(tmp_path / "one")
+    run_processes(2, evaluated_together, str(tmp_path / "two"))
+    assert evaluation(tmp_path / "two") == evaluation(tmp_path / "one")
 
 
 def rewritten(whole: Path, folder: Path, rotation: Any) -> Path:

@@ -1,8 +1,4 @@
-"""What training learns on the demo data: features beat ids, the model beats popularity, and it reads the order.
-
-Measured with the settings below: test NDCG@10 at size 32 is 0.199 from text and images, 0.031 from ids alone after the
-same eight epochs, and 0.019 for popularity.
-"""
+"""What training learns on the demo data: features beat ids, the model beats popularity, and it reads the order."""
 
 from __future__ import annotations
 

@@ -119,10 +119,11 @@ def test_metrics_are_flat_records(finished: tuple[Path, str]) -> None:
         assert record["epoch"] == (record["step"] - 1) // STEPS_PER_EPOCH
         assert record["loss"] == pytest.approx((record["loss@4"] + record["loss@8"]) / 2, rel=1e-6)
         assert 0 <= record["data_wait_share"] <= 1 and record["tokens_per_s"] > 0 and record["grad_norm"] > 0
-    metrics = {f"{metric}@{size}" for metric in METRICS for size in (4, 8)}
+    metrics = {f"{metric}@{size}" for metric in METRICS for size in (4, 8, "mean")}
     for record in valid:
         assert set(record) == {"step", "epoch", "split"} | metrics
         assert all(0 <= record[metric] <= 1 for metric in metrics)
+        assert record["mrr@5@mean"] == pytest.approx((record["mrr@5@4"] + record["mrr@5@8"]) / 2)
     assert [train[i]["lr"] for i in range(4)] == pytest.approx([0.0075, 0.015, 0.0225, 0.03])
     assert train[-1]["lr"] < 0.001
 
