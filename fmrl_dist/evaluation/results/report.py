@@ -224,7 +224,7 @@ def _draw(result: dict[str, Any]) -> bytes:
     """The plot, as PNG: the metrics of the largest cut-off against size, masked ones dashed, cut vectors thin."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     sizes = list(result["sizes"])
     are_sizes = all(size.isdigit() for size in sizes)
@@ -250,7 +250,7 @@ def _draw(result: dict[str, Any]) -> bytes:
     axes.set_ylim(bottom=0)
     axes.set_ylabel(f"{result['split']}, {result['users']:,} users")
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right upper", fontsize=8)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
     return picture.getvalue()
