@@ -35,7 +35,7 @@ IRRELEVANT = {
         *("seed", "threads", "workers", "worker_timeout_s", "hang_timeout_s", "log_every_steps", "micro_batches"),
         *("checkpoint_every_steps", "checkpoint_every_minutes", "keep_checkpoints"),
     ),
-    "eval": ("cutoffs", "metrics", "baselines", "per_user"),
+    "eval": ("cutoffs", "metrics", "baselines", "per_user", "cut_vectors"),
     "run": ("dir", "tensorboard"),
 }
 
