@@ -65,6 +65,7 @@ class ModelSource:
     eval_config: EvalConfig  # what to report, unless the command line says otherwise
     store: Store  # of the users
     folder: Path  # of the report
+    has_rotation: bool = True  # or one can be learned: the vectors can be cut
 
 
 def main(argv: list[str]) -> None:
@@ -96,6 +97,11 @@ def main(argv: list[str]) -> None:
     open_source = open_export if is_export(arguments.checkpoint) else open_checkpoint
     runtime = start_runtime(arguments.threads or "auto", lanes=None)
     source = open_source(arguments.checkpoint, arguments.store, arguments.split)
+    require(
+        not arguments.cut_vectors or source.has_rotation,
+        f"export {arguments.checkpoint} is from before there were cut vectors; export it again, or leave "
+        "--cut-vectors out",
+    )
     eval_config = changed(source.eval_config, arguments)
     protocol = EvaluationProtocol.of_report(source.store, arguments.split, arguments.mask_seen, eval_config)
     stop, baselines = StopRequest(), {}
@@ -145,7 +151,8 @@ def evaluate(
     if part is None:
         report(counts, baselines, source.sizes, protocol, source.model(), source.folder)
     else:
-        save_part(source, protocol, part, ComputeSetting(torch.get_num_threads(), runtime.device.type), counts)
+        setting = ComputeSetting(torch.get_num_threads(), runtime.device.type, counts.rotation)
+        save_part(source, protocol, part, setting, counts)
 
 
 def save_part(
@@ -209,9 +216,10 @@ def open_export(path: Path, store_path: str | None, split: str) -> ModelSource:
         build=lambda runtime: ranker_of_export(recommender.to(runtime.device)),
         model=lambda: EvaluatedModel(origin.step, export_sha256(path), origin.manifest_sha256),
         sizes=list(recommender.model.sizes),
-        eval_config=EvalConfig(),
+        eval_config=EvalConfig(cut_vectors=recommender.rotation is not None),
         store=store,
         folder=path,
+        has_rotation=recommender.rotation is not None,
     )
 
 

@@ -42,14 +42,20 @@ def main(argv: list[str]) -> None:
     config = config_from_dict(checkpoint.config)
     output = (arguments.output or default_output(checkpoint, arguments.size)).resolve()
     check_output(output, arguments.overwrite)
+    sizes = [size for size in config.model.sizes if size <= arguments.size]
     require(
-        0 <= arguments.vectors <= arguments.size,
-        f"--vectors is {arguments.vectors}; expected at most the network's {arguments.size} channels, or 0 for none",
+        arguments.vectors in (0, *sizes),
+        f"--vectors is {arguments.vectors}; expected one of the trained sizes up to {arguments.size}, {sizes}, or 0",
     )
     store = Store.open(arguments.store or config.store.path, config.store)
     recommender = build_recommender(checkpoint, config, store, torch.device("cpu"), arguments.size)
     ranker = replace(ranker_of_export(recommender), temperature=config.temperature_of(arguments.size))
-    recommender = replace(recommender, rotation=fit_rotation(ranker, *sample_vectors(ranker, store, StopRequest())))
+    outputs, items = sample_vectors(ranker, store, StopRequest())
+    require(
+        not arguments.vectors or len(outputs) > 0,
+        f"store {store.location} has no validation users, whose outputs say how to rotate; leave --vectors out",
+    )
+    recommender = replace(recommender, rotation=fit_rotation(ranker, outputs, items))
     encoders = {name: made_by for name, made_by in feature_encoders(store).items() if name in checkpoint.features}
     fits = {name: store.read_fit(name) for name in store.manifest.fits if name in checkpoint.features}
     write_export(

@@ -1,7 +1,7 @@
 """``python -m fmrl_dist.plan --items V --gpus W``: what a training step costs each rank, by loss, and which to take.
 
-    whole    full softmax; every rank scores all items for its own positions      loss.catalogue: whole
-    split    full softmax; every rank scores a slice of them for all positions    loss.catalogue: split
+    whole    full softmax; every rank scores all items for its own positions      loss.softmax: full
+    split    full softmax; every rank scores a slice of them for all positions    the same, loss.catalogue: split
     sampled  every rank scores its lanes' negatives                               loss.softmax: sampled
 
 Bytes and floating-point operations are counted from the operators' shapes, in the terms below. Three constants are
@@ -35,7 +35,11 @@ from fmrl_dist.model.nested import chunks
 from fmrl_dist.training.item_columns import RESIDENT_BYTES, RESIDENT_SHARE
 
 LOSSES = ("whole", "split", "sampled")
-SETTINGS = {"whole": "loss.catalogue: whole", "split": "loss.catalogue: split", "sampled": "loss.softmax: sampled"}
+SETTINGS = {
+    "whole": "loss.softmax: full",
+    "split": "loss.softmax: full, loss.catalogue: split",
+    "sampled": "loss.softmax: sampled",
+}
 FLOAT = 4  # bytes
 ADAM_COPIES = 4  # of each parameter: itself, its gradient, two moments
 TABLE_COPIES = 3  # of an id table of which a step updates some rows: no gradient of all
@@ -272,7 +276,7 @@ def step_of(
         depth=config.model.depth,
         num_features=num_features,
         num_items=num_items,
-        id_width=(config.model.id_width or config.model.width) * bool(config.model.id_table),
+        id_width=(config.model.id_width or config.model.width) * config.model.has_ids,
         id_dropout=config.model.id_dropout > 0,
         dropout=max(config.model.dropout, config.model.lru_dropout) > 0,
         num_ranks=num_ranks,
@@ -304,6 +308,7 @@ def main(argv: list[str]) -> None:
     teraflops = arguments.teraflops
     lanes = config.train.num_lanes
     require(arguments.items > 0, f"--items is {arguments.items}; expected at least 1")
+    config = config.resolved(arguments.items, steps_per_epoch=1)
     require(num_ranks > 0, f"--gpus or --cpus is {num_ranks}; expected at least 1")
     require(
         num_ranks <= lanes,

@@ -163,7 +163,7 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest, cl
     result: StepResult | None = None
 
     features = model.encoder.feature_dims
-    store_files = files_of_store(run.store, features, bool(config.model.id_table)) if runtime.is_main else {}
+    store_files = files_of_store(run.store, features, config.model.has_ids) if runtime.is_main else {}
     claimed = claim.enter_context(claimed_run_folder(run.folder, config, runtime, store_files))
     with (
         Logbook(

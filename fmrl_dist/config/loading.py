@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     raw = read_yaml(path, "config")
     raw = {} if raw is None else raw
     require(isinstance(raw, dict), f"config {path} holds {type(raw).__name__}; expected a mapping of sections")
+    if raw.keys() >= {field.name for field in fields(Config)}:  # recorded: nobody writes all sections by hand
+        raw = with_unrecorded(raw)
     apply_overrides(raw, overrides)
     name = path.stem if path.name != "config.yaml" else path.resolve().parent.name
     _set_default(raw, "store", "path", f"stores/{name}")
@@ -42,9 +45,14 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     return _build_config(raw)
 
 
+def with_unrecorded(raw: dict[str, Any]) -> dict[str, Any]:
+    """A recorded configuration, with the keys that it is older than."""
+    return raw | {key: values | raw[key] for key, values in UNRECORDED.items() if isinstance(raw.get(key), dict)}
+
+
 def config_from_dict(raw: dict[str, Any]) -> Config:
     """The inverse of :meth:`Config.to_dict`, also for what older versions have recorded."""
-    raw = raw | {key: values | raw[key] for key, values in UNRECORDED.items() if isinstance(raw.get(key), dict)}
+    raw = with_unrecorded(raw)
     loss = raw.get("loss")
     if isinstance(loss, dict) and loss.get("impl") == "compiled":  # removed since; "tiled" computes the same
         raw = raw | {"loss": loss | {"impl": "tiled"}}

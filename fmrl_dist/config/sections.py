@@ -203,6 +203,12 @@ class ModelConfig:
         )
 
     @property
+    def has_ids(self) -> bool:
+        """Whether there is an id table, of a configuration that is resolved for a store."""
+        assert isinstance(self.id_table, bool), "resolved"
+        return self.id_table
+
+    @property
     def width(self) -> int:
         """D, the largest size."""
         return self.sizes[-1]
@@ -238,7 +244,7 @@ class LossConfig:
     distillation: Annotated[float, Limits(0, 1)] | tuple[Annotated[float, Limits(0, 1)], ...] = 0.5
     teacher_temperature: PositiveFloat = 1.0  # κ by which the largest size's scores are divided, to teach
     # full: over all items | sampled: over the target and negatives | auto: sampled in an inline store, or if there are
-    # more than 4,096 items and the catalogue is whole
+    # more than 4,096 items; full if the catalogue is split
     softmax: Literal["auto", "full", "sampled"] = "auto"
     # whole: each rank scores all items | split: each scores a slice of them, for all ranks; for the full softmax
     catalogue: Literal["whole", "split"] = "whole"
@@ -472,7 +478,7 @@ class Config:
         inline = self.store.feature_mode == "inline"
         ids, softmax, epochs = self.model.id_table, self.loss.softmax, self.train.epochs
         if softmax == "auto":
-            samples = inline or (num_items > FULL_SOFTMAX_ITEMS and self.loss.catalogue == "whole")
+            samples = self.loss.catalogue == "whole" and (inline or num_items > FULL_SOFTMAX_ITEMS)
             softmax = "sampled" if samples else "full"
         if epochs == "auto":
             epochs = max(AUTO_EPOCHS, -(-AUTO_STEPS // steps_per_epoch))

@@ -6,7 +6,9 @@ targets are not looked at, and some of the items in them.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
@@ -49,7 +51,9 @@ def count_deployments(
     if not sizes:
         return counts
     rotation = ranker.rotation if ranker.rotation is not None else find_rotation(ranker, protocol.store, runtime, stop)
-    return join_sizes([counts, count_target_ranks(ranker.rotated(rotation, sizes), protocol, runtime, stop, part)])
+    of_vectors = count_target_ranks(ranker.rotated(rotation, sizes), protocol, runtime, stop, part)
+    sha256 = hashlib.sha256(rotation.cpu().numpy().tobytes()).hexdigest()
+    return replace(join_sizes([counts, of_vectors]), rotation=sha256)
 
 
 def find_rotation(ranker: Ranker, store: Store, runtime: Runtime, stop: StopRequest) -> Tensor:

@@ -95,6 +95,7 @@ class ComputeSetting:
 
     threads: int  # per process
     device: str  # cpu | cuda
+    rotation: str = ""  # sha256 of what cut vectors were rotated with
 
 
 def parts_folder(folder: Path, evaluated: EvaluationIdentity, own_manifest: str) -> Path:
@@ -160,7 +161,8 @@ def join_parts(folder: Path, evaluated: EvaluationIdentity) -> RankCounts:
 
 
 def _describe(setting: ComputeSetting) -> str:
-    return f"{setting.threads} thread(s) on {setting.device}"
+    rotated = f", rotation {setting.rotation[:12]}" if setting.rotation else ""
+    return f"{setting.threads} thread(s) on {setting.device}{rotated}"
 
 
 def _parts_in(folder: Path) -> set[Part]:

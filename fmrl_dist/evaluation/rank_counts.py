@@ -42,6 +42,7 @@ class RankCounts:
     histograms: Tensor  # int64 [C, 2, S, 2·K + 1] of 2·target rank (see :mod:`fmrl_dist.evaluation.metrics`)
     users: RankedUsers | None = None  # sorted by user
     exposures: Tensor | None = None  # int32 [K, 2, S, V], how often each item is in a list, for each length of lists
+    rotation: str = ""  # sha256 of what cut vectors were rotated with
 
     @property
     def all_users(self) -> Tensor:

@@ -84,14 +84,14 @@ def check_inline(config: Config, store: Store) -> None:
         f"store.feature_mode is inline, and the softmax is {found}; expected loss.softmax sampled with negatives "
         f"uniform, in_batch, mixed or stratified, {mend}",
     )
-    require(not config.model.id_table, f"store.feature_mode is inline and model.id_table is on; turn it off, {mend}")
+    require(not config.model.has_ids, f"store.feature_mode is inline and model.id_table is on; turn it off, {mend}")
 
 
 def check_something_tells_items_apart(config: Config, store: Store) -> None:
     """Refuse a model without any feature and without an id table: all its items would be the same."""
     has_features = bool(store.manifest.features if config.model.features is None else config.model.features)
     require(
-        has_features or bool(config.model.id_table),
+        has_features or config.model.has_ids,
         f"store {store.location} has no features and model.id_table is off: nothing would tell items apart; turn "
         "model.id_table on, or build the store with data.features",
     )

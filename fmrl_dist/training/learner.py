@@ -80,7 +80,7 @@ def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
     )
     torch.manual_seed(config.train.seed)
     table = load_item_table(run.store, config.model.features) if not run.inline else None
-    if not config.model.id_table:
+    if not config.model.has_ids:
         check_items_differ(run.store, config.model.features, table)
     if table is not None:
         model = build_model(config.model, table, runtime.matmul_dtype)
@@ -120,7 +120,7 @@ def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
         "num_items": run.store.manifest.num_items,
         "manifest_sha256": run.store.manifest.sha256,
         "feature_encoders": feature_encoders(run.store),
-        "vocabulary": vocabulary_hashes(run.store) if config.model.id_table else {},
+        "vocabulary": vocabulary_hashes(run.store) if config.model.has_ids else {},
         "lanes": run.order.lanes,
     }
     return Learner(module, table, id_table, engine, facts)
@@ -148,7 +148,7 @@ def load_initial_weights(model: FMRLRec, run: Run) -> None:
             f"choose another, or give model.{key}",
         )
     require(
-        not run.config.model.id_table or source.manifest_sha256 == run.store.manifest.sha256,
+        not run.config.model.has_ids or source.manifest_sha256 == run.store.manifest.sha256,
         f"train.init {source.path} has an id table of another store's items; use that store, or no model.id_table",
     )
     check_features(run.store, source)

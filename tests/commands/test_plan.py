@@ -267,14 +267,26 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
         "8 rank(s), 10,000,000 items of 384 features, sizes [8, 16, 32, 64, 128], 2 block(s), 512 "
     )
     assert [line.split()[1] for line in lines if line.startswith("| ")] == ["loss", "whole", "split", "sampled"]
-    assert lines[-1].startswith("recommended: loss.catalogue: split (exact, and it fits")
+    assert lines[-1].startswith("recommended: loss.softmax: full, loss.catalogue: split (exact, and it fits")
+
+
+def test_an_inline_store_has_no_ids(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is "auto" is planned as it would be trained."""
+    words = ["--items", "10000000", "--gpus", "8", "--positions", "4096", "--store.feature_mode", "inline"]
+    planned = []
+    for ids in ("auto", "false", "true"):
+        plan.main([*words, "--model.id_table", ids])
+        planned.append(capsys.readouterr().out)
+    assert planned[0] == planned[1] != planned[2]
 
 
 def test_micro_batches_save_memory_and_cost_operations(capsys: pytest.CaptureFixture[str]) -> None:
     """Of 16 lanes, each of 8 ranks has two: it cannot divide them further."""
     words = ["--items", "10000000", "--gpus", "8", "--positions", "4096"]
     once, twice, more = (
-        plan.step_of(load_config(None, ["--train.micro_batches", str(n)]), 10**7, 8, 384, 4096, True, 2**36)
+        plan.step_of(
+            load_config(None, ["--train.micro_batches", str(n)]).resolved(10**7, 1), 10**7, 8, 384, 4096, True, 2**36
+        )
         for n in (1, 2, 4)
     )
     assert (once.positions, twice.positions, twice.micro_batches) == (512, 256, 2) and more == twice
@@ -289,7 +301,7 @@ def test_command_of_one_rank_names_no_split(capsys: pytest.CaptureFixture[str]) 
     plan.main(["--items", "10000", "--cpus", "1"])
     out = capsys.readouterr().out
     assert "| split |" not in out
-    assert "recommended: loss.catalogue: whole" in out
+    assert "recommended: loss.softmax: full (" in out
     assert "time is not weighed" in out
 
 

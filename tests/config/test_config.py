@@ -263,6 +263,16 @@ def test_keys_that_a_recorded_config_lacks_mean_what_was_done_then() -> None:
     assert then.eval.cut_vectors, "which changes no model"
 
 
+def test_a_recorded_file_means_what_was_done_then(tmp_path: Path) -> None:
+    """Also where it is given as a config; a file that names some keys gets the defaults for the others."""
+    recorded = Config().to_dict()
+    del recorded["loss"]["temperature_power"], recorded["model"]["input_norm"]
+    path = write(tmp_path, recorded, "config.yaml")
+    assert load_config(path).loss.temperature_power == 0 and not load_config(path).model.input_norm
+    by_hand = load_config(write(tmp_path, {"model": {"depth": 3}, "loss": {}}))
+    assert by_hand.loss.temperature_power == 0.5 and by_hand.model.input_norm
+
+
 @pytest.mark.parametrize(
     ("store", "loss", "num_items", "steps_per_epoch", "expected"),
     [

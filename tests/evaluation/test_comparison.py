@@ -17,7 +17,7 @@ import fmrl_dist.evaluation.results.bootstrap
 from fmrl_dist import baselines, compare
 from fmrl_dist.config.loading import load_config
 from fmrl_dist.evaluation.results.bootstrap import bootstrap
-from tests.fixtures.training import evaluation, make_shop, refusal, run_here, train_here
+from tests.fixtures.training import evaluate_here, evaluation, make_shop, refusal, run_here, train_here
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +85,12 @@ def test_seeds_are_aggregated_and_users_are_paired(runs: list[Path], tmp_path: P
     assert rows["a0", "8"]["unmasked"]["difference"]["p_holm"] < 0.05, "it has learned, and that is sure"
     assert result["baselines"]["popularity"]["masked"] == own[0]["masked"]["baselines"]["popularity"]["ndcg@10"]
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_seeds_with_other_rows_are_refused(runs: list[Path], tmp_path: Path) -> None:
+    evaluate_here(runs[1], "--no-cut-vectors")
+    line = refusal(compare.main, runs[0], runs[1], "--output", tmp_path)
+    assert f"{runs[1]} has figures of 4, 8, {runs[0]}, the same model, of 4, 8, vectors-4; evaluate both" in line
 
 
 def test_any_metric_and_the_baselines(

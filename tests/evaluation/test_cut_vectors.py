@@ -118,10 +118,10 @@ def test_parts_have_both(run: Path, tmp_path: Path) -> None:
     assert evaluation(copy)["vectors"] == evaluation(run)["vectors"]
 
 
-@pytest.mark.parametrize("vectors", [17, -1])
+@pytest.mark.parametrize("vectors", [17, 5, -1])
 def test_impossible_vectors_are_refused(run: Path, tmp_path: Path, vectors: int) -> None:
     words = ("--checkpoint", run, "--size", 16, "--output", tmp_path / "new", "--vectors", vectors)
-    assert f"--vectors is {vectors}; expected at most the network's 16 channels" in refusal(export.main, *words)
+    assert f"--vectors is {vectors}; expected one of the trained sizes up to 16" in refusal(export.main, *words)
     assert not (tmp_path / "new").exists()
 
 
@@ -156,7 +156,8 @@ def test_an_export_from_before_rotations(run: Path, whole: Path, tmp_path: Path)
     older = rewritten(whole, tmp_path / "older", None)
     assert read_export(older).rotation is None
     evaluate_here(older)
-    assert list(evaluation(older)["vectors"]) == ["4", "8"]
+    assert evaluation(older)["sizes"] == evaluation(run)["sizes"] and "vectors" not in evaluation(older)
+    assert "is from before there were cut vectors" in refusal(evaluate.main, "--checkpoint", older, "--cut-vectors")
 
 
 @pytest.mark.parametrize(

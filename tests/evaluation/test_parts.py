@@ -236,6 +236,13 @@ def test_part_on_another_device(tmp_path: Path) -> None:
         join_parts(tmp_path, EVALUATED)
 
 
+def test_parts_with_other_rotations(tmp_path: Path) -> None:
+    for number, rotation in enumerate(("a" * 64, "b" * 64), 1):
+        write_part(tmp_path, Part(number, 2), EVALUATED, ComputeSetting(1, "cpu", rotation), NOBODY)
+    with pytest.raises(UserError, match=r"on cpu, rotation b{12}, part 1/2 with 1 thread\(s\) on cpu, rotation a{12}:"):
+        join_parts(tmp_path, EVALUATED)
+
+
 MEANS = ComputeSetting(1, "cpu")
 EVALUATED = EvaluationIdentity(
     "c" * 64, "m" * 64, "test", False, [4, 8], [], users=60, cells=1, cutoff=CUTOFF, keep_users=False, list_lengths=[]

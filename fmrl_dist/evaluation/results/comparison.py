@@ -19,6 +19,7 @@ import yaml
 
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.checkpoint.run_folder import evaluation_file
+from fmrl_dist.config.loading import config_from_dict
 from fmrl_dist.evaluation.metrics import metric_of_users
 from fmrl_dist.evaluation.results.bootstrap import bootstrap, holm
 from fmrl_dist.evaluation.results.user_ranks import VECTORS, UserRanks, read_user_ranks
@@ -52,12 +53,17 @@ class EvaluatedRun:
     @property
     def rows(self) -> list[str]:
         """Its sizes, or the names of baselines, then its cut vectors."""
-        return [*self.figures["sizes"], *(f"{VECTORS}{size}" for size in self.figures.get("vectors", {}))]
+        return rows_of(self.figures)
 
     @property
     def largest(self) -> str:
         """Its largest size, or its last baseline."""
         return list(self.figures["sizes"])[-1]
+
+
+def rows_of(figures: Mapping[str, Any]) -> list[str]:
+    """What an evaluation has figures of."""
+    return [*figures["sizes"], *(f"{VECTORS}{size}" for size in figures.get("vectors", {}))]
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ def load_evaluated_run(path: Path, split: str) -> EvaluatedRun:
     mend = f"evaluate it with python -m fmrl_dist.evaluate --checkpoint {path} --split {split}"
     try:
         figures = json.loads(file.read_text(encoding="utf-8"))
-        sizes, origin = list(figures["sizes"]), (figures["checkpoint"]["sha256"], figures["manifest_sha256"])
+        rows, origin = rows_of(figures), (figures["checkpoint"]["sha256"], figures["manifest_sha256"])
     except FileNotFoundError:
         raise UserError(f"{path} has no {file.name}; {mend}") from None
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -88,7 +94,7 @@ def load_evaluated_run(path: Path, split: str) -> EvaluatedRun:
     ranks = read_user_ranks(users_file)
     require(
         origin == (ranks.origin["checkpoint"]["sha256"], ranks.origin["manifest_sha256"])
-        and all((which, row) in ranks.ranks for which in PROTOCOLS for row in sizes),
+        and all((which, row) in ranks.ranks for which in PROTOCOLS for row in rows),
         f"{users_file} and {file.name} are of different evaluations; {mend}",
     )
     return EvaluatedRun(path, figures, ranks, _model_config(path, figures))
@@ -99,11 +105,11 @@ def _model_config(path: Path, figures: Mapping[str, Any]) -> str:
     if not file.exists():
         return str(path.resolve())
     try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        config = config_from_dict(yaml.safe_load(file.read_text(encoding="utf-8"))).to_dict()
         for section, keys in IRRELEVANT.items():
             for key in keys:
                 config[section].pop(key, None)
-    except (OSError, yaml.YAMLError, LookupError, AttributeError, TypeError) as error:
+    except (OSError, yaml.YAMLError, LookupError, AttributeError, TypeError, UserError) as error:
         raise UserError(f"{file} cannot be read ({' '.join(str(error).split())[:100]}); restore it") from None
     return json.dumps([config, figures["manifest_sha256"]], sort_keys=True)
 
@@ -112,7 +118,7 @@ def group_models(runs: Sequence[EvaluatedRun]) -> list[Model]:
     """Runs by model, in the order in which models first appear; a model is named after its first run.
 
     Raises:
-        UserError: a checkpoint is given twice.
+        UserError: a checkpoint is given twice, or runs of one model have figures of different things.
     """
     seen: dict[str, Path] = {}
     groups: dict[str, list[EvaluatedRun]] = {}
@@ -120,7 +126,13 @@ def group_models(runs: Sequence[EvaluatedRun]) -> list[Model]:
         sha256 = run.figures["checkpoint"]["sha256"]
         require(sha256 not in seen, f"{run.path} and {seen.get(sha256)} are the same checkpoint; give each once")
         seen[sha256] = run.path
-        groups.setdefault(run.config, []).append(run)
+        group = groups.setdefault(run.config, [])
+        group.append(run)
+        require(
+            run.rows == group[0].rows,
+            f"{run.path} has figures of {', '.join(run.rows)}, {group[0].path}, the same model, of "
+            f"{', '.join(group[0].rows)}; evaluate both with the same --cut-vectors",
+        )
     names = [group[0].path.resolve().name for group in groups.values()]
     paths = [str(group[0].path) for group in groups.values()]
     return [
@@ -161,12 +173,12 @@ def compare(models: Sequence[Model], metric: str, num_samples: int, seed: int) -
         UserError: the runs have no common users, or other targets.
     """
     runs = [run for model in models for run in model.runs]
-    rows_of = {id(run): rows for run, rows in zip(runs, shared_users(runs), strict=True)}
+    user_rows = {id(run): rows for run, rows in zip(runs, shared_users(runs), strict=True)}
     reference = models[0]
 
     def values(model: Model, which: int, row: str) -> np.ndarray:
         """The metric of every shared user in each run, float64 [runs, n]."""
-        of_runs = [run.ranks.ranks[which, row][rows_of[id(run)]] for run in model.runs]
+        of_runs = [run.ranks.ranks[which, row][user_rows[id(run)]] for run in model.runs]
         return metric_of_users(np.stack(of_runs), metric)
 
     entries: list[dict[str, Any]] = []
@@ -201,7 +213,7 @@ def compare(models: Sequence[Model], metric: str, num_samples: int, seed: int) -
         "split": facts["split"],
         "split_rule": facts["split_rule"],
         "ties": facts["ties"],
-        "users": len(next(iter(rows_of.values()))),
+        "users": len(next(iter(user_rows.values()))),
         "users_of_runs": {str(run.path): len(run.ranks.users) for model in models for run in model.runs},
         "samples": num_samples,
         "seed": seed,
