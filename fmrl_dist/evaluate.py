@@ -99,8 +99,8 @@ def main(argv: list[str]) -> None:
     source = open_source(arguments.checkpoint, arguments.store, arguments.split)
     require(
         not arguments.cut_vectors or source.has_rotation,
-        f"export {arguments.checkpoint} is from before there were cut vectors; export it again, or leave "
-        "--cut-vectors out",
+        f"export {arguments.checkpoint} is from before there were cut vectors, or of a store without users; export it "
+        "again, or leave --cut-vectors out",
     )
     eval_config = changed(source.eval_config, arguments)
     protocol = EvaluationProtocol.of_report(source.store, arguments.split, arguments.mask_seen, eval_config)

@@ -55,7 +55,10 @@ def main(argv: list[str]) -> None:
         not arguments.vectors or len(outputs) > 0,
         f"store {store.location} has no validation users, whose outputs say how to rotate; leave --vectors out",
     )
-    recommender = replace(recommender, rotation=fit_rotation(ranker, outputs, items))
+    if len(outputs) > 0:
+        recommender = replace(recommender, rotation=fit_rotation(ranker, outputs, items))
+    else:
+        print(f"store {store.location} has no validation users: the export has no rotation, its vectors cannot be cut")
     encoders = {name: made_by for name, made_by in feature_encoders(store).items() if name in checkpoint.features}
     fits = {name: store.read_fit(name) for name in store.manifest.fits if name in checkpoint.features}
     write_export(
@@ -77,8 +80,10 @@ def default_output(checkpoint: Checkpoint, size: int) -> Path:
 
 def file_table(folder: Path) -> str:
     """Bytes of each file of an export, and in total."""
-    others = sorted({path.name for path in folder.glob("*.safetensors")} - set(FILES))
-    rows = [((folder / name).stat().st_size, name) for name in (*FILES, *others)]
+    present = {path.name for path in folder.iterdir()}
+    others = sorted({name for name in present if name.endswith(".safetensors")} - set(FILES))
+    names = [name for name in FILES if name in present] + others
+    rows = [((folder / name).stat().st_size, name) for name in names]
     rows.append((sum(num_bytes for num_bytes, _ in rows), "total"))
     return "\n".join(f"{num_bytes:>15,} bytes  {name}" for num_bytes, name in rows)
 

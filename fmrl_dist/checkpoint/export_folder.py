@@ -118,7 +118,7 @@ def write_export(
     """Write ``folder``.
 
     Args:
-        recommender: the model and its catalogue, with a rotation.
+        recommender: the model and its catalogue, with a rotation if vectors can be cut.
         folder: to write.
         vocab: the store's vocabulary file.
         encoders: what made each feature that the model reads.
@@ -144,10 +144,12 @@ def write_export(
         (aside / VOCAB_FILE).write_bytes(vocab)
         _save(recommender.model.state_dict(), aside / MODEL_FILE)
         _save({ITEMS_TENSOR: recommender.items}, aside / ITEMS_FILE)
-        assert recommender.rotation is not None
-        _save({ROTATION_TENSOR: recommender.rotation}, aside / ROTATION_FILE)
-        names = [MODEL_FILE, ITEMS_FILE, ROTATION_FILE, VOCAB_FILE]
+        names = [MODEL_FILE, ITEMS_FILE, VOCAB_FILE]
+        if recommender.rotation is not None:
+            _save({ROTATION_TENSOR: recommender.rotation}, aside / ROTATION_FILE)
+            names.append(ROTATION_FILE)
         if vectors:
+            assert recommender.rotation is not None
             rotated = rotate_tiles(recommender.items, recommender.rotation)
             _save({VECTORS_TENSOR: rotated[:, :vectors]}, aside / VECTORS_FILE)
             names.append(VECTORS_FILE)

@@ -23,6 +23,9 @@ UNRECORDED: dict[str, dict[str, Any]] = {
     | {"distillation": 0.0, "temperature_power": 0.0},
 }
 
+# Of the section train; every version has recorded them.
+RECORDED_KEYS = {"epochs", "batch_size", "lr", "beta1", "beta2", "eps", "clip_norm", "seed", "log_every_steps"}
+
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file (``None``: the demo) and apply ``--section.key value`` overrides.
@@ -36,13 +39,20 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     raw = read_yaml(path, "config")
     raw = {} if raw is None else raw
     require(isinstance(raw, dict), f"config {path} holds {type(raw).__name__}; expected a mapping of sections")
-    if raw.keys() >= {field.name for field in fields(Config)}:  # recorded: nobody writes all sections by hand
+    if is_recorded(raw):
         raw = with_unrecorded(raw)
     apply_overrides(raw, overrides)
     name = path.stem if path.name != "config.yaml" else path.resolve().parent.name
     _set_default(raw, "store", "path", f"stores/{name}")
     _set_default(raw, "run", "dir", f"runs/{name}")
     return _build_config(raw)
+
+
+def is_recorded(raw: dict[str, Any]) -> bool:
+    """Whether a file's content is what a run has recorded: all sections, and keys of training that nobody varies."""
+    train = raw.get("train")
+    has_all_sections = raw.keys() >= {field.name for field in fields(Config)}
+    return has_all_sections and isinstance(train, dict) and train.keys() >= RECORDED_KEYS
 
 
 def with_unrecorded(raw: dict[str, Any]) -> dict[str, Any]:

@@ -269,7 +269,8 @@ def test_a_recorded_file_means_what_was_done_then(tmp_path: Path) -> None:
     del recorded["loss"]["temperature_power"], recorded["model"]["input_norm"]
     path = write(tmp_path, recorded, "config.yaml")
     assert load_config(path).loss.temperature_power == 0 and not load_config(path).model.input_norm
-    by_hand = load_config(write(tmp_path, {"model": {"depth": 3}, "loss": {}}))
+    some_keys = {section: {} for section in recorded} | {"train": {"lr": 1e-3, "beta2": 0.99}, "model": {"depth": 3}}
+    by_hand = load_config(write(tmp_path, some_keys))
     assert by_hand.loss.temperature_power == 0.5 and by_hand.model.input_norm
 
 

@@ -11,16 +11,29 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from safetensors.numpy import load_file, save_file
 
 from fmrl_dist import evaluate, export
 from fmrl_dist.base.files import file_sha256, json_sha256
 from fmrl_dist.checkpoint.export_folder import ITEMS_FILE, ROTATION_FILE, VECTORS_FILE, read_export
+from fmrl_dist.config.loading import load_config
 from fmrl_dist.data.batches import evaluation_blocks
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.model.export_config import CONFIG_FILE
+from shards.store.builder import build_store
 from tests.fixtures.processes import run_processes
-from tests.fixtures.training import evaluate_here, evaluation, make_shop, refusal, run_here, train_here
+from tests.fixtures.stores import write_histories
+from tests.fixtures.training import (
+    evaluate_here,
+    evaluation,
+    make_shop,
+    refusal,
+    run_here,
+    shop_values,
+    train_here,
+    write_shop,
+)
 
 SIZES = (4, 8, 16)
 WORDS = (
@@ -137,6 +150,24 @@ def test_two_processes_have_the_digits_of_one(run: Path, tmp_path: Path) -> None
     evaluate_here(tmp_path / "one")
     run_processes(2, evaluated_together, str(tmp_path / "two"))
     assert evaluation(tmp_path / "two") == evaluation(tmp_path / "one")
+
+
+def test_a_catalogue_without_users_has_no_rotation(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing says how to rotate, so no file claims to: vectors that are asked for are refused."""
+    values = shop_values(tmp_path)
+    write_shop(tmp_path / "raw")
+    write_histories(tmp_path / "raw" / "sequences.parquet", {"u0": ["i0", "i1"], "u1": ["i2", "i3"]})
+    config = tmp_path / "short.yaml"
+    config.write_text(yaml.safe_dump(values))
+    build_store(load_config(config))
+    words = ["--checkpoint", run, "--size", 16, "--store", values["store"]["path"], "--output", tmp_path / "new"]
+    assert "has no validation users, whose outputs say how to rotate" in refusal(export.main, *words, "--vectors", 4)
+    assert not (tmp_path / "new").exists()
+    run_here(export.main, words)
+    assert "the export has no rotation" in capsys.readouterr().out
+    assert not (tmp_path / "new" / ROTATION_FILE).exists() and read_export(tmp_path / "new").rotation is None
 
 
 def rewritten(whole: Path, folder: Path, rotation: Any) -> Path:

@@ -22,7 +22,7 @@ from fmrl_dist.checkpoint.run_folder import evaluation_file
 from fmrl_dist.config.loading import config_from_dict
 from fmrl_dist.evaluation.metrics import metric_of_users
 from fmrl_dist.evaluation.results.bootstrap import bootstrap, holm
-from fmrl_dist.evaluation.results.user_ranks import VECTORS, UserRanks, read_user_ranks
+from fmrl_dist.evaluation.results.user_ranks import UserRanks, read_user_ranks, row_names
 from fmrl_dist.evaluation.target_ranks import ALL, UNSEEN
 
 PROTOCOLS = {ALL: "unmasked", UNSEEN: "masked"}
@@ -63,7 +63,7 @@ class EvaluatedRun:
 
 def rows_of(figures: Mapping[str, Any]) -> list[str]:
     """What an evaluation has figures of."""
-    return [*figures["sizes"], *(f"{VECTORS}{size}" for size in figures.get("vectors", {}))]
+    return row_names(figures["sizes"], figures.get("vectors", {}))
 
 
 @dataclass(frozen=True)

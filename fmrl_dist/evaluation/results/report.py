@@ -25,7 +25,7 @@ from fmrl_dist.evaluation.cut_vectors import cut_sizes
 from fmrl_dist.evaluation.histograms import EvaluationProtocol
 from fmrl_dist.evaluation.metrics import metrics_from_histogram, metrics_of_lists
 from fmrl_dist.evaluation.rank_counts import RankCounts
-from fmrl_dist.evaluation.results.user_ranks import VECTORS, write_user_ranks
+from fmrl_dist.evaluation.results.user_ranks import row_names, write_user_ranks
 from fmrl_dist.evaluation.segments import segments_of_cells
 from fmrl_dist.evaluation.target_ranks import ALL, UNSEEN
 
@@ -67,7 +67,7 @@ def report(
         name = evaluation_file(protocol.split, False, other_manifest(result, model.manifest_sha256))
         users_path = folder / f"{name}-users.parquet"
         if counts.users is not None:
-            names = [*map(str, sizes), *(f"{VECTORS}{size}" for size in cut_sizes(sizes, protocol))]
+            names = row_names(sizes, cut_sizes(sizes, protocol))
             write_user_ranks(users_path, counts.users, names, protocol.store, origin(protocol, model))
     print(f"written: {json_path}\npicture: {picture_path}", flush=True)
     if counts.users is not None:

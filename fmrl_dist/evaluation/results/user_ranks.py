@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,11 @@ from fmrl_dist.evaluation.target_ranks import ALL, UNSEEN
 ORIGIN = b"fmrl_dist"  # key of the file's metadata
 VECTORS = "vectors-"
 PREFIXES = {ALL: "rank@", UNSEEN: "masked_rank@"}
+
+
+def row_names(sizes: Iterable[object], vector_sizes: Iterable[object]) -> list[str]:
+    """Names of an evaluation's rows: its sizes (or baselines), then its cut vectors."""
+    return [*map(str, sizes), *(f"{VECTORS}{size}" for size in vector_sizes)]
 
 
 @dataclass(frozen=True)
