@@ -17,7 +17,7 @@ from tests.fixtures.processes import REPOSITORY
 PACKAGES = ("fmrl_dist", "shards", "launch")
 # The folders of fmrl_dist from the bottom up: a folder imports from itself and from those before it. Its modules
 # (train, evaluate, …) are commands, on top.
-FOLDERS = ("base", "model", "config", "distributed", "losses", "data", "checkpoint", "evaluation", "training")
+FOLDERS = ("base", "model", "config", "distributed", "losses", "data", "checkpoint", "evaluation", "deploy", "training")
 SUBFOLDERS = {
     "fmrl_dist": {*FOLDERS, "data/store", "evaluation/results", "training/id_table"},
     "shards": {"tables", "encoders", "store", "demo"},

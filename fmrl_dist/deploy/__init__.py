@@ -1,0 +1,1 @@
+"""What serves an exported model: the recommender, sessions, retrieval, formats."""
