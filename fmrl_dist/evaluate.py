@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fmrl_dist.base.errors import UserError, require, run_command
 from fmrl_dist.checkpoint.export_folder import (
-    Recommender,
+    ExportedModel,
     export_sha256,
     is_export,
     read_export,
@@ -223,7 +223,7 @@ def open_export(path: Path, store_path: str | None, split: str) -> ModelSource:
     )
 
 
-def with_items_of(recommender: Recommender, path: Path, store: Store) -> Recommender:
+def with_items_of(recommender: ExportedModel, path: Path, store: Store) -> ExportedModel:
     """An export with the items of another store, in its order.
 
     Raises:

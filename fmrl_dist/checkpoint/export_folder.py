@@ -65,7 +65,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Recommender:
+class ExportedModel:
     """A trained model and the catalogue it ranks."""
 
     model: FMRLRec  # float32, in evaluation mode
@@ -76,7 +76,7 @@ class Recommender:
     normalize: bool = False  # whether scores are cosines of each size's prefixes
     rotation: Tensor | None = None  # orthogonal [D, D], for cut vectors; older exports have none
 
-    def to(self, device: torch.device) -> Recommender:
+    def to(self, device: torch.device) -> ExportedModel:
         rotation = None if self.rotation is None else self.rotation.to(device)
         return replace(self, model=self.model.to(device), items=self.items.to(device), rotation=rotation)
 
@@ -107,7 +107,7 @@ def check_output(folder: Path, overwrite: bool) -> None:
 
 
 def write_export(
-    recommender: Recommender,
+    recommender: ExportedModel,
     folder: Path,
     vocab: bytes,
     encoders: Mapping[str, MadeBy],
@@ -163,7 +163,7 @@ def write_export(
             check_output(folder, overwrite)  # or meanwhile, where there are no locks
 
 
-def read_export(folder: Path) -> Recommender:
+def read_export(folder: Path) -> ExportedModel:
     """Read what :func:`write_export` wrote, except the vocabulary, on the CPU.
 
     Raises:
@@ -190,7 +190,7 @@ def read_export(folder: Path) -> Recommender:
         raise
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         raise _damaged(folder, error) from None
-    return Recommender(model, items, max_length, predict_first, origin, normalize, rotation)
+    return ExportedModel(model, items, max_length, predict_first, origin, normalize, rotation)
 
 
 def _read_rotation(folder: Path, config: Mapping[str, Any], width: int) -> Tensor | None:

@@ -8,7 +8,7 @@ import torch
 
 from fmrl_dist import __version__
 from fmrl_dist.base.errors import UserError, require
-from fmrl_dist.checkpoint.export_folder import Origin, Recommender
+from fmrl_dist.checkpoint.export_folder import ExportedModel, Origin
 from fmrl_dist.checkpoint.folder import Checkpoint
 from fmrl_dist.config.sections import Config, ModelConfig
 from fmrl_dist.data.feature_identity import encoder_differences, feature_encoders
@@ -125,7 +125,7 @@ def check_features(store: Store, checkpoint: Checkpoint) -> None:
 
 def build_recommender(
     checkpoint: Checkpoint, config: Config, store: Store, device: torch.device, size: int | None = None
-) -> Recommender:
+) -> ExportedModel:
     """A checkpoint's model and the embeddings of the items in ``store``.
 
     Args:
@@ -152,7 +152,7 @@ def build_recommender(
         manifest_sha256=store.manifest.sha256,
         store=store.location,
     )
-    return Recommender(
+    return ExportedModel(
         model=model,
         items=items,
         max_length=config.data.max_length,

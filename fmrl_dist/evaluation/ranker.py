@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from fmrl_dist.checkpoint.export_folder import Recommender
+from fmrl_dist.checkpoint.export_folder import ExportedModel
 from fmrl_dist.checkpoint.folder import Checkpoint
 from fmrl_dist.checkpoint.restore import check_features, load_catalogue_table, match_id_table, restore_model
 from fmrl_dist.config.sections import Config
@@ -121,7 +121,7 @@ def keep_own_rows(encoder: ItemEncoder, id_table: Tensor, num_items: int, runtim
     encoder.id_table, encoder.first_id_row = nn.Parameter(id_table.detach()[begin:end].clone()), begin
 
 
-def ranker_of_export(recommender: Recommender) -> Ranker:
+def ranker_of_export(recommender: ExportedModel) -> Ranker:
     """An exported model and its own item embeddings.
 
     Raises:

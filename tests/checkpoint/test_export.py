@@ -24,7 +24,7 @@ from torch import Tensor
 from fmrl_dist import evaluate, export
 from fmrl_dist.base.files import file_sha256, json_sha256
 from fmrl_dist.checkpoint import export_folder
-from fmrl_dist.checkpoint.export_folder import FILES, ITEMS_FILE, Origin, Recommender, read_export, write_export
+from fmrl_dist.checkpoint.export_folder import FILES, ITEMS_FILE, ExportedModel, Origin, read_export, write_export
 from fmrl_dist.checkpoint.folder import load_checkpoint
 from fmrl_dist.checkpoint.restore import build_recommender
 from fmrl_dist.config.loading import config_from_dict, load_config
@@ -132,7 +132,7 @@ def test_ranks_are_those_of_the_large_model(shop: Path, tmp_path: Path, words: t
 
 
 @torch.no_grad()
-def assert_same_ranks(large: Recommender, small: Recommender, block: EvaluationBlock) -> None:
+def assert_same_ranks(large: ExportedModel, small: ExportedModel, block: EvaluationBlock) -> None:
     """Scores equal to 1e-6 of the summed magnitudes; target ranks equal except for scores that near to the target's."""
     z, z_small = (
         r.model(r.items[block.items], block.starts, block.from_start)[block.starts[1:] - 1] for r in (large, small)
@@ -166,10 +166,10 @@ def models(draw: st.DrawFn) -> tuple[FMRLRec, int, int]:
     return model, num_items, draw(st.sampled_from(sizes))
 
 
-def recommender_of(model: FMRLRec, values: Tensor, present: Tensor) -> Recommender:
+def recommender_of(model: FMRLRec, values: Tensor, present: Tensor) -> ExportedModel:
     with torch.no_grad():
         items = model.encoder(model.encoder.normalize(values, present), present)
-    return Recommender(model, items, 50, False, Origin("0", 1, "a", "b", "c"), rotation=torch.eye(items.shape[1]))
+    return ExportedModel(model, items, 50, False, Origin("0", 1, "a", "b", "c"), rotation=torch.eye(items.shape[1]))
 
 
 @settings(max_examples=40)
@@ -198,7 +198,7 @@ def test_an_export_of_any_model_ranks_like_the_model(case: tuple[FMRLRec, int, i
     assert_same_ranks(recommender_of(model, values, present), found, block)
 
 
-def assert_same_recommender(found: Recommender, expected: Recommender) -> None:
+def assert_same_recommender(found: ExportedModel, expected: ExportedModel) -> None:
     assert replace(found, model=expected.model, items=expected.items, rotation=expected.rotation) == expected
     assert found.rotation is not None and expected.rotation is not None
     assert torch.equal(found.rotation, expected.rotation)
