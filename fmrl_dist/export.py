@@ -1,88 +1,139 @@
-"""``python -m fmrl_dist.export --checkpoint RUN --size M``: cut out the model of one trained size, ready to deploy.
+"""``python -m fmrl_dist.export --checkpoint RUN``: write a trained model and its catalogue as a folder to deploy.
 
-Two ways to be small: a small M cuts the network. The whole network with ``--vectors K`` cuts only the vectors that are
-compared, for a retrieval index: those of the items are written, those of the users are outputs times the rotation, cut.
+Two ways to be small: ``--size M`` cuts the network, and the whole network, which is the default, serves every trained
+size. With ``--vectors K`` only the vectors that are compared are cut, for a retrieval index: those of the items are
+written, those of the users are outputs times the rotation, cut. ``--dtype`` makes files smaller; what it costs is
+measured on validation users, printed and recorded.
 """
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from fmrl_dist.base.errors import UserError, require, run_command
-from fmrl_dist.checkpoint.export_folder import FILES, check_output, write_export
+from fmrl_dist.checkpoint.export_folder import ExportedModel, ExportParts, check_output, is_export_file, write_export
 from fmrl_dist.checkpoint.folder import Checkpoint, load_checkpoint
 from fmrl_dist.checkpoint.restore import build_recommender
 from fmrl_dist.checkpoint.run_folder import run_of_best
 from fmrl_dist.config.command_line import CommandParser
 from fmrl_dist.config.credentials import warn_of_credentials
 from fmrl_dist.config.loading import config_from_dict
+from fmrl_dist.config.sections import Config
 from fmrl_dist.data.feature_identity import feature_encoders
 from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.data.store.reader import Store
+from fmrl_dist.deploy.dtype_loss import MEASURED_USERS, describe_quality, measure_quality
+from fmrl_dist.deploy.model_card import CardSubject, Licence, model_card, run_figures
+from fmrl_dist.deploy.onnx_format import check_installed, write_onnx_export
 from fmrl_dist.distributed.signals import StopRequest
 from fmrl_dist.evaluation.cut_vectors import fit_rotation, sample_vectors
 from fmrl_dist.evaluation.ranker import ranker_of_export
+from fmrl_dist.model.export_config import FORMATS
+from fmrl_dist.model.stored_tensors import DTYPES
 
 
 def main(argv: list[str]) -> None:
     parser = CommandParser(prog="python -m fmrl_dist.export", description=__doc__, allow_abbrev=False)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a run (its best) or a checkpoint")
-    parser.add_argument("--size", type=int, required=True, help="one of the trained sizes")
+    parser.add_argument("--size", type=int, help="one of the trained sizes (default: the largest, which serves all)")
+    parser.add_argument("--format", choices=FORMATS, default="safetensors", help="of the files (default: safetensors)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and item vectors in the files")
     parser.add_argument("--vectors", type=int, default=0, metavar="K", help="also write item vectors cut to K channels")
-    parser.add_argument("--output", type=Path, help="folder to write (default: export-SIZE in the run)")
+    parser.add_argument(
+        "--measure-users",
+        type=int,
+        default=MEASURED_USERS,
+        metavar="N",
+        help=f"measure NDCG@10 on at most so many validation users, 0 for none (default: {MEASURED_USERS})",
+    )
+    parser.add_argument("--output", type=Path, help="folder to write (default: export-SIZE[-FORMAT][-DTYPE])")
     parser.add_argument("--store", help="shard store of the catalogue, a folder or URL (default: the recorded one)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing export")
+    parser.add_argument("--license", default="", help="for the model card: an id of the Hub's list, or other")
+    parser.add_argument("--license-name", default="", metavar="NAME", help="of a licence that is not in the list")
     arguments = parser.parse_args(argv)
     warn_of_credentials(argv)
+    require(arguments.measure_users >= 0, f"--measure-users is {arguments.measure_users}; expected 0 or more")
+    licence = Licence(arguments.license, arguments.license_name)
+    if arguments.format == "onnx":
+        check_installed()
 
     checkpoint = load_checkpoint(arguments.checkpoint, with_optimizer=False)
     config = config_from_dict(checkpoint.config)
-    output = (arguments.output or default_output(checkpoint, arguments.size)).resolve()
+    size = config.model.sizes[-1] if arguments.size is None else arguments.size
+    output = (arguments.output or default_output(checkpoint, size, arguments)).resolve()
     check_output(output, arguments.overwrite)
-    sizes = [size for size in config.model.sizes if size <= arguments.size]
+    sizes = [each for each in config.model.sizes if each <= size]
     require(
         arguments.vectors in (0, *sizes),
-        f"--vectors is {arguments.vectors}; expected one of the trained sizes up to {arguments.size}, {sizes}, or 0",
+        f"--vectors is {arguments.vectors}; expected one of the trained sizes up to {size}, {sizes}, or 0",
+    )
+    require(
+        not arguments.vectors or arguments.format == "safetensors",
+        f"--vectors is written with --format safetensors only; of format {arguments.format}, cut the item embeddings "
+        "times the rotation",
     )
     store = Store.open(arguments.store or config.store.path, config.store)
-    recommender = build_recommender(checkpoint, config, store, torch.device("cpu"), arguments.size)
-    ranker = replace(ranker_of_export(recommender), temperature=config.temperature_of(arguments.size))
-    outputs, items = sample_vectors(ranker, store, StopRequest())
+    exported = rotated(build_recommender(checkpoint, config, store, torch.device("cpu"), size), config, store)
     require(
-        not arguments.vectors or len(outputs) > 0,
+        not arguments.vectors or exported.rotation is not None,
         f"store {store.location} has no validation users, whose outputs say how to rotate; leave --vectors out",
     )
-    if len(outputs) > 0:
-        recommender = replace(recommender, rotation=fit_rotation(ranker, outputs, items))
-    else:
+    if exported.rotation is None:
         print(f"store {store.location} has no validation users: the export has no rotation, its vectors cannot be cut")
-    encoders = {name: made_by for name, made_by in feature_encoders(store).items() if name in checkpoint.features}
-    fits = {name: store.read_fit(name) for name in store.manifest.fits if name in checkpoint.features}
-    write_export(
-        recommender, output, store.read_table(VOCAB_FILE), encoders, fits, arguments.overwrite, arguments.vectors
+    quality = measure_quality(exported, arguments.dtype, store, arguments.measure_users)
+    subject = CardSubject(
+        exported=exported,
+        store=store,
+        dtype=arguments.dtype,
+        format_name=arguments.format,
+        quality=quality,
+        figures=run_figures(run_of_best(checkpoint), checkpoint),
+        is_whole=size == config.model.sizes[-1],
+        source=output.name,
+        licence=licence,
     )
-    num_parameters = sum(parameter.numel() for parameter in recommender.model.parameters())
-    print(f"size {arguments.size}: {num_parameters:,} parameters, {len(recommender.items):,} items")
+    parts = ExportParts(
+        vocab=store.read_table(VOCAB_FILE),
+        encoders={name: by for name, by in feature_encoders(store).items() if name in checkpoint.features},
+        fits={name: store.read_fit(name) for name in store.manifest.fits if name in checkpoint.features},
+        vectors=arguments.vectors,
+        dtype=arguments.dtype,
+        quality=quality,
+        card=model_card(subject),
+    )
+    write = write_onnx_export if arguments.format == "onnx" else write_export
+    write(exported, output, parts, arguments.overwrite)
+    num_parameters = sum(parameter.numel() for parameter in exported.model.parameters())
+    print(f"size {size}: {num_parameters:,} parameters, {len(exported.items):,} items")
+    print(describe_quality(quality, arguments.dtype))
     print(file_table(output))
     print(f"written: {output}", flush=True)
 
 
-def default_output(checkpoint: Checkpoint, size: int) -> Path:
-    """``export-SIZE`` in the run whose best checkpoint this is."""
+def rotated(exported: ExportedModel, config: Config, store: Store) -> ExportedModel:
+    """With the rotation of cut vectors, if the store has validation users to fit it to."""
+    ranker = replace(ranker_of_export(exported), temperature=config.temperature_of(exported.model.width))
+    outputs, items = sample_vectors(ranker, store, StopRequest())
+    return replace(exported, rotation=fit_rotation(ranker, outputs, items)) if len(outputs) else exported
+
+
+def default_output(checkpoint: Checkpoint, size: int, arguments: argparse.Namespace) -> Path:
+    """``export-SIZE[-FORMAT][-DTYPE]`` in the run whose best checkpoint this is."""
     run = run_of_best(checkpoint)
     if run is None:
         raise UserError(f"checkpoint {checkpoint.path} is not the best of its run; choose a folder with --output")
-    return run / f"export-{size}"
+    words = [word for word in (arguments.format, arguments.dtype) if word not in ("safetensors", "float32")]
+    return run / "-".join(["export", str(size), *words])
 
 
 def file_table(folder: Path) -> str:
     """Bytes of each file of an export, and in total."""
-    present = {path.name for path in folder.iterdir()}
-    others = sorted({name for name in present if name.endswith(".safetensors")} - set(FILES))
-    names = [name for name in FILES if name in present] + others
+    names = sorted(path.name for path in folder.iterdir() if is_export_file(path.name))
     rows = [((folder / name).stat().st_size, name) for name in names]
     rows.append((sum(num_bytes for num_bytes, _ in rows), "total"))
     return "\n".join(f"{num_bytes:>15,} bytes  {name}" for num_bytes, name in rows)

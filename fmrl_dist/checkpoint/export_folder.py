@@ -1,22 +1,28 @@
 """An exported model: one folder that needs neither a run nor a store. docs/format.md, "The export", describes it.
 
     config.json                   how to build the model, how it reads a history, where it came from
-    model.safetensors             its state dict, float32
+    model.safetensors             its state dict
     item_embeddings.safetensors   the scoring embeddings: no item features are needed to deploy
     rotation.safetensors          what turns outputs and embeddings into vectors that may be cut
     item_vectors.safetensors      embeddings rotated and cut, for a retrieval index, if asked for
     vocab.parquet                 copied from the store: external ids, training counts, titles if any
     fit-<feature>.safetensors     copied from the store: what a new item's text is encoded with, of a fitted feature
+    README.md                     the model card
+
+Matrices are float32, float16 or int8 in the files, and float32 once they are read. The folder of an ONNX export has
+graphs and arrays instead of the model's files (:mod:`fmrl_dist.deploy.onnx_format`).
 
 V items, D the model's width, which is the exported size.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +44,7 @@ from fmrl_dist.model.export_config import (
 )
 from fmrl_dist.model.fmrlrec import MODEL_FILE, FMRLRec
 from fmrl_dist.model.rotation import rotate_tiles
+from fmrl_dist.model.stored_tensors import restored, stored
 
 ITEMS_FILE = "item_embeddings.safetensors"
 ITEMS_TENSOR = "item_embeddings"
@@ -45,12 +52,11 @@ ROTATION_FILE = "rotation.safetensors"
 ROTATION_TENSOR = "rotation"
 VECTORS_FILE = "item_vectors.safetensors"
 VECTORS_TENSOR = "item_vectors"
-# What an export may also have: fits of its features, and what fmrl_dist.evaluate adds.
-ADDED = re.compile(
-    r"fit-[a-z][a-z0-9_]*\.safetensors|item_vectors\.safetensors|evaluation(-[a-z0-9-]+)?\.(json|png|parts|parquet)",
-    re.ASCII,
-)
-FILES = (CONFIG_FILE, MODEL_FILE, ITEMS_FILE, ROTATION_FILE, VOCAB_FILE)
+CARD_FILE = "README.md"
+FILES = (CONFIG_FILE, MODEL_FILE, ITEMS_FILE, ROTATION_FILE, VOCAB_FILE, CARD_FILE)
+# What an export may also have: fits of its features, arrays and graphs of an ONNX export.
+FURTHER = re.compile(r"fit-[a-z][a-z0-9_]*\.safetensors|item_vectors\.safetensors|[a-z_]+\.(npy|onnx)", re.ASCII)
+ADDED = re.compile(r"evaluation(-[a-z0-9-]+)?\.(json|png|parts|parquet)", re.ASCII)  # by fmrl_dist.evaluate
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,9 @@ def check_output(folder: Path, overwrite: bool) -> None:
     if not folder.exists():
         return
     require(is_export(folder), f"{folder} exists and is not an export; choose another --output")
-    foreign = foreign_entries(folder, lambda name: name in FILES or ADDED.fullmatch(final_name(name)) is not None)
+    foreign = foreign_entries(
+        folder, lambda name: is_export_file(name) or ADDED.fullmatch(final_name(name)) is not None
+    )
     require(
         not foreign,
         f"{folder} holds {', '.join(foreign[:3])}, which an export does not have; move it away, or choose another "
@@ -106,79 +114,145 @@ def check_output(folder: Path, overwrite: bool) -> None:
     require(overwrite, f"export {folder} exists; keep it, or replace it with --overwrite")
 
 
-def write_export(
-    recommender: ExportedModel,
-    folder: Path,
-    vocab: bytes,
-    encoders: Mapping[str, MadeBy],
-    fits: Mapping[str, bytes],
-    overwrite: bool,
-    vectors: int = 0,
-) -> None:
-    """Write ``folder``.
+def is_export_file(name: str) -> bool:
+    """Whether a file of that name is an export's own, of any format."""
+    return name in FILES or FURTHER.fullmatch(name) is not None
+
+
+@dataclass(frozen=True)
+class ExportParts:
+    """What an export's folder holds beside the model and its catalogue."""
+
+    vocab: bytes  # the store's vocabulary file
+    encoders: Mapping[str, MadeBy]  # what made each feature that the model reads
+    fits: Mapping[str, bytes]  # file of each of those that was fitted to its items
+    vectors: int = 0  # also write item vectors cut to so many channels; 0 for none
+    dtype: str = "float32"  # of matrices, one of ``DTYPES``
+    quality: Mapping[str, Any] | None = None  # what the dtype costs, as measured
+    card: str = ""  # the model card
+
+
+def write_export(recommender: ExportedModel, folder: Path, parts: ExportParts, overwrite: bool) -> None:
+    """Write ``folder``, in safetensors.
 
     Args:
         recommender: the model and its catalogue, with a rotation if vectors can be cut.
         folder: to write.
-        vocab: the store's vocabulary file.
-        encoders: what made each feature that the model reads.
-        fits: file of each of those that was fitted to its items.
+        parts: what else belongs into it.
         overwrite: replace an existing export.
-        vectors: also write item vectors cut to so many channels; 0 for none.
+
+    Raises:
+        UserError: as :func:`check_output`, another process is writing ``folder``, or a number does not fit the dtype.
+    """
+    with folder_of_export(recommender, folder, parts, overwrite, "safetensors") as aside:
+        _save(stored_or_refused(recommender.model.state_dict(), parts.dtype), aside / MODEL_FILE)
+        _save(stored_or_refused({ITEMS_TENSOR: recommender.items}, parts.dtype), aside / ITEMS_FILE)
+        if recommender.rotation is not None:
+            _save({ROTATION_TENSOR: recommender.rotation}, aside / ROTATION_FILE)
+        if parts.vectors:
+            assert recommender.rotation is not None
+            rotated = rotate_tiles(recommender.items, recommender.rotation)[:, : parts.vectors]
+            _save(stored_or_refused({VECTORS_TENSOR: rotated}, parts.dtype), aside / VECTORS_FILE)
+
+
+@contextmanager
+def folder_of_export(
+    recommender: ExportedModel,
+    folder: Path,
+    parts: ExportParts,
+    overwrite: bool,
+    format_name: str,
+    further: Mapping[str, Any] | None = None,
+) -> Iterator[Path]:
+    """A temporary folder to write the files of a format into; it becomes ``folder`` if the block succeeds.
+
+    Vocabulary, fits, card and ``config.json``, with the hashes of all files, are added to it.
+
+    Args:
+        recommender: the model and its catalogue.
+        folder: to write.
+        parts: what else belongs into it.
+        overwrite: replace an existing export.
+        format_name: one of ``FORMATS``.
+        further: keys of ``config.json`` that only this format has; it may be filled while the folder is.
 
     Raises:
         UserError: as :func:`check_output`, or another process is writing ``folder``.
     """
-    config = {
+    with replaced_folder(folder) as aside:
+        check_output(folder, overwrite)  # another process may have written it since it was looked at
+        (aside / VOCAB_FILE).write_bytes(parts.vocab)
+        for feature, data in parts.fits.items():
+            (aside / fit_file(feature)).write_bytes(data)
+        (aside / CARD_FILE).write_text(parts.card, encoding="utf-8")
+        yield aside
+        names = sorted(path.name for path in aside.iterdir())
+        assert all(map(is_export_file, names)), names
+        config = _config_of(recommender, parts, format_name) | dict(further or {})
+        (aside / CONFIG_FILE).write_text(export_config_text(config, aside, names), encoding="utf-8")
+        for name in names:  # safetensors makes files readable only by their owner
+            shutil.copymode(aside / CONFIG_FILE, aside / name)
+        if not overwrite:
+            check_output(folder, overwrite)  # or meanwhile, where there are no locks
+
+
+def as_stored(recommender: ExportedModel, dtype: str) -> ExportedModel:
+    """What :func:`read_export` reads from an export of ``dtype``.
+
+    Raises:
+        UserError: a number does not fit the dtype.
+    """
+    if dtype == "float32":
+        return recommender
+    tensors = restored(stored_or_refused(recommender.model.state_dict(), dtype), dtype)
+    items = restored(stored_or_refused({ITEMS_TENSOR: recommender.items}, dtype), dtype)[ITEMS_TENSOR]
+    model = copy.deepcopy(recommender.model)
+    model.load_state_dict(tensors)
+    return replace(recommender, model=model, items=items)
+
+
+def _config_of(recommender: ExportedModel, parts: ExportParts, format_name: str) -> dict[str, Any]:
+    return {
+        "format": format_name,
+        "dtype": parts.dtype,
         "model": recommender.model.arguments,
         "num_items": len(recommender.items),
         "max_length": recommender.max_length,
         "predict_first": recommender.predict_first,
         "normalize": recommender.normalize,
-        **({"vectors": vectors} if vectors else {}),
-        "feature_encoders": encoders,
+        **({"vectors": parts.vectors} if parts.vectors else {}),
+        "quality": dict(parts.quality or {"not_measured": "it was not asked for"}),
+        "feature_encoders": dict(parts.encoders),
         "origin": asdict(recommender.origin),
     }
-    with replaced_folder(folder) as aside:
-        check_output(folder, overwrite)  # another process may have written it since it was looked at
-        (aside / VOCAB_FILE).write_bytes(vocab)
-        _save(recommender.model.state_dict(), aside / MODEL_FILE)
-        _save({ITEMS_TENSOR: recommender.items}, aside / ITEMS_FILE)
-        names = [MODEL_FILE, ITEMS_FILE, VOCAB_FILE]
-        if recommender.rotation is not None:
-            _save({ROTATION_TENSOR: recommender.rotation}, aside / ROTATION_FILE)
-            names.append(ROTATION_FILE)
-        if vectors:
-            assert recommender.rotation is not None
-            rotated = rotate_tiles(recommender.items, recommender.rotation)
-            _save({VECTORS_TENSOR: rotated[:, :vectors]}, aside / VECTORS_FILE)
-            names.append(VECTORS_FILE)
-        for feature, data in fits.items():
-            (aside / fit_file(feature)).write_bytes(data)
-            names.append(fit_file(feature))
-        (aside / CONFIG_FILE).write_text(export_config_text(config, aside, names), encoding="utf-8")
-        for name in aside.glob("*.safetensors"):  # safetensors makes files readable only by their owner
-            shutil.copymode(aside / CONFIG_FILE, name)
-        if not overwrite:
-            check_output(folder, overwrite)  # or meanwhile, where there are no locks
+
+
+def stored_or_refused(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    """See :func:`fmrl_dist.model.stored_tensors.stored`.
+
+    Raises:
+        UserError: a number does not fit the dtype.
+    """
+    try:
+        return stored(tensors, dtype)
+    except ValueError as error:
+        raise UserError(f"the model cannot be stored as {dtype}: {error}; use --dtype float32") from None
 
 
 def read_export(folder: Path) -> ExportedModel:
-    """Read what :func:`write_export` wrote, except the vocabulary, on the CPU.
+    """Read what :func:`write_export` wrote, except the vocabulary: float32 on the CPU, whatever dtype the files have.
 
     Raises:
-        UserError: the folder is not an export, is damaged, or has another version.
+        UserError: the folder is not an export, is damaged, of another version, or of a format that is for others.
     """
     model = FMRLRec.from_pretrained(folder)
     try:
         config = read_export_config(folder)
         check_export_file(folder, config, ITEMS_FILE)
-        items = load_file(folder / ITEMS_FILE)[ITEMS_TENSOR]
-        if not items.isfinite().all():
-            raise ValueError(f"{ITEMS_FILE} holds numbers that are not finite")
+        items = restored(load_file(folder / ITEMS_FILE), config["dtype"])[ITEMS_TENSOR]
         shape = (config["num_items"], model.width)
-        if items.dtype != torch.float32 or items.shape != shape:
-            raise ValueError(f"{ITEMS_FILE} is {items.dtype} {list(items.shape)}; expected float32 {list(shape)}")
+        if items.shape != shape:
+            raise ValueError(f"{ITEMS_FILE} is {list(items.shape)}; expected {list(shape)}")
         rotation = _read_rotation(folder, config, model.width)
         max_length, predict_first, origin = config["max_length"], config["predict_first"], Origin(**config["origin"])
         normalize = config.get("normalize", False)  # missing from older exports

@@ -12,20 +12,24 @@ from typing import Any
 
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.files import file_sha256, json_sha256
+from fmrl_dist.model.stored_tensors import DTYPES
 
-FORMAT_VERSION = 2
-VERSION_WITHOUT_HASHES = 1  # which is read, too
+FORMAT_VERSION = 3
+VERSION_WITHOUT_DTYPE = 2  # float32 throughout
+VERSION_WITHOUT_HASHES = 1  # likewise
+READ_VERSIONS = (VERSION_WITHOUT_HASHES, VERSION_WITHOUT_DTYPE, FORMAT_VERSION)
 CONFIG_FILE = "config.json"
+FORMATS = ("safetensors", "onnx")  # of a folder of this kind; only the first is read back
 
 
-def export_config_text(config: dict[str, Any], folder: Path, names: Sequence[str]) -> str:
+def export_config_text(config: Mapping[str, Any], folder: Path, names: Sequence[str]) -> str:
     """The file's text: ``config`` with version, the hashes of the files ``names`` in ``folder``, and its own."""
     config = {"format_version": FORMAT_VERSION, **config, "sha256_of": {n: file_sha256(folder / n) for n in names}}
     return json.dumps(config | {"sha256": json_sha256(config)}, indent=1) + "\n"
 
 
 def read_export_config(folder: Path) -> dict[str, Any]:
-    """The checked content of an export's ``config.json``.
+    """The checked content of an export's ``config.json``; of any version, it has ``format`` and ``dtype``.
 
     Raises:
         UserError: it is of another version.
@@ -35,15 +39,39 @@ def read_export_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{CONFIG_FILE} holds {type(config).__name__}; expected a mapping")
     version = config.get("format_version")
-    if version not in (FORMAT_VERSION, VERSION_WITHOUT_HASHES):
-        raise UserError(f"{folder / CONFIG_FILE} has format_version {version!r}; expected {FORMAT_VERSION}")
-    if version == FORMAT_VERSION:
+    if type(version) is not int or version not in READ_VERSIONS:
+        raise UserError(_other_version(folder, version))
+    if version != VERSION_WITHOUT_HASHES:
         recorded = config.pop("sha256", None)
         if recorded != json_sha256(config) or not isinstance(config.get("sha256_of"), dict):
             raise ValueError(f"{CONFIG_FILE} is not what its sha256 says")
     elif "sha256_of" in config:
         raise ValueError(f"{CONFIG_FILE} of version {version} has hashes")
-    return config
+    if version == FORMAT_VERSION:
+        if config.get("format") not in FORMATS or config.get("dtype") not in DTYPES:
+            raise ValueError(f"format and dtype are {config.get('format')!r} and {config.get('dtype')!r}")
+        return config
+    return config | {"format": "safetensors", "dtype": "float32"}
+
+
+def _other_version(folder: Path, version: object) -> str:
+    found = f"{folder / CONFIG_FILE} has format_version {version!r}; this fmrl_dist reads {READ_VERSIONS[0]} to "
+    if type(version) is int and version > FORMAT_VERSION:
+        return f"{found}{FORMAT_VERSION}: update fmrl_dist, or export the run again with this one"
+    return f"{found}{FORMAT_VERSION}; expected an export: make one with fmrl_dist.export"
+
+
+def check_is_readable(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse an export that is for others to read.
+
+    Raises:
+        UserError: it is for onnxruntime.
+    """
+    if config["format"] != "safetensors":
+        raise UserError(
+            f"export {folder} is of format {config['format']}, for onnxruntime; this needs one of format safetensors: "
+            "make it with fmrl_dist.export --format safetensors"
+        )
 
 
 def check_export_file(folder: Path, config: Mapping[str, Any], name: str) -> None:

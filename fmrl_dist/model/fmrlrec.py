@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fmrl_dist.base.errors import UserError
-from fmrl_dist.model.export_config import CONFIG_FILE, check_export_file, read_export_config
+from fmrl_dist.model.export_config import CONFIG_FILE, check_export_file, check_is_readable, read_export_config
 from fmrl_dist.model.nested import (
     MatmulModule,
     NestedLayerNorm,
@@ -40,6 +40,7 @@ from fmrl_dist.model.nested import (
     nested_linear,
 )
 from fmrl_dist.model.scan import packed_scan, scan_step
+from fmrl_dist.model.stored_tensors import restored
 
 MAX_SIZES, MAX_DEPTH = 64, 1000  # far more than anyone trains
 MODEL_FILE = "model.safetensors"
@@ -359,7 +360,7 @@ class FMRLRec(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> FMRLRec:
-        """The model of an exported folder, float32 on the CPU, in evaluation mode.
+        """The model of an exported folder of any dtype, float32 on the CPU, in evaluation mode.
 
         Reads ``config.json`` and ``model.safetensors`` (docs/format.md, "The export") and nothing else.
 
@@ -371,12 +372,9 @@ class FMRLRec(nn.Module):
             raise UserError(f"{folder} is not an export: it has no {CONFIG_FILE}; make one with fmrl_dist.export")
         try:
             config = read_export_config(folder)
+            check_is_readable(folder, config)
             check_export_file(folder, config, MODEL_FILE)
-            tensors = load_file(folder / MODEL_FILE)
-            if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
-                raise ValueError(f"{MODEL_FILE} is not float32 throughout")
-            if not all(tensor.isfinite().all() for tensor in tensors.values()):
-                raise ValueError(f"{MODEL_FILE} holds numbers that are not finite")
+            tensors = restored(load_file(folder / MODEL_FILE), config["dtype"])
             if not (len(config["model"]["sizes"]) <= MAX_SIZES and config["model"]["depth"] <= MAX_DEPTH):
                 raise ValueError(f"more than {MAX_SIZES} sizes or {MAX_DEPTH} blocks")  # before they are constructed
             with torch.device("meta"):  # the file's tensors become the parameters: nothing is drawn, then overwritten

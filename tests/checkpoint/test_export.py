@@ -24,7 +24,15 @@ from torch import Tensor
 from fmrl_dist import evaluate, export
 from fmrl_dist.base.files import file_sha256, json_sha256
 from fmrl_dist.checkpoint import export_folder
-from fmrl_dist.checkpoint.export_folder import FILES, ITEMS_FILE, ExportedModel, Origin, read_export, write_export
+from fmrl_dist.checkpoint.export_folder import (
+    FILES,
+    ITEMS_FILE,
+    ExportedModel,
+    ExportParts,
+    Origin,
+    read_export,
+    write_export,
+)
 from fmrl_dist.checkpoint.folder import load_checkpoint
 from fmrl_dist.checkpoint.restore import build_recommender
 from fmrl_dist.config.loading import config_from_dict, load_config
@@ -181,7 +189,7 @@ def test_an_export_of_any_model_ranks_like_the_model(case: tuple[FMRLRec, int, i
     present = torch.rand(num_items, len(model.encoder.feature_dims)) < 0.7
     small = recommender_of(model.truncate(size), values, present)
     with tempfile.TemporaryDirectory() as folder:
-        write_export(small, Path(folder) / "export", b"unused here", {}, {}, overwrite=False)
+        write_export(small, Path(folder) / "export", ExportParts(b"unused here", {}, {}), overwrite=False)
         found = read_export(Path(folder) / "export")
     assert_same_recommender(found, small)
     events = torch.randint(num_items, (sum(lengths),))
@@ -224,10 +232,11 @@ def test_the_command_prints_what_it_wrote(run: Path) -> None:
     assert len({(folder / name).stat().st_mode for name in FILES}) == 1
     num_bytes = {name: (folder / name).stat().st_size for name in FILES}
     num_parameters = sum(parameter.numel() for parameter in FMRLRec.from_pretrained(folder).parameters())
-    first, *rows, last = result.stdout.splitlines()
+    first, *lines, last = result.stdout.splitlines()
     assert first == f"size 8: {num_parameters:,} parameters, 40 items"
-    assert [row.split() for row in rows] == [
-        *([f"{count:,}", "bytes", name] for name, count in num_bytes.items()),
+    assert lines[0].startswith("NDCG@10 on validation (100 users, 40 items, leave-one-out, ties count half)")
+    assert [row.split() for row in lines if " bytes " in row] == [
+        *([f"{count:,}", "bytes", name] for name, count in sorted(num_bytes.items())),
         [f"{sum(num_bytes.values()):,}", "bytes", "total"],
     ]
     assert last == f"written: {folder}"
@@ -253,8 +262,11 @@ def test_files_hold_the_slice(run: Path, shop: Path, size: int) -> None:
     found = json.loads((folder / CONFIG_FILE).read_text())
     assert found.pop("sha256") == json_sha256(found)
     assert found.pop("sha256_of") == {name: file_sha256(folder / name) for name in FILES if name != CONFIG_FILE}
+    assert found.pop("quality")["users"] == 100
     assert found == {
-        "format_version": 2,
+        "format_version": 3,
+        "format": "safetensors",
+        "dtype": "float32",
         "model": {
             "sizes": [m for m in SIZES if m <= size],
             "depth": 2,

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from fmrl_dist import evaluate, export
 from fmrl_dist.base.errors import UserError
-from fmrl_dist.checkpoint.export_folder import ITEMS_FILE, read_export, read_export_vocabulary
+from fmrl_dist.base.files import json_sha256
+from fmrl_dist.checkpoint.export_folder import CARD_FILE, ITEMS_FILE, read_export, read_export_vocabulary
 from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.model.export_config import CONFIG_FILE
 from fmrl_dist.model.fmrlrec import MODEL_FILE, FMRLRec
@@ -108,10 +109,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "export"
 
 
-def test_every_byte_is_checked(whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_every_byte_is_checked(dtype: str, whole: Path, whole_int8: Path, tmp_path: Path) -> None:
     """A damaged weight is a number like any other: only its hash tells."""
     folder = tmp_path / "export"
-    shutil.copytree(whole, folder)
+    shutil.copytree(whole if dtype == "float32" else whole_int8, folder)
     for name, read in {
         CONFIG_FILE: FMRLRec.from_pretrained,
         MODEL_FILE: FMRLRec.from_pretrained,
@@ -121,16 +123,23 @@ def test_every_byte_is_checked(whole: Path, tmp_path: Path) -> None:
         size = (folder / name).stat().st_size
         for position in range(3, size, size // 12):
             flip(folder / name, position)
-            with pytest.raises(UserError, match=r"is damaged|has format_version \d; expected 2"):
+            with pytest.raises(UserError, match=r"is damaged|has format_version \d; this fmrl_dist reads 1 to 3"):
                 read(folder)
             flip(folder / name, position)
         read(folder)
 
 
-def test_an_export_without_hashes_is_read(whole: Path, tmp_path: Path) -> None:
-    """Version 1 had none; but version 1 with hashes is version 2, damaged."""
+def test_older_exports_are_read(whole: Path, tmp_path: Path) -> None:
+    """Version 2 had no dtype, and version 1 no hashes; but version 1 with hashes is version 2, damaged."""
     folder = tmp_path / "export"
     shutil.copytree(whole, folder)
+    (folder / CARD_FILE).unlink()
+    for key in ("format", "dtype", "quality"):
+        edit_away(folder, key)
+    config = json.loads((folder / CONFIG_FILE).read_text()) | {"format_version": 2}
+    del config["sha256_of"][CARD_FILE], config["sha256"]
+    (folder / CONFIG_FILE).write_text(json.dumps(config | {"sha256": json_sha256(config)}))
+    assert torch.equal(read_export(folder).items, read_export(whole).items)
     edit(format_version=1)(folder)
     with pytest.raises(UserError, match="is damaged"):
         read_export(folder)
@@ -155,13 +164,70 @@ def test_damage_is_refused(whole: Path, tmp_path: Path, name: str) -> None:
     assert contents(folder) == before
 
 
+def edit_tensors(name: str, change: Callable[[dict[str, torch.Tensor]], object]) -> Spoiler:
+    def spoil(folder: Path) -> None:
+        tensors = load_file(folder / name)
+        change(tensors)
+        save_file(tensors, folder / name)
+
+    return spoil
+
+
+B_SCALE = "blocks.0.lru.B.scale"
+INT8_DAMAGE: dict[str, Spoiler] = {
+    "no scales of items": edit_tensors(ITEMS_FILE, lambda t: t.pop("item_embeddings.scale")),
+    "scales of fewer items": edit_tensors(
+        ITEMS_FILE, lambda t: t.update({"item_embeddings.scale": t["item_embeddings.scale"][:-1].clone()})
+    ),
+    "a scale that is not a number": edit_tensors(ITEMS_FILE, lambda t: t["item_embeddings.scale"][3:].fill_(torch.nan)),
+    "scales in half precision": edit_tensors(MODEL_FILE, lambda t: t.update({B_SCALE: t[B_SCALE].half()})),
+    "scales of nothing": edit_tensors(MODEL_FILE, lambda t: t.update({"blocks.0.lru.c.scale": torch.ones(1)})),
+    "an infinite scale": edit_tensors(MODEL_FILE, lambda t: t[B_SCALE].fill_(torch.inf)),
+    "a matrix in float32": edit_tensors(
+        MODEL_FILE, lambda t: t.update({"encoder.weight": t["encoder.weight"].float()})
+    ),
+    "a bias in int8": edit_tensors(MODEL_FILE, lambda t: t.update({"encoder.bias": t["encoder.bias"].to(torch.int8)})),
+    "another dtype": edit(dtype="float16"),
+    "an unknown dtype": edit(dtype="int4"),
+    "no dtype": lambda folder: edit_away(folder, "dtype"),
+    "an unknown format": edit(format="pickle"),
+}
+
+
+@pytest.fixture(scope="module")
+def whole_int8(whole: Path) -> Path:
+    words = ["--checkpoint", whole.parent / "run", "--size", 8, "--dtype", "int8"]
+    run_here(export.main, [*words, "--output", whole.parent / "int8"])
+    return whole.parent / "int8"
+
+
+@pytest.mark.parametrize("name", INT8_DAMAGE)
+def test_damaged_scales_are_refused(whole_int8: Path, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "export"
+    shutil.copytree(whole_int8, folder)
+    read_export(folder)
+    INT8_DAMAGE[name](folder)
+    reseal_export(folder)
+    before = contents(folder)
+    with pytest.raises(UserError, match=f"export {re.escape(str(folder))} is damaged") as caught:
+        read_export(folder)
+    assert "\n" not in str(caught.value)
+    assert contents(folder) == before
+
+
 def test_a_foreign_folder_and_another_version(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not an export: it has no config.json; make one with"):
         FMRLRec.from_pretrained(tmp_path)
     (tmp_path / CONFIG_FILE).write_text('{"model_type": "bert"}')
-    with pytest.raises(UserError, match="config.json has format_version None; expected 2$"):
+    found = "config.json has format_version {}; this fmrl_dist reads 1 to 3"
+    with pytest.raises(UserError, match=found.format(None) + "; expected an export: make one with fmrl_dist.export$"):
         FMRLRec.from_pretrained(tmp_path)
     shutil.copytree(whole, tmp_path / "export")
-    edit(format_version=3)(tmp_path / "export")
-    with pytest.raises(UserError, match="config.json has format_version 3; expected 2$"):
-        read_export(tmp_path / "export")
+    for version in (4, 10**30):
+        edit(format_version=version)(tmp_path / "export")
+        with pytest.raises(UserError, match=found.format(version) + ": update fmrl_dist, or export the run again with"):
+            read_export(tmp_path / "export")
+    for odd in (0, True, "2", 2.0):
+        edit(format_version=odd)(tmp_path / "export")
+        with pytest.raises(UserError, match=found.format(repr(odd)) + "; expected an export"):
+            read_export(tmp_path / "export")
