@@ -1,0 +1,160 @@
+"""Which items each user may be recommended: excluded, allowed and denied rows, of all users or of each.
+
+B users, b users of a block, V items, v items of a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fmrl_dist.base.errors import require
+
+Rows = np.ndarray | Sequence[int]
+RowsOfEach = Sequence[Rows | None]  # of each user; None: no list
+
+
+@dataclass(frozen=True)
+class ItemFilters:
+    """The filters of one call; :meth:`of_lists` makes them."""
+
+    only: np.ndarray | None  # rows that any user may have, ascending; None: all
+    without: np.ndarray  # rows that no user may have, ascending
+    excluded: RaggedRows  # rows that each user may not have
+    allowed: RaggedRows  # rows that each limited user may have
+    is_limited: np.ndarray  # bool [B]
+
+    @classmethod
+    def of_lists(
+        cls,
+        num_users: int,
+        num_items: int,
+        exclude: RowsOfEach | None = None,
+        allow: Rows | RowsOfEach | None = None,
+        deny: Rows | RowsOfEach | None = None,
+    ) -> ItemFilters:
+        """Filters from lists of rows.
+
+        Args:
+            num_users: B.
+            num_items: V.
+            exclude: rows that each user may not have, B lists (or None).
+            allow: rows that all users may have, one list; or a list (None: all rows) for each user; None: all rows.
+            deny: rows that users may not have, likewise.
+
+        Raises:
+            UserError: there is no such row, or lists are not one per user.
+        """
+
+        def of_each(lists: object, name: str) -> RaggedRows:
+            assert isinstance(lists, Sequence | np.ndarray)
+            require(
+                len(lists) == num_users, f"{name} has {len(lists)} lists; expected one for each of {num_users} users"
+            )
+            return RaggedRows.of([_checked([] if rows is None else rows, num_items, name) for rows in lists])
+
+        only, without, none = None, np.empty(0, np.int64), RaggedRows.of([np.empty(0, np.int64)] * num_users)
+        excluded, allowed, is_limited = none, none, np.zeros(num_users, bool)
+        if exclude is not None:
+            excluded = of_each(exclude, "exclude")
+        if deny is not None and is_per_user(deny):
+            excluded = excluded.joined(of_each(deny, "deny"))
+        elif deny is not None:
+            without = np.unique(_checked(deny, num_items, "deny"))
+        if allow is not None and is_per_user(allow):
+            allowed = of_each(allow, "allow")
+            is_limited = np.array([rows is not None for rows in allow], bool)
+            if is_limited.all():
+                only = np.unique(allowed.rows)
+        elif allow is not None:
+            only = np.unique(_checked(allow, num_items, "allow"))
+        if only is not None and 2 * len(only) > num_items:  # leaving rows out is less work than copying the others
+            is_left_out = np.ones(num_items, bool)
+            is_left_out[only] = False
+            only, without = None, np.union1d(without, np.flatnonzero(is_left_out))
+        return cls(only, without, excluded, allowed, is_limited)
+
+    def of_users(self, first: int, last: int) -> ItemFilters:
+        """The filters of a block of users, sorted for :meth:`mask`."""
+        return ItemFilters(
+            self.only,
+            self.without,
+            self.excluded.of_users(first, last),
+            self.allowed.of_users(first, last),
+            self.is_limited[first:last],
+        )
+
+    def mask(self, rows: np.ndarray, scores: np.ndarray) -> None:
+        """Put -inf where a user may not have an item of a tile.
+
+        Args:
+            rows: of the tile, ascending, int64 [v]; of those in :attr:`only`, if there are such.
+            scores: float32 [b, v] of the users that :meth:`of_users` has taken.
+        """
+        if len(rows) == 0:
+            return
+        places, is_here = _places(self.without, rows)
+        scores[:, places[is_here]] = -np.inf
+        if self.is_limited.any():
+            users, columns = self.allowed.in_tile(rows)
+            kept = scores[users, columns]
+            scores[self.is_limited] = -np.inf
+            scores[users, columns] = kept
+        scores[self.excluded.in_tile(rows)] = -np.inf
+
+
+@dataclass(frozen=True)
+class RaggedRows:
+    """A list of rows for each of some users."""
+
+    users: np.ndarray  # int64 [n], whose
+    rows: np.ndarray  # int64 [n]
+
+    @classmethod
+    def of(cls, lists: Sequence[np.ndarray]) -> RaggedRows:
+        users = np.repeat(np.arange(len(lists)), [len(rows) for rows in lists])
+        return cls(users, np.concatenate([np.empty(0, np.int64), *lists]))
+
+    def joined(self, others: RaggedRows) -> RaggedRows:
+        """These and others of the same users."""
+        users = np.concatenate((self.users, others.users))
+        order = np.argsort(users, kind="stable")
+        return RaggedRows(users[order], np.concatenate((self.rows, others.rows))[order])
+
+    def of_users(self, first: int, last: int) -> RaggedRows:
+        """Those of a run of users, in the order of the rows; the first user is 0. To be called on whole lists."""
+        begin, end = np.searchsorted(self.users, (first, last))
+        order = begin + np.argsort(self.rows[begin:end], kind="stable")
+        return RaggedRows(self.users[order] - first, self.rows[order])
+
+    def in_tile(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Users, and columns in a tile of ascending ``rows``, of what :meth:`of_users` has sorted."""
+        begin = np.searchsorted(self.rows, rows[0])
+        end = np.searchsorted(self.rows, rows[-1], "right")
+        places, is_here = _places(self.rows[begin:end], rows)
+        return self.users[begin:end][is_here], places[is_here]
+
+
+def is_per_user(lists: object) -> bool:
+    """Whether a filter holds a list for each user, rather than rows or ids."""
+    if isinstance(lists, np.ndarray) and lists.dtype != object:
+        return lists.ndim > 1
+    assert isinstance(lists, Sequence | np.ndarray)
+    return any(entry is None or (not isinstance(entry, str) and hasattr(entry, "__len__")) for entry in lists)
+
+
+def _places(wanted: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each wanted row stands in the ascending ``rows``, and whether it is there."""
+    places = np.minimum(np.searchsorted(rows, wanted), len(rows) - 1)
+    return places, rows[places] == wanted
+
+
+def _checked(rows: object, num_items: int, name: str) -> np.ndarray:
+    array = np.asarray(rows)
+    if array.size == 0:
+        return np.empty(0, np.int64)
+    is_sound = array.ndim == 1 and array.dtype.kind in "iu" and int(array.min()) >= 0 and int(array.max()) < num_items
+    require(is_sound, f"{name} holds {array.tolist()!r:.80}; expected rows of items, from 0 to {num_items - 1}")
+    return array.astype(np.int64)

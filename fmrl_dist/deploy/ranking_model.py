@@ -1,0 +1,233 @@
+"""A model of one size and its catalogue, in rows of items: histories to outputs, outputs to lists.
+
+B histories, V items, D the size, W the width of what is compared: D, or K of cut vectors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fmrl_dist.base.errors import require
+from fmrl_dist.checkpoint.export_folder import ExportedModel
+from fmrl_dist.deploy.item_filters import Rows, RowsOfEach, is_per_user
+from fmrl_dist.deploy.one_event import OneEvent
+from fmrl_dist.deploy.retrieval import top_k
+from fmrl_dist.model.embed_catalogue import check_rankable
+from fmrl_dist.model.fmrlrec import FMRLRec
+from fmrl_dist.model.rotation import rotate_tiles
+
+POSITIONS_AT_ONCE = 8192  # events of histories that are encoded together
+
+
+class RankingModel:
+    """What ranks the catalogue.
+
+    Args:
+        exported: what an export holds.
+        train_counts: how often each item was trained on, int64 [V].
+        size: one of its sizes; None for the largest.
+        vectors: compare vectors of the whole network cut to so many channels; None to compare whole ones.
+
+    Raises:
+        UserError: there is no such size; vectors are cut of a cut network, or of an export without a rotation.
+    """
+
+    def __init__(
+        self, exported: ExportedModel, train_counts: np.ndarray, size: int | None = None, vectors: int | None = None
+    ) -> None:
+        width = exported.model.width
+        self.sizes: tuple[int, ...] = exported.model.sizes  # that the export can serve
+        self.size: int = width if size is None else size
+        require(
+            not isinstance(size, bool) and self.size in self.sizes,
+            f"size {size!r} is not one of this export; expected one of {list(self.sizes)}",
+        )
+        self.train_counts = train_counts
+        self.max_length: int = exported.max_length  # last events of a history that recommend() reads
+        self.predict_first: bool = exported.predict_first  # whether the model answers an empty history
+        self.normalize: bool = exported.normalize  # whether scores are cosines
+        self.model: FMRLRec = exported.model if self.size == width else exported.model.truncate(self.size)
+        self.embeddings: Tensor = exported.items[:, : self.size].contiguous()  # read by the model, float32 [V, D]
+        check_rankable(self.embeddings, "item embeddings")
+        self.item_inputs: np.ndarray = self.embeddings.numpy()  # the same memory
+        self._rotation: Tensor | None = None
+        if vectors is not None:
+            self._rotation = self._cut_rotation(exported, vectors)
+        self.width_of_vectors: int = self.size if vectors is None else vectors  # W
+        compared = self.embeddings
+        if exported.rotation is not None and self._rotation is not None:
+            compared = rotate_tiles(compared, exported.rotation)[:, : self.width_of_vectors].contiguous()
+        if self.normalize:
+            compared = F.normalize(compared, eps=torch.finfo(compared.dtype).tiny)
+        self.item_vectors: np.ndarray = compared.numpy()  # what outputs are compared with, float32 [V, W]
+
+    def _cut_rotation(self, exported: ExportedModel, vectors: int) -> Tensor:
+        require(
+            self.size == self.sizes[-1],
+            f"vectors are cut of the whole network, of size {self.sizes[-1]}; leave size or vectors out",
+        )
+        require(
+            exported.rotation is not None,
+            "the export has no rotation, without which its vectors cannot be cut; export a run again whose store has "
+            "validation users, or leave vectors out",
+        )
+        require(
+            not isinstance(vectors, bool) and vectors in self.sizes,
+            f"vectors is {vectors!r}; expected one of {list(self.sizes)}",
+        )
+        assert exported.rotation is not None
+        return exported.rotation[:, :vectors].contiguous()
+
+    @property
+    def num_items(self) -> int:
+        """V."""
+        return len(self.embeddings)
+
+    @torch.inference_mode()
+    def encode(self, histories: Sequence[np.ndarray]) -> np.ndarray:
+        """What the items are compared with after each history: its last ``max_length`` events, in one pass.
+
+        Args:
+            histories: rows of items, oldest first, B arrays of int64; an empty one is answered by the start position.
+
+        Returns:
+            float32 [B, W]; of unit length if scores are cosines.
+
+        Raises:
+            UserError: a history is empty and the start position was not trained; or outputs are not finite.
+        """
+        read = [np.asarray(rows[-self.max_length :], np.int64) for rows in histories]
+        lengths = np.array([len(rows) for rows in read], np.int64)
+        require(
+            self.predict_first or bool(lengths.all()),
+            "a history is empty, and the model was trained without loss.predict_first: it has no output for it",
+        )
+        outputs = np.empty((len(read), self.width_of_vectors), np.float32)
+        order = np.argsort(lengths, kind="stable")  # of nearly one length each, chunks take as many rounds of the scan
+        for chunk in np.split(order, _chunk_ends(lengths[order])):
+            if len(chunk):
+                outputs[chunk] = self.compared_outputs(self._last_outputs([read[user] for user in chunk]).numpy())
+        return outputs
+
+    def _last_outputs(self, histories: list[np.ndarray]) -> Tensor:
+        lengths = torch.tensor([len(rows) for rows in histories])
+        starts = F.pad(lengths.cumsum(0), (1, 0))
+        rows = torch.from_numpy(np.concatenate(histories).astype(np.int64))
+        from_start = lengths == 0  # as evaluation: the position itself never changes what comes after it
+        z: Tensor = self.model(self.embeddings[rows], starts, from_start)
+        return z[(starts[1:] + from_start.cumsum(0)) - 1]
+
+    def compared_outputs(self, z: np.ndarray) -> np.ndarray:
+        """The network's outputs [B, D] as they are compared with items, [B, W]: rotated and cut, of unit length.
+
+        Raises:
+            UserError: they are not finite, or too large.
+        """
+        outputs = torch.from_numpy(z)
+        check_rankable(outputs, "outputs")
+        if self._rotation is not None:
+            outputs = outputs @ self._rotation
+        if self.normalize:
+            outputs = F.normalize(outputs, eps=torch.finfo(outputs.dtype).tiny)
+        return outputs.numpy()
+
+    def top_k(
+        self,
+        outputs: np.ndarray,
+        k: int,
+        exclude: RowsOfEach | None = None,
+        allow: Rows | RowsOfEach | None = None,
+        deny: Rows | RowsOfEach | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The best items for outputs of :meth:`encode`, exactly; see :func:`fmrl_dist.deploy.retrieval.top_k`."""
+        return top_k(self.item_vectors, outputs, k, exclude, allow, deny)
+
+    def popular(
+        self,
+        num_users: int,
+        k: int,
+        exclude: RowsOfEach | None = None,
+        allow: Rows | RowsOfEach | None = None,
+        deny: Rows | RowsOfEach | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As :meth:`top_k`, of the items with the most training events; scores are their shares of all events."""
+        return top_k(self._popularity, np.ones((num_users, 1), np.float32), k, exclude, allow, deny)
+
+    @cached_property
+    def _popularity(self) -> np.ndarray:
+        counts = self.train_counts
+        return (counts[:, None] / max(int(counts.sum()), 1)).astype(np.float32)
+
+    def recommend_rows(
+        self,
+        histories: Sequence[np.ndarray],
+        k: int = 10,
+        exclude_seen: bool = True,
+        allow: Rows | RowsOfEach | None = None,
+        deny: Rows | RowsOfEach | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The k best items after each history: rows int64 [B, k] and scores float32 [B, k].
+
+        Where a user has fewer than k items, rows are -1 and scores -inf. Empty histories are answered by the start
+        position, or, if that was not trained, by :meth:`popular`.
+        """
+        outputs = np.zeros((len(histories), self.width_of_vectors), np.float32)
+        answered = np.array([len(rows) > 0 or self.predict_first for rows in histories], bool)
+        outputs[answered] = self.encode([histories[user] for user in np.flatnonzero(answered).tolist()])
+        return self.top_k_or_popular(outputs, answered, k, list(histories) if exclude_seen else None, allow, deny)
+
+    def top_k_or_popular(
+        self,
+        outputs: np.ndarray,
+        answered: np.ndarray,
+        k: int,
+        exclude: RowsOfEach | None = None,
+        allow: Rows | RowsOfEach | None = None,
+        deny: Rows | RowsOfEach | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """:meth:`top_k` for users who have outputs, answered bool [B], and :meth:`popular` for the others."""
+        if answered.all():
+            return self.top_k(outputs, k, exclude, allow, deny)
+        rows, scores = self.popular(len(outputs), k, exclude, allow, deny)
+        users = np.flatnonzero(answered).tolist()
+        exclude, allow, deny = (_of_users(lists, users) for lists in (exclude, allow, deny))
+        rows[users], scores[users] = self.top_k(outputs[users], k, exclude, allow, deny)
+        return rows, scores
+
+    @cached_property
+    def one_event(self) -> OneEvent:
+        """The model's step."""
+        return OneEvent(self.model)
+
+    @cached_property
+    def start_output(self) -> np.ndarray:
+        """The network's output after an empty history, float32 [D]."""
+        return self.one_event(self.one_event.initial_state(), self.one_event.start_row)
+
+    @cached_property
+    def model_sha256(self) -> str:
+        """Hash of what a session's state depends on: sizes and the weights that turn item embeddings into outputs."""
+        digest = hashlib.sha256(repr(self.model.sizes).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            if not name.startswith("encoder.") or name == "encoder.bias":
+                digest.update(name.encode() + tensor.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _chunk_ends(lengths: np.ndarray) -> np.ndarray:
+    """Where to split ascending lengths so that each chunk has about :data:`POSITIONS_AT_ONCE` positions."""
+    chunk = np.cumsum(np.maximum(lengths, 1)) // POSITIONS_AT_ONCE
+    return np.flatnonzero(np.diff(chunk)) + 1
+
+
+def _of_users(lists: Any, users: list[int]) -> Any:
+    """A filter's lists of some users, if it is per user."""
+    return [lists[user] for user in users] if lists is not None and is_per_user(lists) else lists
