@@ -27,6 +27,7 @@ from fmrl_dist.base.files import json_sha256
 from fmrl_dist.base.progress import Progress
 from fmrl_dist.checkpoint.folder import Checkpoint, TrainState, linked_checkpoint, load_checkpoint
 from fmrl_dist.checkpoint.run_folder import (
+    REPORT_FILE,
     claimed_run_folder,
     files_of_store,
     is_finished,
@@ -49,6 +50,7 @@ from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.streamed_negatives import StreamedNegatives
 from fmrl_dist.data.train_stream import TrainStream
 from fmrl_dist.data.windows import window_rule
+from fmrl_dist.deploy.report_page.page import write_final_page
 from fmrl_dist.distributed.processes import Runtime, start_runtime
 from fmrl_dist.distributed.signals import Stopped, StopRequest, ask_for_requeue, forget_requeue
 from fmrl_dist.evaluation.baselines import baseline_histograms
@@ -100,7 +102,7 @@ def train_and_evaluate(config: Config, runtime: Runtime, resume: str | None, sto
     Raises:
         Stopped: a signal was received; everything is saved.
     """
-    folder = Path(config.run.dir)
+    began, folder = time.monotonic(), Path(config.run.dir)
     store = Store.open(config.store.path, config.store)
     if not store.manifest.splits["test"]:
         raise UserError(
@@ -131,7 +133,7 @@ def train_and_evaluate(config: Config, runtime: Runtime, resume: str | None, sto
         with ExitStack() as claim:  # until the evaluation is written, the folder is this run's
             _train_steps(Run(config, runtime, folder, store, order, total_steps), checkpoint, stop, claim)
             runtime.accelerator.wait_for_everyone()
-            _evaluate_best(config, runtime, store, folder, stop)
+            _evaluate_best(config, runtime, store, folder, stop, began)
         return
     require(
         linked_checkpoint(folder / "checkpoints", "best") is not None,
@@ -140,8 +142,10 @@ def train_and_evaluate(config: Config, runtime: Runtime, resume: str | None, sto
     )
     if is_finished(folder):
         runtime.say(f"{folder} is finished (step {checkpoint.state.step}); nothing to do")
+        if (folder / REPORT_FILE).is_file():
+            runtime.say(f"report: {folder / REPORT_FILE}")
         return
-    _evaluate_best(config, runtime, store, folder, stop)
+    _evaluate_best(config, runtime, store, folder, stop, began)
 
 
 def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest, claim: ExitStack) -> None:
@@ -385,7 +389,9 @@ def load_best(folder: Path, runtime: Runtime) -> Checkpoint:
     return checkpoint
 
 
-def _evaluate_best(config: Config, runtime: Runtime, store: Store, folder: Path, stop: StopRequest) -> None:
+def _evaluate_best(
+    config: Config, runtime: Runtime, store: Store, folder: Path, stop: StopRequest, began: float
+) -> None:
     stop.raise_together(runtime, stop.requested)  # what comes next can take a while before it listens
     best = load_best(folder, runtime)
     ranker = ranker_of_checkpoint(best, config, store, runtime)
@@ -396,6 +402,7 @@ def _evaluate_best(config: Config, runtime: Runtime, store: Store, folder: Path,
         model = EvaluatedModel(best.state.step, best.sha256, best.manifest_sha256)
         report(counts, baselines, ranker.model.sizes, protocol, model, folder)
         mark_finished(folder, best)
+        write_final_page(folder, store, time.monotonic() - began)
 
 
 def main(argv: list[str]) -> None:

@@ -19,13 +19,13 @@ PACKAGES = ("fmrl_dist", "shards", "launch")
 # (train, evaluate, …) are commands, on top.
 FOLDERS = ("base", "model", "config", "distributed", "losses", "data", "checkpoint", "evaluation", "deploy", "training")
 SUBFOLDERS = {
-    "fmrl_dist": {*FOLDERS, "data/store", "evaluation/results", "training/id_table"},
+    "fmrl_dist": {*FOLDERS, "data/store", "evaluation/results", "training/id_table", "deploy/report_page"},
     "shards": {"tables", "encoders", "store", "demo"},
     "launch": {"slurm", "sweeps", "local"},
     "benchmarks": {"gpu", "rivals"},
 }
 COMMANDS = {
-    "fmrl_dist": {"train", "evaluate", "export", "plan", "compare", "baselines"},
+    "fmrl_dist": {"train", "evaluate", "export", "plan", "compare", "baselines", "report"},
     "shards": {"build", "verify", "inspect", "random_image_encoder"},
     "launch": {"submit", "sweep"},
 }

@@ -34,6 +34,7 @@ from fmrl_dist.distributed.processes import Runtime
 LOCK_FILE = ".lock"
 FINISHED_FILE = "finished.json"
 FINAL_EVALUATION = "evaluation.json"  # on test, seen items not masked
+REPORT_FILE = "report.html"  # about the whole run
 RESTART_PATIENCE_S = 150.0
 # Settings that must equal the checkpoint's, or the losses would not be those of a single run.
 FIXED = {
@@ -238,6 +239,7 @@ def claimed_run_folder(
                 write_atomically(folder / name, data)
             (folder / FINISHED_FILE).unlink(missing_ok=True)
             (folder / FINAL_EVALUATION).unlink(missing_ok=True)
+            (folder / REPORT_FILE).unlink(missing_ok=True)
         try:
             yield claim
         except (UserError, OSError):

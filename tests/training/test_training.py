@@ -76,7 +76,7 @@ def test_run_leaves_everything(finished: tuple[Path, str]) -> None:
     names = {path.name for path in run.iterdir()}
     assert names == {
         *(".lock", "config.yaml", "finished.json", "metrics.jsonl", "ranks.jsonl", "tensorboard"),
-        *("checkpoints", "evaluation.json", "evaluation.png", "evaluation-users.parquet"),
+        *("checkpoints", "evaluation.json", "evaluation.png", "evaluation-users.parquet", "report.html"),
     }
     assert (run / "evaluation.png").read_bytes().startswith(b"\x89PNG")
     best, latest = ((run / "checkpoints" / link).resolve() for link in ("best", "latest"))
@@ -257,7 +257,7 @@ def test_finished_run_ends_at_once(finished: tuple[Path, str]) -> None:
     before = {path: path.lstat().st_mtime_ns for path in run.rglob("*")}
     result = run_module("fmrl_dist.train", "--config", run / "config.yaml", "--resume", "auto")
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout == f"{run} is finished (step 24); nothing to do\n"
+    assert result.stdout == f"{run} is finished (step 24); nothing to do\nreport: {run / 'report.html'}\n"
     assert {path: path.lstat().st_mtime_ns for path in run.rglob("*")} == before
 
 

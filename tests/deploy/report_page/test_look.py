@@ -1,0 +1,106 @@
+"""The page in a real browser: nothing is cut off or asked for, on a desk and on a phone, by day, by night, on paper."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fmrl_dist.deploy.report_page.page import write_page
+from tests.fixtures.optional import skip_module_without
+from tests.fixtures.training import make_shop, train_here
+
+skip_module_without("playwright", "make setup")
+
+from playwright.sync_api import Browser, Page, sync_playwright  # noqa: E402
+
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+OVERFLOWS = """() => [...document.querySelectorAll('main *')]
+    .filter(e => !e.closest('.scroll, pre, svg') && e.getBoundingClientRect().right > innerWidth + 1)
+    .map(e => e.tagName)"""
+# Texts whose contrast with their ground is below WCAG's 4.5, but for those inside of bars.
+CONTRASTS = """() => {
+    const linear = v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+    const light = c => 0.05 + [0.2126, 0.7152, 0.0722].reduce((sum, w, i) => sum + w * linear(c[i] / 255), 0);
+    const rgb = text => text.match(/[\\d.]+/g).map(Number);
+    const ground = e => {
+        const c = rgb(getComputedStyle(e).backgroundColor);
+        return c.length < 4 || c[3] > 0 ? c : ground(e.parentElement);
+    };
+    const low = new Set();
+    for (const e of document.querySelectorAll('body *')) {
+        const hasText = [...e.childNodes].some(n => n.nodeType === Node.TEXT_NODE && n.data.trim());
+        if (!hasText || e.matches('title, desc, svg .inside')) continue;
+        const style = getComputedStyle(e), ink = rgb(e.closest('svg') ? style.fill : style.color);
+        const [less, more] = [light(ink), light(ground(e))].sort((x, y) => x - y);
+        if (more / less < 4.5) low.add(`${e.tagName}.${e.getAttribute('class')}: ${(more / less).toFixed(2)}`);
+    }
+    return [...low];
+}"""
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("look")
+    options = ("--model.sizes", "[4, 8, 16]", "--model.width", 16, "--eval.cut_vectors", "true")
+    run = train_here(make_shop(root / "shop"), root / "a-run-whose-name-is-rather-long-for-a-phone", *options)
+    return write_page(run, timing_s=0.1).path
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    program = shutil.which("chromium")
+    if program is None:
+        pytest.skip("chromium is not installed (.ci/install-chromium)")
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=program, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+def opened(browser: Browser, file: Path, width: int, scheme: str) -> tuple[Page, list[str]]:
+    """The page, and what it asked for or complained of."""
+    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)  # type: ignore[arg-type]
+    events: list[str] = []
+    page.on("request", lambda request: events.append(request.url))
+    page.on("console", lambda message: events.append(message.text))
+    page.goto(file.as_uri())
+    return page, [event for event in events if event not in (file.as_uri(), "data:,")]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1280])
+def test_look(width: int, scheme: str, browser: Browser, file: Path) -> None:
+    page, events = opened(browser, file, width, scheme)
+    page.evaluate("() => document.querySelectorAll('details').forEach(e => { e.open = true })")
+    assert events == []
+    assert page.evaluate("() => document.documentElement.scrollWidth") == width
+    assert page.evaluate(OVERFLOWS) == []
+    assert page.evaluate(CONTRASTS) == []
+    grounds = page.evaluate("() => getComputedStyle(document.body).backgroundColor")
+    assert grounds == {"light": "rgb(251, 251, 249)", "dark": "rgb(17, 21, 27)"}[scheme]
+    page.close()
+
+
+def test_names_for_those_who_cannot_see_it(browser: Browser, file: Path) -> None:
+    page, _ = opened(browser, file, 1280, "light")
+    assert page.get_by_role("heading", level=1).count() == 1
+    assert page.get_by_role("img", name="ndcg@10, seen items masked").count() == 1
+    links = page.get_by_role("navigation", name="Sections").get_by_role("link")
+    assert links.count() == page.locator("section").count() == 8
+    assert page.get_by_role("region", name="Which size do I need?").count() == 1
+    assert page.get_by_role("rowheader", name="vectors 8").count() >= 2
+    page.close()
+
+
+def test_paper(browser: Browser, file: Path, tmp_path: Path) -> None:
+    """What is folded on the screen is there on paper."""
+    page, _ = opened(browser, file, 1280, "dark")
+    page.emulate_media(media="print")
+    assert page.evaluate("() => getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.evaluate(CONTRASTS) == []
+    assert page.get_by_text("clip_norm: 5.0").is_visible()
+    assert page.pdf().startswith(b"%PDF")
+    page.close()
