@@ -27,6 +27,7 @@ from fmrl_dist.data.feature_identity import feature_encoders
 from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.deploy.dtype_loss import MEASURED_USERS, describe_quality, measure_quality
+from fmrl_dist.deploy.hub import check_can_push, push_to_hub
 from fmrl_dist.deploy.model_card import CardSubject, Licence, model_card, run_figures
 from fmrl_dist.deploy.onnx_format import check_installed, write_onnx_export
 from fmrl_dist.distributed.signals import StopRequest
@@ -55,12 +56,17 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing export")
     parser.add_argument("--license", default="", help="for the model card: an id of the Hub's list, or other")
     parser.add_argument("--license-name", default="", metavar="NAME", help="of a licence that is not in the list")
+    parser.add_argument("--push-to-hub", metavar="REPO_ID", help="then upload the folder to the Hub, as owner/name")
+    parser.add_argument("--private", action="store_true", help="make the repository on the Hub private")
     arguments = parser.parse_args(argv)
     warn_of_credentials(argv)
     require(arguments.measure_users >= 0, f"--measure-users is {arguments.measure_users}; expected 0 or more")
     licence = Licence(arguments.license, arguments.license_name)
     if arguments.format == "onnx":
         check_installed()
+    if arguments.push_to_hub is not None:
+        check_can_push(arguments.push_to_hub)
+    require(not arguments.private or arguments.push_to_hub is not None, "--private is of --push-to-hub; give both")
 
     checkpoint = load_checkpoint(arguments.checkpoint, with_optimizer=False)
     config = config_from_dict(checkpoint.config)
@@ -94,7 +100,7 @@ def main(argv: list[str]) -> None:
         quality=quality,
         figures=run_figures(run_of_best(checkpoint), checkpoint),
         is_whole=size == config.model.sizes[-1],
-        source=output.name,
+        source=arguments.push_to_hub or output.name,
         licence=licence,
     )
     parts = ExportParts(
@@ -113,6 +119,8 @@ def main(argv: list[str]) -> None:
     print(describe_quality(quality, arguments.dtype))
     print(file_table(output))
     print(f"written: {output}", flush=True)
+    if arguments.push_to_hub is not None:
+        print(f"pushed: {push_to_hub(output, arguments.push_to_hub, arguments.private)}", flush=True)
 
 
 def rotated(exported: ExportedModel, config: Config, store: Store) -> ExportedModel:

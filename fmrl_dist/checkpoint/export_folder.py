@@ -296,6 +296,28 @@ def read_export_vocabulary(folder: Path) -> bytes:
         raise _damaged(folder, error) from None
 
 
+def intact_files(folder: Path) -> list[str]:
+    """Names of all files of an export of any format, each of which has the hash that ``config.json`` says.
+
+    Raises:
+        UserError: it is not an export, is damaged, or older than hashes.
+    """
+    require((folder / CONFIG_FILE).is_file(), f"{folder} is not an export: it has no {CONFIG_FILE}")
+    try:
+        config = read_export_config(folder)
+        names = [CONFIG_FILE, *config.get("sha256_of", {})]
+        if not all(map(is_export_file, names)):
+            raise ValueError(f"{CONFIG_FILE} names files that an export does not have")
+        for name in names[1:]:
+            check_export_file(folder, config, name)
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError) as error:
+        raise _damaged(folder, error) from None
+    require(len(names) > 1, f"export {folder} has no hashes: it is of an older version; export the run again")
+    return names
+
+
 def _damaged(folder: Path, error: Exception) -> UserError:
     problem = " ".join(f"{type(error).__name__}: {error}".split())
     return UserError(f"export {folder} is damaged ({problem}); export it again")

@@ -5,14 +5,17 @@ The split is that of validation, so that a dtype is not chosen by test figures.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from fmrl_dist.checkpoint.export_folder import ExportedModel, as_stored
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.distributed.signals import StopRequest
 from fmrl_dist.evaluation.histograms import EvaluationProtocol, blocks_of, count_ranks, rank_users
 from fmrl_dist.evaluation.metrics import metrics_from_histogram
+from fmrl_dist.evaluation.rank_counts import RankCounts
 from fmrl_dist.evaluation.ranker import ranker_of_export
 from fmrl_dist.evaluation.results.report import SPLIT_RULE
 from fmrl_dist.evaluation.target_ranks import ALL, UNSEEN
@@ -41,31 +44,32 @@ def measure_quality(recommender: ExportedModel, dtype: str, store: Store, num_us
     if not num_users:
         return {"not_measured": "it was not asked for"}
     protocol = EvaluationProtocol(store, SPLIT, False, min(num_users, available), (METRIC,))
-    figures = {"float32": _figures(recommender, protocol)}
+    counts = {"float32": _count(recommender, protocol)}
     if dtype != "float32":
-        figures[dtype] = _figures(as_stored(recommender, dtype), protocol)
+        counts[dtype] = _count(as_stored(recommender, dtype), protocol)
     return {
         "metric": METRIC,
         "split": SPLIT,
         "split_rule": SPLIT_RULE,
         "ties": "half",
-        "users": protocol.num_users,
+        "users": counts["float32"].num_users,  # without those of damaged blocks, if these are skipped
         "items": len(recommender.items),
-        **{name: {of: figures[of][name] for of in figures} for name in PROTOCOLS},
+        **{
+            name: {of: _by_size(each.all_users[which], recommender.model.sizes) for of, each in counts.items()}
+            for name, which in PROTOCOLS.items()
+        },
     }
 
 
-def _figures(recommender: ExportedModel, protocol: EvaluationProtocol) -> dict[str, dict[str, float]]:
-    """The metric of every size, by protocol."""
-    ranker, sizes = ranker_of_export(recommender), recommender.model.sizes
+def _count(recommender: ExportedModel, protocol: EvaluationProtocol) -> RankCounts:
     blocks = blocks_of(protocol, range(len(protocol.store.manifest.splits[SPLIT])), recommender.max_length)
-    histograms = count_ranks(rank_users(ranker, blocks, StopRequest()), len(sizes), protocol).all_users
-    return {
-        name: {
-            str(size): metrics_from_histogram(histograms[which, j], (METRIC,))[METRIC] for j, size in enumerate(sizes)
-        }
-        for name, which in PROTOCOLS.items()
-    }
+    ranked = rank_users(ranker_of_export(recommender), blocks, StopRequest())
+    return count_ranks(ranked, len(recommender.model.sizes), protocol)
+
+
+def _by_size(histograms: Tensor, sizes: Sequence[int]) -> dict[str, float]:
+    """The metric of every size, from histograms [S, 2·K + 1]."""
+    return {str(m): metrics_from_histogram(row, (METRIC,))[METRIC] for m, row in zip(sizes, histograms, strict=True)}
 
 
 def describe_quality(quality: Mapping[str, Any], dtype: str) -> str:
