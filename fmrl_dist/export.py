@@ -91,7 +91,7 @@ def main(argv: list[str]) -> None:
     )
     if exported.rotation is None:
         print(f"store {store.location} has no validation users: the export has no rotation, its vectors cannot be cut")
-    quality = measure_quality(exported, arguments.dtype, store, arguments.measure_users)
+    quality = measure_quality(exported, arguments.dtype, store, arguments.measure_users, arguments.vectors)
     subject = CardSubject(
         exported=exported,
         store=store,

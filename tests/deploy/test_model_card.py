@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
+from torch import Tensor
 
 from fmrl_dist import export
-from fmrl_dist.checkpoint.export_folder import intact_files
-from tests.fixtures.training import evaluate_here, evaluation, make_shop, refusal, run_here, train_here
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.checkpoint.export_folder import (
+    ExportedModel,
+    intact_files,
+    read_export,
+    read_export_parts,
+    write_export,
+)
+from fmrl_dist.data.batches import evaluation_blocks
+from fmrl_dist.data.store.reader import Store
+from fmrl_dist.model.stored_tensors import restored
+from tests.fixtures.checkpoints import flip
+from tests.fixtures.training import contents, evaluate_here, evaluation, make_shop, refusal, run_here, train_here
 
 SIZES = ["4", "8", "16"]
 
@@ -132,3 +147,60 @@ def test_a_loss_may_be_left_unmeasured(run: Path, tmp_path: Path, capsys: pytest
     card_of(run, tmp_path / "some", "--dtype", "float16", "--measure-users", 7)
     assert json.loads((tmp_path / "some" / "config.json").read_text())["quality"]["users"] == 7
     assert "--measure-users is -1" in refusal(export.main, "--checkpoint", run, "--measure-users", -1)
+
+
+def test_the_loss_of_cut_vectors_is_measured_as_well(run: Path, tmp_path: Path) -> None:
+    """With the very vectors that are written."""
+    words = ["--dtype", "int8", "--vectors", 8]
+    card_of(run, tmp_path / "int8", *words)
+    quality = json.loads((tmp_path / "int8" / "config.json").read_text())["quality"]
+    for dtype, export_folder in {"float32": "float32", "int8": "int8"}.items():
+        if dtype == "float32":
+            card_of(run, tmp_path / "float32")
+        exported = read_export(tmp_path / export_folder)
+        assert exported.rotation is not None
+        vectors = exported.items @ exported.rotation[:, :8]
+        if dtype == "int8":
+            vectors = restored(load_file(tmp_path / "int8" / "item_vectors.safetensors"), "int8")["item_vectors"]
+        found = {name: quality["vectors"][name][dtype] for name in ("all_items", "masked")}
+        assert found == {name: {"8": pytest.approx(value)} for name, value in ndcg_of(exported, vectors).items()}
+
+
+def ndcg_of(exported: ExportedModel, vectors: Tensor) -> dict[str, float]:
+    """NDCG@10 of validation users among all items and among unseen ones, user by user."""
+    store = Store.open(exported.origin.store)
+    gains: dict[str, list[float]] = {"all_items": [], "masked": []}
+    for block in evaluation_blocks(store, "valid", 50, range(len(store.manifest.splits["valid"]))):
+        with torch.no_grad():
+            z = exported.model(exported.items[block.items], block.starts, block.from_start)[block.starts[1:] - 1]
+        scores = (z @ exported.rotation)[:, :8] @ vectors.T
+        for user, target in enumerate(block.targets.tolist()):
+            seen = block.seen[block.seen_starts[user] : block.seen_starts[user + 1]]
+            for name, hidden in {"all_items": seen[:0], "masked": seen[seen != target]}.items():
+                others = scores[user].clone()
+                others[hidden] = -torch.inf
+                rank = 1 + int((others > scores[user, target]).sum())
+                gains[name].append(1 / math.log2(1 + rank) if rank <= 10 else 0.0)
+    return {name: sum(values) / len(values) for name, values in gains.items()}
+
+
+@pytest.mark.parametrize("words", [("--dtype", "int8", "--vectors", "8"), ("--format", "onnx")])
+def test_the_parts_of_an_export_are_read_back(run: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
+    """To write it again, changed."""
+    if "onnx" in words:
+        pytest.importorskip("onnxruntime")
+    card_of(run, tmp_path / "export", *words)
+    parts = read_export_parts(tmp_path / "export")
+    before = contents(tmp_path / "export")
+    assert parts.vocab == before["vocab.parquet"] and parts.card.encode() == before["README.md"]
+    if "onnx" not in words:
+        write_export(read_export(tmp_path / "export"), tmp_path / "again", parts, overwrite=False)
+        again = contents(tmp_path / "again")
+        assert again.keys() == before.keys()
+        for name in ("README.md", "vocab.parquet", "rotation.safetensors"):
+            assert again[name] == before[name], name
+        found, expected = read_export(tmp_path / "again"), read_export(tmp_path / "export")
+        torch.testing.assert_close(found.items, expected.items, rtol=1e-6, atol=0)
+    flip(tmp_path / "export" / "README.md", 100)
+    with pytest.raises(UserError, match="is damaged"):
+        read_export_parts(tmp_path / "export")
