@@ -3,7 +3,7 @@
 Two ways to be small: ``--size M`` cuts the network, and the whole network, which is the default, serves every trained
 size. With ``--vectors K`` only the vectors that are compared are cut, for a retrieval index: those of the items are
 written, those of the users are outputs times the rotation, cut. ``--dtype`` makes files smaller; what it costs is
-measured on validation users, printed and recorded.
+measured on validation users, printed and recorded. ``--format web`` writes a page that runs the model in a browser.
 """
 
 from __future__ import annotations
@@ -27,22 +27,31 @@ from fmrl_dist.data.feature_identity import feature_encoders
 from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.deploy.dtype_loss import MEASURED_USERS, describe_quality, measure_quality
-from fmrl_dist.deploy.hub import check_can_push, push_to_hub
 from fmrl_dist.deploy.model_card import CardSubject, Licence, model_card, run_figures
 from fmrl_dist.deploy.onnx_format import check_installed, write_onnx_export
+from fmrl_dist.deploy.web.web_format import DTYPE as WEB_DTYPE
+from fmrl_dist.deploy.web.web_format import FILES as WEB_FILES
+from fmrl_dist.deploy.web.web_format import check_web_output, write_web_export
 from fmrl_dist.distributed.signals import StopRequest
 from fmrl_dist.evaluation.cut_vectors import fit_rotation, sample_vectors
 from fmrl_dist.evaluation.ranker import ranker_of_export
 from fmrl_dist.model.export_config import FORMATS
 from fmrl_dist.model.stored_tensors import DTYPES
 
+WEB = "web"  # a format for browsers; the others are for programs
+
 
 def main(argv: list[str]) -> None:
     parser = CommandParser(prog="python -m fmrl_dist.export", description=__doc__, allow_abbrev=False)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a run (its best) or a checkpoint")
     parser.add_argument("--size", type=int, help="one of the trained sizes (default: the largest, which serves all)")
-    parser.add_argument("--format", choices=FORMATS, default="safetensors", help="of the files (default: safetensors)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and item vectors in the files")
+    formats = (*FORMATS, WEB)
+    parser.add_argument("--format", choices=formats, default="safetensors", help="of the files (default: safetensors)")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help=f"of weights and item vectors in the files (default: float32; with --format {WEB}, {WEB_DTYPE})",
+    )
     parser.add_argument("--vectors", type=int, default=0, metavar="K", help="also write item vectors cut to K channels")
     parser.add_argument(
         "--measure-users",
@@ -56,23 +65,20 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing export")
     parser.add_argument("--license", default="", help="for the model card: an id of the Hub's list, or other")
     parser.add_argument("--license-name", default="", metavar="NAME", help="of a licence that is not in the list")
-    parser.add_argument("--push-to-hub", metavar="REPO_ID", help="then upload the folder to the Hub, as owner/name")
-    parser.add_argument("--private", action="store_true", help="make the repository on the Hub private")
     arguments = parser.parse_args(argv)
     warn_of_credentials(argv)
     require(arguments.measure_users >= 0, f"--measure-users is {arguments.measure_users}; expected 0 or more")
     licence = Licence(arguments.license, arguments.license_name)
     if arguments.format == "onnx":
         check_installed()
-    if arguments.push_to_hub is not None:
-        check_can_push(arguments.push_to_hub)
-    require(not arguments.private or arguments.push_to_hub is not None, "--private is of --push-to-hub; give both")
+    arguments.dtype = arguments.dtype or (WEB_DTYPE if arguments.format == WEB else "float32")
+    check = check_web_output if arguments.format == WEB else check_output
 
     checkpoint = load_checkpoint(arguments.checkpoint, with_optimizer=False)
     config = config_from_dict(checkpoint.config)
     size = config.model.sizes[-1] if arguments.size is None else arguments.size
     output = (arguments.output or default_output(checkpoint, size, arguments)).resolve()
-    check_output(output, arguments.overwrite)
+    check(output, arguments.overwrite)
     sizes = [each for each in config.model.sizes if each <= size]
     require(
         arguments.vectors in (0, *sizes),
@@ -91,7 +97,7 @@ def main(argv: list[str]) -> None:
     )
     if exported.rotation is None:
         print(f"store {store.location} has no validation users: the export has no rotation, its vectors cannot be cut")
-    quality = measure_quality(exported, arguments.dtype, store, arguments.measure_users, arguments.vectors)
+    quality = measure_quality(exported, arguments.dtype, store, arguments.measure_users)
     subject = CardSubject(
         exported=exported,
         store=store,
@@ -100,7 +106,7 @@ def main(argv: list[str]) -> None:
         quality=quality,
         figures=run_figures(run_of_best(checkpoint), checkpoint),
         is_whole=size == config.model.sizes[-1],
-        source=arguments.push_to_hub or output.name,
+        source=output.name,
         licence=licence,
     )
     parts = ExportParts(
@@ -112,15 +118,16 @@ def main(argv: list[str]) -> None:
         quality=quality,
         card=model_card(subject),
     )
-    write = write_onnx_export if arguments.format == "onnx" else write_export
-    write(exported, output, parts, arguments.overwrite)
+    if arguments.format == WEB:
+        write_web_export(exported, output, parts, subject.figures, arguments.overwrite)
+    else:
+        write = write_onnx_export if arguments.format == "onnx" else write_export
+        write(exported, output, parts, arguments.overwrite)
     num_parameters = sum(parameter.numel() for parameter in exported.model.parameters())
     print(f"size {size}: {num_parameters:,} parameters, {len(exported.items):,} items")
     print(describe_quality(quality, arguments.dtype))
     print(file_table(output))
     print(f"written: {output}", flush=True)
-    if arguments.push_to_hub is not None:
-        print(f"pushed: {push_to_hub(output, arguments.push_to_hub, arguments.private)}", flush=True)
 
 
 def rotated(exported: ExportedModel, config: Config, store: Store) -> ExportedModel:
@@ -135,13 +142,14 @@ def default_output(checkpoint: Checkpoint, size: int, arguments: argparse.Namesp
     run = run_of_best(checkpoint)
     if run is None:
         raise UserError(f"checkpoint {checkpoint.path} is not the best of its run; choose a folder with --output")
-    words = [word for word in (arguments.format, arguments.dtype) if word not in ("safetensors", "float32")]
+    usual = ("safetensors", WEB_DTYPE if arguments.format == WEB else "float32")
+    words = [word for word in (arguments.format, arguments.dtype) if word not in usual]
     return run / "-".join(["export", str(size), *words])
 
 
 def file_table(folder: Path) -> str:
     """Bytes of each file of an export, and in total."""
-    names = sorted(path.name for path in folder.iterdir() if is_export_file(path.name))
+    names = sorted(path.name for path in folder.iterdir() if is_export_file(path.name) or path.name in WEB_FILES)
     rows = [((folder / name).stat().st_size, name) for name in names]
     rows.append((sum(num_bytes for num_bytes, _ in rows), "total"))
     return "\n".join(f"{num_bytes:>15,} bytes  {name}" for num_bytes, name in rows)

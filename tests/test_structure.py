@@ -19,7 +19,10 @@ PACKAGES = ("fmrl_dist", "shards", "launch")
 # (train, evaluate, …) are commands, on top.
 FOLDERS = ("base", "model", "config", "distributed", "losses", "data", "checkpoint", "evaluation", "deploy", "training")
 SUBFOLDERS = {
-    "fmrl_dist": {*FOLDERS, "data/store", "evaluation/results", "training/id_table", "deploy/report_page"},
+    "fmrl_dist": {
+        *FOLDERS,
+        *("data/store", "evaluation/results", "deploy/report_page", "deploy/web", "training/id_table"),
+    },
     "shards": {"tables", "encoders", "store", "demo"},
     "launch": {"slurm", "sweeps", "local"},
     "benchmarks": {"gpu", "rivals"},

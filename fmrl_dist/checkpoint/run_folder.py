@@ -68,7 +68,6 @@ FIXED = {
         "negatives",
         "num_negatives",
         "popularity_power",
-        "score_untrained",
         "scope",
     ),
     "train": (
