@@ -27,6 +27,7 @@ from fmrl_dist.data.feature_identity import feature_encoders
 from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.deploy.dtype_loss import MEASURED_USERS, describe_quality, measure_quality
+from fmrl_dist.deploy.hub import check_can_push, push_to_hub
 from fmrl_dist.deploy.model_card import CardSubject, Licence, model_card, run_figures
 from fmrl_dist.deploy.onnx_format import check_installed, write_onnx_export
 from fmrl_dist.deploy.web.web_format import DTYPE as WEB_DTYPE
@@ -65,12 +66,21 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing export")
     parser.add_argument("--license", default="", help="for the model card: an id of the Hub's list, or other")
     parser.add_argument("--license-name", default="", metavar="NAME", help="of a licence that is not in the list")
+    parser.add_argument("--push-to-hub", metavar="REPO_ID", help="then upload the folder to the Hub, as owner/name")
+    parser.add_argument("--private", action="store_true", help="make the repository on the Hub private")
     arguments = parser.parse_args(argv)
     warn_of_credentials(argv)
     require(arguments.measure_users >= 0, f"--measure-users is {arguments.measure_users}; expected 0 or more")
     licence = Licence(arguments.license, arguments.license_name)
     if arguments.format == "onnx":
         check_installed()
+    if arguments.push_to_hub is not None:
+        check_can_push(arguments.push_to_hub)
+    require(not arguments.private or arguments.push_to_hub is not None, "--private is of --push-to-hub; give both")
+    require(
+        arguments.push_to_hub is None or arguments.format != WEB,
+        f"--push-to-hub takes exports for programs; put the folder of --format {WEB} on a file server",
+    )
     arguments.dtype = arguments.dtype or (WEB_DTYPE if arguments.format == WEB else "float32")
     check = check_web_output if arguments.format == WEB else check_output
 
@@ -97,7 +107,7 @@ def main(argv: list[str]) -> None:
     )
     if exported.rotation is None:
         print(f"store {store.location} has no validation users: the export has no rotation, its vectors cannot be cut")
-    quality = measure_quality(exported, arguments.dtype, store, arguments.measure_users)
+    quality = measure_quality(exported, arguments.dtype, store, arguments.measure_users, arguments.vectors)
     subject = CardSubject(
         exported=exported,
         store=store,
@@ -106,7 +116,7 @@ def main(argv: list[str]) -> None:
         quality=quality,
         figures=run_figures(run_of_best(checkpoint), checkpoint),
         is_whole=size == config.model.sizes[-1],
-        source=output.name,
+        source=arguments.push_to_hub or output.name,
         licence=licence,
     )
     parts = ExportParts(
@@ -128,6 +138,8 @@ def main(argv: list[str]) -> None:
     print(describe_quality(quality, arguments.dtype))
     print(file_table(output))
     print(f"written: {output}", flush=True)
+    if arguments.push_to_hub is not None:
+        print(f"pushed: {push_to_hub(output, arguments.push_to_hub, arguments.private)}", flush=True)
 
 
 def rotated(exported: ExportedModel, config: Config, store: Store) -> ExportedModel:

@@ -54,6 +54,7 @@ VECTORS_FILE = "item_vectors.safetensors"
 VECTORS_TENSOR = "item_vectors"
 CARD_FILE = "README.md"
 FILES = (CONFIG_FILE, MODEL_FILE, ITEMS_FILE, ROTATION_FILE, VOCAB_FILE, CARD_FILE)
+FIT = re.compile(r"fit-([a-z][a-z0-9_]*)\.safetensors", re.ASCII)
 # What an export may also have: fits of its features, arrays and graphs of an ONNX export.
 FURTHER = re.compile(r"fit-[a-z][a-z0-9_]*\.safetensors|item_vectors\.safetensors|[a-z_]+\.(npy|onnx)", re.ASCII)
 ADDED = re.compile(r"evaluation(-[a-z0-9-]+)?\.(json|png|parts|parquet)", re.ASCII)  # by fmrl_dist.evaluate
@@ -150,9 +151,14 @@ def write_export(recommender: ExportedModel, folder: Path, parts: ExportParts, o
         if recommender.rotation is not None:
             _save({ROTATION_TENSOR: recommender.rotation}, aside / ROTATION_FILE)
         if parts.vectors:
-            assert recommender.rotation is not None
-            rotated = rotate_tiles(recommender.items, recommender.rotation)[:, : parts.vectors]
-            _save(stored_or_refused({VECTORS_TENSOR: rotated}, parts.dtype), aside / VECTORS_FILE)
+            vectors = cut_vectors(recommender, parts.vectors)
+            _save(stored_or_refused({VECTORS_TENSOR: vectors}, parts.dtype), aside / VECTORS_FILE)
+
+
+def cut_vectors(exported: ExportedModel, size: int) -> Tensor:
+    """Item embeddings rotated and cut, float32 [V, size]."""
+    assert exported.rotation is not None
+    return rotate_tiles(exported.items, exported.rotation)[:, :size]
 
 
 @contextmanager
@@ -294,6 +300,55 @@ def read_export_vocabulary(folder: Path) -> bytes:
         raise
     except (OSError, ValueError) as error:
         raise _damaged(folder, error) from None
+
+
+def read_export_parts(folder: Path) -> ExportParts:
+    """What an export's folder holds beside the model and its catalogue: to write it again, changed.
+
+    Raises:
+        UserError: the export is damaged, or of another version.
+    """
+    try:
+        config = read_export_config(folder)
+        names = config.get("sha256_of") or dict.fromkeys(path.name for path in folder.iterdir())
+        fits = {found[1]: name for name in names if (found := FIT.fullmatch(name))}
+        for name in (VOCAB_FILE, *fits.values(), *([CARD_FILE] if CARD_FILE in names else [])):
+            check_export_file(folder, config, name)
+        return ExportParts(
+            vocab=(folder / VOCAB_FILE).read_bytes(),
+            encoders=config.get("feature_encoders", {}),
+            fits={feature: (folder / name).read_bytes() for feature, name in fits.items()},
+            vectors=config.get("vectors", 0),
+            dtype=config["dtype"],
+            quality=config.get("quality"),
+            card=(folder / CARD_FILE).read_text(encoding="utf-8") if CARD_FILE in names else "",
+        )
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise _damaged(folder, error) from None
+
+
+def intact_files(folder: Path) -> list[str]:
+    """Names of all files of an export of any format, each of which has the hash that ``config.json`` says.
+
+    Raises:
+        UserError: it is not an export, is damaged, or older than hashes.
+    """
+    require((folder / CONFIG_FILE).is_file(), f"{folder} is not an export: it has no {CONFIG_FILE}")
+    try:
+        config = read_export_config(folder)
+        names = [CONFIG_FILE, *config.get("sha256_of", {})]
+        if not all(map(is_export_file, names)):
+            raise ValueError(f"{CONFIG_FILE} names files that an export does not have")
+        for name in names[1:]:
+            check_export_file(folder, config, name)
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError) as error:
+        raise _damaged(folder, error) from None
+    require(len(names) > 1, f"export {folder} has no hashes: it is of an older version; export the run again")
+    return names
 
 
 def _damaged(folder: Path, error: Exception) -> UserError:

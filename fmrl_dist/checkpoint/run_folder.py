@@ -68,6 +68,7 @@ FIXED = {
         "negatives",
         "num_negatives",
         "popularity_power",
+        "score_untrained",
         "scope",
     ),
     "train": (

@@ -20,7 +20,7 @@ DEMO_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 UNRECORDED: dict[str, dict[str, Any]] = {
     "model": {"input_norm": False, "output_norm": False, "id_table": False, "id_init": None, "feature_scale": "none"},
     "loss": {"softmax": "full", "negatives": "uniform", "num_negatives": 256, "scope": "lane"}
-    | {"distillation": 0.0, "temperature_power": 0.0},
+    | {"distillation": 0.0, "temperature_power": 0.0, "score_untrained": True},
 }
 
 # Of the section train; every version has recorded them.

@@ -253,6 +253,8 @@ class LossConfig:
     negatives: Literal["uniform", "popularity", "in_batch", "mixed", "stratified"] = "stratified"
     num_negatives: PositiveInt = 64  # negatives drawn per lane; in_batch draws none
     popularity_power: Annotated[float, Limits(0, 2)] = 0.75  # popularity is (train_count + 1)^power; 0 is uniform
+    # whether items without a training event are scored, too: never right, they would only learn to rank low
+    score_untrained: bool = False
     # lane: a position's negatives are those of its lane | batch: those of the whole global batch
     scope: Literal["lane", "batch"] = "batch"
 

@@ -47,6 +47,25 @@ def train_counts(store: Store) -> np.ndarray:
     return _computed_once(store, "train-counts", np.dtype(np.int64), lambda: _train_counts(store))
 
 
+def scored_items(store: Store, score_untrained: bool) -> np.ndarray | None:
+    """Whether a softmax in training scores each item, bool [V]; None for all.
+
+    An item without a training event is never a target. Scored, it would be a negative alone, and its features would
+    learn that whatever looks like it is wrong.
+
+    Args:
+        store: an open store.
+        score_untrained: ``loss.score_untrained``.
+
+    Raises:
+        UserError: as :func:`train_counts`.
+    """
+    if score_untrained:
+        return None
+    scored = train_counts(store) > 0
+    return None if scored.all() else scored
+
+
 def target_log_shares(store: Store, rule: WindowRule) -> np.ndarray:
     """Log of each item's share of an epoch's training targets, float32 [V]; -inf if never a target.
 

@@ -13,6 +13,9 @@ in-batch, the loss masks it.
                  and those K' of K drawn uniformly
                  that are none of them                   K' / (V - T)
 
+Drawn items that no softmax scores (``scored``) are left out: then K is the number of those left, V that of all that are
+scored, and Σ theirs.
+
 ``stratified`` takes the items that the batch is about as they are, and estimates only the rest: where T is a good part
 of V, with much less variance than ``mixed``.
 """
@@ -23,7 +26,7 @@ import numpy as np
 
 from fmrl_dist.config.sections import Config
 from fmrl_dist.data.alias import draw
-from fmrl_dist.data.item_statistics import popularity_table, target_log_shares
+from fmrl_dist.data.item_statistics import popularity_table, scored_items, target_log_shares
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.windows import window_rule
 
@@ -40,6 +43,7 @@ class NegativeSampler:
         popularity: alias table to draw from; None draws uniformly.
         target_log_shares: [V], for ``in_batch`` and ``mixed``; None uses no targets as drawn ones.
         stratified: whether the distinct targets are negatives, each exactly once, besides those drawn.
+        scored: bool [V], which items may be negatives; None for all.
     """
 
     def __init__(
@@ -50,11 +54,16 @@ class NegativeSampler:
         popularity: np.ndarray | None = None,
         target_log_shares: np.ndarray | None = None,
         stratified: bool = False,
+        scored: np.ndarray | None = None,
     ) -> None:
         self.num_drawn = num_drawn
         self._num_items, self._seed = num_items, seed
         self._popularity, self._target_log_shares = popularity, target_log_shares
-        self._stratified = stratified
+        self._stratified, self._scored = stratified, scored
+        self._num_scored = num_items if scored is None else int(np.count_nonzero(scored))
+        self._log_scored = 0.0  # log of the scored items' share of all draws by popularity
+        if popularity is not None and scored is not None:
+            self._log_scored = float(np.log(np.exp(popularity["log_share"][scored].astype(np.float64)).sum()))
 
     @property
     def needs_targets(self) -> bool:
@@ -75,24 +84,34 @@ class NegativeSampler:
             drawn: ids drawn for them, of one lane or several.
             targets: of these positions; unused unless ``needs_targets``.
         """
+        if self._scored is not None:
+            drawn = drawn[self._scored[drawn]]
         if self._stratified:
             return self._strata(drawn, np.unique(targets))
         ids = np.concatenate((drawn, targets)) if self.needs_targets else drawn
         parts = []
         if len(drawn):
-            log_share = -np.log(self._num_items) if self._popularity is None else self._popularity["log_share"][ids]
-            parts.append(np.log(len(drawn)) + log_share + np.zeros(len(ids)))
+            parts.append(np.log(len(drawn)) + self._log_shares(ids))
         if self._target_log_shares is not None:
             with np.errstate(divide="ignore"):
                 parts.append(np.log(max(len(targets) - 1, 0)) + self._target_log_shares[ids])
+        if not parts:  # all that was drawn is left out
+            return ids, np.empty(0, np.float32)
         return ids, np.logaddexp.reduce(parts).astype(np.float32)
+
+    def _log_shares(self, ids: np.ndarray) -> np.ndarray:
+        """Log of the share of each of ``ids`` in what is drawn and scored."""
+        if self._popularity is None:
+            return np.full(len(ids), -np.log(self._num_scored))
+        shares: np.ndarray = self._popularity["log_share"][ids] - self._log_scored
+        return shares
 
     def _strata(self, drawn: np.ndarray, certain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The ``certain`` items, and the drawn ones as a uniform sample of all others."""
         others = drawn[~np.isin(drawn, certain)]
         log_expected = np.zeros(len(certain) + len(others), np.float32)
         if len(others):
-            log_expected[len(certain) :] = np.log(len(others)) - np.log(self._num_items - len(certain))
+            log_expected[len(certain) :] = np.log(len(others)) - np.log(self._num_scored - len(certain))
         return np.concatenate((certain, others)), log_expected
 
 
@@ -109,4 +128,5 @@ def make_sampler(config: Config, store: Store) -> NegativeSampler | None:
         popularity=popularity_table(store, loss.popularity_power) if loss.negatives == "popularity" else None,
         target_log_shares=target_log_shares(store, window_rule(config)) if in_batch else None,
         stratified=loss.negatives == "stratified",
+        scored=scored_items(store, loss.score_untrained) if loss.negatives != "in_batch" else None,
     )

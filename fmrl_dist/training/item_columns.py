@@ -47,6 +47,20 @@ class TableColumns:
         return self._encoder.columns(self._encoder.normalize(values, present), present).to(self._dtype)
 
 
+class SomeRows:
+    """Some rows of a matrix, in order, as a matrix of their own."""
+
+    def __init__(self, matrix: RowMatrix, rows: Tensor) -> None:
+        self._matrix, self._rows = matrix, rows
+
+    @property
+    def shape(self) -> Sequence[int]:
+        return len(self._rows), self._matrix.shape[1]
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        return self._matrix[self._rows[rows]]
+
+
 def catalogue_columns(encoder: ItemEncoder, table: ItemTable, dtype: torch.dtype) -> RowMatrix:
     """All items' columns [V, C] on the encoder's device, resident if the device has room for them."""
     made = TableColumns(encoder, table, dtype)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,12 +18,14 @@ from fmrl_dist.checkpoint.restore import check_features, load_weights
 from fmrl_dist.checkpoint.writer import CheckpointWriter
 from fmrl_dist.config.loading import config_from_dict
 from fmrl_dist.data.feature_identity import feature_encoders
+from fmrl_dist.data.item_statistics import scored_items
 from fmrl_dist.data.item_table import ItemTable, load_item_table
 from fmrl_dist.data.items_differ import check_items_differ
 from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.losses.item_tiles import RowMatrix
 from fmrl_dist.losses.settings import LossSettings
+from fmrl_dist.losses.split_catalogue import CatalogueSlice
 from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.training.build_model import build_inline_model, build_model
 from fmrl_dist.training.checks import check_scan_impl, resolve_loss_impl, splits_catalogue
@@ -101,7 +104,8 @@ def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
         part = catalogue_slice(model.encoder, table, dtype, runtime.rank, runtime.world_size)
     elif table is not None:
         columns = catalogue_columns(model.encoder, table, dtype)
-    module = TrainingModule(model, columns, settings, config.loss.normalize, part, id_rows)
+    scored = scored_rows(run, part) if table is not None and config.loss.softmax == "full" else None
+    module = TrainingModule(model, columns, settings, config.loss.normalize, part, id_rows, scored)
     optimizer = build_optimizer(
         model,
         lr=config.train.lr,
@@ -124,6 +128,17 @@ def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
         "lanes": run.order.lanes,
     }
     return Learner(module, table, id_table, engine, facts)
+
+
+def scored_rows(run: Run, part: CatalogueSlice | None) -> Tensor | None:
+    """Which items the full softmax scores, as rows of the catalogue or of this rank's part of it; None for all."""
+    with run.runtime.accelerator.local_main_process_first():
+        scored = scored_items(run.store, run.config.loss.score_untrained)
+    if scored is None:
+        return None
+    if part is not None:
+        scored = scored[part.begin : part.begin + part.columns.shape[0]]
+    return torch.from_numpy(np.flatnonzero(scored)).to(run.runtime.device)
 
 
 def load_initial_weights(model: FMRLRec, run: Run) -> None:

@@ -25,6 +25,7 @@ from fmrl_dist.losses.split_catalogue import CatalogueSlice
 from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.model.nested import add_prefix, matmul_linear
 from fmrl_dist.training.id_table.rows import IdRows
+from fmrl_dist.training.item_columns import SomeRows
 
 
 class TrainingModule(nn.Module):
@@ -40,6 +41,8 @@ class TrainingModule(nn.Module):
         part: the items that this rank scores for all ranks; None for all items, for its own positions. Not with
             ``normalize``.
         id_rows: the model's id table as a step reads it; None for a model without one.
+        scored: int64, the rows of ``columns`` (of ``part``, if there is one) that the full softmax scores, every target
+            among them; None for all.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class TrainingModule(nn.Module):
         normalize: bool = False,
         part: CatalogueSlice | None = None,
         id_rows: IdRows | None = None,
+        scored: Tensor | None = None,
     ) -> None:
         super().__init__()
         assert settings.sizes == model.sizes
@@ -58,7 +62,7 @@ class TrainingModule(nn.Module):
         self.model = model
         # A plain attribute, not a buffer: DDP would broadcast it, a checkpoint would hold it, and it may lie on disk.
         self.columns, self.part, self.id_rows = columns, part, id_rows
-        self.settings, self.normalize = settings, normalize
+        self.settings, self.normalize, self.scored = settings, normalize, scored
 
     def forward(self, batch: Packed) -> Tensor:
         """Loss of each size, summed over the batch's targets, [S]; zero for an empty batch."""
@@ -74,15 +78,25 @@ class TrainingModule(nn.Module):
         if isinstance(batch, SampledBatch):
             return self._sampled(batch, z, items[targets], items[negatives[0]])
         assert self.columns is not None, "the full softmax reads a table"
-        table = None if self.id_rows is None else self.id_rows.of_scored()
+        catalogue, table = self._scored_catalogue(self.columns)
         if self.normalize:
-            right = batch.targets
+            assert not isinstance(catalogue, CatalogueSlice), "the configuration refuses it"
+            right = batch.targets if self.scored is None else torch.searchsorted(self.scored, batch.targets)
             return self._of_every_size(
                 lambda rows, settings: nested_cross_entropy(rows[0], rows[1], right, settings),
-                [z, self._embed(self.columns[:], projection, table)],
+                [z, self._embed(catalogue[:], projection, table)],
             )
-        scored = self.columns if self.part is None else self.part
-        return catalogue_cross_entropy(z, items[targets], scored, projection, table, self.settings)
+        return catalogue_cross_entropy(z, items[targets], catalogue, projection, table, self.settings)
+
+    def _scored_catalogue(self, columns: RowMatrix) -> tuple[RowMatrix | CatalogueSlice, Tensor | None]:
+        """What the full softmax scores, and its rows of the id table."""
+        table = None if self.id_rows is None else self.id_rows.of_scored()
+        if self.scored is None:
+            return columns if self.part is None else self.part, table
+        table = None if table is None else table.index_select(0, self.scored)
+        if self.part is None:
+            return SomeRows(columns, self.scored), table
+        return CatalogueSlice(SomeRows(self.part.columns, self.scored), self.part.begin), table
 
     def _columns(self, ids: Tensor, batch: Packed) -> Tensor:
         """Columns of the batch's distinct items, [n, C]."""

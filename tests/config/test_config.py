@@ -253,13 +253,15 @@ def test_a_checkpoint_of_an_older_version_is_resumed(tmp_path: Path) -> None:
 def test_keys_that_a_recorded_config_lacks_mean_what_was_done_then() -> None:
     """Whatever the defaults are now: neither norms nor ids, and the whole softmax."""
     recorded = Config().to_dict()
-    for section, key in (("model", "input_norm"), ("model", "output_norm"), ("loss", "temperature_power")):
+    for section, key in (("model", "input_norm"), ("model", "output_norm"), ("loss", "score_untrained")):
         del recorded[section][key]
+    del recorded["loss"]["temperature_power"]
     for section, key in (("model", "id_init"), ("loss", "distillation"), ("eval", "cut_vectors")):
         del recorded[section][key]
     then = config_from_dict(recorded)
     assert (then.model.input_norm, then.model.output_norm, then.model.id_init) == (False, False, None)
     assert then.loss.distillation == 0 and set(then.temperatures) == {1.0}
+    assert then.loss.score_untrained
     assert then.eval.cut_vectors, "which changes no model"
 
 
