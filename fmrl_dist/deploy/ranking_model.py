@@ -24,8 +24,6 @@ from fmrl_dist.model.embed_catalogue import check_rankable
 from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.model.rotation import rotate_tiles
 
-POSITIONS_AT_ONCE = 8192  # events of histories that are encoded together
-
 
 class RankingModel:
     """What ranks the catalogue.
@@ -91,9 +89,8 @@ class RankingModel:
         """V."""
         return len(self.embeddings)
 
-    @torch.inference_mode()
     def encode(self, histories: Sequence[np.ndarray]) -> np.ndarray:
-        """What the items are compared with after each history: its last ``max_length`` events, in one pass.
+        """What the items are compared with after each history, of which the last ``max_length`` events are read.
 
         Args:
             histories: rows of items, oldest first, B arrays of int64; an empty one is answered by the start position.
@@ -104,26 +101,16 @@ class RankingModel:
         Raises:
             UserError: a history is empty and the start position was not trained; or outputs are not finite.
         """
-        read = [np.asarray(rows[-self.max_length :], np.int64) for rows in histories]
-        lengths = np.array([len(rows) for rows in read], np.int64)
+        read = [rows[-self.max_length :] for rows in histories]
+        is_empty = np.array([len(rows) == 0 for rows in read], bool)
         require(
-            self.predict_first or bool(lengths.all()),
+            self.predict_first or not is_empty.any(),
             "a history is empty, and the model was trained without loss.predict_first: it has no output for it",
         )
-        outputs = np.empty((len(read), self.width_of_vectors), np.float32)
-        order = np.argsort(lengths, kind="stable")  # of nearly one length each, chunks take as many rounds of the scan
-        for chunk in np.split(order, _chunk_ends(lengths[order])):
-            if len(chunk):
-                outputs[chunk] = self.compared_outputs(self._last_outputs([read[user] for user in chunk]).numpy())
-        return outputs
-
-    def _last_outputs(self, histories: list[np.ndarray]) -> Tensor:
-        lengths = torch.tensor([len(rows) for rows in histories])
-        starts = F.pad(lengths.cumsum(0), (1, 0))
-        rows = torch.from_numpy(np.concatenate(histories).astype(np.int64))
-        from_start = lengths == 0  # as evaluation: the position itself never changes what comes after it
-        z: Tensor = self.model(self.embeddings[rows], starts, from_start)
-        return z[(starts[1:] + from_start.cumsum(0)) - 1]
+        z = np.empty((len(read), self.size), np.float32)
+        z[is_empty] = self.start_output
+        z[~is_empty] = self.one_event.last_outputs(self.item_inputs, [rows for rows in read if len(rows)])
+        return self.compared_outputs(z)
 
     def compared_outputs(self, z: np.ndarray) -> np.ndarray:
         """The network's outputs [B, D] as they are compared with items, [B, W]: rotated and cut, of unit length.
@@ -220,12 +207,6 @@ class RankingModel:
             if not name.startswith("encoder.") or name == "encoder.bias":
                 digest.update(name.encode() + tensor.numpy().tobytes())
         return digest.hexdigest()
-
-
-def _chunk_ends(lengths: np.ndarray) -> np.ndarray:
-    """Where to split ascending lengths so that each chunk has about :data:`POSITIONS_AT_ONCE` positions."""
-    chunk = np.cumsum(np.maximum(lengths, 1)) // POSITIONS_AT_ONCE
-    return np.flatnonzero(np.diff(chunk)) + 1
 
 
 def _of_users(lists: Any, users: list[int]) -> Any:

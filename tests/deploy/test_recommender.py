@@ -223,6 +223,6 @@ def test_chunks_of_histories_change_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     generator = np.random.default_rng(0)
     histories = [generator.integers(0, 30, length) for length in generator.integers(0, 10, 40)]
     expected = np.concatenate([recommender.encode([history]) for history in histories])
-    for positions in (1, 7, 8192):
-        monkeypatch.setattr("fmrl_dist.deploy.ranking_model.POSITIONS_AT_ONCE", positions)
+    for num_histories in (1, 7, 256):
+        monkeypatch.setattr("fmrl_dist.deploy.one_event.HISTORIES_IN_STEP", num_histories)
         np.testing.assert_allclose(recommender.encode(histories), expected, rtol=1e-5, atol=1e-5)
