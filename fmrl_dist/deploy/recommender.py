@@ -131,6 +131,17 @@ class Recommender:
         """The best items for outputs of :meth:`encode`, exactly; see :func:`fmrl_dist.deploy.retrieval.top_k`."""
         return self.model.top_k(outputs, k, exclude, allow, deny)
 
+    def recommend_rows(
+        self,
+        histories: Sequence[np.ndarray],
+        k: int = 10,
+        exclude_seen: bool = True,
+        allow: Rows | RowsOfEach | None = None,
+        deny: Rows | RowsOfEach | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """:meth:`recommend` in rows of items: rows int64 [B, k] and scores float32 [B, k]; -1, -inf where none is."""
+        return self.model.recommend_rows(histories, k, exclude_seen, allow, deny)
+
     def recommend(
         self,
         histories: Sequence[ItemIds],
