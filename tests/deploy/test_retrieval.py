@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,19 @@ def test_large_lists_of_real_tiles() -> None:
         found, expected = top_k(vectors, outputs, k, exclude), sorted_lists(vectors, outputs, k, exclude)
         np.testing.assert_array_equal(found[0], expected[0])
         np.testing.assert_array_equal(found[1], expected[1])
+
+
+def test_memory_does_not_grow_with_users_times_items() -> None:
+    generator = np.random.default_rng(0)
+    vectors = generator.standard_normal((20_000, 4), dtype=np.float32)
+    outputs = generator.standard_normal((1000, 4), dtype=np.float32)
+    tracemalloc.start()
+    try:
+        top_k(vectors, outputs, 10, allow=np.arange(5000))
+        top_k(vectors, outputs, 10)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20  # all scores take 76 MiB
+    finally:
+        tracemalloc.stop()
 
 
 def test_nothing_left() -> None:
