@@ -130,7 +130,7 @@ def stacked_bars(
             tip = element("title", f"{part}: {shown(value)}")
             box = element("rect", x=left, y=top + 18, width=max(length - 1, 0.5), height=height, rx=2)
             label = None
-            if length > 9 * len(part):
+            if length > 7 * len(part) + 6:
                 label = element("text", part, x=left + length / 2, y=top + 37, class_="inside", text_anchor="middle")
             pictures.append(element("g", tip, box, label, class_="fill", style=_colours(colour)))
             left += length
@@ -190,9 +190,11 @@ def _nice_step(rough: float) -> float:
 
 
 def _number(value: float, step: float) -> str:
+    if value == 0:
+        return "0"
     if step >= 1000:
         return f"{value / 1000:g}k"
-    if 0 < step < 1e-2 and value:
+    if step < 1e-2:
         digits, power = f"{value:e}".split("e")
         return f"{float(digits):g}e{int(power)}"
     decimals = max(0, -math.floor(math.log10(step))) + (f"{step:e}"[:3] == "2.5")

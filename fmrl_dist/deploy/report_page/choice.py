@@ -41,11 +41,16 @@ def smallest_keeping(measures: Measures, share: float, of_vectors: bool) -> Cut 
     return min(kept, key=lambda cut: cut.size, default=None)
 
 
+def is_surely_better(cut: Cut, measures: Measures) -> bool:
+    """Whether even the low end of a deployment's interval is above the best baseline."""
+    worth, baseline = measures.judged(cut), measures.best_baseline
+    return baseline is None or (worth.value if worth.estimate is None else worth.estimate.low) > baseline[1]
+
+
 def good_for(cut: Cut, measures: Measures, width: int) -> str:
     """What a deployment is good for, judged by its figure alone."""
     worth, baseline = measures.judged(cut), measures.best_baseline
-    low = worth.value if worth.estimate is None else worth.estimate.low
-    if baseline is not None and low <= baseline[1]:
+    if baseline is not None and not is_surely_better(cut, measures):
         return f"not better than the baseline {baseline[0]} for sure: rather deploy that"
     if cut == Cut(width):
         return "the whole network: final ranking, where it fits"

@@ -1,9 +1,7 @@
 """How long a deployment takes on this machine: a small, bounded measurement on one thread.
 
-An event of one user is one step of the recurrence, whatever the history's length; its list is the exact top 10 of all
-items. Deployments take turns in short runs, so that other work on the machine disturbs all of them alike.
-
-V items, D the width, m a size.
+An event of one user is one step of a session, whatever the history's length; its list is the exact top 10 of all items
+but those seen. Deployments take turns in short runs, so that other work on the machine disturbs all of them alike.
 """
 
 from __future__ import annotations
@@ -12,27 +10,30 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from threadpoolctl import threadpool_limits
 
 from fmrl_dist.base.errors import UserError
+from fmrl_dist.checkpoint.export_folder import ExportedModel
 from fmrl_dist.checkpoint.folder import Checkpoint
-from fmrl_dist.checkpoint.restore import build_recommender, restore_model
+from fmrl_dist.checkpoint.restore import build_recommender
 from fmrl_dist.config.sections import Config
+from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.data.store.reader import Store
+from fmrl_dist.deploy.item_vocabulary import ItemVocabulary
+from fmrl_dist.deploy.recommender import Recommender
 from fmrl_dist.deploy.report_page.measures import Cut
-from fmrl_dist.model.fmrlrec import FMRLRec
 
 TOP = 10
 RUN = 5  # events in turn, after one that is not counted
 MOST_EVENTS = 2000  # of a deployment
 BATCH = 256  # users at once
-MOST_SCORES = 1 << 24  # at once: 64 MiB
-MOST_ITEM_BYTES = 1 << 30  # of vectors, float32: more are not copied for a measurement
+HISTORY = 50  # events of a user
+MOST_ITEM_BYTES = 1 << 30  # of vectors of all deployments: more are not copied for a measurement
 THROUGHPUT_SHARE = 0.3  # of the time
 
 
@@ -54,87 +55,79 @@ class Timings:
 
     of_cuts: dict[Cut, Latency]
     machine: str
-    note: str  # on what was measured
 
 
 def time_cuts(
     checkpoint: Checkpoint, config: Config, store: Store | None, cuts: Sequence[Cut], seconds: float
 ) -> Timings:
-    """Measure every deployment.
+    """Measure every deployment, as :class:`Recommender` serves it.
 
     Args:
         checkpoint: its model.
         config: of the run.
-        store: whose items are scored; None for random vectors, which cost the same.
+        store: of its catalogue.
         cuts: deployments.
-        seconds: that the measurement may take, besides loading the model.
+        seconds: that the measurement may take, besides loading the model and preparing each deployment.
 
     Raises:
-        UserError: the catalogue is too large to copy for this, or the model cannot be restored.
+        UserError: there is no store, the catalogue is too large to copy for this, or the model cannot be restored.
     """
-    width, num_items = config.model.width, checkpoint.num_items
-    if 2 * 4 * num_items * width > MOST_ITEM_BYTES:
+    if store is None:
+        raise UserError("the store is not there, and with it the items")
+    held = 4 * checkpoint.num_items * sum(cut.size for cut in cuts)
+    if held > MOST_ITEM_BYTES:
         raise UserError(
-            f"{num_items:,} item vectors of {width} channels are too many for this page's short measurement; measure "
-            "with benchmarks.deploy"
+            f"{checkpoint.num_items:,} items are too many for this page's short measurement: vectors of all "
+            f"deployments take {held / 1e9:.1f} GB; measure with benchmarks.deploy"
         )
-    note = "the run's own item vectors"
-    if store is not None:
-        whole = build_recommender(checkpoint, config, store, torch.device("cpu"))
-        model, items = whole.model, whole.items
-    else:
-        model = restore_model(config.model, checkpoint).eval()
-        items = torch.randn(num_items, width, generator=torch.Generator().manual_seed(0))
-        note = "random item vectors, as the store is not there: they cost the same"
-    with one_thread(), torch.inference_mode():
-        served = [Served(model, items, cut) for cut in cuts]
+    width = config.model.width
+    exported = build_recommender(checkpoint, config, store, torch.device("cpu"))
+    # Any rotation costs the same: the one of the evaluation is not kept.
+    rotation = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(0))).Q
+    exported = replace(exported, rotation=rotation)
+    vocabulary = ItemVocabulary(store.read_table(VOCAB_FILE), f"{store.location}/{VOCAB_FILE}")
+    with one_thread():
+        served = [Served(exported, vocabulary, cut) for cut in cuts]
         events = _time_events(served, seconds * (1 - THROUGHPUT_SHARE))
         each = seconds * THROUGHPUT_SHARE / (2 * len(served))
-        rates = [(_rate(s.step_batch, s.batch, each), _rate(s.list_batch, s.batch_of_lists, each)) for s in served]
+        rates = [(_rate(one.observe_all, each), _rate(one.recommend_all, each)) for one in served]
     of_cuts = {
         cut: Latency(_percentiles(steps), _percentiles(lists), _percentiles(steps + lists), len(steps), *rate)
         for cut, (steps, lists), rate in zip(cuts, events, rates, strict=True)
     }
-    return Timings(of_cuts, machine(), note)
+    return Timings(of_cuts, machine())
 
 
 class Served:
-    """One deployment with users in the middle of their histories."""
+    """One deployment, with a user and a batch of users who act at random."""
 
-    def __init__(self, model: FMRLRec, items: Tensor, cut: Cut) -> None:
-        self.model = model if cut.of_vectors or cut.size == model.width else model.truncate(cut.size)
-        self.inputs = items[:, : self.model.width].contiguous()  # [V, m], or [V, D] for cut vectors
-        self.compared = items[:, : cut.size].contiguous()  # [V, m]
-        generator = torch.Generator().manual_seed(cut.size)
-        # Any orthogonal matrix costs the same; cut to m columns.
-        self.rotation = torch.linalg.qr(torch.randn(model.width, model.width, generator=generator)).Q[:, : cut.size]
-        self.rotates = cut.of_vectors
-        num_items = len(items)
-        self.batch = BATCH
-        self.batch_of_lists = max(1, min(BATCH, MOST_SCORES // num_items))
-        self.events = torch.randint(num_items, (MOST_EVENTS,), generator=generator)
-        self.state = self.model.initial_state(1)
-        self.states = self.model.initial_state(BATCH)
-        self.users = torch.randint(num_items, (BATCH,), generator=generator)
-        self.outputs = torch.randn(BATCH, cut.size, generator=generator)
+    def __init__(self, exported: ExportedModel, vocabulary: ItemVocabulary, cut: Cut) -> None:
+        self.recommender = Recommender(
+            exported, vocabulary, None if cut.of_vectors else cut.size, cut.size if cut.of_vectors else None
+        )
+        generator = np.random.default_rng(cut.size)
+        rows = generator.integers(len(vocabulary.ids), size=MOST_EVENTS).tolist()
+        self.items = [vocabulary.ids[row] for row in rows]
+        self.session = self.recommender.session()
+        self.sessions = self.recommender.sessions(BATCH)
+        self.observe_all()  # prepares what is prepared once
 
-    def step(self, number: int) -> Tensor:
-        """The next event of one user → [1, m]."""
-        item = self.events[number % MOST_EVENTS]
-        self.state, z = self.model.step(self.state, self.inputs[item][None])
-        return z @ self.rotation if self.rotates else z
+    def begin(self, number: int) -> None:
+        """A new user after every ``HISTORY`` events, so that the number of seen items stays that of a history."""
+        if number % HISTORY == 0:
+            self.session = self.recommender.session()
 
-    def top(self, z: Tensor) -> Tensor:
-        """The first ten items, [B, 10]."""
-        return (z @ self.compared.T).topk(min(TOP, len(self.compared)), dim=1).indices
+    def observe(self, number: int) -> None:
+        self.session.observe(self.items[number % MOST_EVENTS])
 
-    def step_batch(self) -> None:
-        self.states, z = self.model.step(self.states, self.inputs[self.users])
-        if self.rotates:
-            z @ self.rotation
+    def recommend(self) -> None:
+        self.session.recommend(TOP)
 
-    def list_batch(self) -> None:
-        self.top(self.outputs[: self.batch_of_lists])
+    def observe_all(self) -> None:
+        self.sessions.observe(self.items[:BATCH])
+
+    def recommend_all(self) -> None:
+        self.sessions.recommend(TOP)
 
 
 def _time_events(served: Sequence[Served], seconds: float) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -145,10 +138,12 @@ def _time_events(served: Sequence[Served], seconds: float) -> list[tuple[np.ndar
     while True:
         for number, one in enumerate(served):
             for event in range(-1, RUN):
+                place = len(steps[number])
+                one.begin(place)
                 before = clock()
-                z = one.step(len(steps[number]))
+                one.observe(place)
                 between = clock()
-                one.top(z)
+                one.recommend()
                 after = clock()
                 if event >= 0:  # the first one finds cold caches
                     steps[number].append(1e3 * (between - before))
@@ -157,14 +152,13 @@ def _time_events(served: Sequence[Served], seconds: float) -> list[tuple[np.ndar
             return [(np.array(s), np.array(t)) for s, t in zip(steps, lists, strict=True)]
 
 
-def _rate(work: Callable[[], None], users: int, seconds: float) -> float:
-    """Users served in a second."""
-    work()
+def _rate(work: Callable[[], None], seconds: float) -> float:
+    """Users served in a second, ``BATCH`` at once."""
     began, times = time.perf_counter(), 0
     while times == 0 or time.perf_counter() - began < seconds:
         work()
         times += 1
-    return times * users / (time.perf_counter() - began)
+    return times * BATCH / (time.perf_counter() - began)
 
 
 def _percentiles(milliseconds: np.ndarray) -> tuple[float, float]:
@@ -174,11 +168,12 @@ def _percentiles(milliseconds: np.ndarray) -> tuple[float, float]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One thread for torch's operators while the context lasts."""
+    """One thread for the operators of torch and NumPy while the context lasts."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with threadpool_limits(1):
+            yield
     finally:
         torch.set_num_threads(threads)
 

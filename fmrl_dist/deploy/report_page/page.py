@@ -156,8 +156,8 @@ def _header(name: str, run: RunFacts, measures: Measures | None, costs: dict[int
         if measures.best_baseline is not None:
             tiles.append((f"best baseline, {measures.best_baseline[0]}", f"{measures.best_baseline[1]:.4f}"))
     if costs is not None:
-        smallest, largest = (number_of_bytes(costs[s].device_bytes()) for s in (run.sizes[0], width))
-        tiles.append(("network and item vectors, float32", f"{smallest} … {largest}"))
+        ends = [number_of_bytes(costs[size].device_bytes) for size in dict.fromkeys((run.sizes[0], width))]
+        tiles.append(("network and item vectors, float32", " … ".join(ends)))
     state = element("p", run.state, class_="state" if run.state.startswith("finished") else "state unfinished")
     eyebrow = element("p", "fmrl-dist · one training run, every size", class_="eyebrow")
     return element("header", eyebrow, element("h1", name), state, facts(tiles))

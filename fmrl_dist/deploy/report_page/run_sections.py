@@ -52,7 +52,7 @@ def curves(run: RunFacts) -> Markup:
         about += (
             f"; the best checkpoint is that of step {state.best_step:,}, {chosen} {state.best_value:.4f} in validation"
         )
-    caption = element("figcaption", f"{about}. Darker lines are larger sizes, by day; lighter ones, by night.")
+    caption = element("figcaption", f"{about}.")
     return element("figure", element("div", *charts, class_="charts"), caption)
 
 
@@ -99,7 +99,10 @@ def settings(config: Config) -> Markup:
     """What differs from the defaults, then everything."""
     recorded, defaults = _flat(config.to_dict()), _flat(Config().to_dict())
     changed = [(key, value, defaults.get(key, "")) for key, value in recorded.items() if value != defaults.get(key)]
-    rows = [(element("code", key), element("code", value), default or "—") for key, value, default in changed]
+    rows = [
+        (element("code", key), element("code", value), element("code", default) if default else "—")
+        for key, value, default in changed
+    ]
     whole = element("pre", config.to_yaml())
     note = paragraph(
         f"The recorded config, {config.hash}. What was “auto” stands here as the value that it had for this store.",

@@ -5,17 +5,21 @@ V items, D the width, m a size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fmrl_dist.checkpoint.restore import construct_model
 from fmrl_dist.config.sections import ModelConfig
+from fmrl_dist.deploy.session import HEADER_LENGTH, ROW_PARTS
 from fmrl_dist.model.nested import nested_mask
+from fmrl_dist.model.stored_tensors import DTYPES, is_matrix
 
-DTYPE_BYTES = {"float32": 4, "float16": 2, "int8": 1}
+ITEMSIZE = dict(zip(DTYPES, (4, 2, 1), strict=True))
 FLOAT = 4
+SEEN_ITEM_BYTES = FLOAT * ROW_PARTS  # of a user's state, for each item that the user has seen
 MOMENTS = 2  # that AdamW keeps of each parameter
-OF_ITEMS = ("encoder.weight", "encoder.stand_ins")  # needed to embed items, not to serve them
+OF_ITEMS = ("encoder.weight", "encoder.stand_ins", "encoder.id_table")  # needed to embed items, not to serve them
 
 
 @dataclass(frozen=True)
@@ -25,20 +29,15 @@ class SizeCost:
     size: int
     parameters: int  # all that are trained
     masked: int  # of them those that the nesting keeps at 0
-    network_parameters: int  # that one event needs, given item vectors: blocks, norms, the start row
-    num_items: int
-    state_bytes: int  # of one user between events, float32
+    # by dtype, as exports store them: what one event needs beside item vectors (blocks, norms, the start row)
+    network_bytes: Mapping[str, int]
+    item_bytes: Mapping[str, int]  # by dtype: of all item vectors
+    state_bytes: int  # of a user's session, float32, without SEEN_ITEM_BYTES for each item seen
 
-    def network_bytes(self, dtype: str = "float32") -> int:
-        return self.network_parameters * DTYPE_BYTES[dtype]
-
-    def item_bytes(self, dtype: str = "float32") -> int:
-        """Of all item vectors."""
-        return self.num_items * self.size * DTYPE_BYTES[dtype]
-
-    def device_bytes(self, dtype: str = "float32") -> int:
-        """Network and item vectors: what a device holds that serves this size."""
-        return self.network_bytes(dtype) + self.item_bytes(dtype)
+    @property
+    def device_bytes(self) -> int:
+        """Network and item vectors, float32: what a device holds that serves this size."""
+        return self.network_bytes["float32"] + self.item_bytes["float32"]
 
     @property
     def moment_bytes(self) -> int:
@@ -63,6 +62,7 @@ def _cost(config: ModelConfig, feature_dims: Mapping[str, int], num_items: int, 
     model = construct_model(without_ids, dict(feature_dims), 0, None)
     named = dict(model.named_parameters())
     id_table = num_items * min(config.id_width or size, size) if config.has_ids else 0
+    served = named.keys() - set(OF_ITEMS)
     zeros = int((nested_mask(sizes) == 0).sum())
     masked = sum(
         parameter.numel() // size**2 * zeros
@@ -73,7 +73,17 @@ def _cost(config: ModelConfig, feature_dims: Mapping[str, int], num_items: int, 
         size=size,
         parameters=sum(parameter.numel() for parameter in named.values()) + id_table,
         masked=masked,
-        network_parameters=sum(p.numel() for name, p in named.items() if name not in OF_ITEMS),
-        num_items=num_items,
-        state_bytes=FLOAT * model.depth * 2 * size,
+        network_bytes={
+            dtype: sum(_stored_bytes(p.shape, is_matrix(name, p), dtype) for name, p in named.items() if name in served)
+            for dtype in DTYPES
+        },
+        item_bytes={dtype: _stored_bytes((num_items, size), True, dtype) for dtype in DTYPES},
+        state_bytes=FLOAT * (HEADER_LENGTH + 2 * model.depth * size + size),
     )
+
+
+def _stored_bytes(shape: Sequence[int], is_matrix: bool, dtype: str) -> int:
+    """Of a tensor in an export; int8 has a float32 scale per row (:mod:`fmrl_dist.model.stored_tensors`)."""
+    if not is_matrix:
+        return FLOAT * math.prod(shape)
+    return ITEMSIZE[dtype] * math.prod(shape) + (FLOAT * math.prod(shape[:-1]) if dtype == "int8" else 0)

@@ -14,12 +14,19 @@ from fmrl_dist.deploy.report_page.charts import (
     ramp,
     stacked_bars,
 )
-from fmrl_dist.deploy.report_page.choice import BestWithin, frontier, good_for, smallest_keeping
+from fmrl_dist.deploy.report_page.choice import (
+    NEARLY,
+    BestWithin,
+    frontier,
+    good_for,
+    is_surely_better,
+    smallest_keeping,
+)
 from fmrl_dist.deploy.report_page.latency import BATCH, TOP, Timings
 from fmrl_dist.deploy.report_page.markup import Markup, element, joined, paragraph, table
 from fmrl_dist.deploy.report_page.measures import Cut, Measures
 from fmrl_dist.deploy.report_page.run_facts import PROTOCOL_NAMES, Figures, RunFacts
-from fmrl_dist.deploy.report_page.size_costs import DTYPE_BYTES, FLOAT, SizeCost
+from fmrl_dist.deploy.report_page.size_costs import FLOAT, SEEN_ITEM_BYTES, SizeCost
 from fmrl_dist.deploy.report_page.words import (
     difference,
     figure,
@@ -32,6 +39,7 @@ from fmrl_dist.deploy.report_page.words import (
 )
 from fmrl_dist.evaluation.results.report import both_protocols
 from fmrl_dist.evaluation.target_ranks import ALL, UNSEEN
+from fmrl_dist.model.stored_tensors import DTYPES
 
 Costs = Mapping[int, SizeCost]
 ABOUT_THE_SAME = 1.5  # between the slowest and the fastest
@@ -49,8 +57,8 @@ def which_size(facts: RunFacts, measures: Measures, costs: Costs | None, timings
     )
     budgets, notes = [], []
     if costs is not None:
-        on_device = {cut: float(costs[cut.size].device_bytes()) for cut in measures.cuts if not cut.of_vectors}
-        in_index = {cut: float(costs[cut.size].item_bytes()) for cut in measures.cuts}
+        on_device = {cut: float(costs[cut.size].device_bytes) for cut in measures.cuts if not cut.of_vectors}
+        in_index = {cut: float(costs[cut.size].item_bytes["float32"]) for cut in measures.cuts}
         title = "By memory: network and item vectors on one device"
         budgets.append(_budget_table(title, frontier(on_device, measures), measures, number_of_bytes))
         title = "By memory of an index: item vectors alone, the network elsewhere"
@@ -85,15 +93,26 @@ def which_size(facts: RunFacts, measures: Measures, costs: Costs | None, timings
 
 def _summary(measures: Measures, width: int, costs: Costs | None) -> Markup:
     sentences = []
+    if (baseline := measures.best_baseline) is not None and not any(
+        is_surely_better(c, measures) for c in measures.cuts
+    ):
+        sentences.append(
+            f"No deployment is surely better than the baseline {baseline[0]} ({baseline[1]:.4f}), which needs no "
+            "training: train longer, or with other settings, before one is put to work."
+        )
     for of_vectors, what, keep in ((False, "network", "keeps"), (True, "item vectors of the whole network", "keep")):
-        cut = smallest_keeping(measures, 0.95, of_vectors)
+        cut = smallest_keeping(measures, NEARLY, of_vectors)
         if cut is None or cut.size == width:
-            sentences.append("" if of_vectors else "No smaller network keeps 95 % of the whole one's quality.")
+            if not of_vectors and len(measures.cuts) > 1:
+                sentences.append(f"No smaller network keeps {percent(NEARLY)} of the whole one's quality.")
             continue
-        share = percent(measures.judged(cut).share)
+        share = measures.judged(cut).share
+        kept = "all" if share >= 1 else percent(share)
         saved = f" at {percent(cut.size / width)} of the bytes of an item" if costs is not None else ""
-        sentences.append(f"The {what} cut to {cut.size} of {width} channels {keep} {share} of the quality{saved}.")
-    return paragraph(" ".join(sentence for sentence in sentences if sentence), class_="lead")
+        sentences.append(f"The {what} cut to {cut.size} of {width} channels {keep} {kept} of the quality{saved}.")
+    if len(measures.cuts) == 1:
+        sentences.append("The run has trained one size.")
+    return paragraph(" ".join(sentences), class_="lead")
 
 
 def _budget_table(title: str, steps: Sequence[BestWithin], measures: Measures, shown: Callable[[float], str]) -> Markup:
@@ -136,7 +155,9 @@ def quality(facts: RunFacts, measures: Measures) -> Markup:
         for metric in measures.metrics
         for which in (UNSEEN, ALL)
     ]
-    legend = [("cut network", "network"), ("cut vectors of the whole network", "vectors"), ("baselines", "baseline")]
+    legend = [("cut network", "network")]
+    legend += [("cut vectors of the whole network", "vectors")] * bool(figures.vectors[ALL])
+    legend += [("baselines", "baseline")] * bool(figures.baselines[ALL])
     keys = (element("span", element("i", class_=f"key {kind}"), name) for name, kind in legend)
     caption = f"Figure 3. {' and '.join(measures.metrics)} against size, all sizes of one training run"
     whole = element(
@@ -170,7 +191,8 @@ def _against_size(sizes: tuple[int, ...], measures: Measures, figures: Figures, 
             tips.append(tip(f"whole network {sizes[-1]}", whole))
             intervals.append(None)
         series.append(Series(name, points, colour, style, marker, intervals, tips))
-    ends = (float(sizes[0]), float(sizes[-1]))
+    alone = 0.5 * (len(sizes) == 1)  # room for lines on both sides of a single size
+    ends = (sizes[0] - alone, sizes[-1] + alone)
     for name, row in figures.baselines[which].items():
         points = [(end, row[metric]) for end in ends]
         series.append(Series(f"{name}: {row[metric]:.4f}", points, BASELINE, "dotted", label=name))
@@ -240,18 +262,18 @@ def size_table(costs: Costs, width: int) -> Markup:
     """Parameters and bytes of every size, and Figure 4."""
     rows = []
     for size, cost in costs.items():
-        of_types = (number_of_bytes(cost.network_bytes(dtype)) for dtype in DTYPE_BYTES)
-        items = (number_of_bytes(cost.item_bytes(dtype)) for dtype in DTYPE_BYTES)
+        of_types = (number_of_bytes(cost.network_bytes[dtype]) for dtype in DTYPES)
+        items = (number_of_bytes(cost.item_bytes[dtype]) for dtype in DTYPES)
         state = number_of_bytes(cost.state_bytes)
         rows.append((str(size), f"{cost.parameters:,}", *of_types, *items, number_of_bytes(FLOAT * size), state))
-    head = ("size", "trained", *DTYPE_BYTES, *DTYPE_BYTES, "one item", "one user")
+    head = ("size", "trained", *DTYPES, *DTYPES, "one item", "one user")
     groups = [("parameters", 1), ("network", 3), ("all item vectors", 3), ("float32", 2)]
     of_whole = costs[width]
     note = paragraph(
         "Trained parameters include those that embed items (projection, stand-ins, id table). To serve, a device needs "
-        "the network of one event and the item vectors, and for each user a state that never grows. "
-        f"Of the {of_whole.parameters:,} parameters of the whole, {of_whole.masked:,} are kept at zero by the nesting. "
-        "Bytes of int8 are without the scales that its format adds.",
+        "the network of one event and the item vectors, in the bytes that an export stores, and for each user the "
+        f"state of a session, which grows by {SEEN_ITEM_BYTES} bytes with each item seen and by nothing else. "
+        f"Of the {of_whole.parameters:,} parameters of the whole, {of_whole.masked:,} are kept at zero by the nesting.",
         class_="note",
     )
     return joined((table("Parameters and bytes of every size", head, rows, groups), note, _against_separate(costs)))
@@ -314,10 +336,10 @@ def speed(timings: Timings | None, why_not: str, cuts: tuple[Cut, ...], width: i
     groups = [("median / 99th percentile, ms", 3), ("in a second", 2)]
     events = min(one.num_events for one in timings.of_cuts.values())
     note = paragraph(
-        f"Measured here: {timings.machine}; beside other work unknown, so take them as a guide. One thread; {events:,} "
-        f"events of one user for each deployment, taking turns; an event is one step whatever the history's length, "
-        f"float32, followed by the exact top {TOP} of all items. Throughput: {BATCH} users at once. Vectors: "
-        f"{timings.note}.",
+        f"Measured here: {timings.machine}; beside other work unknown, so take them as a guide. One thread, float32; "
+        f"{events:,} events of single users for each deployment, taking turns. An event is a session's observe, a step "
+        f"whatever the history's length; its list is recommend, the exact top {TOP} of all items but those seen. In a "
+        f"second: {BATCH} sessions at once.",
         class_="note",
     )
     return joined((table("Time of every deployment", head, rows, groups), note, paragraph(memory)))

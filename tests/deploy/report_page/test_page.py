@@ -10,20 +10,26 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from fmrl_dist import report, train
+from fmrl_dist.base.errors import UserError
 from fmrl_dist.checkpoint.folder import load_checkpoint
-from fmrl_dist.checkpoint.restore import restore_model
+from fmrl_dist.checkpoint.restore import build_recommender, restore_model
 from fmrl_dist.config.loading import config_from_dict
+from fmrl_dist.data.store.manifest import VOCAB_FILE
+from fmrl_dist.deploy.item_vocabulary import ItemVocabulary
+from fmrl_dist.deploy.recommender import Recommender
+from fmrl_dist.deploy.report_page import latency
 from fmrl_dist.deploy.report_page import page as page_module
 from fmrl_dist.deploy.report_page.choice import frontier
-from fmrl_dist.deploy.report_page.latency import time_cuts
 from fmrl_dist.deploy.report_page.measures import Cut, cuts_of, measure
 from fmrl_dist.deploy.report_page.page import write_final_page, write_page
 from fmrl_dist.deploy.report_page.run_facts import read_run
-from fmrl_dist.deploy.report_page.size_costs import size_costs
+from fmrl_dist.deploy.report_page.size_costs import OF_ITEMS, SEEN_ITEM_BYTES, size_costs
 from fmrl_dist.evaluation.target_ranks import ALL, UNSEEN
+from fmrl_dist.model.stored_tensors import DTYPES, stored
 from tests.fixtures.training import contents, evaluation, make_shop, refusal, run_here, train_here
 
 SIZES = (4, 8, 16)
@@ -45,6 +51,14 @@ def trained(shop: Path) -> Path:
 def run(trained: Path, tmp_path: Path) -> Path:
     """A copy of it that a test may change."""
     return shutil.copytree(trained, tmp_path / "run", symlinks=True)
+
+
+def recommender_of(run: Path, size: int) -> Recommender:
+    """What a run serves, without an export in between."""
+    facts = read_run(run)
+    assert facts.store is not None and facts.checkpoint is not None
+    exported = build_recommender(facts.checkpoint, facts.config, facts.store, torch.device("cpu"))
+    return Recommender(exported, ItemVocabulary(facts.store.read_table(VOCAB_FILE), VOCAB_FILE), size)
 
 
 class Reader(HTMLParser):
@@ -167,10 +181,16 @@ def test_parameters_are_those_of_the_cut_model(trained: Path) -> None:
         assert cost.parameters == sum(parameter.numel() for parameter in cut.parameters())
         nested = [p for name, p in cut.named_parameters() if name.startswith("blocks.")]
         assert cost.masked == sum(int((p == 0).sum()) for p in nested)
-        assert cost.state_bytes == 4 * cut.initial_state(1).numel()
-        of_items = cut.encoder.weight.numel() + cut.encoder.stand_ins.numel() + 40 * size
-        assert cost.network_parameters == cost.parameters - of_items
-        assert cost.item_bytes("float16") == 2 * 40 * size
+        served = {name: p for name, p in cut.named_parameters() if name not in OF_ITEMS}
+        items = torch.randn(40, size)
+        for dtype in DTYPES:
+            assert cost.network_bytes[dtype] == sum(t.nbytes for t in stored(served, dtype).values())
+            assert cost.item_bytes[dtype] == sum(t.nbytes for t in stored({"item_embeddings": items}, dtype).values())
+        recommender = recommender_of(trained, size)
+        session = recommender.session()
+        assert session.state().nbytes == cost.state_bytes
+        session.observe(recommender.item_ids[3])
+        assert session.state().nbytes == cost.state_bytes + SEEN_ITEM_BYTES
     moments = load_checkpoint(trained).optimizer
     of_adam = sum(4 * t.numel() for name, t in moments.items() if name.split("/")[0] in ("exp_avg", "exp_avg_sq"))
     assert costs[16].moment_bytes == of_adam
@@ -234,11 +254,18 @@ def test_latency_is_measured(run: Path, capsys: pytest.CaptureFixture[str], monk
     assert capsys.readouterr().out.splitlines()[-2:] == ["run: finished", f"written: {run / 'report.html'}"]
 
 
-def test_random_vectors_where_the_store_is_gone(trained: Path) -> None:
-    checkpoint = load_checkpoint(trained, with_optimizer=False)
-    config = config_from_dict(checkpoint.config)
-    timings = time_cuts(checkpoint, config, None, cuts_of(SIZES), 0.05)
-    assert "random" in timings.note and all(one.num_events >= 5 for one in timings.of_cuts.values())
+def test_no_time_without_items(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_here(report.main, [run, "--store", tmp_path / "gone"])
+    assert "missing: no latency: the store is not there, and with it the items" in capsys.readouterr().out
+    assert "Not measured: the store is not there" in read(run / "report.html").text
+
+
+def test_time_of_a_large_catalogue_is_not_measured_here(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "MOST_ITEM_BYTES", 4 * 40 * (4 + 8 + 16 + 4 + 8) - 1)
+    facts = read_run(trained)
+    assert facts.checkpoint is not None
+    with pytest.raises(UserError, match="40 items are too many for this page's short measurement"):
+        latency.time_cuts(facts.checkpoint, facts.config, facts.store, cuts_of(SIZES), 0.1)
 
 
 HOSTILE = "<script>alert(1)</script>\"'&</pre></svg>\u202e"
