@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fmrl_dist.deploy.report_page.page import write_page
-from tests.fixtures.optional import skip_module_without
+from tests.fixtures.browser import open_browser
 from tests.fixtures.training import make_shop, train_here
 
-skip_module_without("playwright", "make setup")
-
-from playwright.sync_api import Browser, Page, sync_playwright  # noqa: E402
-
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 OVERFLOWS = """() => [...document.querySelectorAll('main *')]
     .filter(e => !e.closest('.scroll, pre, svg') && e.getBoundingClientRect().right > innerWidth + 1)
     .map(e => e.tagName)"""
@@ -50,19 +45,14 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    program = shutil.which("chromium")
-    if program is None:
-        pytest.skip("chromium is not installed (.ci/install-chromium)")
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=program, args=FLAGS)
-        yield chromium
-        chromium.close()
+def browser() -> Iterator[Any]:
+    with open_browser() as browser:
+        yield browser
 
 
-def opened(browser: Browser, file: Path, width: int, scheme: str) -> tuple[Page, list[str]]:
+def opened(browser: Any, file: Path, width: int, scheme: str) -> tuple[Any, list[str]]:
     """The page, and what it asked for or complained of."""
-    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)  # type: ignore[arg-type]
+    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
     events: list[str] = []
     page.on("request", lambda request: events.append(request.url))
     page.on("console", lambda message: events.append(message.text))
@@ -72,7 +62,7 @@ def opened(browser: Browser, file: Path, width: int, scheme: str) -> tuple[Page,
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280])
-def test_look(width: int, scheme: str, browser: Browser, file: Path) -> None:
+def test_look(width: int, scheme: str, browser: Any, file: Path) -> None:
     page, events = opened(browser, file, width, scheme)
     page.evaluate("() => document.querySelectorAll('details').forEach(e => { e.open = true })")
     assert events == []
@@ -84,7 +74,7 @@ def test_look(width: int, scheme: str, browser: Browser, file: Path) -> None:
     page.close()
 
 
-def test_names_for_those_who_cannot_see_it(browser: Browser, file: Path) -> None:
+def test_names_for_those_who_cannot_see_it(browser: Any, file: Path) -> None:
     page, _ = opened(browser, file, 1280, "light")
     assert page.get_by_role("heading", level=1).count() == 1
     assert page.get_by_role("img", name="ndcg@10, seen items masked").count() == 1
@@ -95,7 +85,7 @@ def test_names_for_those_who_cannot_see_it(browser: Browser, file: Path) -> None
     page.close()
 
 
-def test_paper(browser: Browser, file: Path, tmp_path: Path) -> None:
+def test_paper(browser: Any, file: Path, tmp_path: Path) -> None:
     """What is folded on the screen is there on paper."""
     page, _ = opened(browser, file, 1280, "dark")
     page.emulate_media(media="print")
