@@ -21,7 +21,14 @@ FOLDERS = ("base", "model", "config", "distributed", "losses", "data", "checkpoi
 SUBFOLDERS = {
     "fmrl_dist": {
         *FOLDERS,
-        *("data/store", "evaluation/results", "deploy/report_page", "deploy/web", "training/id_table"),
+        *(
+            "data/store",
+            "evaluation/results",
+            "deploy/report_page",
+            "deploy/web",
+            "deploy/approximate",
+            "training/id_table",
+        ),
     },
     "shards": {"tables", "encoders", "store", "demo"},
     "launch": {"slurm", "sweeps", "local"},

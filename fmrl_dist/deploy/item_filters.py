@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -86,6 +87,11 @@ class ItemFilters:
             self.is_limited[first:last],
         )
 
+    def excluded_of(self, user: int) -> np.ndarray:
+        """Rows that one user may not have besides :attr:`without`; to be called on whole filters."""
+        begin, end = np.searchsorted(self.excluded.users, (user, user + 1))
+        return self.excluded.rows[begin:end]
+
     def mask(self, rows: np.ndarray, scores: np.ndarray) -> None:
         """Put -inf where a user may not have an item of a tile.
 
@@ -143,6 +149,11 @@ def is_per_user(lists: object) -> bool:
         return lists.ndim > 1
     assert isinstance(lists, Sequence | np.ndarray)
     return any(entry is None or (not isinstance(entry, str) and hasattr(entry, "__len__")) for entry in lists)
+
+
+def lists_of_users(lists: Any, users: Sequence[int]) -> Any:
+    """A filter's lists of some users, if it is per user."""
+    return [lists[user] for user in users] if lists is not None and is_per_user(lists) else lists
 
 
 def _places(wanted: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -17,9 +16,9 @@ from torch import Tensor
 
 from fmrl_dist.base.errors import require
 from fmrl_dist.checkpoint.export_folder import ExportedModel
-from fmrl_dist.deploy.item_filters import Rows, RowsOfEach, is_per_user
+from fmrl_dist.deploy.item_filters import Rows, RowsOfEach, lists_of_users
 from fmrl_dist.deploy.one_event import OneEvent
-from fmrl_dist.deploy.retrieval import top_k
+from fmrl_dist.deploy.retrieval import Search, top_k
 from fmrl_dist.model.embed_catalogue import check_rankable
 from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.model.rotation import rotate_tiles
@@ -66,6 +65,12 @@ class RankingModel:
         if self.normalize:
             compared = F.normalize(compared, eps=torch.finfo(compared.dtype).tiny)
         self.item_vectors: np.ndarray = compared.numpy()  # what outputs are compared with, float32 [V, W]
+        self.rotation_of_vectors: np.ndarray | None = None  # [W, W]: its first channels carry the most; None: not known
+        if vectors is not None:
+            self.rotation_of_vectors = np.eye(vectors, dtype=np.float32)  # they are rotated
+        elif exported.rotation is not None and self.size == width:
+            self.rotation_of_vectors = exported.rotation.numpy()
+        self.search: Search = partial(top_k, self.item_vectors)  # what :meth:`top_k` does
 
     def _cut_rotation(self, exported: ExportedModel, vectors: int) -> Tensor:
         require(
@@ -134,8 +139,11 @@ class RankingModel:
         allow: Rows | RowsOfEach | None = None,
         deny: Rows | RowsOfEach | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The best items for outputs of :meth:`encode`, exactly; see :func:`fmrl_dist.deploy.retrieval.top_k`."""
-        return top_k(self.item_vectors, outputs, k, exclude, allow, deny)
+        """The best items for outputs of :meth:`encode`, exactly unless :attr:`search` is another.
+
+        See :func:`fmrl_dist.deploy.retrieval.top_k`.
+        """
+        return self.search(outputs, k, exclude, allow, deny)
 
     def popular(
         self,
@@ -185,7 +193,7 @@ class RankingModel:
             return self.top_k(outputs, k, exclude, allow, deny)
         rows, scores = self.popular(len(outputs), k, exclude, allow, deny)
         users = np.flatnonzero(answered).tolist()
-        exclude, allow, deny = (_of_users(lists, users) for lists in (exclude, allow, deny))
+        exclude, allow, deny = (lists_of_users(lists, users) for lists in (exclude, allow, deny))
         rows[users], scores[users] = self.top_k(outputs[users], k, exclude, allow, deny)
         return rows, scores
 
@@ -207,8 +215,3 @@ class RankingModel:
             if not name.startswith("encoder.") or name == "encoder.bias":
                 digest.update(name.encode() + tensor.numpy().tobytes())
         return digest.hexdigest()
-
-
-def _of_users(lists: Any, users: list[int]) -> Any:
-    """A filter's lists of some users, if it is per user."""
-    return [lists[user] for user in users] if lists is not None and is_per_user(lists) else lists

@@ -16,6 +16,7 @@ import numpy as np
 from fmrl_dist.base.errors import require
 from fmrl_dist.checkpoint.export_folder import ExportedModel, read_export, read_export_vocabulary
 from fmrl_dist.data.store.manifest import VOCAB_FILE
+from fmrl_dist.deploy.approximate.choice import Record, chosen_search
 from fmrl_dist.deploy.download import export_at
 from fmrl_dist.deploy.item_filters import Rows, RowsOfEach
 from fmrl_dist.deploy.item_vocabulary import ItemId, ItemIds, ItemIdsOfEach, ItemVocabulary, Recommendation
@@ -45,10 +46,17 @@ class Recommender:
         )
         self.model = RankingModel(exported, vocabulary.train_counts, size, vectors)
         self.vocabulary = vocabulary
+        self.retrieval_record: Record | None = None  # what a search other than the exact one was measured to find
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, size: int | None = None, revision: str | None = None, vectors: int | None = None
+        cls,
+        source: str | Path,
+        size: int | None = None,
+        revision: str | None = None,
+        vectors: int | None = None,
+        retrieval: str = "exact",
+        recall: float = 0.99,
     ) -> Recommender:
         """The recommender of an export.
 
@@ -58,14 +66,33 @@ class Recommender:
             size: a trained size up to the export's; None for the export's.
             revision: branch, tag or commit of the repository.
             vectors: compare vectors of the whole network, rotated and cut to so many channels.
+            retrieval, recall: how lists are found, see :meth:`retrieve_by`.
 
         Raises:
-            UserError: it is no export, or damaged; or as :class:`Recommender`.
+            UserError: it is no export, or damaged; or as :class:`Recommender` and :meth:`retrieve_by`.
         """
         folder = export_at(source, revision)
         exported = read_export(folder)
         vocabulary = ItemVocabulary(read_export_vocabulary(folder), str(folder / VOCAB_FILE))
-        return cls(exported, vocabulary, size, vectors)
+        recommender = cls(exported, vocabulary, size, vectors)
+        recommender.retrieve_by(retrieval, recall)
+        return recommender
+
+    def retrieve_by(self, method: str, recall: float = 0.99, histories: Sequence[ItemIds] | None = None) -> None:
+        """Choose how lists are found, of this recommender and of its sessions.
+
+        Args:
+            method: ``exact``, or ``funnel``, which is faster for large catalogues: see
+                :mod:`fmrl_dist.deploy.approximate.funnel`. Filters are exact in either.
+            recall: the share of the exact lists' items that the others' must have, above 0, below 1.
+            histories: some hundreds of external ids each, like those that will be asked for, to measure recall with;
+                None to make some up (:mod:`fmrl_dist.deploy.approximate.sample_histories`).
+
+        Raises:
+            UserError: there is no such method; there are too few histories; recall was not reached.
+        """
+        rows = None if histories is None else [self.rows_of(item_ids) for item_ids in histories]
+        self.model.search, self.retrieval_record = chosen_search(self.model, method, recall, rows)
 
     @property
     def size(self) -> int:
@@ -128,7 +155,7 @@ class Recommender:
         allow: Rows | RowsOfEach | None = None,
         deny: Rows | RowsOfEach | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The best items for outputs of :meth:`encode`, exactly; see :func:`fmrl_dist.deploy.retrieval.top_k`."""
+        """The best items for outputs of :meth:`encode`; see :func:`fmrl_dist.deploy.retrieval.top_k`."""
         return self.model.top_k(outputs, k, exclude, allow, deny)
 
     def recommend_rows(

@@ -11,7 +11,7 @@ the last digit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ import torch
 from fmrl_dist.base.errors import require
 from fmrl_dist.deploy.item_filters import ItemFilters, Rows, RowsOfEach
 
+Search = Callable[..., tuple[np.ndarray, np.ndarray]]  # the arguments of top_k but the vectors, and its result
 USERS_AT_ONCE = 256
 MIN_TILE_ITEMS = 4096
 TILE_SCORES = 1 << 20  # of a larger tile
@@ -47,15 +48,7 @@ def top_k(
     Raises:
         UserError: ``k`` is less than 1, outputs are not finite or have another width, or a filter is none.
     """
-    require(
-        isinstance(k, int | np.integer) and not isinstance(k, bool) and k >= 1, f"k is {k!r}; expected 1 or more items"
-    )
-    outputs = np.ascontiguousarray(outputs, np.float32)
-    require(
-        outputs.ndim == 2 and outputs.shape[1] == vectors.shape[1],
-        f"outputs have the shape {list(outputs.shape)}; expected [users, {vectors.shape[1]}]",
-    )
-    require(bool(np.isfinite(outputs).all()), "outputs are not finite: they cannot be ranked with")
+    outputs = checked_outputs(outputs, vectors, k)
     filters = ItemFilters.of_lists(len(outputs), len(vectors), exclude, allow, deny)
     best = TopK(len(outputs), k)
     for first in range(0, len(outputs), USERS_AT_ONCE):
@@ -65,6 +58,20 @@ def top_k(
             of_users.mask(rows, scores)
             lists.add(rows, scores)
     return best.rows, best.scores
+
+
+def checked_outputs(outputs: np.ndarray, vectors: np.ndarray, k: int) -> np.ndarray:
+    """Outputs as :func:`top_k` takes them, with the errors that it raises."""
+    require(
+        isinstance(k, int | np.integer) and not isinstance(k, bool) and k >= 1, f"k is {k!r}; expected 1 or more items"
+    )
+    outputs = np.ascontiguousarray(outputs, np.float32)
+    require(
+        outputs.ndim == 2 and outputs.shape[1] == vectors.shape[1],
+        f"outputs have the shape {list(outputs.shape)}; expected [users, {vectors.shape[1]}]",
+    )
+    require(bool(np.isfinite(outputs).all()), "outputs are not finite: they cannot be ranked with")
+    return outputs
 
 
 def _tiles(vectors: np.ndarray, z: np.ndarray, only: np.ndarray | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
