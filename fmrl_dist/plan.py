@@ -277,7 +277,7 @@ def step_of(
         num_features=num_features,
         num_items=num_items,
         id_width=(config.model.id_width or config.model.width) * config.model.has_ids,
-        id_dropout=config.model.id_dropout > 0,
+        id_dropout=config.model.id_dropout_rate > 0,
         dropout=max(config.model.dropout, config.model.lru_dropout) > 0,
         num_ranks=num_ranks,
         positions=lanes_at_once * -(-positions // lanes),
@@ -308,7 +308,7 @@ def main(argv: list[str]) -> None:
     teraflops = arguments.teraflops
     lanes = config.train.num_lanes
     require(arguments.items > 0, f"--items is {arguments.items}; expected at least 1")
-    config = config.resolved(arguments.items, steps_per_epoch=1)
+    config = config.resolved(arguments.items, steps_per_epoch=1, has_features=arguments.feature_dims > 0)
     require(num_ranks > 0, f"--gpus or --cpus is {num_ranks}; expected at least 1")
     require(
         num_ranks <= lanes,

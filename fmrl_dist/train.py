@@ -115,7 +115,8 @@ def train_and_evaluate(config: Config, runtime: Runtime, resume: str | None, sto
         seed=config.train.seed,
         pool_blocks=config.train.shuffle_blocks,
     )
-    config = config.resolved(store.manifest.num_items, order.steps_per_epoch)
+    has_features = bool(feature_dims(store, config.model.features))
+    config = config.resolved(store.manifest.num_items, order.steps_per_epoch, has_features)
     check_inline(config, store)
     check_targets(config, store)
     check_something_tells_items_apart(config, store)

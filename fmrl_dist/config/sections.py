@@ -42,6 +42,7 @@ MAX_CUTOFF = 1000  # of ranks that are counted
 MAX_SIZES = 64  # far more than anyone deploys
 FULL_SOFTMAX_ITEMS = 4096  # so many are scored at once anyway
 AUTO_EPOCHS, AUTO_STEPS = 20, 3500  # at least
+AUTO_ID_DROPOUT = 0.1
 TrainPrecision = Literal["fp32", "bf16"]
 
 
@@ -172,7 +173,9 @@ class ModelConfig:
     id_table: bool | Literal["auto"] = "auto"
     id_width: NonNegativeInt = 0  # first channels that the id table is added to, one of sizes; 0: all of them
     id_init: NonNegativeFloat | None = 0.02  # standard deviation of the id table's first rows; null: 1/√width
-    id_dropout: Fraction = 0.0  # share of the items whose ids a training step leaves out, wherever these items occur
+    # share of the items whose ids a training step leaves out, wherever these items occur, so that features learn to
+    # carry new items; auto: 0.1 if there are features
+    id_dropout: Fraction | Literal["auto"] = "auto"
     # how the recurrence is computed in training: auto: by device | doubling | triton | plain: one event at a time
     scan: Literal["auto", "doubling", "triton", "plain"] = "auto"
     # none: features as they are | a number: features times it | standardize: mean 0, and mean variance 1 | length: mean
@@ -197,7 +200,7 @@ class ModelConfig:
             f"model.id_width is {self.id_width}; expected 0 or one of model.sizes {list(self.sizes)}",
         )
         require(
-            self.features != () or self.id_dropout == 0,
+            self.features != () or self.id_dropout in ("auto", 0),
             f"model.id_dropout is {self.id_dropout} and model.features is empty: nothing would distinguish items "
             "without their ids; set it to 0",
         )
@@ -207,6 +210,12 @@ class ModelConfig:
         """Whether there is an id table, of a configuration that is resolved for a store."""
         assert isinstance(self.id_table, bool), "resolved"
         return self.id_table
+
+    @property
+    def id_dropout_rate(self) -> float:
+        """Share of the items whose ids a step leaves out, likewise."""
+        assert not isinstance(self.id_dropout, str), "resolved"
+        return self.id_dropout
 
     @property
     def width(self) -> int:
@@ -475,10 +484,15 @@ class Config:
         """What a trained size's scores are divided by."""
         return self.temperatures[self.model.sizes.index(size)]
 
-    def resolved(self, num_items: int, steps_per_epoch: int) -> Config:
+    def resolved(self, num_items: int, steps_per_epoch: int, has_features: bool) -> Config:
         """This configuration for a store: what is "auto" because it depends on one has its value."""
         inline = self.store.feature_mode == "inline"
         ids, softmax, epochs = self.model.id_table, self.loss.softmax, self.train.epochs
+        id_dropout = self.model.id_dropout
+        if ids == "auto":
+            ids = not inline
+        if id_dropout == "auto":
+            id_dropout = AUTO_ID_DROPOUT if ids and has_features else 0.0
         if softmax == "auto":
             samples = self.loss.catalogue == "whole" and (inline or num_items > FULL_SOFTMAX_ITEMS)
             softmax = "sampled" if samples else "full"
@@ -486,7 +500,7 @@ class Config:
             epochs = max(AUTO_EPOCHS, -(-AUTO_STEPS // steps_per_epoch))
         return dataclasses.replace(
             self,
-            model=dataclasses.replace(self.model, id_table=not inline if ids == "auto" else ids),
+            model=dataclasses.replace(self.model, id_table=ids, id_dropout=id_dropout),
             loss=dataclasses.replace(self.loss, softmax=softmax),
             train=dataclasses.replace(self.train, epochs=epochs),
         )

@@ -237,7 +237,7 @@ def test_width_follows_from_sizes(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_an_older_version_is_resumed(tmp_path: Path) -> None:
-    config = Config(run=RunConfig(dir=str(tmp_path))).resolved(num_items=1, steps_per_epoch=1)
+    config = Config(run=RunConfig(dir=str(tmp_path))).resolved(num_items=1, steps_per_epoch=1, has_features=True)
     recorded = config.to_dict()
     recorded["model"]["width"] = config.model.width
     recorded["loss"]["impl"] = "compiled"
@@ -253,7 +253,12 @@ def test_a_checkpoint_of_an_older_version_is_resumed(tmp_path: Path) -> None:
 def test_keys_that_a_recorded_config_lacks_mean_what_was_done_then() -> None:
     """Whatever the defaults are now: neither norms nor ids, and the whole softmax."""
     recorded = Config().to_dict()
-    for section, key in (("model", "input_norm"), ("model", "output_norm"), ("loss", "score_untrained")):
+    for section, key in (
+        ("model", "input_norm"),
+        ("model", "output_norm"),
+        ("model", "id_dropout"),
+        ("loss", "score_untrained"),
+    ):
         del recorded[section][key]
     del recorded["loss"]["temperature_power"]
     for section, key in (("model", "id_init"), ("loss", "distillation"), ("eval", "cut_vectors")):
@@ -261,7 +266,7 @@ def test_keys_that_a_recorded_config_lacks_mean_what_was_done_then() -> None:
     then = config_from_dict(recorded)
     assert (then.model.input_norm, then.model.output_norm, then.model.id_init) == (False, False, None)
     assert then.loss.distillation == 0 and set(then.temperatures) == {1.0}
-    assert then.loss.score_untrained
+    assert then.loss.score_untrained and then.model.id_dropout == 0
     assert then.eval.cut_vectors, "which changes no model"
 
 
@@ -277,21 +282,29 @@ def test_a_recorded_file_means_what_was_done_then(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("store", "loss", "num_items", "steps_per_epoch", "expected"),
+    ("store", "loss", "num_items", "steps_per_epoch", "has_features", "expected"),
     [
-        ({}, {}, 4096, 175, (True, "full", 20)),
-        ({}, {}, 4097, 174, (True, "sampled", 21)),
-        ({}, {"catalogue": "split"}, 10**7, 10**5, (True, "full", 20)),
-        ({"feature_mode": "inline"}, {}, 100, 1, (False, "sampled", 3500)),
-        ({"feature_mode": "inline"}, {"softmax": "full"}, 100, 4000, (False, "full", 20)),
+        ({}, {}, 4096, 175, True, (True, 0.1, "full", 20)),
+        ({}, {}, 4097, 174, True, (True, 0.1, "sampled", 21)),
+        ({}, {}, 4096, 175, False, (True, 0.0, "full", 20)),
+        ({}, {"catalogue": "split"}, 10**7, 10**5, True, (True, 0.1, "full", 20)),
+        ({"feature_mode": "inline"}, {}, 100, 1, True, (False, 0.0, "sampled", 3500)),
+        ({"feature_mode": "inline"}, {"softmax": "full"}, 100, 4000, True, (False, 0.0, "full", 20)),
     ],
 )
 def test_what_depends_on_the_store(
-    store: dict[str, Any], loss: dict[str, Any], num_items: int, steps_per_epoch: int, expected: tuple[bool, str, int]
+    store: dict[str, Any],
+    loss: dict[str, Any],
+    num_items: int,
+    steps_per_epoch: int,
+    has_features: bool,
+    expected: tuple[bool, float, str, int],
 ) -> None:
-    config = Config(store=StoreConfig(**store), loss=LossConfig(**loss)).resolved(num_items, steps_per_epoch)
-    assert (config.model.id_table, config.loss.softmax, config.train.epochs) == expected
-    assert config.resolved(1, 1) == config, "what is set stays"
+    config = Config(store=StoreConfig(**store), loss=LossConfig(**loss)).resolved(
+        num_items, steps_per_epoch, has_features
+    )
+    assert (config.model.id_table, config.model.id_dropout, config.loss.softmax, config.train.epochs) == expected
+    assert config.resolved(1, 1, True) == config, "what is set stays"
 
 
 def test_temperatures_follow_from_the_sizes() -> None:

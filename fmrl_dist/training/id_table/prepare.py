@@ -29,7 +29,7 @@ def prepare_id_table(model: FMRLRec, run: Run, split: bool) -> tuple[IdRows | No
     config, runtime = run.config, run.runtime
     cold = cold_items(run)
     table.detach()[cold] = 0.0
-    dropout = IdDropout(config.model.id_dropout, config.train.seed)
+    dropout = IdDropout(config.model.id_dropout_rate, config.train.seed)
     if split:
         bounds = slice_bounds(len(table), runtime.world_size)
         owned = OwnedIdTable(model, bounds, config.train, dropout, cold, runtime)
