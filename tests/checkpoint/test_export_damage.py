@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from fmrl_dist import evaluate, export
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.files import json_sha256
-from fmrl_dist.checkpoint.export_folder import CARD_FILE, ITEMS_FILE, read_export, read_export_vocabulary
+from fmrl_dist.checkpoint.export_folder import CARD_FILE, ITEMS_FILE, intact_files, read_export, read_export_vocabulary
 from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.model.export_config import CONFIG_FILE
 from fmrl_dist.model.fmrlrec import MODEL_FILE, FMRLRec
@@ -127,6 +127,28 @@ def test_every_byte_is_checked(dtype: str, whole: Path, whole_int8: Path, tmp_pa
                 read(folder)
             flip(folder / name, position)
         read(folder)
+
+
+@pytest.mark.parametrize("words", [("--dtype", "float16", "--vectors", 4), ("--format", "onnx", "--dtype", "int8")])
+def test_a_damaged_file_of_any_kind_is_found(words: tuple[object, ...], whole: Path, tmp_path: Path) -> None:
+    """Also those that only others read: graphs, arrays, vectors, the model card."""
+    if "onnx" in words:
+        pytest.importorskip("onnxruntime")
+    folder = tmp_path / "export"
+    run_here(export.main, ["--checkpoint", whole.parent / "run", "--output", folder, *words])
+    assert sorted(intact_files(folder)) == sorted(path.name for path in folder.iterdir())
+    for path in sorted(folder.iterdir()):
+        size = path.stat().st_size
+        for position in range(1, size, max(size // 5, 1)):
+            flip(path, position)
+            with pytest.raises(UserError, match=r"is damaged|has format_version"):
+                intact_files(folder)
+            flip(path, position)
+        path.rename(tmp_path / "gone")
+        with pytest.raises(UserError, match=r"is damaged|is not an export"):
+            intact_files(folder)
+        (tmp_path / "gone").rename(path)
+    intact_files(folder)
 
 
 def test_older_exports_are_read(whole: Path, tmp_path: Path) -> None:
