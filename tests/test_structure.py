@@ -27,6 +27,7 @@ SUBFOLDERS = {
             "deploy/report_page",
             "deploy/web",
             "deploy/approximate",
+            "deploy/service",
             "training/id_table",
         ),
     },
@@ -35,7 +36,7 @@ SUBFOLDERS = {
     "benchmarks": {"gpu", "rivals"},
 }
 COMMANDS = {
-    "fmrl_dist": {"train", "evaluate", "export", "plan", "compare", "baselines", "report"},
+    "fmrl_dist": {"train", "evaluate", "export", "plan", "compare", "baselines", "report", "serve"},
     "shards": {"build", "verify", "inspect", "random_image_encoder"},
     "launch": {"submit", "sweep"},
 }

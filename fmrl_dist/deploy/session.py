@@ -87,6 +87,16 @@ class Session:
         return np.fromiter(self._seen, np.int64, len(self._seen))
 
     @property
+    def num_seen(self) -> int:
+        """Items that were observed."""
+        return len(self._seen)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the recurrence's state and of the output."""
+        return self._state.nbytes + self._output.nbytes
+
+    @property
     def is_answered(self) -> bool:
         """Whether the model has an output: not before the first event, unless the start position was trained."""
         return self.num_events > 0 or self._model.predict_first
@@ -257,6 +267,15 @@ class Sessions:
         require(len(states) == len(self), f"{len(states)} states; expected one for each of {len(self)} sessions")
         for session, state in zip(self, states, strict=True):
             session.restore(state)
+
+
+def size_of_state(state: np.ndarray | Sequence[float]) -> int:
+    """The size whose sessions can be restored from a state.
+
+    Raises:
+        UserError: it is no state.
+    """
+    return _read_header(state)[1]["size"]
 
 
 def _read_header(state: np.ndarray | Sequence[float]) -> tuple[np.ndarray, dict[str, int]]:
