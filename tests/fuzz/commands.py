@@ -15,7 +15,7 @@ from typing import Any
 
 from fmrl_dist.base.files import file_sha256
 from fmrl_dist.checkpoint.folder import TENSOR_FILES
-from fmrl_dist.checkpoint.run_folder import FINISHED_FILE
+from fmrl_dist.checkpoint.run_folder import FINISHED_FILE, REPORT_FILE
 from tests.fixtures.training import evaluation, figures
 from tests.fuzz.seeds import IS_LARGE
 
@@ -101,6 +101,12 @@ def export_files(folder: Path, stdout: str) -> dict[str, Any]:
     return {"files": files, "config": config}
 
 
+def page_of_run(folder: Path, stdout: str) -> str:
+    """A report, without its folder and dates."""
+    page = (folder / "run" / REPORT_FILE).read_text().replace(str(folder), "FOLDER")
+    return re.sub(r"[0-9]{4}-[0-9]{2}-[0-9]{2} [0-9:]{5} UTC", "DATE", page)
+
+
 def sweep_values(folder: Path, stdout: str) -> list[Any]:
     """The value of each trial."""
     from tests.fixtures.sweeps import trials_of  # needs an extra
@@ -179,6 +185,9 @@ COMMANDS = [
         ("store", "run"),
         export_files,
         ("out", "store.derived"),
+    ),
+    Command(
+        "report", "fmrl_dist.report", ("FOLDER/run", "--no-timing", *STORE), ("store", "run"), page_of_run, ("run",)
     ),
     Command(
         "submit --dry-run", "launch.submit", (*CONFIG, "--cluster", "local", "--dry-run"), ("raw", "store"), output
