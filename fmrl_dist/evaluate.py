@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -34,6 +36,7 @@ from fmrl_dist.config.sections import RANK_METRICS, EvalConfig, StoreConfig
 from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.vocabulary import external_ids, rows_of
+from fmrl_dist.deploy.item_vocabulary import ItemVocabulary
 from fmrl_dist.distributed.processes import Runtime, start_runtime
 from fmrl_dist.distributed.signals import StopRequest
 from fmrl_dist.evaluation.baselines import baseline_histograms
@@ -53,6 +56,7 @@ from fmrl_dist.evaluation.rank_counts import RankCounts
 from fmrl_dist.evaluation.ranker import Ranker, ranker_of_checkpoint, ranker_of_export
 from fmrl_dist.evaluation.results.report import EvaluatedModel, num_users_in, report
 from fmrl_dist.evaluation.segments import NUM_CELLS
+from fmrl_dist.model.export_config import REMOVED, read_export_config
 
 
 @dataclass(frozen=True)
@@ -210,7 +214,8 @@ def open_export(path: Path, store_path: str | None, split: str) -> ModelSource:
     recommender = read_export(path)
     origin = recommender.origin
     store = open_store(store_path or origin.store, split)
-    if store.manifest.sha256 != origin.manifest_sha256:
+    refuse_removed(path, store)
+    if store.manifest.sha256 != origin.manifest_sha256 or len(recommender.items) != store.manifest.num_items:
         recommender = with_items_of(recommender, path, store)
     return ModelSource(
         build=lambda runtime: ranker_of_export(recommender.to(runtime.device)),
@@ -220,6 +225,25 @@ def open_export(path: Path, store_path: str | None, split: str) -> ModelSource:
         store=store,
         folder=path,
         has_rotation=recommender.rotation is not None,
+    )
+
+
+def refuse_removed(path: Path, store: Store) -> None:
+    """Refuse a store with items that an export does not recommend any more: they would be ranked among the others.
+
+    Raises:
+        UserError: it has such items.
+    """
+    if not read_export_config(path).get(REMOVED):
+        return
+    vocabulary = ItemVocabulary(read_export_vocabulary(path), str(path / VOCAB_FILE))
+    removed = pa.array([str(vocabulary.ids[row]) for row in vocabulary.removed], pa.large_string())
+    known = external_ids(store.read_table(VOCAB_FILE), f"{store.location}/{VOCAB_FILE}")
+    found = known.filter(pc.is_in(known, value_set=removed))
+    require(
+        len(found) == 0,
+        f"export {path} does not recommend {len(found):,} of the items of store {store.location}, such as "
+        f"{found[0].as_py() if len(found) else ''!r}: evaluate it before they are removed, or on a store without them",
     )
 
 

@@ -24,9 +24,10 @@ SUBFOLDERS = {
         *(
             "data/store",
             "evaluation/results",
+            "deploy/approximate",
+            "deploy/catalogue",
             "deploy/report_page",
             "deploy/web",
-            "deploy/approximate",
             "deploy/service",
             "training/id_table",
         ),
@@ -36,8 +37,8 @@ SUBFOLDERS = {
     "benchmarks": {"gpu", "rivals"},
 }
 COMMANDS = {
-    "fmrl_dist": {"train", "evaluate", "export", "plan", "compare", "baselines", "report", "serve"},
-    "shards": {"build", "verify", "inspect", "random_image_encoder"},
+    "fmrl_dist": {"train", "evaluate", "export", "plan", "compare", "baselines", "report", "serve", "add_items"},
+    "shards": {"build", "encode", "verify", "inspect", "random_image_encoder"},
     "launch": {"submit", "sweep"},
 }
 MAX_FILES = 16  # of a folder

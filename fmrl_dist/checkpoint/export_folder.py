@@ -146,13 +146,13 @@ def write_export(recommender: ExportedModel, folder: Path, parts: ExportParts, o
         UserError: as :func:`check_output`, another process is writing ``folder``, or a number does not fit the dtype.
     """
     with folder_of_export(recommender, folder, parts, overwrite, "safetensors") as aside:
-        _save(stored_or_refused(recommender.model.state_dict(), parts.dtype), aside / MODEL_FILE)
-        _save(stored_or_refused({ITEMS_TENSOR: recommender.items}, parts.dtype), aside / ITEMS_FILE)
+        save_tensors(stored_or_refused(recommender.model.state_dict(), parts.dtype), aside / MODEL_FILE)
+        save_tensors(stored_or_refused({ITEMS_TENSOR: recommender.items}, parts.dtype), aside / ITEMS_FILE)
         if recommender.rotation is not None:
-            _save({ROTATION_TENSOR: recommender.rotation}, aside / ROTATION_FILE)
+            save_tensors({ROTATION_TENSOR: recommender.rotation}, aside / ROTATION_FILE)
         if parts.vectors:
             vectors = cut_vectors(recommender, parts.vectors)
-            _save(stored_or_refused({VECTORS_TENSOR: vectors}, parts.dtype), aside / VECTORS_FILE)
+            save_tensors(stored_or_refused({VECTORS_TENSOR: vectors}, parts.dtype), aside / VECTORS_FILE)
 
 
 def cut_vectors(exported: ExportedModel, size: int) -> Tensor:
@@ -361,6 +361,7 @@ def export_sha256(folder: Path) -> str:
     return json_sha256({name: file_sha256(folder / name) for name in (CONFIG_FILE, MODEL_FILE, ITEMS_FILE)})
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a file of an export."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, path, metadata={"format": "pt"})  # expected by other readers of the Hub

@@ -156,6 +156,24 @@ def lists_of_users(lists: Any, users: Sequence[int]) -> Any:
     return [lists[user] for user in users] if lists is not None and is_per_user(lists) else lists
 
 
+def with_denied(deny: Rows | RowsOfEach | None, removed: np.ndarray) -> Rows | RowsOfEach | None:
+    """``deny`` with rows that no user may have, whatever it is: all users' list, a list for each, or None."""
+    if len(removed) == 0:
+        return deny
+    if deny is None:
+        return removed
+    if not is_per_user(deny):
+        return np.concatenate((_as_rows(deny), removed))
+    return [removed if rows is None else np.concatenate((_as_rows(rows), removed)) for rows in deny]
+
+
+def _as_rows(rows: object) -> np.ndarray:
+    array = np.asarray(rows)
+    if array.size == 0:
+        return np.empty(0, np.int64)
+    return array if array.dtype.kind in "iu" else array.astype(object)  # which of_lists refuses
+
+
 def _places(wanted: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where each wanted row stands in the ascending ``rows``, and whether it is there."""
     places = np.minimum(np.searchsorted(rows, wanted), len(rows) - 1)

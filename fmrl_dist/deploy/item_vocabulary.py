@@ -18,6 +18,7 @@ from fmrl_dist.deploy.item_filters import is_per_user
 ItemId = int | str
 ItemIds = Iterable[ItemId]
 ItemIdsOfEach = Sequence[ItemIds | None]
+REMOVED_COLUMN = "removed"  # bool, only of a vocabulary with items that are not recommended any more
 SHOWN = 3  # unknown ids in a message
 
 
@@ -27,6 +28,20 @@ class Recommendation(NamedTuple):
     item_id: ItemId
     title: str | None
     score: float
+
+
+def removed_flags(table: pa.Table) -> np.ndarray:
+    """Which items of a vocabulary must not be recommended any more, bool [V].
+
+    Raises:
+        ValueError: the column is no such list.
+    """
+    if REMOVED_COLUMN not in table.column_names:
+        return np.zeros(table.num_rows, np.bool_)
+    column = table.column(REMOVED_COLUMN)
+    if column.type != pa.bool_() or column.null_count:
+        raise ValueError(f"column {REMOVED_COLUMN} is {column.type} with {column.null_count} nulls; expected bool")
+    return column.to_numpy()
 
 
 class ItemVocabulary:
@@ -47,6 +62,8 @@ class ItemVocabulary:
             self.train_counts: np.ndarray = table.column("train_count").to_numpy().astype(np.int64)  # [V]
             has_titles = "title" in table.column_names
             self.titles: list[str | None] | None = table.column("title").to_pylist() if has_titles else None
+            # Rows that no list may hold, int64, ascending; histories may hold them.
+            self.removed: np.ndarray = np.flatnonzero(removed_flags(table))
         except (OSError, pa.ArrowException, LookupError, ValueError, TypeError) as error:
             problem = " ".join(str(error).split())[:200]
             raise UserError(f"the vocabulary {where} cannot be read ({problem}); export again") from None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fmrl_dist.base.errors import require
 from fmrl_dist.checkpoint.export_folder import ExportedModel
-from fmrl_dist.deploy.item_filters import Rows, RowsOfEach, lists_of_users
+from fmrl_dist.deploy.item_filters import Rows, RowsOfEach, lists_of_users, with_denied
 from fmrl_dist.deploy.one_event import OneEvent
 from fmrl_dist.deploy.retrieval import Search, top_k
 from fmrl_dist.model.embed_catalogue import check_rankable
@@ -32,13 +32,19 @@ class RankingModel:
         train_counts: how often each item was trained on, int64 [V].
         size: one of its sizes; None for the largest.
         vectors: compare vectors of the whole network cut to so many channels; None to compare whole ones.
+        removed: rows that are never recommended, int64; histories may hold them. None for none.
 
     Raises:
         UserError: there is no such size; vectors are cut of a cut network, or of an export without a rotation.
     """
 
     def __init__(
-        self, exported: ExportedModel, train_counts: np.ndarray, size: int | None = None, vectors: int | None = None
+        self,
+        exported: ExportedModel,
+        train_counts: np.ndarray,
+        size: int | None = None,
+        vectors: int | None = None,
+        removed: np.ndarray | None = None,
     ) -> None:
         width = exported.model.width
         self.sizes: tuple[int, ...] = exported.model.sizes  # that the export can serve
@@ -48,6 +54,7 @@ class RankingModel:
             f"size {size!r} is not one of this export; expected one of {list(self.sizes)}",
         )
         self.train_counts = train_counts
+        self.removed: np.ndarray = np.empty(0, np.int64) if removed is None else removed
         self.max_length: int = exported.max_length  # last events of a history that recommend() reads
         self.predict_first: bool = exported.predict_first  # whether the model answers an empty history
         self.normalize: bool = exported.normalize  # whether scores are cosines
@@ -143,7 +150,7 @@ class RankingModel:
 
         See :func:`fmrl_dist.deploy.retrieval.top_k`.
         """
-        return self.search(outputs, k, exclude, allow, deny)
+        return self.search(outputs, k, exclude, allow, with_denied(deny, self.removed))
 
     def popular(
         self,
@@ -154,7 +161,8 @@ class RankingModel:
         deny: Rows | RowsOfEach | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """As :meth:`top_k`, of the items with the most training events; scores are their shares of all events."""
-        return top_k(self._popularity, np.ones((num_users, 1), np.float32), k, exclude, allow, deny)
+        denied = with_denied(deny, self.removed)
+        return top_k(self._popularity, np.ones((num_users, 1), np.float32), k, exclude, allow, denied)
 
     @cached_property
     def _popularity(self) -> np.ndarray:

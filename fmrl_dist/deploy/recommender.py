@@ -44,7 +44,7 @@ class Recommender:
             len(vocabulary.ids) == len(exported.items),
             f"the vocabulary has {len(vocabulary.ids)} items, the embeddings have {len(exported.items)}; export again",
         )
-        self.model = RankingModel(exported, vocabulary.train_counts, size, vectors)
+        self.model = RankingModel(exported, vocabulary.train_counts, size, vectors, vocabulary.removed)
         self.vocabulary = vocabulary
         self.retrieval_record: Record | None = None  # what a search other than the exact one was measured to find
 
@@ -133,6 +133,11 @@ class Recommender:
     def titles(self) -> list[str | None] | None:
         """Titles, in the order of the rows; None if the items have none."""
         return self.vocabulary.titles
+
+    @property
+    def removed(self) -> np.ndarray:
+        """Rows of items that are never recommended any more, int64; histories may hold them."""
+        return self.vocabulary.removed
 
     @property
     def item_vectors(self) -> np.ndarray:

@@ -14,17 +14,20 @@ from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.files import file_sha256, json_sha256
 from fmrl_dist.model.stored_tensors import DTYPES
 
+VERSION_WITH_REMOVALS = 4  # as 3, with items that must not be recommended: readers of 3 would recommend them
 FORMAT_VERSION = 3
 VERSION_WITHOUT_DTYPE = 2  # float32 throughout
 VERSION_WITHOUT_HASHES = 1  # likewise
-READ_VERSIONS = (VERSION_WITHOUT_HASHES, VERSION_WITHOUT_DTYPE, FORMAT_VERSION)
+READ_VERSIONS = (VERSION_WITHOUT_HASHES, VERSION_WITHOUT_DTYPE, FORMAT_VERSION, VERSION_WITH_REMOVALS)
 CONFIG_FILE = "config.json"
+REMOVED = "num_removed"  # key of config.json: how many items must not be recommended, if any
 FORMATS = ("safetensors", "onnx")  # of a folder of this kind; only the first is read back
 
 
 def export_config_text(config: Mapping[str, Any], folder: Path, names: Sequence[str]) -> str:
     """The file's text: ``config`` with version, the hashes of the files ``names`` in ``folder``, and its own."""
-    config = {"format_version": FORMAT_VERSION, **config, "sha256_of": {n: file_sha256(folder / n) for n in names}}
+    version = VERSION_WITH_REMOVALS if config.get(REMOVED) else FORMAT_VERSION
+    config = {"format_version": version, **config, "sha256_of": {n: file_sha256(folder / n) for n in names}}
     return json.dumps(config | {"sha256": json_sha256(config)}, indent=1) + "\n"
 
 
@@ -47,7 +50,9 @@ def read_export_config(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{CONFIG_FILE} is not what its sha256 says")
     elif "sha256_of" in config:
         raise ValueError(f"{CONFIG_FILE} of version {version} has hashes")
-    if version == FORMAT_VERSION:
+    if version >= FORMAT_VERSION:
+        if (version == VERSION_WITH_REMOVALS) != bool(config.get(REMOVED)):
+            raise ValueError(f"format_version is {version}, {REMOVED} is {config.get(REMOVED)!r}")
         if config.get("format") not in FORMATS or config.get("dtype") not in DTYPES:
             raise ValueError(f"format and dtype are {config.get('format')!r} and {config.get('dtype')!r}")
         return config
@@ -56,9 +61,9 @@ def read_export_config(folder: Path) -> dict[str, Any]:
 
 def _other_version(folder: Path, version: object) -> str:
     found = f"{folder / CONFIG_FILE} has format_version {version!r}; this fmrl_dist reads {READ_VERSIONS[0]} to "
-    if type(version) is int and version > FORMAT_VERSION:
-        return f"{found}{FORMAT_VERSION}: update fmrl_dist, or export the run again with this one"
-    return f"{found}{FORMAT_VERSION}; expected an export: make one with fmrl_dist.export"
+    if type(version) is int and version > READ_VERSIONS[-1]:
+        return f"{found}{READ_VERSIONS[-1]}: update fmrl_dist, or export the run again with this one"
+    return f"{found}{READ_VERSIONS[-1]}; expected an export: make one with fmrl_dist.export"
 
 
 def check_is_readable(folder: Path, config: Mapping[str, Any]) -> None:

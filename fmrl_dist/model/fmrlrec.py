@@ -122,12 +122,16 @@ class ItemEncoder(MatmulModule):
             present: bool [n, M], which features each item has.
             ids: int64 [n], rows of the id table; None for the whole catalogue in order. Unused without an id table.
         """
-        embeddings = matmul_linear(features, self.weight, self.product_dtype) + self.bias
-        embeddings = embeddings + (~present).to(embeddings.dtype) @ self.stand_ins
+        embeddings = self.without_ids(features, present)
         if self.id_table is not None:
             rows = self.id_table if ids is None else self.id_table[ids - self.first_id_row]
             embeddings = add_prefix(embeddings, rows)
         return embeddings
+
+    def without_ids(self, features: Tensor, present: Tensor) -> Tensor:
+        """:meth:`forward` of items that have no row in the id table."""
+        embeddings = matmul_linear(features, self.weight, self.product_dtype) + self.bias
+        return embeddings + (~present).to(embeddings.dtype) @ self.stand_ins
 
 
 class LRU(MatmulModule):

@@ -33,7 +33,13 @@ from shards.tables.item_ids import ItemIds
 
 
 def make_feature(
-    name: str, data: DataConfig, items: pa.Table, ids: ItemIds, encoding: Path, files: Mapping[str, str]
+    name: str,
+    data: DataConfig,
+    items: pa.Table,
+    ids: ItemIds,
+    encoding: Path,
+    files: Mapping[str, str],
+    may_lack: bool = False,
 ) -> ItemFeature:
     """Feature ``name`` of all items, from the source that the config names.
 
@@ -44,6 +50,7 @@ def make_feature(
         ids: the items' ids, in the same order.
         encoding: folder in which an encoder keeps finished blocks.
         files: hashes of the input files, by config key (``shards.store.inputs``).
+        may_lack: whether all items may lack the feature; a catalogue's may not.
 
     Raises:
         UserError: the source cannot be read, does not fit the items, or no item has the feature.
@@ -67,7 +74,7 @@ def make_feature(
         case OpenClipFeature():
             encoder = import_encoder("shards.encoders.image_encoder", name, "images")
             feature = encoder.encode_images(name, config, root, ids, encoding, input_sha256)
-    if not feature.present.any() and not isinstance(config, NpyFeature):
+    if not feature.present.any() and not may_lack and not isinstance(config, NpyFeature):
         raise UserError(
             f"feature {name!r}: no item has it; check its columns, and that its item ids are those of the item table"
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,6 @@ from fmrl_dist.base.files import file_sha256, foreign_entries, replaced_folder
 from fmrl_dist.base.locks import only_writer
 from fmrl_dist.base.progress import Progress
 from fmrl_dist.base.urls import hide_credentials, is_url
-from fmrl_dist.config.features import TextFeature
 from fmrl_dist.config.sections import Config, DataConfig
 from fmrl_dist.data.store.block_arrays import row_problem
 from fmrl_dist.data.store.files import FILE_NAME
@@ -41,17 +40,15 @@ from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.store.tables import rows_sha256
 from shards.encoders.encoded_blocks import encoding_folder, remove_encodings
 from shards.encoders.item_feature import ItemFeature
-from shards.encoders.item_text import number_columns, parts_for, template_columns
 from shards.encoders.sources import check_source, make_feature
 from shards.store.block_writer import BlockWriter
 from shards.store.inputs import input_files, record
 from shards.store.leave_one_out import LeaveOneOutWriter, SplitBlocks, train_counts
 from shards.store.parquet_tables import users_table, vocab_table
+from shards.store.raw_items import RawItems, check_raw_items, read_raw_items
 from shards.store.user_blocks import BlockFields, UserBlocks
-from shards.tables.column_kinds import require_ids, require_text, require_title
 from shards.tables.histories import Histories, check_histories, read_histories
-from shards.tables.item_ids import ItemIds, as_ids, check_unique
-from shards.tables.raw_tables import read_table, table_columns, table_types
+from shards.tables.item_ids import ItemIds, check_unique
 
 ITEM_ORDER_SEED = 0
 
@@ -119,8 +116,7 @@ class _RawData:
     """The item table, and where the histories are."""
 
     config: DataConfig
-    items: pa.Table
-    ids: ItemIds
+    items: RawItems
 
     @classmethod
     def read(cls, config: DataConfig) -> _RawData:
@@ -129,30 +125,20 @@ class _RawData:
         Raises:
             UserError: a table or feature cannot be read, or has columns that cannot serve.
         """
-        path = Path(config.root) / config.items.path
-        id_column, title = config.items.id, config.items.title
-        parts = _text_parts(config, path)
-        texts = template_columns(parts)
-        columns = [id_column, *([title] if title else []), *texts]
-        _check_kinds(path, config, table_types(path, columns), texts)
+        check_raw_items(config)
         check_histories(Path(config.root) / config.sequences.path, config.sequences)
-        as_written = [name for name in columns if name == title or name not in number_columns(parts)]
-        items = read_table(path, columns, text=as_written, ids=[id_column])
-        _check_kinds(path, config, dict(zip(items.column_names, items.schema.types, strict=True)), texts)
-        where = f"column {id_column!r} of {path}"
-        ids = ItemIds(as_ids(items[id_column], where))
-        check_unique(ids.external, where)
+        items = read_raw_items(config)
         for name in config.features:
-            check_source(name, config, len(ids.external))
-        return cls(config, items, ids)
+            check_source(name, config, len(items.ids.external))
+        return cls(config, items)
+
+    @property
+    def ids(self) -> ItemIds:
+        return self.items.ids
 
     @property
     def num_items(self) -> int:
         return len(self.ids.external)
-
-    @property
-    def titles(self) -> pa.ChunkedArray | None:
-        return self.items[self.config.items.title] if self.config.items.title else None
 
     @property
     def history_path(self) -> Path:
@@ -168,30 +154,13 @@ class _RawData:
         progress.close()
 
 
-def _text_parts(data: DataConfig, path: Path) -> list[str]:
-    """Parts of all texts that this build makes of the item table at ``path``."""
-    given = [feature.text or data.text for feature in data.features.values() if isinstance(feature, TextFeature)]
-    known = table_columns(path) if () in given else []
-    return [part for parts in given for part in parts_for(parts, known)]
-
-
-def _check_kinds(path: Path, data: DataConfig, types: Mapping[str, pa.DataType], texts: Sequence[str]) -> None:
-    """Refuse columns of the item table whose types cannot serve."""
-    for name, kind in types.items():
-        where = f"column {name!r} of {path}"
-        if name == data.items.id:
-            require_ids(kind, where)
-        if name == data.items.title:
-            require_title(kind, where)
-        if name in texts:
-            require_text(kind, where)
-
-
 def _write_store(config: Config, folder: Path, encoding: Path) -> list[ItemFeature]:
     """Write all files of the store into ``folder``; encoders keep finished blocks in the folder ``encoding``."""
     raw = _RawData.read(config.data)
     files = input_files(config)
-    features = [make_feature(name, config.data, raw.items, raw.ids, encoding, files) for name in config.data.features]
+    features = [
+        make_feature(name, config.data, raw.items.table, raw.ids, encoding, files) for name in config.data.features
+    ]
     inline = config.store.feature_mode == "inline"
     with ExitStack() as stack:
         writers = {
@@ -203,7 +172,7 @@ def _write_store(config: Config, folder: Path, encoding: Path) -> list[ItemFeatu
         blocks = {split: UserBlocks(writers[split], config.store.users_per_block, item_fields) for split in SPLITS}
         histories, users = _write_histories(raw, SplitBlocks(**blocks))
     tables = {
-        VOCAB_FILE: vocab_table(raw.ids.external, histories.train_count, raw.titles),
+        VOCAB_FILE: vocab_table(raw.ids.external, histories.train_count, raw.items.titles),
         USERS_FILE: users_table(users),
     }
     for name, table in tables.items():
