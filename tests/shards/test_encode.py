@@ -81,7 +81,7 @@ def test_refusals(tables: Path) -> None:
     write_items(tables / "twice.parquet", ["x", "y", "x"])
     text = {"vector": {"encoder": "tfidf+svd", "revision": "a", "recipe": TEXT}}
     other_template = {"vector": text["vector"] | {"recipe": TEXT | {"text": ["{colour}"]}}}
-    for encoders, words, complaint in [
+    cases: list[tuple[dict[str, Any] | None, tuple[object, ...], str]] = [
         ({"vector": NPY}, (), "needs an array, a row for each new item: FILE.npy; give it with --feature vector=FILE"),
         ({"vector": NPY}, ("--feature", f"vector={tables / 'none.npy'}"), "none.npy does not exist"),
         ({"vector": NPY}, ("--feature", f"vector={tables / 'wide.npy'}"), "has 5 channels, the model reads 4"),
@@ -98,7 +98,8 @@ def test_refusals(tables: Path) -> None:
         ({"vector": {"encoder": "x", "revision": "a"}}, (), "does not record how its feature 'vector' was made"),
         (None, (), "does not record how its feature 'vector' was made"),
         ({"vector": {"encoder": "x", "revision": "a", "recipe": {"source": "magic"}}}, (), "from a source 'magic'"),
-    ]:
+    ]
+    for encoders, words, complaint in cases:
         with pytest.raises(UserError) as refused:
             encoded(tables, write_config(tables, dims, encoders), *words)
         assert complaint in str(refused.value), words

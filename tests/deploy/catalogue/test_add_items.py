@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -114,7 +115,7 @@ def test_by_a_text_encoder(shop: Path, tmp_path: Path) -> None:
     assert same.any()
     torch.testing.assert_close(found[NUM_KNOWN:][same], expected[NUM_KNOWN:][same], rtol=1e-6, atol=1e-6)
 
-    moved = shutil.move(shop / "model", tmp_path / "moved")
+    moved = Path(shutil.move(shop / "model", tmp_path / "moved"))
     words[-1] = tmp_path / "again"
     try:
         with pytest.raises(UserError, match="a folder that is not here; say where it is with --encoder words=FOLDER"):
@@ -181,12 +182,14 @@ def test_removed_items_are_never_recommended(shop: Path, tmp_path: Path) -> None
     run_here(add_items.main, [folder, "--remove", tmp_path / "ids.parquet", "--in-place"])
     gone = {"i3", "i7", "i33"}
     whole = Recommender.from_pretrained(added(shop, tmp_path / "all"))
-    for options in ({}, {"size": 4}, {"vectors": 4}):
+    choices: list[dict[str, Any]] = [{}, {"size": 4}, {"vectors": 4}]
+    for options in choices:
         recommender = Recommender.from_pretrained(folder, **options)
         all_items = Recommender.from_pretrained(tmp_path / "all", **options)
         assert recommender.item_ids == whole.item_ids and recommender.removed.tolist() == [3, 7, 33]
         histories: list[list[int | str]] = [["i3", "i33"], ["i5"], []]
-        for filters in ({}, {"allow": ["i3", "i4"]}, {"deny": [["i4"], None, []]}, {"deny": ["i4"]}, {"deny": []}):
+        lists: list[dict[str, Any]] = [{}, {"allow": ["i3", "i4"]}, {"deny": [["i4"], None, []]}, {"deny": ["i4"]}]
+        for filters in [*lists, {"deny": []}]:
             found = recommender.recommend(histories, 50, False, **filters)
             expected = all_items.recommend(histories, 50, False, **filters)
             for one, other in zip(found, expected, strict=True):
@@ -299,13 +302,14 @@ def test_refusals(shop: Path, tmp_path: Path) -> None:
 
 def test_other_encoders_are_refused(shop: Path, tmp_path: Path) -> None:
     target = shutil.copytree(shop / "export", tmp_path / "exports" / "export")
-    for change, complaint in [
+    changes: list[tuple[dict[str, Any], str]] = [
         (
             {"revision": "0" * 64},
             "feature 'terms' of the new items is not the one that the model was trained on: revision",
         ),
         ({"recipe": {"text": ["{title}"]}}, "text was ['{words}'], now ['{title}']"),
-    ]:
+    ]
+    for change, complaint in changes:
         other = shutil.copytree(shop / "encoded", tmp_path / "other", dirs_exist_ok=True)
         encoders = json.loads((shop / "encoded" / "encoders.json").read_text())
         recipe = encoders["terms"]["recipe"] | change.get("recipe", {})
