@@ -327,21 +327,24 @@ function badge(move) {
   );
 }
 
+/** An item of a list: its place, its title, how it moved. */
+function listItem(row) {
+  const properties = { type: "button", title: "Add to the history", onclick: () => pick(row) };
+  const parts = [element("span", { className: "number" }), title(row), element("span")];
+  const item = element("li", {}, element("button", properties, ...parts));
+  item.dataset.row = row;
+  return item;
+}
+
 /** Show a list; the focus stays at its place. */
 function showList(list, rows, badges) {
   const known = new Map([...list.children].map((item) => [item.dataset.row, item]));
   const focused = [...list.children].findIndex((item) => item.contains(document.activeElement));
   const items = rows.map((row, place) => {
-    const item =
-      known.get(String(row)) ?? element("li", {}, element("button", { type: "button", title: "Add to the history" }));
-    item.dataset.row = row;
-    const button = item.firstElementChild;
-    button.onclick = () => pick(row);
-    button.replaceChildren(
-      element("span", { className: "number" }, String(place + 1)),
-      title(row),
-      badges[place] ?? element("span"),
-    );
+    const item = known.get(String(row)) ?? listItem(row);
+    const [number, , move] = item.firstElementChild.children;
+    number.textContent = place + 1;
+    move.replaceWith(badges[place] ?? element("span"));
     return item;
   });
   list.replaceChildren(...items);

@@ -184,6 +184,8 @@ def test_the_command_writes_it_from_a_run(tmp_path: Path) -> None:
     words = ["--checkpoint", run, "--format", "web", "--measure-users", 0]
     line = refusal(export.main, *words)
     assert line == f"error: web export {folder} exists; keep it, or replace it with --overwrite"
+    line = refusal(export.main, *words, "--output", tmp_path / "hub", "--push-to-hub", "us/shop")
+    assert "--push-to-hub takes exports for programs" in line and not (tmp_path / "hub").exists()
     run_here(export.main, [*words, "--size", 4, "--dtype", "float16"])
     small = json.loads((run / "export-4-web-float16" / MODEL_JSON).read_text())
     assert small["sizes"] == [4] and small["dtype"] == "float16" and small["dtype_costs"] is None
