@@ -74,13 +74,13 @@ def main(argv: list[str]) -> None:
     licence = Licence(arguments.license, arguments.license_name)
     if arguments.format == "onnx":
         check_installed()
-    if arguments.push_to_hub is not None:
-        check_can_push(arguments.push_to_hub)
-    require(not arguments.private or arguments.push_to_hub is not None, "--private is of --push-to-hub; give both")
     require(
         arguments.push_to_hub is None or arguments.format != WEB,
         f"--push-to-hub takes exports for programs; put the folder of --format {WEB} on a file server",
     )
+    if arguments.push_to_hub is not None:
+        check_can_push(arguments.push_to_hub)
+    require(not arguments.private or arguments.push_to_hub is not None, "--private is of --push-to-hub; give both")
     arguments.dtype = arguments.dtype or (WEB_DTYPE if arguments.format == WEB else "float32")
     check = check_web_output if arguments.format == WEB else check_output
 
