@@ -29,6 +29,7 @@ SUBFOLDERS = {
             "deploy/report_page",
             "deploy/web",
             "deploy/service",
+            "deploy/batch",
             "training/id_table",
         ),
     },
@@ -37,7 +38,18 @@ SUBFOLDERS = {
     "benchmarks": {"gpu", "rivals"},
 }
 COMMANDS = {
-    "fmrl_dist": {"train", "evaluate", "export", "plan", "compare", "baselines", "report", "serve", "add_items"},
+    "fmrl_dist": {
+        "train",
+        "evaluate",
+        "export",
+        "plan",
+        "compare",
+        "baselines",
+        "report",
+        "serve",
+        "add_items",
+        "recommend",
+    },
     "shards": {"build", "encode", "verify", "inspect", "random_image_encoder"},
     "launch": {"submit", "sweep"},
 }

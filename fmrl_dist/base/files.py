@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.locks import lock_path, only_writer
@@ -25,9 +25,17 @@ ABANDONED_S = 7 * 86_400.0  # without a change: whoever was filling a folder is 
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write ``data`` to a temporary file, flush it, then rename it to ``path``; of concurrent writers, one wins.
+    """Write ``data`` to ``path`` by :func:`written_aside`."""
+    with written_aside(path) as file:
+        file.write(data)
 
-    Each writer's temporary name is random: processes in different containers or machines can have the same id.
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[BinaryIO]:
+    """A temporary file to write; at the end it is flushed, then renamed to ``path``; of concurrent writers, one wins.
+
+    Each writer's temporary name is random: processes in different containers or machines can have the same id. If the
+    block raises, the temporary file is removed and ``path`` is unchanged.
 
     Raises:
         UserError: the folder does not exist: it is never created, as it may have been removed meanwhile.
@@ -35,7 +43,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         with aside.open("xb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)

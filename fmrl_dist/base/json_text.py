@@ -23,7 +23,7 @@ def read_object(path: Path, what: str, mend: str) -> dict[str, Any]:
     Raises:
         UserError: it is not UTF-8, not JSON, or holds another kind of value.
     """
-    return _object(path.read_bytes(), f"{what} {path}", mend)
+    return parse_object(path.read_bytes(), f"{what} {path}", mend)
 
 
 def read_objects(path: Path, mend: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -35,7 +35,7 @@ def read_objects(path: Path, mend: str) -> Iterator[tuple[str, dict[str, Any]]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                record = _object(line, f"{path}, line {number},", mend)
+                record = parse_object(line, f"{path}, line {number},", mend)
             except UserError:
                 if line.startswith(b"{") and not line.endswith(b"\n"):
                     return  # its writer was killed
@@ -43,7 +43,12 @@ def read_objects(path: Path, mend: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield line.decode().rstrip("\n"), record
 
 
-def _object(data: bytes, where: str, mend: str) -> dict[str, Any]:
+def parse_object(data: bytes, where: str, mend: str) -> dict[str, Any]:
+    """The object in some JSON text; ``where`` begins the messages, ``mend`` ends them.
+
+    Raises:
+        UserError: as :func:`read_object`.
+    """
     try:
         value = json.loads(data.decode("utf-8"))
     except UnicodeDecodeError:

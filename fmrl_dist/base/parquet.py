@@ -46,15 +46,27 @@ class BoundedParquet:
         self.types = {field.name: _without_dictionary(field.type) for field in file.schema_arrow}  # of the columns
         self.names: list[str] = list(file.schema_arrow.names)
 
-    def batches(self, columns: Sequence[str], rows_at_once: int, use_threads: bool = True) -> Iterator[pa.Table]:
-        """``columns``, at most ``rows_at_once`` rows at a time.
+    @property
+    def group_rows(self) -> list[int]:
+        """Number of rows of each row group."""
+        metadata = self._file.metadata
+        return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+    def batches(
+        self,
+        columns: Sequence[str],
+        rows_at_once: int,
+        use_threads: bool = True,
+        groups: Sequence[int] | None = None,
+    ) -> Iterator[pa.Table]:
+        """``columns``, at most ``rows_at_once`` rows at a time, of all row groups or of some.
 
         Raises:
             UserError: values that this machine's memory cannot hold, or longer than :data:`MAX_CELL_BYTES`.
             pa.ArrowException, OSError: it cannot be read.
         """
         schema = pa.schema([(column, self.types[column]) for column in columns])
-        for group in range(self._file.num_row_groups):
+        for group in range(self._file.num_row_groups) if groups is None else groups:
             rows = min(rows_at_once, self._rows_that_fit(group, columns))
             for batch in self._file.iter_batches(
                 rows, row_groups=[group], columns=list(columns), use_threads=use_threads

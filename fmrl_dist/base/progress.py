@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 LINE_EVERY_S = 10.0
 LINE = "{desc}{n:,} of {total:,} {unit}s, {rate_fmt}, {elapsed} elapsed, {remaining} left"
+LINE_WITHOUT_TOTAL = "{desc}{n:,} {unit}s, {rate_fmt}, {elapsed} elapsed"
 
 
 class Progress:
@@ -16,7 +17,7 @@ class Progress:
 
     Args:
         unit: what is counted, singular.
-        total: total number of units.
+        total: total number of units; None if nobody knows.
         done: units done by an earlier process; they do not count towards the rate or the time left.
         name: shown before the numbers.
         enabled: false on processes other than 0, which show nothing.
@@ -26,7 +27,7 @@ class Progress:
     def __init__(
         self,
         unit: str,
-        total: int,
+        total: int | None,
         done: int = 0,
         name: str = "",
         enabled: bool = True,
@@ -67,10 +68,10 @@ class Progress:
     def _line(self, elapsed_s: float) -> str:
         return tqdm.format_meter(
             self._done,
-            self._total,
+            self._total,  # type: ignore[arg-type]  # None is what it documents
             elapsed_s,
             prefix=f"{self._name}: " if self._name else "",
             unit=self._unit,
             initial=self._initial,
-            bar_format=LINE,
+            bar_format=LINE if self._total is not None else LINE_WITHOUT_TOTAL,
         )

@@ -101,6 +101,16 @@ class ItemVocabulary:
             found = [row for row in found if row is not None]
         return np.array(found, np.int64)
 
+    def find(self, item_ids: pa.Array) -> np.ndarray:
+        """Rows of a column of ids of the vocabulary's kind, without nulls, int64; -1 where there is no such item."""
+        encoded = item_ids.dictionary_encode()
+        return self.places_of(encoded.dictionary.to_pylist())[encoded.indices.to_numpy()]
+
+    def places_of(self, item_ids: Sequence[ItemId]) -> np.ndarray:
+        """Rows of ids, each an int or a str, int64; -1 where there is no such item."""
+        row_of = self._row_of
+        return np.fromiter((row_of.get(item_id, -1) for item_id in item_ids), np.int64, len(item_ids))
+
     def _row(self, item_id: object) -> int | None:
         if isinstance(item_id, np.generic):
             item_id = item_id.item()

@@ -21,10 +21,11 @@ from PIL import Image, ImageOps
 
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import file_sha256
+from fmrl_dist.base.id_columns import as_ids
 from fmrl_dist.base.parquet import BATCH_SHARE, TOO_MUCH, memory_bytes
 from fmrl_dist.config.features import ImageFeature
 from shards.tables.column_kinds import is_text, require_ids
-from shards.tables.item_ids import ItemIds, as_ids
+from shards.tables.item_ids import ItemIds
 from shards.tables.raw_tables import BATCH_ROWS, read_batches, read_table, table_types
 
 DECODING = 2  # raise it when decode_image gives other pixels: finished blocks of an encoding are then not reused

@@ -17,6 +17,7 @@ import pyarrow as pa
 from fmrl_dist import __version__
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import file_sha256
+from fmrl_dist.base.table_files import table_files
 from fmrl_dist.config.features import (
     ImageFeature,
     NpyFeature,
@@ -34,7 +35,6 @@ from shards.encoders.item_text import parts_for
 from shards.encoders.model_folder import local_model_sha256
 from shards.encoders.sources import code_revision, import_encoder
 from shards.encoders.stored_fit import fit_sha256
-from shards.tables.parts import table_files
 from shards.tables.raw_tables import table_columns
 
 

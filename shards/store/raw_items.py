@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from fmrl_dist.base.id_columns import as_ids
 from fmrl_dist.config.features import TextFeature
 from fmrl_dist.config.sections import DataConfig
 from shards.encoders.item_text import number_columns, parts_for, template_columns
 from shards.tables.column_kinds import require_ids, require_text, require_title
-from shards.tables.item_ids import ItemIds, as_ids, check_unique
+from shards.tables.item_ids import ItemIds, check_unique
 from shards.tables.raw_tables import read_table, table_columns, table_types
 
 

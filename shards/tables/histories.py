@@ -18,9 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fmrl_dist.base.errors import UserError
+from fmrl_dist.base.id_columns import as_ids
 from fmrl_dist.config.sections import SequenceTableConfig
 from shards.tables.column_kinds import require_ids, require_lists, require_times
-from shards.tables.item_ids import ItemIds, as_ids
+from shards.tables.item_ids import ItemIds
 from shards.tables.raw_tables import TableBatches, read_batches, read_table, table_types
 
 TICKS_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}

@@ -13,7 +13,7 @@ import pyarrow.csv
 
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.parquet import BoundedParquet, bounded_table, open_parquet
-from shards.tables.parts import partition_keys, table_files
+from fmrl_dist.base.table_files import partition_keys, table_files
 
 BATCH_ROWS = 65_536
 NOT_UTF8 = "convert the file, for example with iconv --from-code LATIN1 --to-code UTF-8"

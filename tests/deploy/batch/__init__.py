@@ -1,0 +1,1 @@
+"""Tests of fmrl_dist.deploy.batch."""
