@@ -24,6 +24,7 @@ from fmrl_dist.deploy.service.settings import MIB, ServiceSettings
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 MIN_TOKEN_CHARACTERS = 16
 MAX_THREADS = 8
+MAX_PORT = 65_535
 
 
 def main(argv: list[str]) -> None:
@@ -61,6 +62,7 @@ def main(argv: list[str]) -> None:
             not is_number or least <= value < float("inf"),
             f"--{name.replace('_', '-')} is {value}; expected {least} or more",
         )
+    require(arguments.port <= MAX_PORT, f"--port is {arguments.port}; expected at most {MAX_PORT}")
     token = _token(arguments)
     try:
         from fmrl_dist.deploy.service.app import build_service_app
@@ -90,24 +92,24 @@ def main(argv: list[str]) -> None:
     )
     torch.set_num_threads(1)  # batches run beside each other
     allow_open_files(settings.max_connections)
-    listener = listen(arguments.host, arguments.port, settings)  # before loading, which takes longer
-    folder = export_at(arguments.export, arguments.revision)
-    exported = read_export(folder)
-    vocabulary = ItemVocabulary(read_export_vocabulary(folder), str(folder / VOCAB_FILE))
-    service = Service(exported, vocabulary, arguments.sizes or exported.model.sizes, settings)
-    address = _address(arguments.host, listener)
+    with listen(arguments.host, arguments.port, settings) as listener:  # before loading, which takes longer
+        folder = export_at(arguments.export, arguments.revision)
+        exported = read_export(folder)
+        vocabulary = ItemVocabulary(read_export_vocabulary(folder), str(folder / VOCAB_FILE))
+        service = Service(exported, vocabulary, arguments.sizes or exported.model.sizes, settings)
+        gate = build_service_app(service)
+        address = _address(arguments.host, listener)
 
-    def say_started() -> None:
-        sizes = ", ".join(map(str, service.recommenders))
-        print(f"{len(vocabulary.ids):,} items, sizes {sizes}; the API is described at {address}/docs")
-        print(f"serving {address}", flush=True)
+        def say_started() -> None:
+            sizes = ", ".join(map(str, service.recommenders))
+            print(f"{len(vocabulary.ids):,} items, sizes {sizes}; the API is described at {address}/docs")
+            print(f"serving {address}", flush=True)
 
-    gate = build_service_app(service)
-    try:
-        asyncio.run(GracefulServer(gate, settings, say_started).serve([listener]))
-    finally:
-        service.close()
-        print(f"{gate.num_answered:,} requests answered", flush=True)
+        try:
+            asyncio.run(GracefulServer(gate, settings, say_started).serve([listener]))
+        finally:
+            service.close()
+            print(f"{gate.num_answered:,} requests answered", flush=True)
 
 
 def _add_limit(

@@ -191,11 +191,10 @@ def listen(host: str, port: int, settings: ServiceSettings) -> socket.socket:
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * settings.write_timeout_s))
         listener.bind(address)
         listener.listen(BACKLOG)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         listener.close()
-        problem = error.strerror if isinstance(error, OSError) else error
         raise UserError(
-            f"port {port} of {host} cannot be listened at ({problem}); choose another with --port"
+            f"port {port} of {host} cannot be listened at ({error.strerror}); choose another with --port"
         ) from None
     return listener
 
