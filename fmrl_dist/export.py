@@ -43,51 +43,12 @@ WEB = "web"  # a format for browsers; the others are for programs
 
 
 def main(argv: list[str]) -> None:
-    parser = CommandParser(prog="python -m fmrl_dist.export", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a run (its best) or a checkpoint")
-    parser.add_argument("--size", type=int, help="one of the trained sizes (default: the largest, which serves all)")
-    formats = (*FORMATS, WEB)
-    parser.add_argument("--format", choices=formats, default="safetensors", help="of the files (default: safetensors)")
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        help=f"of weights and item vectors in the files (default: float32; with --format {WEB}, {WEB_DTYPE})",
-    )
-    parser.add_argument("--vectors", type=int, default=0, metavar="K", help="also write item vectors cut to K channels")
-    parser.add_argument(
-        "--measure-users",
-        type=int,
-        default=MEASURED_USERS,
-        metavar="N",
-        help=f"measure NDCG@10 on at most so many validation users, 0 for none (default: {MEASURED_USERS})",
-    )
-    parser.add_argument("--output", type=Path, help="folder to write (default: export-SIZE[-FORMAT][-DTYPE])")
-    parser.add_argument("--store", help="shard store of the catalogue, a folder or URL (default: the recorded one)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing export")
-    parser.add_argument("--license", default="", help="for the model card: an id of the Hub's list, or other")
-    parser.add_argument("--license-name", default="", metavar="NAME", help="of a licence that is not in the list")
-    parser.add_argument("--push-to-hub", metavar="REPO_ID", help="then upload the folder to the Hub, as owner/name")
-    parser.add_argument("--private", action="store_true", help="make the repository on the Hub private")
-    arguments = parser.parse_args(argv)
-    warn_of_credentials(argv)
-    require(arguments.measure_users >= 0, f"--measure-users is {arguments.measure_users}; expected 0 or more")
-    licence = Licence(arguments.license, arguments.license_name)
-    if arguments.format == "onnx":
-        check_installed()
-    require(
-        arguments.push_to_hub is None or arguments.format != WEB,
-        f"--push-to-hub takes exports for programs; put the folder of --format {WEB} on a file server",
-    )
-    if arguments.push_to_hub is not None:
-        check_can_push(arguments.push_to_hub)
-    require(not arguments.private or arguments.push_to_hub is not None, "--private is of --push-to-hub; give both")
-    arguments.dtype = arguments.dtype or (WEB_DTYPE if arguments.format == WEB else "float32")
-    check = check_web_output if arguments.format == WEB else check_output
-
+    arguments = parse(argv)
     checkpoint = load_checkpoint(arguments.checkpoint, with_optimizer=False)
     config = config_from_dict(checkpoint.config)
     size = config.model.sizes[-1] if arguments.size is None else arguments.size
     output = (arguments.output or default_output(checkpoint, size, arguments)).resolve()
+    check = check_web_output if arguments.format == WEB else check_output
     check(output, arguments.overwrite)
     sizes = [each for each in config.model.sizes if each <= size]
     require(
@@ -117,7 +78,7 @@ def main(argv: list[str]) -> None:
         figures=run_figures(run_of_best(checkpoint), checkpoint),
         is_whole=size == config.model.sizes[-1],
         source=arguments.push_to_hub or output.name,
-        licence=licence,
+        licence=arguments.licence,
     )
     parts = ExportParts(
         vocab=store.read_table(VOCAB_FILE),
@@ -140,6 +101,50 @@ def main(argv: list[str]) -> None:
     print(f"written: {output}", flush=True)
     if arguments.push_to_hub is not None:
         print(f"pushed: {push_to_hub(output, arguments.push_to_hub, arguments.private)}", flush=True)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command's arguments, with what can be refused before anything is read."""
+    parser = CommandParser(prog="python -m fmrl_dist.export", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a run (its best) or a checkpoint")
+    parser.add_argument("--size", type=int, help="one of the trained sizes (default: the largest, which serves all)")
+    formats = (*FORMATS, WEB)
+    parser.add_argument("--format", choices=formats, default="safetensors", help="of the files (default: safetensors)")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help=f"of weights and item vectors in the files (default: float32; with --format {WEB}, {WEB_DTYPE})",
+    )
+    parser.add_argument("--vectors", type=int, default=0, metavar="K", help="also write item vectors cut to K channels")
+    parser.add_argument(
+        "--measure-users",
+        type=int,
+        default=MEASURED_USERS,
+        metavar="N",
+        help=f"measure NDCG@10 on at most so many validation users, 0 for none (default: {MEASURED_USERS})",
+    )
+    parser.add_argument("--output", type=Path, help="folder to write (default: export-SIZE[-FORMAT][-DTYPE])")
+    parser.add_argument("--store", help="shard store of the catalogue, a folder or URL (default: the recorded one)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing export")
+    parser.add_argument("--license", default="", help="for the model card: an id of the Hub's list, or other")
+    parser.add_argument("--license-name", default="", metavar="NAME", help="of a licence that is not in the list")
+    parser.add_argument("--push-to-hub", metavar="REPO_ID", help="then upload the folder to the Hub, as owner/name")
+    parser.add_argument("--private", action="store_true", help="make the repository on the Hub private")
+    arguments = parser.parse_args(argv)
+    warn_of_credentials(argv)
+    require(arguments.measure_users >= 0, f"--measure-users is {arguments.measure_users}; expected 0 or more")
+    arguments.licence = Licence(arguments.license, arguments.license_name)
+    if arguments.format == "onnx":
+        check_installed()
+    require(not arguments.private or arguments.push_to_hub is not None, "--private is of --push-to-hub; give both")
+    require(
+        arguments.push_to_hub is None or arguments.format != WEB,
+        f"--push-to-hub takes exports for programs; put the folder of --format {WEB} on a file server",
+    )
+    if arguments.push_to_hub is not None:
+        check_can_push(arguments.push_to_hub)
+    arguments.dtype = arguments.dtype or (WEB_DTYPE if arguments.format == WEB else "float32")
+    return arguments
 
 
 def rotated(exported: ExportedModel, config: Config, store: Store) -> ExportedModel:
