@@ -82,8 +82,8 @@ class Recommender:
         """Choose how lists are found, of this recommender and of its sessions.
 
         Args:
-            method: ``exact``, or ``funnel``, which is faster for large catalogues: see
-                :mod:`fmrl_dist.deploy.approximate.funnel`. Filters are exact in either.
+            method: ``exact``; or, faster for large catalogues, ``funnel`` (:mod:`fmrl_dist.deploy.approximate.funnel`)
+                or ``ann`` (:mod:`fmrl_dist.deploy.approximate.ann`). Filters are exact in all of them.
             recall: the share of the exact lists' items that the others' must have, above 0, below 1.
             histories: some hundreds of external ids each, like those that will be asked for, to measure recall with;
                 None to make some up (:mod:`fmrl_dist.deploy.approximate.sample_histories`).

@@ -18,10 +18,18 @@ import torch
 from fmrl_dist.base.errors import require
 from fmrl_dist.deploy.approximate.funnel import FunnelSearch, Margins
 from fmrl_dist.deploy.approximate.int8_prefix import BLOCK_ITEMS, Int8Prefix, RotatedInt8
-from fmrl_dist.deploy.approximate.recall import SEED, ExactLists, halves, least_recall, measured_recalls, vectors_sha256
+from fmrl_dist.deploy.approximate.recall import (
+    SEED,
+    ExactLists,
+    check_recall,
+    halves,
+    least_recall,
+    measured_recalls,
+    vectors_sha256,
+    with_spare,
+)
 from fmrl_dist.model.rotation import learn_rotation
 
-SPARED = 0.25  # of the misses that are allowed: margins are measured for fewer
 MAX_WIDENINGS = 40
 SHARES = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)  # of the channels: prefixes to choose from
 PROBES = 128  # outputs whose shortlists are counted
@@ -63,7 +71,7 @@ def calibrated_funnel(
     Raises:
         UserError: ``recall`` is no such number, or there are too few outputs.
     """
-    require(0 < recall < 1, f"recall is {recall!r}; expected a share above 0 and below 1 (exact retrieval has 1)")
+    check_recall(recall)
     choosing, checking = halves(outputs)
     if rotation is None:
         rotation = _learned_rotation(vectors, choosing)
@@ -114,9 +122,10 @@ def _learned_rotation(vectors: np.ndarray, outputs: np.ndarray) -> np.ndarray:
 
 def _margins(funnel: FunnelSearch, exact: ExactLists, cutoffs: tuple[int, ...], recall: float) -> Margins:
     """Margins that cover all items of the exact lists but a share of what the recall leaves."""
-    covered = 1 - (1 - recall) * (1 - SPARED)
     needed = [funnel.needed_margins(exact.outputs, exact.rows[:, :k]) for k in cutoffs]
-    return Margins(cutoffs, tuple(float(np.quantile(margins, covered, method="higher")) for margins in needed))
+    return Margins(
+        cutoffs, tuple(float(np.quantile(margins, with_spare(recall), method="higher")) for margins in needed)
+    )
 
 
 def _expected_cost_ns(funnel: FunnelSearch, exact: ExactLists, recall: float) -> float:

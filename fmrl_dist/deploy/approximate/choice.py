@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from fmrl_dist.base.errors import require
+from fmrl_dist.deploy.approximate.ann import calibrated_ann
 from fmrl_dist.deploy.approximate.calibration import calibrated_funnel
 from fmrl_dist.deploy.approximate.sample_histories import sample_histories
 from fmrl_dist.deploy.ranking_model import RankingModel
 from fmrl_dist.deploy.retrieval import Search, top_k
 
-METHODS = ("exact", "funnel")
+METHODS = ("exact", "funnel", "ann")
 NUM_HISTORIES = 1024  # that are made up
 Record = dict[str, Any]
 
@@ -32,7 +33,7 @@ def chosen_search(
         histories: of rows, to measure it with; empty ones are left out. None to make some up.
 
     Raises:
-        UserError: there is no such method; or as :func:`calibrated_funnel`.
+        UserError: there is no such method; or as :func:`calibrated_funnel` and :func:`calibrated_ann`.
     """
     require(method in METHODS, f"retrieval is {method!r}; expected one of {', '.join(METHODS)}")
     if method == "exact":
@@ -41,5 +42,9 @@ def chosen_search(
     if histories is None:
         histories = sample_histories(model.train_counts, NUM_HISTORIES, model.max_length)
     outputs = model.encode([rows for rows in histories if len(rows)])
+    source = {"method": method, "histories": "given" if of_users else "made up"}
+    if method == "ann":
+        ann, found = calibrated_ann(model.item_vectors, outputs, recall)
+        return ann.top_k, {**source, **asdict(found)}
     funnel, record = calibrated_funnel(model.item_vectors, outputs, recall, model.rotation_of_vectors)
-    return funnel.top_k, {"method": method, "histories": "given" if of_users else "made up", **asdict(record)}
+    return funnel.top_k, {**source, **asdict(record)}

@@ -19,7 +19,9 @@ CUTOFFS = (1, 10, 100)  # lengths of lists that are measured
 DEPTH = 250  # of exact lists: what filters leave is taken from them
 EXCLUDED = 100  # of each user's best items
 ALLOWED_SHARES = (1 / 2, 1 / 8)  # of the catalogue
+NO_FILTERS = ("none", f"best {EXCLUDED} excluded")  # names of what leaves all items of the catalogue to others
 MIN_OUTPUTS = 200
+SPARED = 0.25  # of the misses that a recall allows: what chooses is held to fewer
 ROUNDING = 3e-6  # of the largest score: a search may round otherwise than the exact one
 SEED = 0
 
@@ -85,13 +87,28 @@ def measured_recalls(search: Search, exact: ExactLists) -> dict[str, dict[str, f
 
 def _filters(exact: ExactLists) -> Iterator[tuple[str, dict[str, Any], np.ndarray]]:
     """Name of a filter, the search's arguments, and which items of the exact lists it leaves, bool [n, d]."""
-    yield "none", {}, np.ones(exact.rows.shape, bool)
+    yield NO_FILTERS[0], {}, np.ones(exact.rows.shape, bool)
     if exact.rows.shape[1] > EXCLUDED:
         is_left = np.broadcast_to(np.arange(exact.rows.shape[1]) >= EXCLUDED, exact.rows.shape)
-        yield f"best {EXCLUDED} excluded", {"exclude": exact.rows[:, :EXCLUDED]}, is_left
+        yield NO_FILTERS[1], {"exclude": exact.rows[:, :EXCLUDED]}, is_left
     for share in ALLOWED_SHARES:
         is_allowed = np.random.default_rng(SEED).random(exact.num_items) < share
-        yield f"{share:.1%} allowed", {"allow": np.flatnonzero(is_allowed)}, is_allowed[exact.rows]
+        yield share_name(share), {"allow": np.flatnonzero(is_allowed)}, is_allowed[exact.rows]
+
+
+def share_name(share: float) -> str:
+    """The name of a filter that allows a share of the catalogue."""
+    return f"{share:.1%} allowed"
+
+
+def check_recall(recall: float) -> None:
+    """Refuse what is no recall that a search can be chosen for."""
+    require(0 < recall < 1, f"recall is {recall!r}; expected a share above 0 and below 1 (exact retrieval has 1)")
+
+
+def with_spare(recall: float) -> float:
+    """What must be found where a search is chosen, so that it is likely found elsewhere."""
+    return 1 - (1 - recall) * (1 - SPARED)
 
 
 def least_recall(recalls: dict[str, dict[str, float]]) -> float:

@@ -52,7 +52,7 @@ def test_histories_of_users_can_be_given(folder: Path) -> None:
 
 def test_unknown_methods_and_few_histories_are_refused(folder: Path) -> None:
     recommender = Recommender.from_pretrained(folder)
-    with pytest.raises(UserError, match="retrieval is 'hnsw'; expected one of exact, funnel"):
+    with pytest.raises(UserError, match="retrieval is 'hnsw'; expected one of exact, funnel, ann"):
         recommender.retrieve_by("hnsw")
     with pytest.raises(UserError, match="3 outputs to measure recall with; expected 200 or more"):
         recommender.retrieve_by("funnel", 0.9, [recommender.item_ids[:2]] * 3)
