@@ -17,6 +17,7 @@ from fmrl_dist.base.errors import UserError, require, run_command
 from fmrl_dist.checkpoint.export_folder import read_export, read_export_vocabulary
 from fmrl_dist.config.command_line import CommandParser
 from fmrl_dist.data.store.manifest import VOCAB_FILE
+from fmrl_dist.deploy.approximate.choice import METHODS
 from fmrl_dist.deploy.download import export_at
 from fmrl_dist.deploy.item_vocabulary import ItemVocabulary
 from fmrl_dist.deploy.service.settings import MIB, ServiceSettings
@@ -35,6 +36,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine)")
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free (default: 8000)")
     parser.add_argument("--sizes", type=int, nargs="+", metavar="M", help="sizes to serve (default: all of the export)")
+    parser.add_argument("--retrieval", choices=METHODS, default="exact", help="how lists are found (default: exact)")
+    parser.add_argument("--recall", type=float, default=0.99, help="of the exact lists, by others (default: 0.99)")
     parser.add_argument("--token-env", metavar="NAME", help="environment variable with a token that requests must send")
     parser.add_argument("--no-token", action="store_true", help="serve others without a token")
     parser.add_argument(
@@ -56,7 +59,7 @@ def main(argv: list[str]) -> None:
     _add_limit(parser, "--grace", "seconds for requests in flight, at the end", defaults.grace_s)
     arguments = parser.parse_args(argv)
     for name, value in vars(arguments).items():
-        least = 0 if name in ("port", "max_delay_ms") else 1
+        least = 0 if name in ("port", "max_delay_ms", "recall") else 1
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         require(
             not is_number or least <= value < float("inf"),
@@ -96,13 +99,14 @@ def main(argv: list[str]) -> None:
         folder = export_at(arguments.export, arguments.revision)
         exported = read_export(folder)
         vocabulary = ItemVocabulary(read_export_vocabulary(folder), str(folder / VOCAB_FILE))
-        service = Service(exported, vocabulary, arguments.sizes or exported.model.sizes, settings)
+        sizes = arguments.sizes or exported.model.sizes
+        service = Service(exported, vocabulary, sizes, settings, arguments.retrieval, arguments.recall)
         gate = build_service_app(service)
         address = _address(arguments.host, listener)
 
         def say_started() -> None:
-            sizes = ", ".join(map(str, service.recommenders))
-            print(f"{len(vocabulary.ids):,} items, sizes {sizes}; the API is described at {address}/docs")
+            served = ", ".join(map(str, service.recommenders))
+            print(f"{len(vocabulary.ids):,} items, sizes {served}; the API is described at {address}/docs")
             print(f"serving {address}", flush=True)
 
         try:

@@ -220,6 +220,7 @@ def _add_operation(app: FastAPI, service: Service, gate: Gate) -> None:
                 "num_items": largest.num_items,
                 "answers_empty": largest.answers_empty,
                 "has_titles": largest.titles is not None,
+                "retrieval": service.retrieval,
                 "max_k": limits.max_k,
                 "max_histories": limits.max_histories,
                 "max_history": limits.max_history,

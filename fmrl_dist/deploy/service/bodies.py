@@ -121,6 +121,7 @@ class ModelAnswer(BaseModel):
     num_items: int
     answers_empty: str = Field(description="what answers an empty history: start position, or popularity")
     has_titles: bool
+    retrieval: str = Field(description="exact, or a faster search with a measured recall of the exact lists")
     max_k: int
     max_histories: int
     max_history: int

@@ -8,12 +8,13 @@ from fmrl_dist.deploy.item_vocabulary import ItemId, ItemVocabulary
 
 
 class ItemSearch:
-    """Search of a vocabulary: items whose title or id contains every word, whatever its case."""
+    """Search of a vocabulary: items whose title or id contains every word, whatever its case; without removed ones."""
 
     def __init__(self, vocabulary: ItemVocabulary) -> None:
         self._ids, self._titles = vocabulary.ids, vocabulary.titles
-        order = np.argsort(-vocabulary.train_counts, kind="stable").tolist()
-        self._texts = [(row, f"{self.title(row) or ''} {self._ids[row]}".casefold()) for row in order]
+        order = np.argsort(-vocabulary.train_counts, kind="stable")
+        order = order[~np.isin(order, vocabulary.removed)]
+        self._texts = [(row, f"{self.title(row) or ''} {self._ids[row]}".casefold()) for row in order.tolist()]
         self._has_integers = isinstance(self._ids[0], int) if self._ids else False
 
     def title(self, row: int) -> str | None:

@@ -47,16 +47,26 @@ class Service:
         vocabulary: its items, in the order of the rows.
         sizes: those to serve; the largest answers where a request names none.
         settings: limits.
+        retrieval, recall: how lists are found, see :meth:`Recommender.retrieve_by`.
 
     Raises:
-        UserError: there is no such size.
+        UserError: there is no such size; or as :meth:`Recommender.retrieve_by`.
     """
 
     def __init__(
-        self, exported: ExportedModel, vocabulary: ItemVocabulary, sizes: Sequence[int], settings: ServiceSettings
+        self,
+        exported: ExportedModel,
+        vocabulary: ItemVocabulary,
+        sizes: Sequence[int],
+        settings: ServiceSettings,
+        retrieval: str = "exact",
+        recall: float = 0.99,
     ) -> None:
         self.settings, self.metrics = settings, ServiceMetrics()
         self.recommenders = {size: Recommender(exported, vocabulary, size) for size in sorted(set(sizes))}
+        for recommender in self.recommenders.values():
+            recommender.retrieve_by(retrieval, recall)
+        self.retrieval = retrieval
         self.default_size = max(self.recommenders)
         self.items = ItemSearch(vocabulary)
         self.num_in_flight: Callable[[], int] = lambda: 0  # requests; the gate that counts them puts itself here

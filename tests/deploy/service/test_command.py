@@ -40,6 +40,7 @@ def test_refusals(export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             (("--token-env", "SHORT", "--no-token"), "--token-env and --no-token contradict each other; choose one"),
             (("--max-k", 0), "--max-k is 0; expected 1 or more"),
             (("--timeout", "nan"), "--timeout is nan; expected 1 or more"),
+            (("--retrieval", "funnel", "--recall", 2), "recall is 2.0; expected"),
             (("--sizes", 5), "size 5 is not one of this export; expected one of [4, 8, 16]"),
             (("--port", taken.getsockname()[1]), f"port {taken.getsockname()[1]} of 127.0.0.1 cannot be listened at"),
             (("--port", 70_000), "--port is 70000; expected at most 65535"),
@@ -60,12 +61,13 @@ def test_the_extra_is_named(export: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_one_size_for_others_with_a_token_until_an_interrupt(export: Path) -> None:
     words = ("--host", "0.0.0.0", "--token-env", "MY_TOKEN", "--sizes", 8)
-    with running_service(export, *words, MY_TOKEN=TOKEN) as service:
+    with running_service(export, *words, "--retrieval", "funnel", MY_TOKEN=TOKEN) as service:
         for path in ("/v1/model", "/docs", "/metrics", "/openapi.json"):
             assert service.get(path).error == "a token is needed: send Authorization: Bearer TOKEN"
         assert service.get("/ready").status == 200
         given = {"Authorization": f"Bearer {TOKEN}", "Host": "any.example"}
+        assert service.ask("GET", "/v1/model", **given).json["retrieval"] == "funnel"
         assert service.ask("GET", "/v1/model", **given).json["sizes"] == [8]
         assert service.ask("POST", "/v1/recommend", {"histories": [["i1"]]}, **given).json["size"] == 8
         assert TOKEN not in " ".join(Path(f"/proc/{service.process.pid}/cmdline").read_text().split("\0"))
-        assert service.end(signal.SIGINT) == (130, "7 requests answered\n", "ended by SIGINT\n")
+        assert service.end(signal.SIGINT) == (130, "8 requests answered\n", "ended by SIGINT\n")

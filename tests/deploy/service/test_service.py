@@ -19,8 +19,10 @@ pytest.importorskip("fastapi", reason="the serve extra is not installed")
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from fmrl_dist.deploy.item_vocabulary import ItemVocabulary
 from fmrl_dist.deploy.recommender import Recommender
-from tests.fixtures.exports import write_random_export
+from fmrl_dist.deploy.service.item_search import ItemSearch
+from tests.fixtures.exports import vocabulary_bytes, write_random_export
 from tests.fixtures.processes import clean_environment
 from tests.fixtures.services import RunningService, running_service
 
@@ -125,6 +127,14 @@ def test_items(service: RunningService) -> None:
     assert service.get("/v1/items/i7").json == {"item_id": "i7", "title": "title of i7"}
     missing = service.get("/v1/items/..%2F..%2Fetc%2Fpasswd")
     assert missing.status == 404 and missing.error == "there is no item '../../etc/passwd'; ids are like 'i0'"
+
+
+def test_removed_items_are_not_found() -> None:
+    vocabulary = ItemVocabulary(vocabulary_bytes([7, 8, -9], titles=False), "vocab.parquet")
+    vocabulary.removed = np.array([1])
+    search = ItemSearch(vocabulary)
+    assert search.rows("", 5) == [0, 2] and search.rows("8", 5) == [] and search.rows("9", 5) == [2]
+    assert [search.id_of(text) for text in ("7", "-9", "07", "x", "1" * 30)] == [7, -9, "07", "x", "1" * 30]
 
 
 ONE = b'{"histories": [["i1"]], '
