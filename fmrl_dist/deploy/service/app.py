@@ -39,6 +39,7 @@ from fmrl_dist.deploy.service.gate import Gate
 from fmrl_dist.deploy.service.metrics import CONTENT_TYPE
 from fmrl_dist.deploy.service.service import NotFoundError, Service, encode_state
 from fmrl_dist.deploy.service.session_store import KeptSession
+from fmrl_dist.deploy.web.api_page import MEDIA_TYPES, api_page, can_show
 
 DEFAULT_FOUND = 20  # items of a search
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -72,6 +73,7 @@ def build_service_app(service: Service) -> Gate:
     _add_sessions(app, service)
     _add_items(app, service)
     _add_operation(app, service, gate)
+    _add_page(app, service)
     _state_limits(app, service)
     return gate
 
@@ -249,6 +251,29 @@ def _add_operation(app: FastAPI, service: Service, gate: Gate) -> None:
     async def docs() -> Response:
         headers = {"content-security-policy": CONTENT_SECURITY_POLICY}
         return Response(docs_page(app.openapi()), headers=headers, media_type="text/html")
+
+
+def _add_page(app: FastAPI, service: Service) -> None:
+    """A page for people, which asks the addresses above; of a service without a token: browsers send none."""
+    largest = service.recommenders[service.default_size]
+    if service.settings.token is not None or not can_show(largest.item_ids):
+        return
+    files = api_page("fmrl-dist", list(service.recommenders), largest.num_items, largest.max_length, "../")
+
+    @app.get("/page", include_in_schema=False)
+    async def to_page() -> Response:
+        return Response(status_code=307, headers={"location": "page/"})
+
+    @app.get("/page/{name}", include_in_schema=False)
+    async def page_file(name: str) -> Response:
+        if name not in files:
+            raise NotFoundError(f"the page has no {name!r:.80}")
+        headers = {"cache-control": "no-cache", "x-content-type-options": "nosniff"}
+        return Response(files[name], headers=headers, media_type=MEDIA_TYPES[name.rpartition(".")[2]])
+
+    @app.get("/page/", include_in_schema=False)
+    async def page() -> Response:
+        return await page_file("index.html")
 
 
 def _state_limits(app: FastAPI, service: Service) -> None:

@@ -1,17 +1,11 @@
 // The page: a history, a size, and the lists of that size and of the largest one side by side.
 //
-// What computes is behind one method, `recommend(history, k, size) -> {rows, scores, ms}`, of LocalModel (model.js) or
-// of whatever asks a server. Titles come from users' data: they become text nodes, never markup.
+// What computes is LocalModel (model.js), or ApiModel (api_model.js), which asks a service:
+// `recommend(history, k, size) -> {rows, scores, ms}`, `search(query, limit) -> rows`, `name(row)`; of a service, rows
+// are ids. Titles come from users' data: they become text nodes, never markup.
 
-import {
-  DamagedExportError,
-  LocalModel,
-  compareLists,
-  foldText,
-  readModel,
-  searchItems,
-  sha256,
-} from "./model.js?v=__EXPORT__";
+import { ApiModel, ServiceError } from "./api_model.js?v=__EXPORT__";
+import { DamagedExportError, LocalModel, compareLists, readModel, sha256 } from "./model.js?v=__EXPORT__";
 
 const LIST_LENGTH = 10;
 const FOUND_LENGTH = 8;
@@ -22,7 +16,7 @@ const byId = (id) => document.getElementById(id);
 const EXPORT = document.querySelector('meta[name="export"]').content;
 
 const state = { history: [], chosen: 0, asked: 0, found: [], active: -1 };
-let manifest, model, names, folded;
+let manifest, model;
 
 // Loading
 
@@ -39,18 +33,26 @@ async function load() {
   if (manifest.export !== EXPORT) {
     throw new DamagedExportError("its files are of two exports");
   }
+  if (manifest.api) {
+    model = new ApiModel(manifest.api);
+    return;
+  }
   const [weights, items] = await Promise.all([fetchFile("model.bin"), fetchFile("items.json")]);
   if ((await sha256(new Uint8Array(items))) !== manifest.items_sha256) {
     throw new DamagedExportError("items.json is not what its sha256 says");
   }
   const { ids, titles } = parse(items);
-  names = ids.map((id, row) => titles?.[row] || id);
-  folded = names.map(foldText);
-  model = new LocalModel(await readModel(manifest, weights));
+  const names = ids.map((id, row) => titles?.[row] || id);
+  model = new LocalModel(await readModel(manifest, weights), names);
 }
 
 function fail(error) {
   const notice = byId("notice");
+  notice.hidden = false;
+  if (error instanceof ServiceError) {
+    notice.textContent = `The service has not answered: ${error.message}.`;
+    return;
+  }
   const isDamaged = error instanceof DamagedExportError || error instanceof SyntaxError;
   notice.textContent = isDamaged
     ? `This export is damaged: ${error.message}. Reload the page; if this stays, copy the whole folder again.`
@@ -84,6 +86,7 @@ function figure(metric, index) {
 }
 
 const formatFigure = (metric, value) => (metric.startsWith("recall") ? `${(100 * value).toFixed(1)} %` : value.toFixed(4));
+const timeName = () => (manifest.api ? "Time of an answer, with the network" : "Time per event, here");
 const metricName = (metric) => metric.replace("ndcg", "NDCG").replace("recall", "Recall");
 
 // Elements
@@ -98,7 +101,7 @@ function element(tag, properties = {}, ...children) {
   return made;
 }
 
-const title = (row) => element("span", { className: "title", dir: "auto" }, names[row]);
+const title = (row) => element("span", { className: "title", dir: "auto" }, model.name(row));
 const hiddenText = (text) => element("span", { className: "visually-hidden" }, text);
 const announce = (text) => (byId("announcement").textContent = text);
 
@@ -107,13 +110,13 @@ const announce = (text) => (byId("announcement").textContent = text);
 function pick(row) {
   state.history.push(row);
   closeFound();
-  refresh(`Added ${names[row]}.`);
+  refresh(`Added ${model.name(row)}.`);
 }
 
 async function remove(index) {
   const place = state.history.length - 1 - index; // in the list, which has the latest first
   const [row] = state.history.splice(index, 1);
-  await refresh(`Removed ${names[row]}.`);
+  await refresh(`Removed ${model.name(row)}.`);
   const buttons = byId("picked").querySelectorAll("button");
   (buttons[Math.min(place, buttons.length - 1)] ?? byId("search")).focus();
 }
@@ -132,7 +135,7 @@ function showHistory() {
       {},
       element("span", { className: "number" }, String(index + 1)),
       title(row),
-      element("button", { type: "button", onclick: () => remove(index), "aria-label": `Remove ${names[row]}` }, "×"),
+      element("button", { type: "button", onclick: () => remove(index), "aria-label": `Remove ${model.name(row)}` }, "×"),
     ),
   );
   byId("picked").replaceChildren(...entries.reverse());
@@ -147,8 +150,11 @@ function showHistory() {
 
 // Search
 
-function search() {
-  state.found = searchItems(folded, byId("search").value, FOUND_LENGTH);
+async function search() {
+  const query = byId("search").value;
+  const found = await model.search(query, FOUND_LENGTH);
+  if (query !== byId("search").value || document.activeElement !== byId("search")) return; // too late
+  state.found = found;
   state.active = -1;
   const options = state.found.map((row, index) =>
     element(
@@ -167,7 +173,7 @@ function search() {
   byId("found").hidden = !options.length;
   byId("search").setAttribute("aria-expanded", String(options.length > 0));
   byId("search").removeAttribute("aria-activedescendant");
-  if (byId("search").value.trim()) announce(options.length ? `${plural(options.length, "item")} found.` : "Nothing found.");
+  if (query.trim()) announce(options.length ? `${plural(options.length, "item")} found.` : "Nothing found.");
 }
 
 function activate(index) {
@@ -195,7 +201,7 @@ function pickFound(index) {
 
 function onSearchKey(event) {
   const { found, active } = state;
-  if (event.key === "ArrowDown" && !found.length) search();
+  if (event.key === "ArrowDown" && !found.length) search().catch(fail);
   else if (event.key === "ArrowDown" && found.length) activate(active + 1);
   else if (event.key === "ArrowUp" && found.length) activate(active < 0 ? found.length - 1 : active - 1);
   else if (event.key === "Enter" && found.length) pickFound(Math.max(active, 0));
@@ -231,17 +237,18 @@ function showFigures(ms) {
   const last = manifest.sizes.length - 1;
   const largest = manifest.sizes[last];
   const against = (text) => (chosen === last ? "the largest size" : text);
-  const tiles = manifest.figures
+  const quality = manifest.figures
     ? manifest.figures.metrics.map((metric) => [
         `${metricName(metric)}, masked`,
         formatFigure(metric, figure(metric, chosen)),
         against(`${percent(figure(metric, chosen) / figure(metric, last))} of size ${largest}`),
       ])
     : [["Quality", "–", "not measured"]];
-  tiles.push(
+  const bytes = () => [
     ["Weights and vectors", formatBytes(bytesOf(chosen)), against(`${formatBytes(bytesOf(last))} at size ${largest}`)],
-    ["Time per event, here", formatMs(ms.chosen), against(`${formatMs(ms.largest)} at size ${largest}`)],
-  );
+  ];
+  const time = [timeName(), formatMs(ms.chosen), against(`${formatMs(ms.largest)} at size ${largest}`)];
+  const tiles = manifest.api ? [time] : [...quality, ...bytes(), time];
   byId("figures").replaceChildren(
     ...tiles.map(([name, value, note]) =>
       element(
@@ -277,7 +284,7 @@ function buildSizes() {
     (metric ? ` The bars show ${metricName(metric)}.` : "");
 
   const metrics = figures?.metrics ?? [];
-  const heads = ["Size", ...metrics.map(metricName), "Bytes", "Time per event, here"];
+  const heads = ["Size", ...metrics.map(metricName), ...(manifest.api ? [] : ["Bytes"]), timeName()];
   byId("table-caption").textContent = "Quality, bytes and time of every size";
   byId("table-head").replaceChildren(element("tr", {}, ...heads.map((name) => element("th", { scope: "col" }, name))));
   byId("table-body").replaceChildren(
@@ -287,7 +294,7 @@ function buildSizes() {
         {},
         element("th", { scope: "row" }, String(size)),
         ...metrics.map((name) => element("td", {}, formatFigure(name, figure(name, index)))),
-        element("td", {}, formatBytes(bytesOf(index))),
+        ...(manifest.api ? [] : [element("td", {}, formatBytes(bytesOf(index)))]),
         element("td", {}, "…"),
       ),
     ),
@@ -295,6 +302,7 @@ function buildSizes() {
 }
 
 function conditions() {
+  if (manifest.api) return "Lists and times are a service's.";
   const { figures, dtype, dtype_costs: costs } = manifest;
   const moved = costs === null ? "" : `, which moves NDCG@10 on validation by at most ${costs.toFixed(4)}`;
   const kept = dtype === "float32" ? "" : ` Here it is stored as ${dtype}${moved}.`;
@@ -407,6 +415,7 @@ async function recommend(what) {
   const largest =
     state.chosen === sizes.length - 1 ? chosen : await model.recommend(state.history, LIST_LENGTH, sizes.at(-1));
   if (asked !== state.asked) return; // somebody was faster
+  byId("notice").hidden = true;
   const before = listPositions();
   showHistory();
   showSize();
@@ -414,7 +423,7 @@ async function recommend(what) {
   byId("table-body").children[state.chosen].lastElementChild.textContent = formatMs(chosen.ms);
   const summary = showLists(chosen, largest);
   moveItems(before);
-  const first = chosen.rows.length ? `First recommendation at size ${sizes[state.chosen]}: ${names[chosen.rows[0]]}.` : "";
+  const first = chosen.rows.length ? `First recommendation at size ${sizes[state.chosen]}: ${model.name(chosen.rows[0])}.` : "";
   announce([what, first, summary].filter(Boolean).join(" "));
 }
 
@@ -428,6 +437,10 @@ const page = globalThis.trustedTypes?.createPolicy("page", {
 }) ?? { createScriptURL: (url) => url };
 
 async function keepOffline() {
+  if (manifest.api) {
+    byId("offline").textContent = "What you pick is sent to this service, and to nobody else.";
+    return;
+  }
   if (!("serviceWorker" in navigator)) {
     byId("offline").textContent += " It is kept for offline use only if it comes by https, or from this computer.";
     return;
@@ -455,10 +468,11 @@ async function start() {
   await load();
   const { sizes } = manifest;
   state.chosen = firstChoice();
-  byId("about").textContent = `${manifest.name}: ${plural(manifest.num_items, "item")}. Recommendations are computed in this browser.`;
+  const where = manifest.api ? "A service recommends." : "Recommendations are computed in this browser.";
+  byId("about").textContent = `${manifest.name}: ${plural(manifest.num_items, "item")}. ${where}`;
   byId("conditions").textContent = conditions();
   byId("search").placeholder = "Type a word of a title";
-  byId("search").addEventListener("input", search);
+  byId("search").addEventListener("input", () => search().catch(fail));
   byId("search").addEventListener("keydown", onSearchKey);
   byId("search").addEventListener("blur", closeFound);
   byId("clear").addEventListener("click", clear);

@@ -263,8 +263,11 @@ export function searchItems(folded, query, limit) {
 
 /** Recommends in this browser. It keeps the states along the last history of each size: a further event is one step. */
 export class LocalModel {
-  constructor(model) {
+  /** Items go by their rows; names are what they are searched by and shown as. */
+  constructor(model, names = []) {
     this.model = model;
+    this.names = names;
+    this.folded = names.map(foldText);
     this.known = new Map(); // size → {rows, states}, states[i] before event i
     this.clocks = new Map(); // size → ms of the last runs
   }
@@ -284,6 +287,14 @@ export class LocalModel {
     const { z } = step(model, count, state, vector);
     const best = topK(scoreItems(model, count, z), k, excluded);
     return { ...best, ms: this.meanTime(size, performance.now() - started) };
+  }
+
+  name(row) {
+    return this.names[row];
+  }
+
+  async search(query, limit) {
+    return searchItems(this.folded, query, limit);
   }
 
   /** State after all events but the last, from what is known of the history's beginning. */

@@ -13,7 +13,7 @@ from importlib import resources
 
 PACKAGE = "fmrl_dist.deploy.web"
 SERVICE_WORKER = "service-worker.js"
-PAGE_FILES = ("index.html", "style.css", "app.js", "model.js", "manifest.webmanifest", "icon.svg")
+PAGE_FILES = ("index.html", "style.css", "app.js", "model.js", "api_model.js", "manifest.webmanifest", "icon.svg")
 EXPORT_MARK, FILES_MARK = b"__EXPORT__", b"const FILES = {};"
 
 
