@@ -119,6 +119,10 @@ CONFIG = (
     *("--store.path", "FOLDER/store", "--run.dir", "FOLDER/run"),
 )
 STORE = ("--store", "FOLDER/store")
+ARRAYS = (
+    *("--items", "FOLDER/raw/items.parquet"),
+    *("--feature", "vector=FOLDER/raw/vector.npy", "--feature", "colour=FOLDER/raw/colour.npy"),
+)
 
 COMMANDS = [
     Command("build", "shards.build", CONFIG, ("raw",), files_of("store"), ("store",)),
@@ -188,6 +192,31 @@ COMMANDS = [
     ),
     Command(
         "report", "fmrl_dist.report", ("FOLDER/run", "--no-timing", *STORE), ("store", "run"), page_of_run, ("run",)
+    ),
+    Command(
+        "encode",
+        "shards.encode",
+        ("FOLDER/export", *ARRAYS, "--output", "FOLDER/encoded"),
+        ("raw", "export"),
+        files_of("encoded"),
+        ("encoded",),
+    ),
+    Command(
+        "add_items --remove",
+        "fmrl_dist.add_items",
+        ("FOLDER/export", "--remove", "FOLDER/ids.txt", "--output", "FOLDER/out"),
+        ("export",),
+        files_of("out"),
+        ("out",),
+    ),
+    Command(
+        "add_items --update",
+        "fmrl_dist.add_items",
+        ("FOLDER/export", *ARRAYS, "--update", "--output", "FOLDER/out"),
+        ("raw", "export"),
+        files_of("out"),
+        ("out",),
+        starts_processes=True,
     ),
     Command(
         "submit --dry-run", "launch.submit", (*CONFIG, "--cluster", "local", "--dry-run"), ("raw", "store"), output

@@ -37,6 +37,7 @@ READERS = [
     ("evaluate --part", "run"),
     ("export", "run"),
     ("export", "store"),
+    ("add_items --remove", "export"),
 ]
 
 

@@ -32,7 +32,18 @@ VALUES += [
     "8,8",
     ",",
 ]
-SAFE = {"plan", "inspect", "verify", "submit --dry-run", "sweep --dry-run", "evaluate", "export", "demo"}
+SAFE = {
+    "plan",
+    "inspect",
+    "verify",
+    "submit --dry-run",
+    "sweep --dry-run",
+    "evaluate",
+    "export",
+    "demo",
+    "encode",
+    "add_items --remove",
+}
 
 
 class Captured(BaseException):

@@ -53,6 +53,7 @@ def prepare(world: Path, folder: Path, *parts: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(world / "shop.yaml", folder / "shop.yaml")
     write_space(folder)
+    (folder / "ids.txt").write_text("i3\ni5\n", encoding="utf-8")
     for part in parts:
         shutil.copytree(world / part, folder / PARTS[part], symlinks=True)
     return folder
