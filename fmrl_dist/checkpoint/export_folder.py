@@ -23,7 +23,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,9 @@ from fmrl_dist.base.files import file_sha256, final_name, foreign_entries, json_
 from fmrl_dist.data.feature_identity import MadeBy
 from fmrl_dist.data.store.manifest import VOCAB_FILE, fit_file
 from fmrl_dist.model.export_config import (
+    CHANGES,
     CONFIG_FILE,
+    REMOVED,
     check_export_file,
     export_config_text,
     read_export_config,
@@ -131,6 +133,7 @@ class ExportParts:
     dtype: str = "float32"  # of matrices, one of ``DTYPES``
     quality: Mapping[str, Any] | None = None  # what the dtype costs, as measured
     card: str = ""  # the model card
+    changes: Mapping[str, Any] = field(default_factory=dict)  # keys of a catalogue that has changed since its export
 
 
 def write_export(recommender: ExportedModel, folder: Path, parts: ExportParts, overwrite: bool) -> None:
@@ -228,6 +231,7 @@ def _config_of(recommender: ExportedModel, parts: ExportParts, format_name: str)
         "normalize": recommender.normalize,
         **({"vectors": parts.vectors} if parts.vectors else {}),
         "quality": dict(parts.quality or {"not_measured": "it was not asked for"}),
+        **parts.changes,
         "feature_encoders": dict(parts.encoders),
         "origin": asdict(recommender.origin),
     }
@@ -322,6 +326,7 @@ def read_export_parts(folder: Path) -> ExportParts:
             dtype=config["dtype"],
             quality=config.get("quality"),
             card=(folder / CARD_FILE).read_text(encoding="utf-8") if CARD_FILE in names else "",
+            changes={key: config[key] for key in (CHANGES, REMOVED) if key in config},
         )
     except UserError:
         raise

@@ -20,7 +20,9 @@ VERSION_WITHOUT_DTYPE = 2  # float32 throughout
 VERSION_WITHOUT_HASHES = 1  # likewise
 READ_VERSIONS = (VERSION_WITHOUT_HASHES, VERSION_WITHOUT_DTYPE, FORMAT_VERSION, VERSION_WITH_REMOVALS)
 CONFIG_FILE = "config.json"
-REMOVED = "num_removed"  # key of config.json: how many items must not be recommended, if any
+# Keys of config.json of an export whose catalogue has changed since: how many items were added, updated and removed,
+# and how many must not be recommended.
+CHANGES, REMOVED = "catalogue_changes", "num_removed"
 FORMATS = ("safetensors", "onnx")  # of a folder of this kind; only the first is read back
 
 

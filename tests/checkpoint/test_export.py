@@ -345,7 +345,7 @@ def test_an_export_is_replaced_only_when_asked(run: Path, exported: Path) -> Non
     assert left == {".lock", "export-8"}
 
 
-@pytest.mark.parametrize(("module", "moment"), [(export, "build_recommender"), (export_folder, "_save")])
+@pytest.mark.parametrize(("module", "moment"), [(export, "build_recommender"), (export_folder, "save_tensors")])
 def test_an_export_that_another_process_has_written_meanwhile_stays(
     module: ModuleType, moment: str, run: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

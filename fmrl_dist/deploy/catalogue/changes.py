@@ -24,6 +24,7 @@ from fmrl_dist.deploy.catalogue.encoded_items import EncodedItems
 from fmrl_dist.deploy.catalogue.item_files import embedder, write_item_files
 from fmrl_dist.deploy.catalogue.vocabulary_changes import ItemRecords, listed
 from fmrl_dist.model.export_config import (
+    CHANGES,
     CONFIG_FILE,
     FORMATS,
     REMOVED,
@@ -33,7 +34,6 @@ from fmrl_dist.model.export_config import (
 )
 
 NO_FORMAT = ("format_version", "sha256_of")  # keys of config.json that are written anew
-CHANGES = "catalogue_changes"  # its key: how many items were added, updated and removed since the export
 SECTION = "\n## Changes of the catalogue\n"
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from fmrl_dist import add_items, export
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.files import file_sha256
-from fmrl_dist.checkpoint.export_folder import ITEMS_FILE, ExportParts, read_export, write_export
+from fmrl_dist.checkpoint.export_folder import ITEMS_FILE, ExportParts, read_export, read_export_parts, write_export
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.deploy.recommender import Recommender
 from fmrl_dist.model import export_config
@@ -208,6 +208,38 @@ def test_removed_items_are_never_recommended(shop: Path, tmp_path: Path) -> None
     config = json.loads((folder / "config.json").read_text())
     assert (config["format_version"], config["num_removed"], config["num_items"]) == (4, 3, NUM_ITEMS)
     assert config["catalogue_changes"] == {"added": 9, "updated": 0, "removed": 3}
+
+
+@pytest.mark.parametrize("method", ["exact", "funnel", "ann"])
+def test_no_search_finds_a_removed_item(tmp_path: Path, method: str) -> None:
+    """Those that most users would have got first."""
+    if method == "ann":
+        pytest.importorskip("faiss")
+    torch.manual_seed(0)
+    folder = write_random_export(tmp_path / "export", random_export(num_items=5000))
+    before = Recommender.from_pretrained(folder)
+    histories = [[before.item_ids[17 * user], before.item_ids[user]] for user in range(40)]
+    gone = {item.item_id for items in before.recommend(histories, 3) for item in items}
+    (tmp_path / "ids.txt").write_text("\n".join(map(str, gone)))
+    run_here(add_items.main, [folder, "--remove", tmp_path / "ids.txt", "--in-place"])
+    after = Recommender.from_pretrained(folder, retrieval=method, recall=0.9)
+    found = after.recommend(histories, 10)
+    assert all(len(items) == 10 and gone.isdisjoint(item.item_id for item in items) for items in found)
+    expected = before.recommend(histories, 10, deny=sorted(map(str, gone)))
+    pairs = zip(found, expected, strict=True)
+    shared = np.mean([len({item.item_id for item in a} & {item.item_id for item in b}) / 10 for a, b in pairs])
+    assert shared > (0.85 if method != "exact" else 0.999)
+
+
+def test_an_export_that_is_written_again_keeps_its_removals(tmp_path: Path) -> None:
+    folder = write_random_export(tmp_path / "export")
+    (tmp_path / "ids.txt").write_text("i4")
+    run_here(add_items.main, [folder, "--remove", tmp_path / "ids.txt", "--in-place"])
+    write_export(read_export(folder), tmp_path / "again", replace(read_export_parts(folder), dtype="int8"), False)
+    configs = [json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "again")]
+    for key in ("format_version", "num_removed", "catalogue_changes", "num_items"):
+        assert configs[0][key] == configs[1][key]
+    assert Recommender.from_pretrained(tmp_path / "again").removed.tolist() == [4]
 
 
 def test_older_versions_refuse_an_export_with_removed_items(
