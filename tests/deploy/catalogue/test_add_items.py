@@ -242,6 +242,26 @@ def test_an_export_that_is_written_again_keeps_its_removals(tmp_path: Path) -> N
     assert Recommender.from_pretrained(tmp_path / "again").removed.tolist() == [4]
 
 
+def test_exports_of_older_versions(tmp_path: Path) -> None:
+    """The first version had no hashes; what is written is of today's."""
+    folder = write_random_export(tmp_path / "export")
+    config = json.loads((folder / "config.json").read_text())
+    newer = ("format", "dtype", "quality", "feature_encoders", "sha256", "sha256_of")
+    older = {key: value for key, value in config.items() if key not in newer} | {"format_version": 1}
+    (folder / "config.json").write_text(json.dumps(older))
+    (folder / "README.md").unlink()
+    (folder / "evaluation.json").write_text("{}")
+    (tmp_path / "ids.txt").write_text("i4")
+    with pytest.raises(UserError, match="does not record what made its feature 'text': it is of an older version"):
+        run_here(add_items.main, [folder, "--in-place", "--encoded", tmp_path])
+    run_here(add_items.main, [folder, "--remove", tmp_path / "ids.txt", "--in-place"])
+    assert Recommender.from_pretrained(folder).removed.tolist() == [4]
+    assert sorted(json.loads((folder / "config.json").read_text())["sha256_of"]) == [
+        path.name for path in sorted(folder.iterdir()) if path.name != "config.json"
+    ]
+    assert not (folder / "evaluation.json").exists()
+
+
 def test_older_versions_refuse_an_export_with_removed_items(
     shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
