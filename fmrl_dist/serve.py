@@ -51,7 +51,9 @@ def main(argv: list[str]) -> None:
     _add_limit(parser, "--max-batch", "histories that are answered together", defaults.max_batch)
     _add_limit(parser, "--max-delay-ms", "that a request waits for others, while there are some", 2, float)
     _add_limit(parser, "--max-in-flight", "requests; more are answered 503", defaults.max_in_flight)
-    _add_limit(parser, "--max-connections", "of clients; more are answered 503", defaults.max_connections)
+    parser.add_argument(
+        "--max-connections", type=int, metavar="N", help="more are answered 503 (default: 4096, or as ulimit -n allows)"
+    )
     _add_limit(parser, "--max-sessions", "that the service keeps", defaults.max_sessions)
     _add_limit(parser, "--session-memory", "MiB of all sessions", defaults.max_session_bytes // MIB)
     _add_limit(parser, "--session-ttl", "seconds since its last use that a session is kept", 3600, float)
@@ -69,7 +71,7 @@ def main(argv: list[str]) -> None:
     token = _token(arguments)
     try:
         from fmrl_dist.deploy.service.app import build_service_app
-        from fmrl_dist.deploy.service.server import GracefulServer, allow_open_files, listen
+        from fmrl_dist.deploy.service.server import GracefulServer, allowed_connections, listen
         from fmrl_dist.deploy.service.service import Service
     except ImportError as error:
         raise UserError(f"the service needs {error.name}, of the extra serve: pip install 'fmrl-dist[serve]'") from None
@@ -83,7 +85,7 @@ def main(argv: list[str]) -> None:
         max_delay_s=arguments.max_delay_ms / 1000,
         threads=arguments.threads,
         max_in_flight=arguments.max_in_flight,
-        max_connections=arguments.max_connections,
+        max_connections=allowed_connections(arguments.max_connections),
         max_sessions=arguments.max_sessions,
         max_session_bytes=arguments.session_memory * MIB,
         session_ttl_s=arguments.session_ttl,
@@ -94,7 +96,6 @@ def main(argv: list[str]) -> None:
         hosts=_hosts(arguments, token),
     )
     torch.set_num_threads(1)  # batches run beside each other
-    allow_open_files(settings.max_connections)
     with listen(arguments.host, arguments.port, settings) as listener:  # before loading, which takes longer
         folder = export_at(arguments.export, arguments.revision)
         exported = read_export(folder)

@@ -75,6 +75,7 @@ def build_service_app(service: Service) -> Gate:
     _add_operation(app, service, gate)
     _add_page(app, service)
     _state_limits(app, service)
+    _add_root(app)
     return gate
 
 
@@ -293,3 +294,12 @@ def _state_limits(app: FastAPI, service: Service) -> None:
     if limits.token is not None:
         schema["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
         schema["security"] = [{"token": []}]
+
+
+def _add_root(app: FastAPI) -> None:
+    """The address that people type: to the page, where there is one, or to the API's description."""
+    has_page = any(getattr(route, "path", "") == "/page/" for route in app.routes)
+
+    @app.get("/", include_in_schema=False)
+    async def root() -> Response:
+        return Response(status_code=307, headers={"location": "page/" if has_page else "docs"})

@@ -70,6 +70,9 @@ class Gate:
         except RefusedError as refusal:
             answer = error_answer(refusal.status, refusal.error, connection="close", **refusal.headers)
             await answer(scope, receive, send_noted if not refusal.drains else _unfinished(receive, send_noted))
+        except asyncio.CancelledError:  # the service ends, and its time for requests in flight is over
+            if not status:
+                await error_answer(503, "the service ends", connection="close")(scope, receive, send_noted)
         except Exception as error:  # the app has answered 500 already
             self._metrics.note_crash()
             sys.stderr.write("".join(traceback.format_exception(error)))

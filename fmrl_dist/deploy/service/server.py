@@ -28,7 +28,7 @@ from fmrl_dist.deploy.service.settings import ServiceSettings
 HEAD_BYTES = 16 << 10  # of a request's first lines
 BACKLOG = 2048
 LAST_REQUESTS_S = 0.25  # at the end, for requests that are on their way
-FILES_BESIDE_CONNECTIONS = 64
+MAX_CONNECTIONS, FILES_BESIDE_CONNECTIONS = 4096, 64
 
 
 class HurriedProtocol(H11Protocol):
@@ -199,18 +199,24 @@ def listen(host: str, port: int, settings: ServiceSettings) -> socket.socket:
     return listener
 
 
-def allow_open_files(max_connections: int) -> None:
-    """Raise this process' limit of open files to what connections need, as far as it may.
+def allowed_connections(wanted: int | None) -> int:
+    """How many connections to allow; this process' limit of open files is raised to that.
+
+    Args:
+        wanted: so many; None for :data:`MAX_CONNECTIONS`, or fewer if the process may not open so many files.
 
     Raises:
-        UserError: it may not be raised so far.
+        UserError: it may not.
     """
-    wanted = max_connections + FILES_BESIDE_CONNECTIONS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        if hard != resource.RLIM_INFINITY and hard < wanted:
-            raise UserError(
-                f"this process may open {hard} files, and --max-connections {max_connections} needs {wanted}; raise "
-                f"ulimit -n, or choose --max-connections {max(hard - FILES_BESIDE_CONNECTIONS, 1)}"
-            )
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    most = max(hard - FILES_BESIDE_CONNECTIONS, 1) if hard != resource.RLIM_INFINITY else MAX_CONNECTIONS
+    connections = min(MAX_CONNECTIONS, most) if wanted is None else wanted
+    if connections > most and hard != resource.RLIM_INFINITY:
+        raise UserError(
+            f"this process may open {hard} files, too few for --max-connections {wanted}; raise ulimit -n, or choose "
+            f"--max-connections {most}"
+        )
+    files = connections + FILES_BESIDE_CONNECTIONS
+    if soft != resource.RLIM_INFINITY and soft < files:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+    return connections

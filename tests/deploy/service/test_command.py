@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def test_refusals(export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             (("--port", 70_000), "--port is 70000; expected at most 65535"),
             (("--host", "192.0.2.1", "--no-token"), "port 0 of 192.0.2.1 cannot be listened at"),
             (("--host", "no such host", "--no-token"), "--host no such host cannot be listened at"),
-            (("--max-connections", 10**9), "--max-connections 1000000000 needs 1000000064; raise ulimit -n"),
+            (("--max-connections", 10**9), "too few for --max-connections 1000000000; raise ulimit -n"),
         ]:
             assert complaint in refusal(export, "--port", 0, *words)
     assert "is neither a folder nor the id of a repository" in refusal(tmp_path / "none", "--port", 0)
@@ -62,7 +63,7 @@ def test_the_extra_is_named(export: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_one_size_for_others_with_a_token_until_an_interrupt(export: Path) -> None:
     words = ("--host", "0.0.0.0", "--token-env", "MY_TOKEN", "--sizes", 8)
     with running_service(export, *words, "--retrieval", "funnel", MY_TOKEN=TOKEN) as service:
-        for path in ("/v1/model", "/docs", "/metrics", "/openapi.json"):
+        for path in ("/v1/model", "/docs", "/metrics", "/page/"):
             assert service.get(path).error == "a token is needed: send Authorization: Bearer TOKEN"
         assert service.get("/ready").status == 200
         given = {"Authorization": f"Bearer {TOKEN}", "Host": "any.example"}
@@ -71,3 +72,18 @@ def test_one_size_for_others_with_a_token_until_an_interrupt(export: Path) -> No
         assert service.ask("POST", "/v1/recommend", {"histories": [["i1"]]}, **given).json["size"] == 8
         assert TOKEN not in " ".join(Path(f"/proc/{service.process.pid}/cmdline").read_text().split("\0"))
         assert service.end(signal.SIGINT) == (130, "8 requests answered\n", "ended by SIGINT\n")
+
+
+def test_the_end_waits_no_longer_than_it_may(export: Path) -> None:
+    """A client that is still sending its request is told."""
+    with running_service(export, "--grace", 1, "--timeout", 60) as service:
+        assert service.get("/").url == f"{service.address}/page/"
+        with socket.create_connection(("127.0.0.1", service.port), 30) as client:
+            client.sendall(b"POST /v1/recommend HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{")
+            time.sleep(0.2)
+            code, stdout, stderr = service.end()
+            assert (code, stdout) == (143, "3 requests answered\n")
+            cancelled, ended = stderr.splitlines()
+            assert "Cancel 1 running task(s)" in cancelled and ended == "ended by SIGTERM"
+            answer = client.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 503 ") and b'{"error":"the service ends"}' in answer
