@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from fmrl_dist.base.errors import require
-from fmrl_dist.deploy.approximate.funnel import FunnelSearch, Margins
+from fmrl_dist.deploy.approximate.funnel import FunnelSearch, Margins, is_small
 from fmrl_dist.deploy.approximate.int8_prefix import BLOCK_ITEMS, Int8Prefix, RotatedInt8
 from fmrl_dist.deploy.approximate.recall import (
     SEED,
@@ -73,12 +73,15 @@ def calibrated_funnel(
     """
     check_recall(recall)
     choosing, checking = halves(outputs)
+    candidates = widths(vectors.shape[1])
+    if is_small(len(vectors)):  # nothing will be asked of the prefix
+        candidates, rotation = candidates[:1], np.eye(vectors.shape[1], dtype=np.float32)
     if rotation is None:
         rotation = _learned_rotation(vectors, choosing)
     rotated, chosen = RotatedInt8.of_vectors(vectors, rotation), ExactLists.of(vectors, choosing)
     funnels = [
         FunnelSearch(vectors, rotation, Int8Prefix.of_rotated(rotated, width), Margins((1,), (0.0,)))
-        for width in widths(vectors.shape[1])
+        for width in candidates
     ]
     funnel = min(funnels, key=lambda funnel: _expected_cost_ns(funnel, chosen.first(PROBES), recall))
     funnel.margins = _margins(funnel, chosen, chosen.cutoffs, recall)

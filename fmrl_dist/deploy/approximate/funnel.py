@@ -28,8 +28,13 @@ from fmrl_dist.deploy.retrieval import checked_outputs, top_k
 
 USERS_AT_ONCE = 64
 SEEDS_PER_ITEM, MIN_SEEDS = 2, 16  # of a list
-SMALL_CATALOGUE = 4096  # an exact search of so few items costs less
+SMALL_CATALOGUE = 16_384  # an exact search of so few items costs no more
 LONGEST_SHARE = 1 / 4  # of all items in a shortlist; an exact search costs less than more
+
+
+def is_small(num_items: int) -> bool:
+    """Whether so few items are searched exactly, always."""
+    return num_items <= SMALL_CATALOGUE
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class FunnelSearch:
         filters = ItemFilters.of_lists(len(outputs), len(self.vectors), exclude, allow, deny)
         num_items = len(self.vectors) if filters.only is None else len(filters.only)
         rows, scores = np.full((len(outputs), k), -1, np.int64), np.full((len(outputs), k), -np.inf, np.float32)
-        is_exact = filters.is_limited | (num_items <= SMALL_CATALOGUE) | (k > LONGEST_SHARE * num_items)
+        is_exact = filters.is_limited | is_small(num_items) | (k > LONGEST_SHARE * num_items)
         users = np.flatnonzero(~is_exact)
         if len(users):
             items = _Items.of(self.vectors, self.prefix, filters)

@@ -10,8 +10,15 @@ import pytest
 import torch
 
 from fmrl_dist.base.errors import UserError
+from fmrl_dist.deploy.approximate import funnel
 from fmrl_dist.deploy.recommender import Recommender
 from tests.fixtures.exports import random_export, write_random_export
+
+
+@pytest.fixture(autouse=True)
+def no_catalogue_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a quick test's is searched by the funnel."""
+    monkeypatch.setattr(funnel, "SMALL_CATALOGUE", 0)
 
 
 @pytest.fixture(scope="module")

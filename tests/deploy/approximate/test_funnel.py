@@ -20,7 +20,7 @@ from fmrl_dist.deploy.retrieval import top_k
 from fmrl_dist.model.rotation import principal_rotation
 from tests.fixtures.retrieval import filtered_cases, vectors_and_outputs
 
-NUM_ITEMS = 6000  # more than are searched exactly
+NUM_ITEMS = 6000
 
 
 def small_search(vectors: np.ndarray, width: int, margin: float) -> FunnelSearch:
@@ -34,15 +34,20 @@ def turned(outputs: np.ndarray) -> np.ndarray:
     return principal_rotation(torch.from_numpy(outputs)).float().numpy()
 
 
-@pytest.fixture
-def even_small_catalogues(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No search is exact only because the catalogue is small or the shortlist long."""
+@pytest.fixture(autouse=True)
+def no_catalogue_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a quick test's is searched by the funnel."""
     monkeypatch.setattr(funnel, "SMALL_CATALOGUE", 0)
+
+
+@pytest.fixture
+def however_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No search is exact because the shortlist is long."""
     monkeypatch.setattr(funnel, "LONGEST_SHARE", 3)
     monkeypatch.setattr(funnel, "USERS_AT_ONCE", 2)
 
 
-@pytest.mark.usefixtures("even_small_catalogues")
+@pytest.mark.usefixtures("however_long")
 @settings(deadline=None)
 @given(case=filtered_cases(), width=st.integers(1, 4))
 def test_a_margin_that_lets_all_in_gives_exact_lists(case: dict[str, Any], width: int) -> None:
@@ -56,7 +61,7 @@ def test_a_margin_that_lets_all_in_gives_exact_lists(case: dict[str, Any], width
     assert rows.dtype == np.int64 and scores.dtype == np.float32
 
 
-@pytest.mark.usefixtures("even_small_catalogues")
+@pytest.mark.usefixtures("however_long")
 @settings(deadline=None)
 @given(case=filtered_cases(), margin=st.sampled_from([-1e9, -1.0, 0.0, 1.0]))
 def test_filters_are_exact_whatever_the_margin(case: dict[str, Any], margin: float) -> None:
@@ -122,6 +127,14 @@ def test_few_channels_and_few_items(width: int) -> None:
     search, record = calibrated_funnel(vectors, outputs, 0.99, turned(outputs))
     assert least_recall(record.held_out_recall) == 1
     np.testing.assert_array_equal(search.top_k(outputs, 60)[0], top_k(vectors, outputs, 60)[0])
+
+
+def test_small_catalogues_are_searched_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(funnel, "SMALL_CATALOGUE", 1000)
+    vectors, outputs = vectors_and_outputs(1000, 200)
+    search, record = calibrated_funnel(vectors, outputs, 0.5)
+    assert least_recall(record.held_out_recall) == 1
+    np.testing.assert_array_equal(search.top_k(outputs, 10)[0], top_k(vectors, outputs, 10)[0])
 
 
 def test_recall_is_counted_by_hand() -> None:
