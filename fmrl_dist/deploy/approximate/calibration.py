@@ -126,9 +126,8 @@ def _learned_rotation(vectors: np.ndarray, outputs: np.ndarray) -> np.ndarray:
 def _margins(funnel: FunnelSearch, exact: ExactLists, cutoffs: tuple[int, ...], recall: float) -> Margins:
     """Margins that cover all items of the exact lists but a share of what the recall leaves."""
     needed = [funnel.needed_margins(exact.outputs, exact.rows[:, :k]) for k in cutoffs]
-    return Margins(
-        cutoffs, tuple(float(np.quantile(margins, with_spare(recall), method="higher")) for margins in needed)
-    )
+    quantiles = [float(np.quantile(margins, with_spare(recall), method="higher")) for margins in needed]
+    return Margins(cutoffs, tuple(max(0.0, quantile) for quantile in quantiles))
 
 
 def _expected_cost_ns(funnel: FunnelSearch, exact: ExactLists, recall: float) -> float:

@@ -107,7 +107,7 @@ class FunnelSearch:
         return np.array([len(self.vectors) if rows is None else len(rows) for rows in shortlists])
 
     def needed_margins(self, outputs: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-        """The margin that would have let each item into an output's shortlist, float64 [B, k].
+        """The margin that would have let each item into an output's shortlist, float64 [B, k]; -inf: it is a seed.
 
         Args:
             outputs: float32 [B, W].
@@ -145,8 +145,8 @@ class _OneSearch:
     maxima: np.ndarray  # the largest product of each block, int32 [C]
     seed_blocks: np.ndarray  # those where it is largest
 
-    def _seeds(self) -> tuple[float, int] | None:
-        """The k-th best whole score among the seeds, and the least product of those that have it or a better one.
+    def _seeds(self) -> tuple[float, np.ndarray] | None:
+        """The k-th best whole score among the seeds, and the rows of those that have it or a better one.
 
         None if filters leave fewer than k.
         """
@@ -157,27 +157,30 @@ class _OneSearch:
         best = np.flatnonzero(products >= np.partition(products, len(rows) - number)[len(rows) - number])
         scores = self.items.scores(rows[best], self.z)
         last = np.partition(scores, len(scores) - self.k)[len(scores) - self.k]
-        return float(last), int(products[best[scores >= last]].min())
+        return float(last), rows[best[scores >= last]]
 
     def shortlist(self, margin: float) -> np.ndarray | None:
         """Rows, at least k; None where an exact search costs less than ranking them all."""
         seeds = self._seeds()
         if seeds is None:
             return None
-        least = min(np.floor((seeds[0] - margin * self.unseen) / self.scale), seeds[1])
-        least = max(least, np.iinfo(np.int32).min)
+        last, best = seeds
+        least = (last - margin * self.unseen) / self.scale
         blocks = np.flatnonzero(self.maxima >= least)
         if len(blocks) * BLOCK_ITEMS > LONGEST_SHARE * len(self.items.prefix):
             return None
+        if len(blocks) == 0:
+            return best
         rows, products = self.items.in_blocks(blocks, self.query)
-        return rows[products >= least]
+        return np.union1d(rows[products >= least], best)
 
     def needed_margins(self, rows: np.ndarray) -> np.ndarray:
         """See :meth:`FunnelSearch.needed_margins`."""
         seeds = self._seeds()
         assert seeds is not None, "there is no filter"
-        below = seeds[0] - self.scale * self.items.prefix.products(self.query, rows)
-        return below / max(self.unseen, np.finfo(np.float64).tiny)
+        last, best = seeds
+        below = last - self.scale * self.items.prefix.products(self.query, rows)
+        return np.where(np.isin(rows, best), -np.inf, below / max(self.unseen, np.finfo(np.float64).tiny))
 
 
 class _Items:
