@@ -23,8 +23,9 @@ from fmrl_dist.checkpoint.export_folder import export_sha256
 from fmrl_dist.config.command_line import CommandParser
 from fmrl_dist.config.credentials import warn_of_credentials
 from fmrl_dist.data.store.manifest import VOCAB_FILE
+from fmrl_dist.deploy.approximate.choice import METHODS
 from fmrl_dist.deploy.batch.history_files import STDIN, HistoryFiles
-from fmrl_dist.deploy.batch.job import ListCounts, write_parts, write_stream
+from fmrl_dist.deploy.batch.job import ListCounts, one_thread_each, write_parts, write_stream
 from fmrl_dist.deploy.batch.list_files import FORMATS, ListMaker
 from fmrl_dist.deploy.batch.output_folder import JobRecord, OutputFolder
 from fmrl_dist.deploy.batch.user_batches import Share, batched
@@ -54,6 +55,10 @@ def main(argv: list[str]) -> None:
         "--vectors", type=int, metavar="K", help="compare vectors of the whole network cut to K channels"
     )
     parser.add_argument("--revision", help="branch, tag or commit of a repository on the Hub")
+    parser.add_argument("--retrieval", choices=METHODS, default="exact", help="how lists are found (default: exact)")
+    parser.add_argument(
+        "--recall", type=float, default=0.99, help="of the exact lists' items, for others (default: 0.99)"
+    )
     parser.add_argument("-k", type=int, default=10, help="items of each list (default: 10)")
     parser.add_argument("--include-seen", action="store_true", help="items of the history may be recommended again")
     parser.add_argument(
@@ -78,7 +83,7 @@ def main(argv: list[str]) -> None:
     check(arguments)
     folder = export_at(arguments.export, arguments.revision)
     if arguments.histories is None:
-        show(Recommender.from_pretrained(folder, arguments.size, vectors=arguments.vectors), arguments)
+        show(load(folder, arguments), arguments)
     elif arguments.output is None:
         stream(folder, arguments)
     else:
@@ -112,6 +117,13 @@ def check(arguments: argparse.Namespace) -> None:
     require(
         not overwrites, "with --part, others may be writing the output; remove it beforehand instead of --overwrite"
     )
+
+
+def load(folder: Path, arguments: argparse.Namespace) -> Recommender:
+    """The recommender. What a funnel chooses depends on the threads that measure it, so one does."""
+    one_thread_each()
+    settings = {"vectors": arguments.vectors, "retrieval": arguments.retrieval, "recall": arguments.recall}
+    return Recommender.from_pretrained(folder, arguments.size, **settings)
 
 
 def read_ids(path: Path | None, recommender: Recommender) -> list[int | str] | None:
@@ -226,7 +238,7 @@ def stream(folder: Path, arguments: argparse.Namespace) -> None:
     """Answer all users on standard output."""
     refuse_one_process_trap(os.environ)
     require(is_alone(os.environ), "several processes cannot share standard output; give --output")
-    recommender = Recommender.from_pretrained(folder, arguments.size, vectors=arguments.vectors)
+    recommender = load(folder, arguments)
     make_lists = list_maker(recommender, arguments)
     histories = open_histories(recommender, arguments)
     described = histories.describe({})
@@ -250,7 +262,7 @@ def write(folder: Path, arguments: argparse.Namespace) -> None:
     require(alone, "several processes cannot share standard input; write it to a file")
     if runtime.is_main:
         output.check(arguments.resume is not None, arguments.overwrite)
-    recommender = Recommender.from_pretrained(folder, arguments.size, vectors=arguments.vectors)
+    recommender = load(folder, arguments)
     make_lists = list_maker(recommender, arguments)
     histories = open_histories(recommender, arguments)
     record = claimed(output, histories, options_of(folder, recommender, histories, arguments), runtime, arguments)
@@ -303,6 +315,9 @@ def options_of(
         "export_sha256": json_sha256([export_sha256(folder), file_sha256(folder / VOCAB_FILE)]),
         "size": recommender.size,
         "vectors": arguments.vectors,
+        "retrieval": arguments.retrieval,
+        "recall": arguments.recall if recommender.retrieval_record else None,
+        "retrieval_sha256": json_sha256(recommender.retrieval_record),
         "k": arguments.k,
         "include_seen": arguments.include_seen,
         **{f"{name}_sha256": None if given is None else json_sha256(given) for name, given in ids.items()},

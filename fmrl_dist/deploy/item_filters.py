@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fmrl_dist.base.errors import require
+from fmrl_dist.base.errors import UserError, require
 
 Rows = np.ndarray | Sequence[int]
 RowsOfEach = Sequence[Rows | None]  # of each user; None: no list
@@ -54,7 +54,10 @@ class ItemFilters:
             require(
                 len(lists) == num_users, f"{name} has {len(lists)} lists; expected one for each of {num_users} users"
             )
-            return RaggedRows.of([_checked([] if rows is None else rows, num_items, name) for rows in lists])
+            arrays = [np.asarray([] if rows is None else rows) for rows in lists]
+            return _sound_together(arrays, num_items) or RaggedRows.of(
+                [_checked(rows, num_items, name) for rows in arrays]
+            )
 
         only, without, none = None, np.empty(0, np.int64), RaggedRows.of([np.empty(0, np.int64)] * num_users)
         excluded, allowed, is_limited = none, none, np.zeros(num_users, bool)
@@ -180,10 +183,23 @@ def _places(wanted: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return places, rows[places] == wanted
 
 
+def _sound_together(arrays: list[np.ndarray], num_items: int) -> RaggedRows | None:
+    """Rows of many users, checked at once; None if something may be wrong with them, or some are of another kind."""
+    lengths = [array.size for array in arrays]
+    filled = [array for array in arrays if array.size]
+    if any(array.ndim != 1 or array.dtype != np.int64 for array in filled):
+        return None
+    rows = np.concatenate([np.empty(0, np.int64), *filled])
+    if len(rows) and (rows.min() < 0 or rows.max() >= num_items):
+        return None
+    return RaggedRows(np.repeat(np.arange(len(arrays)), lengths), rows)
+
+
 def _checked(rows: object, num_items: int, name: str) -> np.ndarray:
     array = np.asarray(rows)
     if array.size == 0:
         return np.empty(0, np.int64)
     is_sound = array.ndim == 1 and array.dtype.kind in "iu" and int(array.min()) >= 0 and int(array.max()) < num_items
-    require(is_sound, f"{name} holds {array.tolist()!r:.80}; expected rows of items, from 0 to {num_items - 1}")
+    if not is_sound:
+        raise UserError(f"{name} holds {array.tolist()!r:.80}; expected rows of items, from 0 to {num_items - 1}")
     return array.astype(np.int64)

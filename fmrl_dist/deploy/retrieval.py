@@ -24,6 +24,7 @@ USERS_AT_ONCE = 256
 MIN_TILE_ITEMS = 4096
 TILE_SCORES = 1 << 20  # of a larger tile
 MIN_GROUPS = 64  # of a tile's items, see _bound
+LOWEST = np.finfo(np.float32).min  # above -inf; not the neighbour of some score, which is 0 where denormals are flushed
 
 
 def top_k(
@@ -107,9 +108,9 @@ class TopK:
 
     def add(self, rows: np.ndarray, scores: np.ndarray) -> None:
         """Merge a tile: rows int64 [v], ascending and above all before, and scores float32 [B, v]; -inf is no item."""
-        least = _bound(scores, self.rows.shape[1]) if self._is_new else self.scores[:, -1:]
+        is_near = scores >= _bound(scores, self.rows.shape[1]) if self._is_new else scores > self.scores[:, -1:]
         self._is_new = False
-        places = np.flatnonzero(scores > least)
+        places = np.flatnonzero(is_near)
         if len(places):
             users, columns = np.divmod(places, scores.shape[1])
             self._merge(users, rows[columns], scores.reshape(-1)[places])
@@ -126,16 +127,16 @@ class TopK:
 
 
 def _bound(scores: np.ndarray, k: int) -> np.ndarray:
-    """What each user's k best scores in a tile [b, v] exceed, and few others do, [b, 1].
+    """What each user's k best items in a tile [b, v] score at least, and few others do, finite, [b, 1].
 
     The items are put into groups. Each of the k best groups has an item that is no worse than the k-th best group's
     best one; so at least k items are no worse than that.
     """
     num_items = scores.shape[1]
     if k > num_items:
-        return np.full((len(scores), 1), -np.inf, np.float32)
+        return np.full((len(scores), 1), LOWEST, np.float32)
     num_groups = min(max(MIN_GROUPS, 8 * k), num_items)
     whole = num_items // num_groups * num_groups
     groups = torch.from_numpy(scores)[:, :whole].unflatten(1, (-1, num_groups)).amax(1).numpy()
     least: np.ndarray = np.partition(groups, num_groups - k, axis=1)[:, num_groups - k, None]
-    return np.nextafter(least, np.float32(-np.inf))
+    return np.maximum(least, LOWEST)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -64,6 +65,16 @@ def test_lists_are_those_of_a_sort(case: dict[str, Any], tile_items: int, users:
     np.testing.assert_array_equal(rows, expected_rows)
     np.testing.assert_array_equal(scores, expected_scores)
     assert rows.dtype == np.int64 and scores.dtype == np.float32
+
+
+def test_scores_of_zero_where_denormals_are_flushed() -> None:
+    """As in every process of a training or a nightly job; no number lies between 0 and what is below it."""
+    torch.set_flush_denormal(True)
+    try:
+        rows, scores = top_k(np.zeros((5000, 2), np.float32), np.ones((2, 2), np.float32), 3, exclude=[[0], []])
+    finally:
+        torch.set_flush_denormal(False)
+    assert rows.tolist() == [[1, 2, 3], [0, 1, 2]] and scores.tolist() == [[0, 0, 0]] * 2
 
 
 def test_large_lists_of_real_tiles() -> None:

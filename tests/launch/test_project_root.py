@@ -11,7 +11,7 @@ import pytest
 
 from tests.fixtures.processes import REPOSITORY
 
-SCRIPTS = ("train", "eval", "export", "shards", "sweep")
+SCRIPTS = ("train", "eval", "export", "recommend", "shards", "sweep")
 ARGUMENTS = ["configs/demo.yaml", "--a", "b  c"]
 
 

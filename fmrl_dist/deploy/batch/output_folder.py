@@ -26,7 +26,7 @@ from typing import Any
 import pyarrow as pa
 
 from fmrl_dist.base.errors import UserError, require
-from fmrl_dist.base.files import final_name, foreign_entries, json_sha256, write_atomically, written_aside
+from fmrl_dist.base.files import final_name, flush, foreign_entries, json_sha256, write_atomically, written_aside
 from fmrl_dist.base.json_text import read_object
 from fmrl_dist.deploy.batch.history_files import BLOCK_BYTES, InputFile
 from fmrl_dist.deploy.batch.list_files import JsonLinesPart, ParquetPart, parquet_identity
@@ -151,7 +151,8 @@ class OutputFolder:
         path = self.path / RECORD_FILE
         aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
         try:
-            write_atomically(aside, data)
+            aside.write_bytes(data)
+            flush(aside)
             os.link(aside, path)
         except FileExistsError:
             pass

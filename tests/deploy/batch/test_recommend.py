@@ -367,6 +367,38 @@ def test_standard_input_and_output(
     assert "standard input is read once" in refused(*words, "--output", tmp_path / "x", "--resume", "auto")
 
 
+def test_memory_does_not_grow(export: Path, tmp_path: Path) -> None:
+    """Of ten times as many users: a few MB more at most."""
+    peaks = []
+    for count in (2, 20):
+        tables = write_tables(tmp_path / f"{count}", make_users(1000) * count, ())
+        output = tmp_path / f"lists-{count}"
+        process = start(export, "--histories", tables, "--output", output, "--part-users", 2000, "--threads", 1)
+        _, status, usage = os.wait4(process.pid, 0)
+        assert status == 0
+        peaks.append(usage.ru_maxrss)  # KiB
+    assert peaks[1] - peaks[0] < 8 * 1024, peaks
+
+
+def test_lists_by_the_funnel(tmp_path: Path, users: list[dict[str, Any]]) -> None:
+    """Whoever measures its margins measures the same: shares of different processes are parts of one output."""
+    export = write_random_export(tmp_path / "export", random_export(num_items=5000))
+    histories = write_lines(tmp_path / "users.jsonl", users)
+    words = (export, "--histories", histories, "--retrieval", "funnel", "--recall", 0.9, "--part-users", 200)
+    run(*words, "--output", tmp_path / "one")
+    for part in ("1/2", "2/2"):
+        run(*words, "--output", tmp_path / "array", "--part", part, "--resume", "auto", "--threads", 1)
+    assert contents(tmp_path / "array") == contents(tmp_path / "one")
+    expected = expected_lists(export, users)
+    found = [
+        len({*items} & {*wanted})
+        for (_, items, _), (_, wanted, _) in zip(read_lists(tmp_path / "one"), expected, strict=True)
+    ]
+    assert np.mean(found) >= 8.5
+    message = refused(*words, "--output", tmp_path / "one", "--resume", "auto", "--recall", 0.8)
+    assert "are of another job: recall" in message or "are of another job: retrieval" in message
+
+
 def test_one_history_in_words(export: Path) -> None:
     recommender = Recommender.from_pretrained(export, size=8)
     (expected,) = recommender.recommend([["i7", "i8"]], k=3)

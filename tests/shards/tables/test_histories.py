@@ -163,7 +163,7 @@ def test_texts_of_a_csv_stay_as_they_are_written(tmp_path: Path) -> None:
     parts = [f"{{{name}}}" for name in names]
     features = {"words": {"source": "tfidf", "dim": 1, "text": parts}}
     raw = _RawData.read(tiny_config(tmp_path, tmp_path / "store", items=items, features=features).data)
-    assert item_texts(raw.items, parts, " ").texts == [" ".join(WRITTEN)] * 6
+    assert item_texts(raw.items.table, parts, " ").texts == [" ".join(WRITTEN)] * 6
 
 
 def test_a_number_of_a_csv_may_have_a_numbers_format(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_number_of_a_csv_may_have_a_numbers_format(tmp_path: Path) -> None:
     items = {"path": "items.csv", "title": ""}
     features, text = {"words": {"source": "tfidf", "dim": 1}}, ["{title} costs {price:.2f}"]
     raw = _RawData.read(tiny_config(tmp_path, tmp_path / "store", items=items, features=features, text=text).data)
-    assert item_texts(raw.items, text, "").texts == ["007 costs 7.50", "Untitled Item"]
+    assert item_texts(raw.items.table, text, "").texts == ["007 costs 7.50", "Untitled Item"]
 
 
 @pytest.mark.parametrize("word", ["0042", "42.0", "+42", "4e1"])
