@@ -94,18 +94,21 @@ def main_of(module: str) -> Main:
 
 
 def test_the_quickstart_prints_the_best_titles(demo_folder: Path) -> None:
-    if not (demo_folder / "runs/demo/export-16").exists():  # else the README's own command has made it
+    if not (demo_folder / "runs/demo/export-128").exists():  # else the README's own command has made it
         with contextlib.chdir(demo_folder):
-            run_here(export.main, ["--checkpoint", "runs/demo", "--size", "16"])
+            run_here(export.main, ["--checkpoint", "runs/demo"])
     (block,) = [block for block in PAGES["README.md"].blocks if block.language == "python"]
-    best = [line.split("  ", 1) for line in run_python(block.text, demo_folder).splitlines()]
-    recommender = read_export(demo_folder / "runs/demo/export-16")
-    history = re.search(r"torch.tensor\(\[(.*?)\]\)\[-recommender.max_length :\]", block.text)
-    assert history is not None
-    items = recommender.items[[int(item) for item in history[1].split(",")]]
+    best = [line.split("  ", 1) for line in run_python(block.text, demo_folder).splitlines() if "  " in line]
+    exported = read_export(demo_folder / "runs/demo/export-128")
+    (call,) = re.findall(r"recommender\.recommend\(\[\[(.*?)\]\], k=5\)", block.text)
+    history = [int(number) for number in re.findall(r"item-(\d+)", call)]
+    (size,) = map(int, re.findall(r"size=(\d+)\)", block.text))
+    model, items = exported.model.truncate(size), exported.items[:, :size]
     with torch.no_grad():
-        z = recommender.model(items, torch.tensor([0, len(items)]), torch.tensor([True]))[-1]
-    top = (recommender.items @ z).topk(5)
+        z = model(items[history], torch.tensor([0, len(history)]), torch.tensor([False]))[-1]
+    scores = items @ z
+    scores[history] = -torch.inf
+    top = scores.topk(5)
     titles = pq.read_table(demo_folder / "data/demo/items.parquet")["title"].to_pylist()
     assert [title for _, title in best] == [titles[item] for item in top.indices.tolist()]
     assert [float(score) for score, _ in best] == pytest.approx(top.values.tolist(), abs=0.006)
