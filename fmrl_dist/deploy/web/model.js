@@ -8,8 +8,8 @@ export const FORMAT_VERSION = 1;
 const LAYER_NORM_EPS = 1e-5;
 const TIMED_RUNS = 64; // of each size; browsers round their clocks, so only a mean means something
 const COUNTED_RUNS = 0.75; // the fastest; the others had to wait
-const WARM_UP_RUNS = 16; // before the code is compiled
-const WARM_UP_MS = 25; // at most, for each size
+const FIRST_RUNS = 8; // before the code is compiled; then at least as many count
+const WARM_UP_MS = 25; // for each size, unless so many runs take longer
 
 export class DamagedExportError extends Error {}
 
@@ -320,8 +320,9 @@ export class LocalModel {
   /** Run a size until its time is known. */
   async warmUp(size) {
     const started = performance.now();
-    for (let run = 0; run < WARM_UP_RUNS + TIMED_RUNS && performance.now() - started < WARM_UP_MS; run++) {
-      if (run === WARM_UP_RUNS) this.clocks.delete(size);
+    const isEnough = (run) => run >= 2 * FIRST_RUNS && performance.now() - started > WARM_UP_MS;
+    for (let run = 0; run < FIRST_RUNS + TIMED_RUNS && !isEnough(run); run++) {
+      if (run === FIRST_RUNS) this.clocks.delete(size);
       await this.recommend([0], 10, size);
     }
     return this.recommend([0], 10, size);
