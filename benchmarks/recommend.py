@@ -5,8 +5,9 @@
     python -m benchmarks.recommend EXPORT --memory 10000,1000000
 
 Histories are drawn: geometric lengths of nine events on average, items by popularity. The sides are interleaved.
-"command" reads Parquet and writes Parquet, "lists" is what it does in between, and "loop" is, for each user, the model
-over the history, one product with all items, and torch.topk. Before anything is timed, their lists are compared.
+"command" reads Parquet and writes Parquet, "lists" is what it does in between. "loop" is, for each user, the model over
+the history, one product with all items, and torch.topk; "torch" is the same for 256 users at once, whose scores are
+all held. Before anything is timed, their lists are compared.
 """
 
 from __future__ import annotations
@@ -99,16 +100,18 @@ def write_histories(path: Path, item_ids: list[int | str], histories: list[np.nd
     pq.write_table(pa.table({"user_id": users, "item_ids": lists}), path)
 
 
-def loop_list(recommender: Recommender, items: Tensor, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-    """One user's list as one would first write it."""
+def torch_lists(recommender: Recommender, items: Tensor, histories: list[np.ndarray]) -> Tensor:
+    """Scores of the lists of some users, as one would first write it."""
     model = recommender.model
-    read = torch.from_numpy(rows[-model.max_length :])
+    read = [rows[-model.max_length :] for rows in histories]
+    starts = torch.tensor([0, *map(len, read)]).cumsum(0)
     with torch.inference_mode():
-        z = model.model(model.embeddings[read], torch.tensor([0, len(read)]), torch.tensor([False]))[-1]
-        z = torch.from_numpy(model.compared_outputs(z[None].numpy()))[0]
-        scores = items @ z
-        scores[torch.from_numpy(rows)] = -torch.inf
-        return torch.topk(scores, K)
+        from_start = torch.zeros(len(read), dtype=torch.bool)
+        z = model.model(model.embeddings[torch.from_numpy(np.concatenate(read))], starts, from_start)[starts[1:] - 1]
+        scores = torch.from_numpy(model.compared_outputs(z.numpy())) @ items.T
+        for row, seen in zip(scores, histories, strict=True):
+            row[torch.from_numpy(seen)] = -torch.inf
+        return torch.topk(scores, K).values
 
 
 def measure_speed(recommender: Recommender, arguments: argparse.Namespace) -> None:
@@ -119,8 +122,9 @@ def measure_speed(recommender: Recommender, arguments: argparse.Namespace) -> No
     maker, items = ListMaker(recommender, K), torch.from_numpy(recommender.item_vectors)
     looped = histories[: arguments.loop_users]
     found = maker(batches[0])["scores"].to_pylist()[: len(looped)]
-    expected = [loop_list(recommender, items, rows)[0].tolist() for rows in looped]
+    expected = [torch_lists(recommender, items, [rows])[0].tolist() for rows in looped]
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found, torch_lists(recommender, items, looped), rtol=1e-4, atol=1e-4)
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -137,7 +141,10 @@ def measure_speed(recommender: Recommender, arguments: argparse.Namespace) -> No
         sides = {
             "command": command,
             "lists": lambda _: [maker(batch) for batch in batches],
-            "loop": lambda _: [loop_list(recommender, items, rows) for rows in looped],
+            "torch": lambda _: [
+                torch_lists(recommender, items, histories[i : i + 256]) for i in range(0, len(histories), 256)
+            ],
+            "loop": lambda _: [torch_lists(recommender, items, [rows]) for rows in looped],
         }
         timings = interleave(sides, arguments.rounds)
     print(f"size {recommender.size}, {recommender.num_items:,} items, {len(histories):,} users:")
