@@ -102,6 +102,8 @@ class FunnelSearch:
 
     def shortlist_lengths(self, outputs: np.ndarray, k: int) -> np.ndarray:
         """How many items are ranked by whole vectors for each of some outputs, int64 [B]; V for an exact search."""
+        if is_small(len(self.vectors)):
+            return np.full(len(outputs), len(self.vectors))
         items = _Items.of(self.vectors, self.prefix, ItemFilters.of_lists(len(outputs), len(self.vectors)))
         shortlists = [search.shortlist(self.margins.of(k)) for search in self._searches(outputs, k, items)]
         return np.array([len(self.vectors) if rows is None else len(rows) for rows in shortlists])

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 BLOCK_ITEMS = 64
-TILE_ITEMS = 8192  # scanned at once: for 64 users, 2 MB of products
+TILE_ITEMS, MAX_TILE_ITEMS = 8192, 65_536  # scanned at once
+TILE_PRODUCTS = 1 << 19  # 2 MB, which stay in a cache
 CHANNELS = 8  # a prefix is padded with zeros to a multiple: PyTorch's product is wrong for a single channel
 
 
@@ -85,10 +86,11 @@ class Int8Prefix:
 
     def block_maxima(self, queries: PrefixQueries) -> Tensor:
         """The largest product of each block, int32 [B, C]."""
-        maxima = torch.empty(len(queries.values), self.num_blocks, dtype=torch.int32)
-        for first in range(0, len(self._values), TILE_ITEMS):
-            tile = self._values[first : first + TILE_ITEMS]
-            products = int8_products(queries.values, tile).unflatten(1, (-1, BLOCK_ITEMS))
+        users = queries.values
+        maxima = torch.empty(len(users), self.num_blocks, dtype=torch.int32)
+        tile_items = min(max(TILE_PRODUCTS // len(users), TILE_ITEMS), MAX_TILE_ITEMS) // BLOCK_ITEMS * BLOCK_ITEMS
+        for first in range(0, len(self._values), tile_items):
+            products = int8_products(users, self._values[first : first + tile_items]).unflatten(1, (-1, BLOCK_ITEMS))
             begin = first // BLOCK_ITEMS
             maxima[:, begin : begin + products.shape[1]] = products.amax(2)
         return maxima

@@ -106,12 +106,15 @@ def test_a_shortlist_that_is_too_short_is_found_out(monkeypatch: pytest.MonkeyPa
         calibrated_funnel(vectors, outputs, 0.95, worst)
 
 
-def test_equal_vectors_stand_in_the_order_of_rows() -> None:
+def test_equal_vectors_have_equal_scores_and_stand_in_the_order_of_rows() -> None:
+    """Whatever block they are in; a list may miss one of them."""
     vectors, outputs = vectors_and_outputs(NUM_ITEMS, 300)
     search, _ = calibrated_funnel(np.concatenate((vectors, vectors)), outputs, 0.99, turned(outputs))
     rows, scores = search.top_k(outputs, 10)
-    np.testing.assert_array_equal(scores[:, 0::2], scores[:, 1::2])
-    np.testing.assert_array_equal(rows[:, 0::2] + NUM_ITEMS, rows[:, 1::2])
+    are_twins = rows[:, :-1] % NUM_ITEMS == rows[:, 1:] % NUM_ITEMS
+    assert are_twins.sum() > 0.95 * 5 * len(outputs)
+    assert (rows[:, :-1] < rows[:, 1:])[are_twins].all()
+    np.testing.assert_array_equal(scores[:, :-1][are_twins], scores[:, 1:][are_twins])
 
 
 @pytest.mark.parametrize(("recall", "count"), [(0.0, 400), (1.0, 400), (1.5, 400), (0.99, 100)])
@@ -119,6 +122,19 @@ def test_what_cannot_be_calibrated_is_refused(recall: float, count: int) -> None
     vectors, outputs = vectors_and_outputs(300, count)
     with pytest.raises(UserError, match="expected"):
         calibrated_funnel(vectors, outputs, recall)
+
+
+@pytest.mark.parametrize("num_users", [1, 3, 44, 63, 64])
+def test_each_block_has_its_largest_product(num_users: int) -> None:
+    """Whatever the tiles, which depend on the number of users; the last block repeats the last item."""
+    vectors, outputs = vectors_and_outputs(70_001, num_users, 8)
+    prefix = Int8Prefix.of_rotated(RotatedInt8.of_vectors(vectors, np.eye(8, dtype=np.float32)), 5)
+    queries = prefix.queries(outputs)
+    maxima = prefix.block_maxima(queries)
+    assert maxima.shape == (num_users, prefix.num_blocks)
+    for place in (0, 511, 512, prefix.num_blocks - 1):
+        _, products = prefix.in_blocks(np.array([place]), queries.values[-1])
+        assert products.max() == maxima[-1, place]
 
 
 @pytest.mark.parametrize("width", [1, 7, 20])
