@@ -30,9 +30,9 @@ from fmrl_dist.deploy.dtype_loss import MEASURED_USERS, describe_quality, measur
 from fmrl_dist.deploy.hub import check_can_push, push_to_hub
 from fmrl_dist.deploy.model_card import CardSubject, Licence, model_card, run_figures
 from fmrl_dist.deploy.onnx_format import check_installed, write_onnx_export
+from fmrl_dist.deploy.web.web_format import DEFAULT_NAME, check_web_output, write_web_export
 from fmrl_dist.deploy.web.web_format import DTYPE as WEB_DTYPE
 from fmrl_dist.deploy.web.web_format import FILES as WEB_FILES
-from fmrl_dist.deploy.web.web_format import check_web_output, write_web_export
 from fmrl_dist.distributed.signals import StopRequest
 from fmrl_dist.evaluation.cut_vectors import fit_rotation, sample_vectors
 from fmrl_dist.evaluation.ranker import ranker_of_export
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
         dtype=arguments.dtype,
         format_name=arguments.format,
         quality=quality,
-        figures=run_figures(run_of_best(checkpoint), checkpoint),
+        figures=run_figures(run_of_best(checkpoint), checkpoint, store),
         is_whole=size == config.model.sizes[-1],
         source=arguments.push_to_hub or output.name,
         licence=arguments.licence,
@@ -90,7 +90,7 @@ def main(argv: list[str]) -> None:
         card=model_card(subject),
     )
     if arguments.format == WEB:
-        write_web_export(exported, output, parts, subject.figures, arguments.overwrite)
+        write_web_export(exported, output, parts, subject.figures, arguments.overwrite, arguments.name)
     else:
         write = write_onnx_export if arguments.format == "onnx" else write_export
         write(exported, output, parts, arguments.overwrite)
@@ -125,6 +125,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, help="folder to write (default: export-SIZE[-FORMAT][-DTYPE])")
     parser.add_argument("--store", help="shard store of the catalogue, a folder or URL (default: the recorded one)")
+    parser.add_argument("--name", metavar="NAME", help=f"of the catalogue, on the page of --format {WEB}")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing export")
     parser.add_argument("--license", default="", help="for the model card: an id of the Hub's list, or other")
     parser.add_argument("--license-name", default="", metavar="NAME", help="of a licence that is not in the list")
@@ -141,8 +142,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         arguments.push_to_hub is None or arguments.format != WEB,
         f"--push-to-hub takes exports for programs; put the folder of --format {WEB} on a file server",
     )
+    require(arguments.name is None or arguments.format == WEB, f"--name is of --format {WEB}; give both")
     if arguments.push_to_hub is not None:
         check_can_push(arguments.push_to_hub)
+    arguments.name = arguments.name or DEFAULT_NAME
     arguments.dtype = arguments.dtype or (WEB_DTYPE if arguments.format == WEB else "float32")
     return arguments
 

@@ -6,7 +6,7 @@ Figures are those of the run's own evaluation of the checkpoint that is exported
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ from fmrl_dist.checkpoint.run_folder import FINAL_EVALUATION
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.evaluation.results.report import both_protocols
 
-METRICS = ("ndcg@10", "recall@10")
-METRIC_NAMES = {"ndcg": "NDCG", "recall": "Recall"}
+METRICS = ("ndcg@10", "recall@10")  # shown, if the evaluation has one of them
+METRIC_NAMES = {"ndcg": "NDCG", "recall": "Recall", "mrr": "MRR"}
 PROTOCOL_NAMES = ("all items", "seen items masked")
 DEPLOYMENTS = {"sizes": "cut network", "vectors": "cut vectors"}
+# Deployment, size, and metrics among all items and among unseen ones.
+SizeFigures = tuple[str, str, tuple[Mapping[str, float], ...]]
 TAGS = ("recommender-systems", "sequential-recommendation", "matryoshka", "fmrlrec")
 
 
@@ -50,18 +52,18 @@ class CardSubject:
     dtype: str
     format_name: str
     quality: Mapping[str, Any]  # what the dtype costs
-    figures: Mapping[str, Any] | None  # of the run's evaluation on test
+    figures: Mapping[str, Any] | None  # of the run's evaluation on test, of this catalogue
     is_whole: bool  # whether the size is the run's largest: only then it has cut vectors of the run's figures
     source: str  # what ``from_pretrained`` reads: the folder's name, or an id on the Hub
     licence: Licence
 
 
-def run_figures(run: Path | None, checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """The run's evaluation on test, if it is of this checkpoint and on the store that was trained on."""
+def run_figures(run: Path | None, checkpoint: Checkpoint, store: Store) -> dict[str, Any] | None:
+    """The run's evaluation on test, if it is of this checkpoint and on ``store``, whose catalogue is exported."""
     try:
         figures = json.loads((run / FINAL_EVALUATION).read_text(encoding="utf-8")) if run is not None else {}
         is_ours = figures["checkpoint"]["sha256"] == checkpoint.sha256
-        return figures if is_ours and figures["manifest_sha256"] == checkpoint.manifest_sha256 else None
+        return figures if is_ours and figures["manifest_sha256"] == store.manifest.sha256 else None
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
@@ -90,7 +92,9 @@ def _header(subject: CardSubject) -> dict[str, Any]:
 
 def _results(subject: CardSubject) -> Iterator[dict[str, Any]]:
     """One entry a size and deployment, each with all metrics, among all items and among unseen ones."""
-    for key, size, rows in _figures_by_size(subject):
+    found = list(_figures_by_size(subject))
+    named = _shown_metrics(found)
+    for key, size, rows in found:
         assert subject.figures is not None
         what = f"size {size}, {DEPLOYMENTS[key]}"
         metrics = [
@@ -100,8 +104,7 @@ def _results(subject: CardSubject) -> Iterator[dict[str, Any]]:
                 "value": row[metric],
             }
             for protocol, row in zip(PROTOCOL_NAMES, rows, strict=True)
-            for metric in METRICS
-            if metric in row
+            for metric in named
         ]
         if metrics:
             yield {
@@ -116,11 +119,7 @@ def _results(subject: CardSubject) -> Iterator[dict[str, Any]]:
             }
 
 
-def _metric(metric: str, name: str, value: float) -> dict[str, Any]:
-    return {"type": metric.replace("@", "_at_"), "name": name, "value": round(value, 6)}
-
-
-def _figures_by_size(subject: CardSubject) -> Iterator[tuple[str, str, tuple[Mapping[str, float], ...]]]:
+def _figures_by_size(subject: CardSubject) -> Iterator[SizeFigures]:
     """Deployment, size, and metrics among all items and among unseen ones, of the sizes that the export has."""
     for key in DEPLOYMENTS if subject.figures is not None else ():
         assert subject.figures is not None
@@ -130,6 +129,13 @@ def _figures_by_size(subject: CardSubject) -> Iterator[tuple[str, str, tuple[Map
         for size in pair[0]:
             if size.isdigit() and int(size) in subject.exported.model.sizes:
                 yield key, size, (pair[0][size], pair[1][size])
+
+
+def _shown_metrics(rows: Sequence[SizeFigures]) -> list[str]:
+    """The usual metrics; those of the largest cut-off where a run has none of them."""
+    found = list(rows[0][2][0]) if rows else []
+    usual = [metric for metric in METRICS if metric in found]
+    return usual or [metric for metric in found if metric.split("@")[1] == found[-1].split("@")[1]]
 
 
 def _spelled(metric: str) -> str:
@@ -143,6 +149,7 @@ def _data_name(subject: CardSubject) -> str:
 
 def _sections(subject: CardSubject) -> Iterator[str]:
     exported, manifest = subject.exported, subject.store.manifest
+    num_events = sum(block.events for block in manifest.splits["train"])
     sizes = ", ".join(map(str, exported.model.sizes))
     yield (
         f"# fMRLRec on {_data_name(subject)}\n\n"
@@ -154,10 +161,10 @@ def _sections(subject: CardSubject) -> Iterator[str]:
     yield "## Use\n\n" + _snippet(subject)
     yield "## Quality\n\n" + _quality(subject)
     yield (
-        f"## Data\n\nTrained on {manifest.num_users:,} users, {manifest.num_items:,} items and {manifest.num_events:,} "
-        f"events; of each user with at least three events the last one is the test target, the one before it the "
-        f"validation target.\n\n" + "\n".join(_features(subject))
-        if exported.origin.manifest_sha256 == exported.origin.training_manifest_sha256
+        f"## Data\n\nTrained on {num_events:,} events of {manifest.num_users:,} users; the catalogue has "
+        f"{manifest.num_items:,} items. Of each user with at least three events the last one is the test target and "
+        f"the one before it the validation target: neither is among them.\n\n" + "\n".join(_features(subject))
+        if _is_of_training(subject)
         else f"## Data\n\nThe catalogue has {manifest.num_items:,} items; it is not the one that was trained on.\n\n"
         + "\n".join(_features(subject))
     )
@@ -168,6 +175,11 @@ def _sections(subject: CardSubject) -> Iterator[str]:
     )
     licence = subject.licence.name or subject.licence.identifier
     yield f"## Licence\n\n{licence or 'None has been stated.'}"
+
+
+def _is_of_training(subject: CardSubject) -> bool:
+    origin = subject.exported.origin
+    return origin.manifest_sha256 == origin.training_manifest_sha256
 
 
 def _features(subject: CardSubject) -> Iterator[str]:
@@ -186,11 +198,14 @@ def _features(subject: CardSubject) -> Iterator[str]:
 
 def _quality(subject: CardSubject) -> str:
     figures, rows = subject.figures, list(_figures_by_size(subject))
-    parts = []
-    if figures is None or not rows:
-        parts.append("No evaluation on test users was at hand when these files were written.")
+    named, parts = _shown_metrics(rows), []
+    if figures is None or not named:
+        parts.append(
+            "No evaluation on test users was at hand when these files were written."
+            if _is_of_training(subject)
+            else "Quality on test users was not measured on this catalogue, which is not the one that was trained on."
+        )
     else:
-        named = [metric for metric in METRICS if metric in rows[0][2][0]]
         heads = [f"{_spelled(metric)}, {protocol}" for metric in named for protocol in PROTOCOL_NAMES]
         table = [f"| size | deployment | {' | '.join(heads)} |", "|" + "---|" * (2 + len(heads))]
         for key, size, pair in rows:

@@ -10,6 +10,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -70,8 +72,39 @@ def test_the_results_are_those_of_the_run(run: Path, tmp_path: Path) -> None:
     assert dataset == {"type": "custom", "name": "store, 100 users", "config": "size 4, cut network", "split": "test"}
     row = f"| 16 | cut network | {figures['sizes']['16']['ndcg@10']:.4f} | {masked['sizes']['16']['ndcg@10']:.4f} |"
     assert row in text
-    assert "Trained on 113 users, 40 items and" in text and "| vector | 6 | npy |" in text
+    assert f"Trained on {num_training_events(run):,} events of 113 users; the catalogue has 40 items." in text
+    assert "| vector | 6 | npy |" in text
     assert "README.md" in intact_files(tmp_path / "export")
+
+
+def num_training_events(run: Path) -> int:
+    """Events whose items count as trained on: neither the test target of a user nor the validation target."""
+    return int(pc.sum(pq.read_table(run.parent / "store" / "vocab.parquet")["train_count"]).as_py())
+
+
+def test_figures_of_another_catalogue_are_not_quoted(run: Path, tmp_path: Path) -> None:
+    make_shop(tmp_path / "larger", num_items=41)
+    words = ["--store", tmp_path / "larger" / "store", "--measure-users", 0]
+    header, text = card_of(run, tmp_path / "export", *words)
+    assert "model-index" not in header and "NDCG" not in text and "Trained on" not in text
+    assert "Quality on test users was not measured on this catalogue" in text
+    run_here(export.main, ["--checkpoint", run, "--format", "web", "--output", tmp_path / "web", *words])
+    page = json.loads((tmp_path / "web" / "model.json").read_text())
+    assert page["num_items"] == 41 and page["figures"] is None
+
+
+def test_a_run_of_other_cutoffs(tmp_path: Path) -> None:
+    words = ["--train.max_steps", 1, "--eval.cutoffs", "[5, 20]", "--eval.metric", "ndcg@20"]
+    run = train_here(make_shop(tmp_path), tmp_path / "run", *words)
+    header, text = card_of(run, tmp_path / "export")
+    figures = evaluation(run)
+    row = [figures["sizes"]["4"], figures["masked"]["sizes"]["4"]]
+    shown = [f"{part[metric]:.4f}" for metric in ("recall@20", "ndcg@20", "mrr@20") for part in row]
+    assert f"| 4 | cut network | {' | '.join(shown)} |" in text
+    assert "| size | deployment | Recall@20, all items | Recall@20, seen items masked | NDCG@20" in text
+    assert values_of(header)["MRR@20, all items, size 4, cut network"] == row[0]["mrr@20"]
+    run_here(export.main, ["--checkpoint", run, "--format", "web", "--output", tmp_path / "web"])
+    assert json.loads((tmp_path / "web" / "model.json").read_text())["figures"] is None
 
 
 def test_the_hubs_reader_understands_it(run: Path, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ MODEL_JSON, MODEL_BIN, ITEMS_JSON = "model.json", "model.bin", "items.json"
 FILES = (*PAGE_FILES, SERVICE_WORKER, MODEL_JSON, MODEL_BIN, ITEMS_JSON)
 METRICS = ("ndcg@10", "recall@10")  # shown, if the evaluation has them
 DTYPE = "int8"  # unless another is asked for: docs/decisions.md, 76
+DEFAULT_NAME = "Catalogue"  # not the store's: a page says nothing of where it was made
 POPULAR = 100  # items to show before the first event, where the model has no output for an empty history
 
 
@@ -41,7 +42,7 @@ def write_web_export(
     parts: ExportParts,
     figures: Mapping[str, Any] | None,
     overwrite: bool,
-    name: str = "",
+    name: str = DEFAULT_NAME,
 ) -> None:
     """Write ``folder``.
 
@@ -49,15 +50,15 @@ def write_web_export(
         exported: the model and its catalogue; the page has all of the model's sizes.
         folder: to write.
         parts: vocabulary, dtype and what that was measured to cost; the rest is not for everybody's eyes.
-        figures: content of the ``evaluation.json`` of the same checkpoint; None if there is none.
+        figures: content of the ``evaluation.json`` of the same checkpoint; None if there is none. Those of another
+            catalogue are not shown.
         overwrite: replace an existing web export.
-        name: shown on the page; by default the last part of the store's location.
+        name: of the catalogue, shown on the page.
 
     Raises:
         UserError: as :func:`check_web_output`; a number does not fit the dtype; the vocabulary is of other items, the
             figures of another checkpoint, or another process is writing ``folder``.
     """
-    name = name or exported.origin.store.rstrip("/").rpartition("/")[2]
     files = web_files(exported, parts, figures, name)
     with replaced_folder(folder) as aside:
         check_web_output(folder, overwrite)  # another process may have written it since it was looked at
@@ -139,11 +140,13 @@ def web_files(
     return rendered_page(export, data) | data
 
 
-def masked_figures(evaluation: Mapping[str, Any], exported: ExportedModel) -> dict[str, Any]:
+def masked_figures(evaluation: Mapping[str, Any], exported: ExportedModel) -> dict[str, Any] | None:
     """What the page shows of an ``evaluation.json``: figures of the cut network, seen items masked.
 
+    None if it is of another catalogue, or has none of ``METRICS`` at every size.
+
     Raises:
-        UserError: it is of another checkpoint, or lacks a size.
+        UserError: it is of another checkpoint, or damaged.
     """
     try:
         step, sizes = evaluation["checkpoint"]["step"], list(map(str, exported.model.sizes))
@@ -151,10 +154,12 @@ def masked_figures(evaluation: Mapping[str, Any], exported: ExportedModel) -> di
             step == exported.origin.step,
             f"the evaluation is of step {step}, the model of step {exported.origin.step}; evaluate it again",
         )
+        if evaluation["manifest_sha256"] != exported.origin.manifest_sha256:
+            return None
         rows = (evaluation if evaluation["mask_seen"] else evaluation["masked"])["sizes"]
-        metrics = [metric for metric in METRICS if all(metric in rows[size] for size in sizes)]
+        metrics = [metric for metric in METRICS if all(metric in rows.get(size, {}) for size in sizes)]
         if not metrics:
-            raise LookupError(f"neither {' nor '.join(METRICS)}")
+            return None
         return {
             "metrics": metrics,
             "masked": True,
@@ -164,9 +169,9 @@ def masked_figures(evaluation: Mapping[str, Any], exported: ExportedModel) -> di
         }
     except UserError:
         raise
-    except (LookupError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         problem = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"the evaluation lacks figures of every size ({problem}); evaluate the run again") from None
+        raise UserError(f"the evaluation is damaged ({problem}); evaluate the run again") from None
 
 
 def largest_loss(quality: Mapping[str, Any], dtype: str) -> float | None:

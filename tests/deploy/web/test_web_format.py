@@ -137,8 +137,19 @@ def test_figures_are_masked_ones_of_the_same_checkpoint(exported: ExportedModel)
     assert without["figures"] is None and without["dtype_costs"] is None
     with pytest.raises(UserError, match="the evaluation is of step 8, the model of step 7; evaluate it again"):
         web_files(exported, parts, evaluation_of(SIZES, step=8), "shop")
-    with pytest.raises(UserError, match="lacks figures of every size"):
-        web_files(exported, parts, evaluation_of(SIZES[:2]), "shop")
+    with pytest.raises(UserError, match="the evaluation is damaged"):
+        web_files(exported, parts, evaluation_of(SIZES) | {"masked": {}}, "shop")
+
+
+def test_figures_that_do_not_fit_are_not_shown(exported: ExportedModel) -> None:
+    parts, figures = parts_of(titles_of(30), 30), evaluation_of(SIZES)
+    of_twenty = {size: {"ndcg@20": row["ndcg@10"]} for size, row in figures["masked"]["sizes"].items()}
+    for other in (
+        evaluation_of(SIZES[:2]),
+        figures | {"masked": {"sizes": of_twenty}},
+        figures | {"manifest_sha256": "1" * 64},
+    ):
+        assert json.loads(web_files(exported, parts, other, "shop")[MODEL_JSON])["figures"] is None
 
 
 def test_the_vocabulary_is_of_the_same_items(exported: ExportedModel) -> None:
@@ -178,6 +189,7 @@ def test_the_command_writes_it_from_a_run(tmp_path: Path) -> None:
     assert f"{num_bytes:,} bytes  {MODEL_BIN}" in result.stdout and "int8" in result.stdout
     manifest = json.loads((folder / MODEL_JSON).read_text())
     figures = json.loads((run / "evaluation.json").read_text())["masked"]["sizes"]
+    assert manifest["name"] == "Catalogue"
     assert manifest["sizes"] == [4, 8] and manifest["dtype"] == "int8" and manifest["dtype_costs"] >= 0
     assert manifest["figures"]["sizes"]["8"] == {name: figures["8"][name] for name in ("ndcg@10", "recall@10")}
     assert str(tmp_path) not in "".join(path.read_text("latin-1") for path in folder.iterdir())  # nobody's business
@@ -186,9 +198,15 @@ def test_the_command_writes_it_from_a_run(tmp_path: Path) -> None:
     assert line == f"error: web export {folder} exists; keep it, or replace it with --overwrite"
     line = refusal(export.main, *words, "--output", tmp_path / "hub", "--push-to-hub", "us/shop")
     assert "--push-to-hub takes exports for programs" in line and not (tmp_path / "hub").exists()
-    run_here(export.main, [*words, "--size", 4, "--dtype", "float16"])
+    run_here(export.main, [*words, "--size", 4, "--dtype", "float16", "--name", "Our shop"])
     small = json.loads((run / "export-4-web-float16" / MODEL_JSON).read_text())
-    assert small["sizes"] == [4] and small["dtype"] == "float16" and small["dtype_costs"] is None
+    assert (
+        small["name"] == "Our shop"
+        and small["sizes"] == [4]
+        and small["dtype"] == "float16"
+        and small["dtype_costs"] is None
+    )
+    assert "--name is of --format web" in refusal(export.main, "--checkpoint", run, "--name", "Our shop")
     run_here(export.main, ["--checkpoint", run, "--measure-users", 0])
     line = refusal(export.main, *words, "--output", run / "export-8", "--overwrite")
     assert line == f"error: {run / 'export-8'} exists and is not a web export; choose another --output"
