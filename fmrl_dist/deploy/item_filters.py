@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -63,7 +63,10 @@ class ItemFilters:
         excluded, allowed, is_limited = none, none, np.zeros(num_users, bool)
         if exclude is not None:
             excluded = of_each(exclude, "exclude")
-        if deny is not None and is_per_user(deny):
+        if isinstance(deny, WithRemoved):
+            without = np.unique(_checked(deny.removed, num_items, "removed"))
+            excluded = excluded.joined(of_each(deny.of_each, "deny"))
+        elif deny is not None and is_per_user(deny):
             excluded = excluded.joined(of_each(deny, "deny"))
         elif deny is not None:
             without = np.unique(_checked(deny, num_items, "deny"))
@@ -146,8 +149,32 @@ class RaggedRows:
         return self.users[begin:end][is_here], places[is_here]
 
 
+class WithRemoved(Sequence[Rows | None]):
+    """Denied rows of each user, beside rows that no user may have: those are held once, however many users there are.
+
+    Args:
+        of_each: rows of each user, or None.
+        removed: rows of all.
+    """
+
+    def __init__(self, of_each: RowsOfEach, removed: np.ndarray) -> None:
+        self.of_each, self.removed = of_each, removed
+
+    def __len__(self) -> int:
+        return len(self.of_each)
+
+    @overload
+    def __getitem__(self, user: int) -> Rows | None: ...
+    @overload
+    def __getitem__(self, user: slice) -> Sequence[Rows | None]: ...
+    def __getitem__(self, user: int | slice) -> Rows | None | Sequence[Rows | None]:
+        return self.of_each[user]
+
+
 def is_per_user(lists: object) -> bool:
     """Whether a filter holds a list for each user, rather than rows or ids."""
+    if isinstance(lists, WithRemoved):
+        return True
     if isinstance(lists, np.ndarray) and lists.dtype != object:
         return lists.ndim > 1
     assert isinstance(lists, Sequence | np.ndarray)
@@ -156,6 +183,8 @@ def is_per_user(lists: object) -> bool:
 
 def lists_of_users(lists: Any, users: Sequence[int]) -> Any:
     """A filter's lists of some users, if it is per user."""
+    if isinstance(lists, WithRemoved):
+        return WithRemoved([lists.of_each[user] for user in users], lists.removed)
     return [lists[user] for user in users] if lists is not None and is_per_user(lists) else lists
 
 
@@ -167,7 +196,7 @@ def with_denied(deny: Rows | RowsOfEach | None, removed: np.ndarray) -> Rows | R
         return removed
     if not is_per_user(deny):
         return np.concatenate((_as_rows(deny), removed))
-    return [removed if rows is None else np.concatenate((_as_rows(rows), removed)) for rows in deny]
+    return WithRemoved(deny, removed)  # type: ignore[arg-type]
 
 
 def _as_rows(rows: object) -> np.ndarray:

@@ -8,7 +8,7 @@ docs/deploy.md describes it. B histories, V items, W the width of what is compar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -176,7 +176,7 @@ class Recommender:
 
     def recommend(
         self,
-        histories: Sequence[ItemIds],
+        histories: Iterable[ItemIds],
         k: int = 10,
         exclude_seen: bool = True,
         allow: ItemIds | ItemIdsOfEach | None = None,
@@ -206,12 +206,13 @@ class Recommender:
         lists = [self.vocabulary.rows_of_lists(lists, unknown) for lists in (allow, deny)]
         return self.vocabulary.named(*self.model.recommend_rows(rows, k, exclude_seen, *lists))
 
-    def _histories_of(self, histories: Sequence[ItemIds], unknown: str) -> list[np.ndarray]:
+    def _histories_of(self, histories: Iterable[ItemIds], unknown: str) -> list[np.ndarray]:
+        of_users = [] if isinstance(histories, str) else list(histories)  # a generator can be read once
         require(
-            not isinstance(histories, str) and not any(isinstance(ids, str | int | np.integer) for ids in histories),
+            not isinstance(histories, str) and not any(isinstance(ids, str | int | np.integer) for ids in of_users),
             f"histories is {histories!r:.80}; expected a list of histories, each a list of item ids: [[…], […]]",
         )
-        return [self.rows_of(item_ids, unknown) for item_ids in histories]
+        return [self.rows_of(item_ids, unknown) for item_ids in of_users]
 
     def session(self, history: ItemIds = (), unknown: str = "error") -> Session:
         """A session that has observed a history; see :class:`~fmrl_dist.deploy.session.Session`."""

@@ -218,6 +218,15 @@ def test_refusals(histories: list[list[str]], complaint: str) -> None:
     assert str(refused.value).startswith(complaint)
 
 
+def test_histories_of_a_generator() -> None:
+    """It can be read once; it is neither answered with nothing nor mistaken for a list of ids."""
+    recommender = random_recommender()
+    histories = [["i1", "i2"], [], ["i3"]]
+    assert recommender.recommend(iter(histories), 3) == recommender.recommend(histories, 3)
+    with pytest.raises(UserError, match="expected a list of histories"):
+        recommender.recommend(iter(["i1", "i2"]))
+
+
 def test_chunks_of_histories_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     recommender = random_recommender()
     generator = np.random.default_rng(0)
