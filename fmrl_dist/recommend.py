@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from threadpoolctl import threadpool_limits
+
 from fmrl_dist.base.errors import UserError, require, run_command
 from fmrl_dist.base.files import file_sha256, json_sha256
 from fmrl_dist.base.progress import Progress
@@ -121,6 +123,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 def load(folder: Path, arguments: argparse.Namespace) -> Recommender:
     """The recommender. What a funnel chooses depends on the threads that measure it, so one does."""
+    threadpool_limits(1, user_api="blas")  # of the whole process, for good: Torch's settings are not NumPy's
     one_thread_each()
     settings = {"vectors": arguments.vectors, "retrieval": arguments.retrieval, "recall": arguments.recall}
     return Recommender.from_pretrained(folder, arguments.size, **settings)
@@ -265,10 +268,14 @@ def write(folder: Path, arguments: argparse.Namespace) -> None:
     recommender = load(folder, arguments)
     make_lists = list_maker(recommender, arguments)
     histories = open_histories(recommender, arguments)
-    record = claimed(output, histories, options_of(folder, recommender, histories, arguments), runtime, arguments)
+    record = claimed(
+        output, histories, options_of(folder, recommender, histories, output, arguments), runtime, arguments
+    )
 
     own = my_parts(record, runtime, arguments.part or WHOLE)
     missing = None if own is None else output.missing(record, own)
+    if missing is None or missing:
+        output.reopen()
     share = Share(record.part_users, missing)
     name = f"process {runtime.rank + 1} of {runtime.world_size}" if runtime.world_size > 1 else ""
     total = None if own is None else Share(record.part_users, frozenset(own)).num_users(record.num_users)
@@ -279,18 +286,16 @@ def write(folder: Path, arguments: argparse.Namespace) -> None:
         counts = write_parts(batches, make_lists, output, record, share, runtime.threads, progress)
     finally:
         progress.close()
-    runtime.agree(0)  # wait for the others
+    of_all = ListCounts(*runtime.agree(counts.users, counts.empty, counts.unknown))  # waits for the others
     if runtime.is_main:
-        finish(output, record, counts, recommender, own is None or bool(missing))
+        finish(output, record, of_all, recommender)
     runtime.leave()
 
 
-def finish(
-    output: OutputFolder, record: JobRecord, counts: ListCounts, recommender: Recommender, has_written: bool
-) -> None:
+def finish(output: OutputFolder, record: JobRecord, counts: ListCounts, recommender: Recommender) -> None:
     """Mark an output finished whose parts are all there, and say so."""
     where = output.joined or output.path
-    if has_written:
+    if counts.users:
         print(summary(counts, recommender), flush=True)
     if not record.input or output.has_all(record.num_parts):
         output.finish()
@@ -307,9 +312,13 @@ def open_histories(recommender: Recommender, arguments: argparse.Namespace) -> H
 
 
 def options_of(
-    folder: Path, recommender: Recommender, histories: HistoryFiles, arguments: argparse.Namespace
+    folder: Path,
+    recommender: Recommender,
+    histories: HistoryFiles,
+    output: OutputFolder,
+    arguments: argparse.Namespace,
 ) -> dict[str, Any]:
-    """All but the input that determines the lists."""
+    """All but the input that determines the output's bytes."""
     ids = {name: read_ids(getattr(arguments, name), recommender) for name in ("allow", "deny")}
     return {
         "export_sha256": json_sha256([export_sha256(folder), file_sha256(folder / VOCAB_FILE)]),
@@ -323,6 +332,7 @@ def options_of(
         **{f"{name}_sha256": None if given is None else json_sha256(given) for name, given in ids.items()},
         "unknown": arguments.unknown,
         "titles": arguments.titles,
+        "format": output.format_name,
         "user": histories.columns.user,
         "items": histories.columns.items,
     }

@@ -12,6 +12,7 @@ import os
 import socket
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from fmrl_dist.base.errors import UserError, require, run_command
 from fmrl_dist.checkpoint.export_folder import read_export, read_export_vocabulary
@@ -96,6 +97,7 @@ def main(argv: list[str]) -> None:
         hosts=_hosts(arguments, token),
     )
     torch.set_num_threads(1)  # batches run beside each other
+    threadpool_limits(1, user_api="blas")
     with listen(arguments.host, arguments.port, settings) as listener:  # before loading, which takes longer
         folder = export_at(arguments.export, arguments.revision)
         exported = read_export(folder)

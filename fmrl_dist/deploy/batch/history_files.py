@@ -221,6 +221,10 @@ class HistoryFiles:
             f"{where} holds user {user!r:.60}; expected text, or an integer of 64 bits",
         )
         require(
+            type(user) is int or _is_text(user),
+            f"{where} holds user {user!r:.60}, half of a surrogate pair, which is no text; {MEND}",
+        )
+        require(
             kind is None or type(user) is kind,
             f"{where} holds user {user!r:.60}, and line 1 of the input "
             f"{'an integer' if kind is int else 'text'}; expected one kind",
@@ -301,6 +305,15 @@ class HistoryFiles:
             rows = rows[known]
         users = as_ids(table[columns.user], f"column {columns.user!r}")
         return UserBatch(first, users, np.split(rows, starts[1:-1]), num_unknown)
+
+
+def _is_text(value: str) -> bool:
+    """Whether a string can be written as UTF-8; JSON's escapes can make others."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _owner(row: Callable[[int], str], starts: np.ndarray, place: int) -> str:

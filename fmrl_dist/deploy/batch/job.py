@@ -22,7 +22,7 @@ MakeLists = Callable[[UserBatch], pa.Table]
 
 @dataclass
 class ListCounts:
-    """What a process has worked on."""
+    """What a process, or all of them, have worked on."""
 
     users: int = 0
     empty: int = 0  # histories without a known item

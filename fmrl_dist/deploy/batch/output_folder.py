@@ -116,12 +116,17 @@ class OutputFolder:
         return {} if record is None else {file.name: file for file in record.input}
 
     def clear(self) -> None:
-        """Remove an earlier job's files, its record last."""
+        """Remove an earlier job's files: the mark that it is finished first, its record last."""
         if not self.path.is_dir():
             return
+        self.reopen()
         for path in sorted(self.path.iterdir(), key=lambda path: path.name == RECORD_FILE):
             if OUR_FILE.fullmatch(final_name(path.name)):
                 path.unlink()
+
+    def reopen(self) -> None:
+        """Take the mark that all parts are there away; to be called before a missing one is written."""
+        (self.path / FINISHED_FILE).unlink(missing_ok=True)
 
     def claim(self, record: JobRecord) -> None:
         """Write the record, or, if there is one, refuse another job's.
@@ -205,15 +210,20 @@ class OutputFolder:
 
     @contextmanager
     def part(self, part: int, identity: str) -> Iterator[ParquetPart | JsonLinesPart]:
-        """A part to write; it is there when the block ends, unless it raises."""
-        for left in self.path.glob(f".{self.file(part).name}.*"):  # by a killed process
-            left.unlink(missing_ok=True)
-        with written_aside(self.file(part)) as file:
-            writer = (ParquetPart if self.format_name == "parquet" else JsonLinesPart)(file, identity)
-            try:
-                yield writer
-            finally:
-                writer.close()
+        """A part to write; it is there when the block ends, unless it raises. Of several writers, one wins."""
+        is_whole = False
+        try:
+            with written_aside(self.file(part)) as file:
+                writer = (ParquetPart if self.format_name == "parquet" else JsonLinesPart)(file, identity)
+                try:
+                    yield writer
+                finally:
+                    writer.close()
+                is_whole = True
+        except UserError:
+            # Another has written the same bytes, found all parts and cleared this temporary file away.
+            if not is_whole or not (self.file(part).exists() or self.is_joined()):
+                raise
 
     def is_joined(self) -> bool:
         return self.joined is not None and self.joined.exists() and (self.path / FINISHED_FILE).exists()
@@ -223,6 +233,9 @@ class OutputFolder:
 
     def finish(self) -> None:
         """Mark the output, all of whose parts are there, as finished, and join them if they are to be one file."""
+        for left in self.path.glob(".part-*"):  # by killed processes
+            if OUR_FILE.fullmatch(final_name(left.name)):
+                left.unlink(missing_ok=True)
         if self.joined is None:
             write_atomically(self.path / FINISHED_FILE, b"")
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import os
@@ -11,16 +12,18 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.deploy.batch.output_folder import OutputFolder
 from fmrl_dist.deploy.recommender import Recommender
 from tests.fixtures.commands import Ended, run_main
-from tests.fixtures.exports import random_export, write_random_export
+from tests.fixtures.exports import random_export, random_model, write_random_export
 from tests.fixtures.processes import REPOSITORY, clean_environment, launch
 from tests.fixtures.training import contents
 
@@ -152,13 +155,16 @@ def test_formats_hold_the_same(export: Path, lines: Path, tables: Path, tmp_path
 def test_the_bytes_depend_on_no_number_of_processes(export: Path, tables: Path, lines: Path, tmp_path: Path) -> None:
     """One process, two of a launcher, shares as those of an array, threads, and row groups are all the same."""
     words: list[str | Path] = [export, "--histories", tables, "--part-users", "150"]
-    run(*words, "--output", tmp_path / "one", "--threads", 1)
+    alone = run(*words, "--output", tmp_path / "one", "--threads", 1)
     run(*words, "--output", tmp_path / "threads", "--threads", 3)
     for part in ("2/3", "1/3", "3/3"):
         ended = run(*words, "--output", tmp_path / "array", "--part", part, "--resume", "auto")
         assert ("finished: " in ended.stdout) == (part == "3/3")
     result = launch(2, ["-m", COMMAND, *words, "--output", tmp_path / "two"])
     assert result.returncode == 0 and "finished: " in result.stdout, result.stderr
+    (told,) = (line for line in alone.stdout.splitlines() if "of them without history" in line)
+    assert told.startswith("1,000 users, "), told
+    assert f"\n{told}\n" in result.stdout, "of all users, also of those that the second process has answered"
     one = contents(tmp_path / "one")
     assert len(one) == 9 and {"_recommend.json", "_SUCCESS", "part-00006.parquet"} <= one.keys()
     for name in ("threads", "array", "two"):
@@ -237,6 +243,7 @@ def test_parts_of_another_job_are_refused(export: Path, users: list[dict[str, An
         ("--include-seen",): "include_seen was False, and is True",
         ("--allow", allowed): "allow_sha256 was None",
         ("--part-users", 100): "part_users was 65536, and is 100",
+        ("--format", "jsonl"): "format was 'parquet', and is 'jsonl'",
     }
     for option, key in changes.items():
         assert key in refused(*words, *option)
@@ -266,12 +273,65 @@ def test_a_damaged_part_is_refused(export: Path, lines: Path, tmp_path: Path) ->
     assert contents(tmp_path / "lists") == whole
 
 
+def test_the_mark_goes_before_a_missing_part_is_written(
+    export: Path, lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody may read a folder as finished while it lacks a part, also if its writer is killed."""
+
+    def killed(self: OutputFolder, part: int, identity: str) -> NoReturn:
+        raise UserError("killed")
+
+    words = (export, "--histories", lines, "--output", tmp_path / "lists", "--part-users", 400)
+    run(*words)
+    (tmp_path / "lists" / "part-00001.parquet").unlink()
+    for option in (("--resume", "auto"), ("--overwrite",)):
+        assert (tmp_path / "lists" / "_SUCCESS").exists()
+        with monkeypatch.context() as patch:
+            patch.setattr(OutputFolder, "part", killed)
+            assert refused(*words, *option) == "killed"
+        assert not (tmp_path / "lists" / "_SUCCESS").exists()
+        run(*words, "--resume", "auto")
+
+
+LIMITED = """
+import sys, threadpoolctl
+from fmrl_dist import recommend
+recommend.main(sys.argv[1:])
+print([pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"])
+"""
+
+
+def test_the_bytes_depend_on_no_number_of_blas_threads(tmp_path: Path, users: list[dict[str, Any]]) -> None:
+    """--threads are all that compute, whatever the environment says of NumPy's."""
+    model = random_model((32, 64, 128), seed=3)
+    export = write_random_export(tmp_path / "export", random_export(model, num_items=NUM_ITEMS))
+    histories = write_lines(tmp_path / "users.jsonl", users)
+    outputs = []
+    for threads in ("1", "3"):
+        words = [export, "--histories", histories, "--output", tmp_path / threads, "--threads", 1, "--part-users", 333]
+        environment = clean_environment() | {"OPENBLAS_NUM_THREADS": threads, "OMP_NUM_THREADS": threads}
+        ended = subprocess.run(
+            [sys.executable, "-c", LIMITED, *map(str, words)],
+            cwd=REPOSITORY,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert ended.returncode == 0, ended.stderr
+        pools = ended.stdout.splitlines()[-1]
+        assert pools != "[]" and set(ast.literal_eval(pools)) == {1}
+        outputs.append(contents(tmp_path / threads))
+    assert outputs[0] == outputs[1]
+
+
 BAD_LINES = {
     "{": "is not JSON",
     "": "is not JSON",
     "[1]": "holds a list; expected an object",
     '{"user": 1}': "has no 'history'",
     '{"user": null, "history": []}': "holds user None; expected text",
+    r'{"user": "\ud83d", "history": []}': r"holds user '\ud83d', half of a surrogate pair, which is no text",
     '{"user": 7, "history": []}': "holds user 7, and line 1 of the input text; expected one kind",
     '{"user": "a", "history": "i1"}': "holds history 'i1'; expected a list of item ids",
     '{"user": "a", "history": ["i1", 1.0]}': "holds history ['i1', 1.0]; expected a list of item ids",

@@ -44,7 +44,7 @@ def test_an_array_and_what_it_left_out(slurm: SlurmCluster, folder: Path) -> Non
     for name in ("_SUCCESS", "part-00000.parquet", "part-00031.parquet"):
         (lists / name).unlink()
     job = slurm.wait(submit(slurm, folder, "--array=0", "--nodes=2", SCRIPT, *words, "--output", lists))
-    assert job.state == "COMPLETED" and "100 users" in job.log, job.log
+    assert job.state == "COMPLETED" and "200 users" in job.log, job.log
     assert contents(lists) == expected
     shutil.rmtree(lists)
 
