@@ -64,7 +64,7 @@ class ModelSource:
     """A checkpoint or an export to evaluate, before its catalogue is read."""
 
     build: Callable[[Runtime], Ranker]
-    model: Callable[[], EvaluatedModel]
+    model: Callable[[], EvaluatedModel]  # called at the end, it refuses what has changed meanwhile
     sizes: list[int]
     eval_config: EvalConfig  # what to report, unless the command line says otherwise
     store: Store  # of the users
@@ -150,20 +150,25 @@ def evaluate(
 ) -> None:
     """Evaluate all users and report, or evaluate one part and write it."""
     counts = count_deployments(source.build(runtime), protocol, runtime, StopRequest(), part or WHOLE)
+    model = source.model()  # in every process: each has read it for itself
     if not runtime.is_main:
         return
     if part is None:
-        report(counts, baselines, source.sizes, protocol, source.model(), source.folder)
+        report(counts, baselines, source.sizes, protocol, model, source.folder)
     else:
         setting = ComputeSetting(torch.get_num_threads(), runtime.device.type, counts.rotation)
-        save_part(source, protocol, part, setting, counts)
+        save_part(source, protocol, model, part, setting, counts)
 
 
 def save_part(
-    source: ModelSource, protocol: EvaluationProtocol, part: Part, setting: ComputeSetting, counts: RankCounts
+    source: ModelSource,
+    protocol: EvaluationProtocol,
+    model: EvaluatedModel,
+    part: Part,
+    setting: ComputeSetting,
+    counts: RankCounts,
 ) -> None:
     """Write one part, and print its path."""
-    model = source.model()
     identity = identity_of(source, protocol, model)
     path = write_part(parts_folder(source.folder, identity, model.manifest_sha256), part, identity, setting, counts)
     print(f"{protocol.split}, part {part}: {counts.num_users:,} users\nwritten: {path}", flush=True)
@@ -211,6 +216,7 @@ def open_checkpoint(path: Path, store_path: str | None, split: str) -> ModelSour
 
 def open_export(path: Path, store_path: str | None, split: str) -> ModelSource:
     """An export, with its own item embeddings."""
+    sha256 = sha256_if_there(path)  # before it is read: what is read is then that, or a change is seen at the end
     recommender = read_export(path)
     origin = recommender.origin
     store = open_store(store_path or origin.store, split)
@@ -219,13 +225,34 @@ def open_export(path: Path, store_path: str | None, split: str) -> ModelSource:
         recommender = with_items_of(recommender, path, store)
     return ModelSource(
         build=lambda runtime: ranker_of_export(recommender.to(runtime.device)),
-        model=lambda: EvaluatedModel(origin.step, export_sha256(path), origin.manifest_sha256),
+        model=lambda: EvaluatedModel(origin.step, unchanged_sha256(path, sha256), origin.manifest_sha256),
         sizes=list(recommender.model.sizes),
         eval_config=EvalConfig(cut_vectors=recommender.rotation is not None),
         store=store,
         folder=path,
         has_rotation=recommender.rotation is not None,
     )
+
+
+def sha256_if_there(path: Path) -> str:
+    """Hash of an export; "" where files are missing, which reading it complains of."""
+    try:
+        return export_sha256(path)
+    except OSError:
+        return ""
+
+
+def unchanged_sha256(path: Path, before: str) -> str:
+    """``before``, if it is still the hash of the export at ``path``: the figures would be said to be of another one.
+
+    Raises:
+        UserError: it is not.
+    """
+    require(
+        sha256_if_there(path) == before,
+        f"export {path} was changed or removed while it was evaluated; nothing is written: evaluate it again",
+    )
+    return before
 
 
 def refuse_removed(path: Path, store: Store) -> None:

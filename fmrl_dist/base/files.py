@@ -55,12 +55,16 @@ def written_aside(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def replaced_folder(target: Path) -> Iterator[Path]:
+def replaced_folder(target: Path, is_kept: Callable[[str], bool] = lambda _: True) -> Iterator[Path]:
     """A temporary folder to fill, beside ``target``; at the end it is flushed and replaces ``target`` in one step.
 
     If the block raises, the temporary folder is removed and ``target`` is unchanged. What a killed process left behind
     is removed by the next one; an old ``target`` that it had moved aside is put back first. What others put into
     ``target`` while the block ran is kept there.
+
+    Args:
+        target: to write.
+        is_kept: whether that is so of a name; else it goes with what it stood beside.
 
     Raises:
         UserError: another process is writing ``target``.
@@ -82,7 +86,7 @@ def replaced_folder(target: Path) -> Iterator[Path]:
                 flush(path)
             if target.exists():
                 _exchange(aside, target)
-                for name in set(os.listdir(aside)) - replaced - set(os.listdir(target)):
+                for name in filter(is_kept, set(os.listdir(aside)) - replaced - set(os.listdir(target))):
                     (aside / name).rename(target / name)
             else:
                 aside.rename(target)

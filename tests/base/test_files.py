@@ -87,6 +87,20 @@ def test_what_others_add_meanwhile_is_kept(tmp_path: Path) -> None:
     assert (tmp_path / "target" / "notes" / "README.md").read_text() == "mine"
 
 
+def test_what_is_of_the_old_folder_goes_with_it(tmp_path: Path) -> None:
+    for text in ("old", "new"):
+        with replaced_folder(tmp_path / "target", is_kept=lambda name: name != "figures") as folder:
+            fill(folder, text)
+            if text == "new":
+                fill_others(tmp_path / "target")
+    assert {path.name: path.read_text() for path in (tmp_path / "target").iterdir()} == {"file": "new", "notes": "mine"}
+
+
+def fill_others(folder: Path) -> None:
+    (folder / "figures").write_text("of what was")
+    (folder / "notes").write_text("mine")
+
+
 def replace_forever(target: Path) -> None:
     for number in range(10**6):
         with replaced_folder(target) as folder:

@@ -39,6 +39,7 @@ from fmrl_dist.config.loading import config_from_dict, load_config
 from fmrl_dist.data.batches import EvaluationBlock, evaluation_blocks
 from fmrl_dist.data.item_table import load_item_table
 from fmrl_dist.data.store.reader import Store
+from fmrl_dist.evaluation.rank_counts import RankCounts
 from fmrl_dist.model.export_config import CONFIG_FILE
 from fmrl_dist.model.fmrlrec import MODEL_FILE, FMRLRec
 from shards.store.builder import build_store
@@ -326,6 +327,28 @@ def test_another_stores_catalogue(run: Path, tmp_path: Path) -> None:
     line = refusal(evaluate.main, "--checkpoint", run / "export-8", "--store", store)
     assert f"store {store} has 10 items that export {run / 'export-8'} does not know" in line
     assert contents(run / "export-8") == before
+
+
+@pytest.mark.parametrize("part", [(), ("--part", "1/2")])
+def test_an_export_that_changes_while_it_is_evaluated(
+    exported: Path, monkeypatch: pytest.MonkeyPatch, part: tuple[str, ...]
+) -> None:
+    """Figures of one are not written as those of the other."""
+    rank = evaluate.count_deployments
+
+    def rank_slowly(*arguments: Any) -> RankCounts:
+        found = rank(*arguments)
+        text = (exported / CONFIG_FILE).read_text()
+        (exported / CONFIG_FILE).write_text(f"{text} ")
+        return found
+
+    monkeypatch.setattr(evaluate, "count_deployments", rank_slowly)
+    before = sorted(path.name for path in exported.iterdir())
+    line = refusal(evaluate.main, "--checkpoint", exported, "--threads", 1, *part)
+    assert line == (
+        f"error: export {exported} was changed or removed while it was evaluated; nothing is written: evaluate it again"
+    )
+    assert sorted(path.name for path in exported.iterdir()) == before
 
 
 def shop_store(run: Path) -> str:
