@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fmrl_dist.base.errors import require, run_command
-from fmrl_dist.base.files import final_name, replaced_folder
-from fmrl_dist.checkpoint.export_folder import ADDED, check_output
+from fmrl_dist.base.files import replaced_folder
+from fmrl_dist.checkpoint.export_folder import check_output, is_evaluation
 from fmrl_dist.config.command_line import CommandParser
 from fmrl_dist.deploy.catalogue.changes import Changes, Counts, OpenExport, write_changed
 from fmrl_dist.deploy.catalogue.encoded_items import EncodedItems, read_encoded, run_encoders
@@ -33,8 +33,8 @@ def main(argv: list[str]) -> None:
     target.add_argument("--output", type=Path, help="folder to write")
     target.add_argument("--in-place", action="store_true", help="replace the export itself, in one step")
     parser.add_argument("--overwrite", action="store_true", help="replace an export that is at --output")
-    parser.add_argument("--id", default="item_id", metavar="COLUMN", help="of item ids (default: item_id)")
-    parser.add_argument("--title", default="title", metavar="COLUMN", help='of titles (default: title; "" for none)')
+    parser.add_argument("--id", metavar="COLUMN", help="of item ids (default: item_id)")
+    parser.add_argument("--title", metavar="COLUMN", help='of titles (default: title; "" for none)')
     parser.add_argument(
         "--feature",
         action="append",
@@ -56,6 +56,7 @@ def main(argv: list[str]) -> None:
     )
     has_items = bool(arguments.items or arguments.encoded)
     require(has_items or not arguments.update, "--update needs the items: give --items TABLE or --encoded FOLDER")
+    check_options(arguments)
     folder = arguments.export.resolve()
     output = folder if arguments.in_place else arguments.output.resolve()
     require(arguments.in_place or output != folder, f"--output is the export itself, {folder}; say --in-place")
@@ -63,12 +64,34 @@ def main(argv: list[str]) -> None:
     if not arguments.in_place:
         check_output(output, arguments.overwrite)
     OpenExport.read(folder)  # before a lock is taken beside what is no export
-    with replaced_folder(output) as aside:  # locked while the export is read: a second change would lose the first
+    # Locked while the export is read: a second change would lose the first. Evaluations that end meanwhile are of the
+    # catalogue before, like those that are there.
+    with replaced_folder(output, is_kept=lambda name: not is_evaluation(name)) as aside:
         export = OpenExport.read(folder)
         check_output(output, arguments.overwrite or arguments.in_place)
         counts = write_changed(export, changes_asked_for(arguments, export), aside)
+        export.check_unchanged()  # --output does not lock it
         left_out = evaluations_in(output) if output.exists() else []
     report(counts, output, left_out)
+
+
+def check_options(arguments: argparse.Namespace) -> None:
+    """Refuse options that would be ignored: those that say how to read ``--items``, without it.
+
+    Raises:
+        UserError: there are such.
+    """
+    if arguments.items:
+        return
+    ignored = [name for name in ("feature", "without", "encoder", "image_columns") if getattr(arguments, name)]
+    if arguments.id is not None and not arguments.remove:
+        ignored.append("id")
+    if arguments.title or (arguments.title is not None and not arguments.encoded):
+        ignored.append("title")
+    options = ", ".join("--" + name.replace("_", "-") for name in ignored)
+    mend = "give them to shards.encode, which made" if arguments.encoded else "leave them out with"
+    given = f"--encoded {arguments.encoded}" if arguments.encoded else "--remove alone"
+    require(not ignored, f"{options}: options of --items TABLE, without which they do nothing; {mend} {given}")
 
 
 def changes_asked_for(arguments: argparse.Namespace, export: OpenExport) -> Changes:
@@ -77,24 +100,31 @@ def changes_asked_for(arguments: argparse.Namespace, export: OpenExport) -> Chan
     Raises:
         UserError: a table or file cannot be read or does not fit, or items cannot be encoded.
     """
-    removed = None if arguments.remove is None else read_ids(arguments.remove, arguments.id, export.items)
+    id_column = "item_id" if arguments.id is None else arguments.id
+    removed = None if arguments.remove is None else read_ids(arguments.remove, id_column, export.items)
     if not (arguments.items or arguments.encoded):
         return Changes(removed=removed)
     encoders = export.encoders
     if arguments.encoded:
         encoded = read_encoded(arguments.encoded, export.feature_dims, encoders)
+        require(
+            encoded.titles is not None or not export.items.has_titles or arguments.update or arguments.title == "",
+            f"{arguments.encoded} holds no titles, and the items of {export.folder} have some; encode again with "
+            'shards.encode --title COLUMN, or add items without titles with --title ""',
+        )
     else:
-        encoded = encode(arguments, export)
+        encoded = encode(arguments, export, id_column)
     export.items.check_kind(encoded.ids, str(arguments.items or arguments.encoded))
     if arguments.update:
         return Changes(updated=encoded, removed=removed)
     return Changes(added=encoded, removed=removed)
 
 
-def encode(arguments: argparse.Namespace, export: OpenExport) -> EncodedItems:
+def encode(arguments: argparse.Namespace, export: OpenExport, id_column: str) -> EncodedItems:
     """Encode the table of new items in a process of its own."""
-    words: list[object] = [export.folder, "--items", arguments.items, "--id", arguments.id]
-    words += ["--title", arguments.title if export.items.has_titles else ""]
+    title = "title" if arguments.title is None else arguments.title
+    words: list[object] = [export.folder, "--items", arguments.items, "--id", id_column]
+    words += ["--title", title if export.items.has_titles else ""]
     words += ["--text-ids"] if export.items.has_text_ids else []
     for name in ("feature", "without", "encoder"):
         words += flagged(f"--{name}", getattr(arguments, name))
@@ -113,7 +143,7 @@ def flagged(option: str, values: Sequence[str]) -> list[str]:
 
 def evaluations_in(folder: Path) -> list[str]:
     """Files that evaluations have put into an export: they are of the catalogue before."""
-    return sorted(path.name for path in folder.iterdir() if ADDED.fullmatch(final_name(path.name)))
+    return sorted(path.name for path in folder.iterdir() if is_evaluation(path.name))
 
 
 def report(counts: Counts, output: Path, left_out: Sequence[str]) -> None:

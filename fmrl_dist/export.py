@@ -15,7 +15,14 @@ from pathlib import Path
 import torch
 
 from fmrl_dist.base.errors import UserError, require, run_command
-from fmrl_dist.checkpoint.export_folder import ExportedModel, ExportParts, check_output, is_export_file, write_export
+from fmrl_dist.checkpoint.export_folder import (
+    ExportedModel,
+    ExportParts,
+    check_no_changes,
+    check_output,
+    is_export_file,
+    write_export,
+)
 from fmrl_dist.checkpoint.folder import Checkpoint, load_checkpoint
 from fmrl_dist.checkpoint.restore import build_recommender
 from fmrl_dist.checkpoint.run_folder import run_of_best
@@ -50,6 +57,7 @@ def main(argv: list[str]) -> None:
     output = (arguments.output or default_output(checkpoint, size, arguments)).resolve()
     check = check_web_output if arguments.format == WEB else check_output
     check(output, arguments.overwrite)
+    check_no_changes(output)
     sizes = [each for each in config.model.sizes if each <= size]
     require(
         arguments.vectors in (0, *sizes),

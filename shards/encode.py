@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--items", type=Path, required=True, help="table of the new items: Parquet or CSV, or a folder")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; it must not exist")
     parser.add_argument("--id", default="item_id", metavar="COLUMN", help="of item ids (default: item_id)")
-    parser.add_argument("--title", default="", metavar="COLUMN", help="of titles (default: none)")
+    parser.add_argument("--title", default="title", metavar="COLUMN", help='of titles (default: title; "" for none)')
     parser.add_argument("--text-ids", action="store_true", help="ids of a CSV are text, whatever they look like")
     parser.add_argument("--feature", action="append", default=[], type=pair, metavar="NAME=FILE")
     parser.add_argument("--without", action="append", default=[], metavar="NAME", help="no new item has this feature")

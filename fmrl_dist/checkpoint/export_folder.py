@@ -56,9 +56,11 @@ VECTORS_FILE = "item_vectors.safetensors"
 VECTORS_TENSOR = "item_vectors"
 CARD_FILE = "README.md"
 FILES = (CONFIG_FILE, MODEL_FILE, ITEMS_FILE, ROTATION_FILE, VOCAB_FILE, CARD_FILE)
-FIT = re.compile(r"fit-([a-z][a-z0-9_]*)\.safetensors", re.ASCII)
-# What an export may also have: fits of its features, arrays and graphs of an ONNX export.
-FURTHER = re.compile(r"fit-[a-z][a-z0-9_]*\.safetensors|item_vectors\.safetensors|[a-z_]+\.(npy|onnx)", re.ASCII)
+STEP_FILE, ENCODER_FILE = "step.onnx", "item_encoder.onnx"
+ITEMS_ARRAY, SCALES_ARRAY = "item_embeddings.npy", "item_scales.npy"
+START_ARRAY, ROTATION_ARRAY = "start.npy", "rotation.npy"
+ONNX_FILES = (STEP_FILE, ENCODER_FILE, ITEMS_ARRAY, SCALES_ARRAY, START_ARRAY, ROTATION_ARRAY)
+FIT = re.compile(r"fit-([a-z][a-z0-9_]*)\.safetensors", re.ASCII)  # of a fitted feature
 ADDED = re.compile(r"evaluation(-[a-z0-9-]+)?\.(json|png|parts|parquet)", re.ASCII)  # by fmrl_dist.evaluate
 
 
@@ -92,22 +94,27 @@ class ExportedModel:
 
 def is_export(folder: Path) -> bool:
     """Whether ``folder`` is an export, intact or damaged: any model of the Hub has a ``config.json``."""
-    if (folder / ITEMS_FILE).is_file():
-        return True
+    return (folder / ITEMS_FILE).is_file() or {"format_version", "origin"} <= _config_as_found(folder).keys()
+
+
+def _config_as_found(folder: Path) -> dict[str, Any]:
+    """``config.json``, unchecked; empty if it is missing or cannot be read."""
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(config, dict) and {"format_version", "origin"} <= config.keys()
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
-    """Refuse an existing folder, unless it is an export to overwrite."""
+    """Refuse an existing folder, unless it is an export to overwrite that holds nothing of others."""
     if not folder.exists():
         return
     require(is_export(folder), f"{folder} exists and is not an export; choose another --output")
+    listed = _config_as_found(folder).get("sha256_of")
+    own = {CONFIG_FILE, *listed} if isinstance(listed, dict) else None  # None: of an older version, or damaged
     foreign = foreign_entries(
-        folder, lambda name: is_export_file(name) or ADDED.fullmatch(final_name(name)) is not None
+        folder, lambda name: is_evaluation(name) or (is_export_file(name) and (own is None or name in own))
     )
     require(
         not foreign,
@@ -117,9 +124,32 @@ def check_output(folder: Path, overwrite: bool) -> None:
     require(overwrite, f"export {folder} exists; keep it, or replace it with --overwrite")
 
 
+def check_no_changes(folder: Path) -> None:
+    """Refuse an export whose catalogue has changed since: to export a run again would undo it without a word.
+
+    Raises:
+        UserError: items were added, updated or removed.
+    """
+    config = _config_as_found(folder)
+    if not (config.get(CHANGES) or config.get(REMOVED)):
+        return
+    changes = config.get(CHANGES)
+    counts = changes if isinstance(changes, dict) else {"removed": config.get(REMOVED)}
+    done = ", ".join(f"{count} {name}" for name, count in counts.items())
+    raise UserError(
+        f"export {folder} was changed by fmrl_dist.add_items (items: {done}), which --overwrite would undo; choose "
+        "another --output, or remove the folder, export, and apply the changes again"
+    )
+
+
 def is_export_file(name: str) -> bool:
-    """Whether a file of that name is an export's own, of any format."""
-    return name in FILES or FURTHER.fullmatch(name) is not None
+    """Whether a file of that name can be an export's own, of any format."""
+    return name in (*FILES, VECTORS_FILE, *ONNX_FILES) or FIT.fullmatch(name) is not None
+
+
+def is_evaluation(name: str) -> bool:
+    """Whether a file of that name is what an evaluation puts into an export, or leaves there if it is killed."""
+    return ADDED.fullmatch(final_name(name)) is not None
 
 
 @dataclass(frozen=True)
@@ -186,10 +216,13 @@ def folder_of_export(
         further: keys of ``config.json`` that only this format has; it may be filled while the folder is.
 
     Raises:
-        UserError: as :func:`check_output`, or another process is writing ``folder``.
+        UserError: as :func:`check_output` and, unless ``parts`` has changes, :func:`check_no_changes`; or another
+            process is writing ``folder``.
     """
-    with replaced_folder(folder) as aside:
+    with replaced_folder(folder, is_kept=lambda name: not is_evaluation(name)) as aside:
         check_output(folder, overwrite)  # another process may have written it since it was looked at
+        if not parts.changes:
+            check_no_changes(folder)
         (aside / VOCAB_FILE).write_bytes(parts.vocab)
         for feature, data in parts.fits.items():
             (aside / fit_file(feature)).write_bytes(data)

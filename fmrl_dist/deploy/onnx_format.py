@@ -27,7 +27,13 @@ from torch import Tensor
 
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.checkpoint.export_folder import (
+    ENCODER_FILE,
+    ITEMS_ARRAY,
     ITEMS_TENSOR,
+    ROTATION_ARRAY,
+    SCALES_ARRAY,
+    START_ARRAY,
+    STEP_FILE,
     ExportedModel,
     ExportParts,
     as_stored,
@@ -39,10 +45,6 @@ from fmrl_dist.model.nested import LAYER_NORM_EPS, NestedLayerNorm, chunks, nest
 from fmrl_dist.model.stored_tensors import SCALE
 
 OPSET, IR_VERSION = 17, 8  # the first with layer-norms; every onnxruntime since 1.12 reads them
-STEP_FILE = "step.onnx"
-ENCODER_FILE = "item_encoder.onnx"
-ITEMS_ARRAY, SCALES_ARRAY = "item_embeddings.npy", "item_scales.npy"
-START_ARRAY, ROTATION_ARRAY = "start.npy", "rotation.npy"
 TOLERANCE = 1e-5  # of what onnxruntime computes, relative to the largest number
 CHECKED_EVENTS, CHECKED_BATCHES = 4, (1, 7)
 

@@ -60,6 +60,7 @@ def test_arrays_and_what_is_missing(tables: Path) -> None:
         "item": [0, 1, 2],
         "external_id": ["x", "y", "z"],
         "train_count": [0, 0, 0],
+        "title": ["Thing 0 of kind blue", "Thing 1 of kind red", "Thing 2 of kind blue"],
     }
 
 
@@ -70,6 +71,7 @@ def test_ids_in_a_csv(tables: Path) -> None:
     for words, ids in (((), [1, 2, 3]), (("--text-ids",), ["1", "2", "3"])):
         output = tables / f"encoded-{len(words)}"
         arguments = ["--items", tables / "items.csv", "--feature", f"vector={tables / 'vectors.npy'}", *words]
+        arguments += ["--title", ""]
         run_here(encode.main, [export, *arguments, "--output", output])
         assert pq.read_table(output / "vocab.parquet")["external_id"].to_pylist() == ids
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.base.files import file_sha256
 from fmrl_dist.checkpoint.export_folder import CARD_FILE, is_export_file
 from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.deploy.catalogue.encoded_items import EncodedItems
@@ -44,6 +45,7 @@ class OpenExport:
     folder: Path
     config: dict[str, Any]
     items: ItemRecords
+    config_sha256: str  # of the file config.json, which has the hashes of all others
 
     @classmethod
     def read(cls, folder: Path) -> OpenExport:
@@ -54,6 +56,7 @@ class OpenExport:
         """
         require((folder / CONFIG_FILE).is_file(), f"{folder} is not an export: it has no {CONFIG_FILE}")
         try:
+            config_sha256 = file_sha256(folder / CONFIG_FILE)
             config = read_export_config(folder)
             require(config["format"] in FORMATS, f"{folder} is of format {config['format']}, which cannot be changed")
             names = config.setdefault("sha256_of", {path.name: "" for path in folder.iterdir()})  # version 1 has none
@@ -67,7 +70,19 @@ class OpenExport:
             raise
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise _damaged(folder, error) from None
-        return cls(folder, config, items)
+        return cls(folder, config, items, config_sha256)
+
+    def check_unchanged(self) -> None:
+        """Refuse to go on where the folder is another export by now: what was read of it is of two.
+
+        Raises:
+            UserError: it is, or is gone.
+        """
+        try:
+            is_same = file_sha256(self.folder / CONFIG_FILE) == self.config_sha256
+        except OSError:
+            is_same = False
+        require(is_same, f"export {self.folder} was changed or removed meanwhile; nothing is written: begin again")
 
     @property
     def feature_dims(self) -> dict[str, int]:

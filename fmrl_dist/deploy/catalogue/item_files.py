@@ -16,16 +16,19 @@ from torch import Tensor
 
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.checkpoint.export_folder import (
+    ENCODER_FILE,
+    ITEMS_ARRAY,
     ITEMS_FILE,
     ITEMS_TENSOR,
     ROTATION_FILE,
     ROTATION_TENSOR,
+    SCALES_ARRAY,
     VECTORS_FILE,
     VECTORS_TENSOR,
     save_tensors,
     stored_or_refused,
 )
-from fmrl_dist.deploy.onnx_format import ENCODER_FILE, ITEMS_ARRAY, SCALES_ARRAY, check_installed
+from fmrl_dist.deploy.onnx_format import check_installed
 from fmrl_dist.model.embed_catalogue import check_rankable
 from fmrl_dist.model.fmrlrec import FMRLRec, ItemEncoder
 from fmrl_dist.model.nested import add_prefix

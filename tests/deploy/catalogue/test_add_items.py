@@ -23,6 +23,7 @@ from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.files import file_sha256
 from fmrl_dist.checkpoint.export_folder import ITEMS_FILE, ExportParts, read_export, read_export_parts, write_export
 from fmrl_dist.data.store.reader import Store
+from fmrl_dist.deploy.catalogue.encoded_items import EncodedItems, read_encoded
 from fmrl_dist.deploy.recommender import Recommender
 from fmrl_dist.model import export_config
 from fmrl_dist.model.embed_catalogue import embed_catalogue
@@ -347,6 +348,13 @@ def test_refusals(shop: Path, tmp_path: Path) -> None:
             (*("--encoded", renamed(shop, tmp_path / "c", ["i4"]), "--update"), "--remove", tmp_path / "four.txt"),
             "'i4' are to be updated and removed",
         ),
+        (
+            ("--encoded", shop / "encoded", "--feature", "a=b", "--image-columns", "a", "b", "--id", "a"),
+            "--feature, --image-columns, --id: options of --items TABLE, without which they do nothing; give them to",
+        ),
+        (("--encoded", shop / "encoded", "--title", "name"), "--title: options of --items TABLE"),
+        (("--encoded", shop / "encoded", "--encoder", "a=b", "--without", "a"), "--without, --encoder: options of"),
+        (("--remove", tmp_path / "ids.txt", "--title", ""), "do nothing; leave them out with --remove alone"),
     ]:
         (tmp_path / "four.txt").write_text("i4")
         assert complaint in refused(shop, target, *words), words
@@ -394,6 +402,70 @@ def test_killed_midway(shop: Path, tmp_path: Path) -> None:
     assert [path.name for path in target.parent.iterdir()] == ["export"]
 
 
+def test_an_evaluation_that_ends_meanwhile_is_of_the_catalogue_before(
+    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that ends while items are encoded, and one between the last look and the replacement."""
+    target = shutil.copytree(shop / "export", tmp_path / "export")
+    listing = add_items.evaluations_in
+
+    def read_slowly(*arguments: Any) -> EncodedItems:
+        (target / "evaluation.json").write_text("{}")
+        (target / "notes.txt").write_text("mine")
+        return read_encoded(*arguments)
+
+    def list_early(folder: Path) -> list[str]:
+        found = listing(folder)
+        (target / "evaluation-valid.json").write_text("{}")
+        return found
+
+    monkeypatch.setattr(add_items, "read_encoded", read_slowly)
+    monkeypatch.setattr(add_items, "evaluations_in", list_early)
+    run_here(add_items.main, [target, "--in-place", "--encoded", shop / "encoded"])
+    assert sorted(hashes(target)) == sorted([*hashes(shop / "export"), "notes.txt"])
+    assert "note: evaluation.json were of the catalogue before" in capsys.readouterr().out
+
+
+def test_an_export_that_changes_meanwhile(shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``--output`` does not lock what it reads: rows of one export beside those of another would be no export."""
+    source, other = (shutil.copytree(shop / "export", tmp_path / name) for name in ("source", "other"))
+    (tmp_path / "ids.txt").write_text("i3")
+    run_here(add_items.main, [other, "--remove", tmp_path / "ids.txt", "--in-place"])
+
+    def read_slowly(*arguments: Any) -> EncodedItems:
+        shutil.rmtree(source)
+        shutil.copytree(other, source)
+        return read_encoded(*arguments)
+
+    monkeypatch.setattr(add_items, "read_encoded", read_slowly)
+    with pytest.raises(UserError, match="source was changed or removed meanwhile; nothing is written: begin again"):
+        added(shop, tmp_path / "more", source=source)
+    assert not (tmp_path / "more").exists()
+
+
+@pytest.mark.parametrize("name", ["mine.npy", "item_embeddings.npy", "mine.onnx", "fit-mine.safetensors"])
+def test_arrays_of_others_are_not_removed(shop: Path, tmp_path: Path, name: str) -> None:
+    """An export's own files are those that its config lists."""
+    target = shutil.copytree(shop / "export", tmp_path / "exports" / "export")
+    (target / name).write_text("mine")
+    assert f"export holds {name}, which an export does not have" in refused(shop, target, "--encoded", shop / "encoded")
+
+
+def test_changes_are_not_undone_by_an_export(shop: Path, tmp_path: Path) -> None:
+    target = shutil.copytree(shop / "export", tmp_path / "export")
+    (tmp_path / "ids.txt").write_text("i3")
+    run_here(add_items.main, [target, "--remove", tmp_path / "ids.txt", "--in-place"])
+    before = hashes(target)
+    with pytest.raises(UserError, match=r"was changed by .*add_items \(items: 0 added, 0 updated, 1 removed\), which"):
+        export_of(shop, target, "--overwrite")
+    exported, parts = read_export(target), read_export_parts(target)
+    with pytest.raises(UserError, match="which --overwrite would undo; choose another --output, or remove the folder"):
+        write_export(exported, target, replace(parts, changes={}), True)
+    assert hashes(target) == before
+    write_export(exported, target, parts, True)  # with its changes
+    assert Recommender.from_pretrained(target).removed.tolist() == [3]
+
+
 def write_encoded(folder: Path, ids: list[str], values: torch.Tensor) -> Path:
     """What shards.encode makes of a precomputed feature "text"."""
     folder.mkdir()
@@ -415,7 +487,9 @@ def test_learned_ids_stay(tmp_path: Path) -> None:
     write_export(exported, tmp_path / "export", ExportParts(vocabulary_bytes(ids_of(30)), made_by, {}), False)
     words = [tmp_path / "export", "--in-place", "--encoded"]
     first = write_encoded(tmp_path / "first", ["new", "newer"], torch.randn(2, 3))
-    run_here(add_items.main, [*words, first])
+    with pytest.raises(UserError, match=r"first holds no titles, and the items of .* have some; encode again with"):
+        run_here(add_items.main, [*words, first])
+    run_here(add_items.main, [*words, first, "--title", ""])
     values = torch.tensor([[1.0, -2.0, 0.5], [0.0, 0.0, 0.0]])
     run_here(add_items.main, [*words, write_encoded(tmp_path / "second", ["newer", "i7"], values), "--update"])
     after, encoder = read_export(tmp_path / "export").items, model.encoder
