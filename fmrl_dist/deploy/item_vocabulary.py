@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +20,7 @@ ItemIds = Iterable[ItemId]
 ItemIdsOfEach = Sequence[ItemIds | None]
 REMOVED_COLUMN = "removed"  # bool, only of a vocabulary with items that are not recommended any more
 SHOWN = 3  # unknown ids in a message
+HASHED_TOGETHER = 256  # ids: a client may ask for the hash of any number of first ones, at this cost and no more
 
 
 class Recommendation(NamedTuple):
@@ -67,7 +68,21 @@ class ItemVocabulary:
         except (OSError, pa.ArrowException, LookupError, ValueError, TypeError) as error:
             problem = " ".join(str(error).split())[:200]
             raise UserError(f"the vocabulary {where} cannot be read ({problem}); export again") from None
-        self._hashes: dict[int, str] = {}
+
+    @cached_property
+    def _hashes(self) -> list[Any]:
+        """Unfinished hashes of the first 0, HASHED_TOGETHER, 2 · HASHED_TOGETHER, … ids."""
+        hashes = [hashlib.sha256()]
+        for start in range(0, len(self.ids) - HASHED_TOGETHER + 1, HASHED_TOGETHER):
+            hashes.append(hashes[-1].copy())
+            hashes[-1].update(_hashed(self.ids[start : start + HASHED_TOGETHER]))
+        return hashes
+
+    @cached_property
+    def _hash_of_all(self) -> str:
+        digest = self._hashes[-1].copy()
+        digest.update(_hashed(self.ids[(len(self._hashes) - 1) * HASHED_TOGETHER :]))
+        return digest.hexdigest()
 
     @cached_property
     def _row_of(self) -> dict[ItemId, int]:
@@ -145,10 +160,18 @@ class ItemVocabulary:
         ]
 
     def sha256(self, num_items: int) -> str:
-        """Hash of the external ids of the first items: it stays as others are appended."""
-        if num_items not in self._hashes:
-            digest = hashlib.sha256()
-            for item_id in self.ids[:num_items]:
-                digest.update(repr(item_id).encode() + b"\n")
-            self._hashes[num_items] = digest.hexdigest()
-        return self._hashes[num_items]
+        """Hash of the external ids of the first items: it stays as others are appended.
+
+        All ids are hashed once, at the first call; after that any number of items costs the same little time.
+        """
+        if num_items == len(self.ids):
+            return self._hash_of_all
+        before = num_items // HASHED_TOGETHER
+        digest = self._hashes[before].copy()
+        digest.update(_hashed(self.ids[before * HASHED_TOGETHER : num_items]))
+        return digest.hexdigest()
+
+
+def _hashed(item_ids: Sequence[ItemId]) -> bytes:
+    """What a hash reads of some ids."""
+    return "".join(f"{item_id!r}\n" for item_id in item_ids).encode()
