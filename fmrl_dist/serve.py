@@ -46,6 +46,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--threads", type=int, default=_default_threads(), help="batches at a time (default: cores)")
     _add_limit(parser, "--max-k", "items of a list", defaults.max_k)
+    _add_limit(parser, "--max-answer-items", "items of an answer, k times histories", defaults.max_answer_items)
     _add_limit(parser, "--max-history", "events of a history", defaults.max_history)
     _add_limit(parser, "--max-histories", "histories of a request", defaults.max_histories)
     _add_limit(parser, "--max-body", "bytes of a request", defaults.max_body_bytes)
@@ -82,6 +83,7 @@ def main(argv: list[str]) -> None:
         max_histories=arguments.max_histories,
         max_history=arguments.max_history,
         max_k=arguments.max_k,
+        max_answer_items=arguments.max_answer_items,
         max_batch=arguments.max_batch,
         max_delay_s=arguments.max_delay_ms / 1000,
         threads=arguments.threads,

@@ -37,18 +37,21 @@ from fmrl_dist.deploy.service.bodies import (
 from fmrl_dist.deploy.service.docs_page import CONTENT_SECURITY_POLICY, docs_page
 from fmrl_dist.deploy.service.gate import Gate
 from fmrl_dist.deploy.service.metrics import CONTENT_TYPE
-from fmrl_dist.deploy.service.service import NotFoundError, Service, encode_state
+from fmrl_dist.deploy.service.service import NotFoundError, Service, encode_state, in_thread_if
 from fmrl_dist.deploy.service.session_store import KeptSession
 from fmrl_dist.deploy.web.api_page import MEDIA_TYPES, api_page, can_show
 
 DEFAULT_FOUND = 20  # items of a search
+ITEMS_INLINE = 1000  # of an answer, written by the event loop itself
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorAnswer, "description": "Not HTTP, not JSON, or another host's name"},
     401: {"model": ErrorAnswer, "description": "The token is missing or wrong"},
     404: {"model": ErrorAnswer, "description": "There is no such address, session or item"},
+    405: {"model": ErrorAnswer, "description": "The address does not take this method; Allow"},
     408: {"model": ErrorAnswer, "description": "The request did not come in time"},
     413: {"model": ErrorAnswer, "description": "The body is too large"},
     422: {"model": ErrorAnswer, "description": "A value is missing, wrong or beyond a limit, or an item is unknown"},
+    431: {"model": ErrorAnswer, "description": "The request's first lines are too long"},
     503: {"model": ErrorAnswer, "description": "Too many requests are in flight, or the service ends; Retry-After"},
 }
 
@@ -130,7 +133,11 @@ def _add_recommend(app: FastAPI, service: Service) -> None:
     async def recommend(body: RecommendBody) -> Response:
         """The k best next items after each history, the best first."""
         size, lists = await service.recommend(body)
-        return json_answer({"size": size, "recommendations": [_listed(found) for found in lists]})
+
+        def make_answer() -> Response:
+            return json_answer({"size": size, "recommendations": [_listed(found) for found in lists]})
+
+        return await in_thread_if(sum(map(len, lists)) > ITEMS_INLINE, make_answer)
 
     @app.post("/v1/state", response_model=StateAnswer, tags=["sessions"])
     async def step(body: StateBody) -> Response:
@@ -225,6 +232,7 @@ def _add_operation(app: FastAPI, service: Service, gate: Gate) -> None:
                 "has_titles": largest.titles is not None,
                 "retrieval": service.retrieval,
                 "max_k": limits.max_k,
+                "max_answer_items": limits.max_answer_items,
                 "max_histories": limits.max_histories,
                 "max_history": limits.max_history,
                 "max_body_bytes": limits.max_body_bytes,
@@ -240,7 +248,7 @@ def _add_operation(app: FastAPI, service: Service, gate: Gate) -> None:
     async def ready() -> Response:
         """Whether to send requests here: not any more once it was told to end."""
         if gate.is_draining:
-            return error_answer(503, "the service ends")
+            return error_answer(503, "the service ends", retry_after="1")
         return json_answer({"status": "ready"})
 
     @app.get("/metrics", tags=["operation"], response_class=Response)

@@ -123,6 +123,7 @@ class ModelAnswer(BaseModel):
     has_titles: bool
     retrieval: str = Field(description="exact, or a faster search with a measured recall of the exact lists")
     max_k: int
+    max_answer_items: int = Field(description="of all lists of an answer together: k times histories")
     max_histories: int
     max_history: int
     max_body_bytes: int

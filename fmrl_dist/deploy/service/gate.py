@@ -26,7 +26,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")  # each is a time series; others are one
-OPEN_PATHS = ("/health", "/ready")  # without a token: load balancers have none
+OPEN_PATHS = ("/health", "/ready")  # without a token: load balancers have none; and however many are in flight
 READ_AFTER_S, READ_AFTER_BYTES = 2.0, 64 << 20  # of a body that is refused, so that its sender reads the answer
 
 
@@ -72,7 +72,8 @@ class Gate:
             await answer(scope, receive, send_noted if not refusal.drains else _unfinished(receive, send_noted))
         except asyncio.CancelledError:  # the service ends, and its time for requests in flight is over
             if not status:
-                await error_answer(503, "the service ends", connection="close")(scope, receive, send_noted)
+                answer = error_answer(503, "the service ends", connection="close", retry_after="1")
+                await answer(scope, receive, send_noted)
         except Exception as error:  # the app has answered 500 already
             self._metrics.note_crash()
             sys.stderr.write("".join(traceback.format_exception(error)))
@@ -92,6 +93,9 @@ class Gate:
             self._check_token(headers)
         body = await self._body(headers, receive)
         if body is None:
+            return
+        if scope["path"] in OPEN_PATHS:  # a busy process lives, and is not to be restarted for it
+            await self._app(scope, _received(body, receive), send)
             return
         if self.in_flight >= self._settings.max_in_flight:
             raise RefusedError(

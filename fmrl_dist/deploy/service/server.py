@@ -13,6 +13,7 @@ import json
 import resource
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ from fmrl_dist.deploy.service.gate import Gate
 from fmrl_dist.deploy.service.settings import ServiceSettings
 
 HEAD_BYTES = 16 << 10  # of a request's first lines
+HEAD_TOO_LONG = 431  # as an HTTP status
 BACKLOG = 2048
 LAST_REQUESTS_S = 0.25  # at the end, for requests that are on their way
 MAX_CONNECTIONS, FILES_BESIDE_CONNECTIONS = 4096, 64
@@ -91,7 +93,11 @@ class HurriedProtocol(H11Protocol):
             self._write_timer = None
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(400, "this is no HTTP request")
+        error = sys.exception()  # that uvicorn answers
+        if isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == HEAD_TOO_LONG:
+            self._refuse(HEAD_TOO_LONG, f"the request's first lines (address and headers) exceed {HEAD_BYTES} bytes")
+        else:
+            self._refuse(400, "this is no HTTP request")
 
     def _unsupported_upgrade_warning(self) -> None:
         """Answered as the plain request that it also is."""

@@ -111,9 +111,9 @@ class Service:
     async def recommend(self, body: RecommendBody) -> tuple[int, list[list[Recommendation]]]:
         """A list for each history, and the size that made them."""
         size = self._size(body.size)
-        self._check_k(body.k)
         limits = self.settings
         _check_count(len(body.histories), limits.max_histories, "histories")
+        self._check_k(body.k, len(body.histories))
         for history in body.histories:
             _check_count(len(history), limits.max_history, "events of a history")
         num_ids = sum(map(len, body.histories))
@@ -130,7 +130,7 @@ class Service:
                 deny=self._vocabulary.rows_of_lists(body.deny, body.unknown),
             )
 
-        job = await _in_thread_if(num_ids > IDS_INLINE, make_job)
+        job = await in_thread_if(num_ids > IDS_INLINE, make_job)
         return size, await self._batchers[size].rank(job)
 
     async def open_session(self, body: SessionBody) -> tuple[str, KeptSession]:
@@ -182,7 +182,11 @@ class Service:
     async def step(self, body: StateBody) -> tuple[int, Session, list[Recommendation]]:
         """A session that the client keeps, after its next events: its size, itself, its list."""
         self._check_k(body.k)
-        rows = [self._vocabulary.rows_of_lists(ids, body.unknown) for ids in (body.allow, body.deny)]
+        filters = (body.allow, body.deny)
+        rows = await in_thread_if(
+            sum(len(ids) for ids in filters if ids is not None) > IDS_INLINE,
+            lambda: [self._vocabulary.rows_of_lists(ids, body.unknown) for ids in filters],
+        )
         session, size = await self._session_of(body.state, body.size, body.observe, body.unknown)
         found = await self._rank_session(size, session, body.k, body.exclude_seen, *rows) if body.k else []
         return size, session, found
@@ -213,7 +217,7 @@ class Service:
         numbers = decode_state(state)
         size = self._size(size_of_state(numbers) if size is None else size)
         session = self.recommenders[size].session()
-        # In a thread: the state may be of any earlier catalogue, whose ids are hashed to recognise it.
+        # In a thread: the state may hold as many items as a body has room for.
         await asyncio.to_thread(session.restore, numbers)
         await _observe(session, rows)
         return session, size
@@ -242,8 +246,14 @@ class Service:
         require(size in self.recommenders, f"size {size} is not served; expected one of {list(self.recommenders)}")
         return size
 
-    def _check_k(self, k: int) -> None:
+    def _check_k(self, k: int, num_histories: int = 1) -> None:
         require(k <= self.settings.max_k, f"k is {k}; at most {self.settings.max_k} items are answered")
+        limit = self.settings.max_answer_items
+        require(
+            k * num_histories <= limit,
+            f"k is {k} for {num_histories} histories; at most {limit} items are answered at once: send fewer histories "
+            "or a smaller k",
+        )
 
     def _check_filter(self, name: str, lists: Sequence[object] | None, num_histories: int) -> int:
         """The number of ids of a filter, which must not be too many, or of too many users."""
@@ -291,10 +301,11 @@ async def _observe(session: Session, rows: np.ndarray) -> None:
             for row in rows.tolist():
                 session.observe_row(row)
 
-    await _in_thread_if(len(rows) > EVENTS_INLINE, observe)
+    await in_thread_if(len(rows) > EVENTS_INLINE, observe)
 
 
-async def _in_thread_if(is_long: bool, function: Callable[[], T]) -> T:
+async def in_thread_if(is_long: bool, function: Callable[[], T]) -> T:
+    """What a function returns; one that takes long keeps the event loop waiting no longer than Python's threads do."""
     return await asyncio.to_thread(function) if is_long else function()
 
 

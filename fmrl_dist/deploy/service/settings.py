@@ -15,6 +15,7 @@ class ServiceSettings:
     max_histories: int = 256  # of a request
     max_history: int = 1000  # events of each
     max_k: int = 1000
+    max_answer_items: int = 25_600  # of all lists of an answer together: k times histories
     max_filtered: int = 1_000_000  # ids of a list for all, times histories
     max_batch: int = 64  # histories that are answered together
     max_delay_s: float = 0.002  # that a request waits for others

@@ -10,11 +10,15 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the serve extra is not installed")
 
+from fmrl_dist.deploy.item_vocabulary import ItemVocabulary
 from fmrl_dist.deploy.service.answers import json_answer
-from fmrl_dist.deploy.service.gate import Gate, Message, Receive, Scope, Send
+from fmrl_dist.deploy.service.app import build_service_app
+from fmrl_dist.deploy.service.gate import OPEN_PATHS, Gate, Message, Receive, Scope, Send
 from fmrl_dist.deploy.service.metrics import ServiceMetrics
 from fmrl_dist.deploy.service.server import GracefulServer, listen
+from fmrl_dist.deploy.service.service import Service
 from fmrl_dist.deploy.service.settings import ServiceSettings
+from tests.fixtures.exports import ids_of, random_export, vocabulary_bytes
 
 TOKEN = "0123456789abcdef"
 
@@ -23,7 +27,10 @@ def gate_of(app: Callable[[Scope, Receive, Send], Awaitable[None]], **limits: An
     return Gate(app, ServiceSettings(**limits), ServiceMetrics())
 
 
-async def ask(gate: Gate, *parts: bytes, path: str = "/", **headers: str) -> tuple[int, dict[bytes, bytes], bytes]:
+Answered = tuple[int, dict[bytes, bytes], bytes]  # status, headers, body
+
+
+async def ask(gate: Gate, *parts: bytes, path: str = "/", method: str = "POST", **headers: str) -> Answered:
     """A request whose body comes in parts; each takes a turn of the event loop."""
     left, sent = list(parts), list[Message]()
     named = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
@@ -37,7 +44,7 @@ async def ask(gate: Gate, *parts: bytes, path: str = "/", **headers: str) -> tup
 
     if parts:
         named.append((b"transfer-encoding", b"chunked"))
-    await gate({"type": "http", "method": "POST", "path": path, "headers": named}, receive, send)
+    await gate({"type": "http", "method": method, "path": path, "headers": named, "query_string": b""}, receive, send)
     assert sent[0]["type"] == "http.response.start" and not sent[-1].get("more_body", False)
     return sent[0]["status"], dict(sent[0]["headers"]), b"".join(each.get("body", b"") for each in sent[1:])
 
@@ -60,8 +67,11 @@ def test_requests_beyond_the_limit_are_asked_to_come_again() -> None:
         await asyncio.sleep(0.01)
         status, headers, body = await ask(gate)
         assert (status, headers[b"retry-after"]) == (503, b"1") and b"2 requests are in flight" in body
+        open_paths = [asyncio.create_task(ask(gate, path=path)) for path in OPEN_PATHS]
+        await asyncio.sleep(0.01)
+        assert gate.in_flight == 2, "load balancers are answered beyond the limit"
         may_answer.set()
-        assert [status for status, _, _ in await asyncio.gather(*waiting)] == [200, 200]
+        assert [status for status, _, _ in await asyncio.gather(*waiting, *open_paths)] == [200] * 4
         assert (await ask(gate))[0] == 200 and gate.in_flight == 0
 
     asyncio.run(run())
@@ -112,6 +122,33 @@ def test_at_the_end_each_answer_closes_its_connection() -> None:
     gate.is_draining = True
     status, headers, _ = asyncio.run(ask(gate))
     assert (status, headers[b"connection"]) == (200, b"close")
+
+
+def test_who_is_cut_off_at_the_end_is_asked_to_come_again() -> None:
+    async def run() -> None:
+        async def never(scope: Scope, receive: Receive, send: Send) -> None:
+            await asyncio.Event().wait()
+
+        waiting = asyncio.create_task(ask(gate_of(never)))
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+        status, headers, body = await waiting
+        assert (status, headers[b"retry-after"], body) == (503, b"1", b'{"error":"the service ends"}')
+
+    asyncio.run(run())
+
+
+def test_ready_turns_at_the_end() -> None:
+    exported = random_export()
+    vocabulary = ItemVocabulary(vocabulary_bytes(ids_of(len(exported.items))), "vocab.parquet")
+    service = Service(exported, vocabulary, [8], ServiceSettings())
+    gate = build_service_app(service)
+    assert asyncio.run(ask(gate, path="/ready", method="GET"))[0] == 200
+    gate.is_draining = True
+    status, headers, _ = asyncio.run(ask(gate, path="/ready", method="GET"))
+    assert (status, headers[b"retry-after"]) == (503, b"1")
+    assert asyncio.run(ask(gate, path="/health", method="GET"))[0] == 200
+    service.close()
 
 
 def test_a_client_that_does_not_read_is_cut_off() -> None:

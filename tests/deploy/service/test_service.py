@@ -23,7 +23,7 @@ from fmrl_dist.deploy.item_vocabulary import ItemVocabulary
 from fmrl_dist.deploy.recommender import Recommender
 from fmrl_dist.deploy.service.item_search import ItemSearch
 from tests.fixtures.exports import vocabulary_bytes, write_random_export
-from tests.fixtures.processes import clean_environment
+from tests.fixtures.processes import REPOSITORY, clean_environment
 from tests.fixtures.services import RunningService, running_service
 
 SIZES = (4, 8, 16)
@@ -37,8 +37,8 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def service(export: Path) -> Iterator[RunningService]:
-    limits = ("--max-k", 50, "--max-history", 40, "--max-histories", 8, "--max-body", MAX_BODY, "--threads", 2)
-    with running_service(export, *limits) as running:
+    limits = ("--max-k", 50, "--max-history", 40, "--max-histories", 8, "--max-answer-items", 200)
+    with running_service(export, *limits, "--max-body", MAX_BODY, "--threads", 2) as running:
         yield running
 
 
@@ -142,6 +142,13 @@ WRONG: list[tuple[str, str, Any, int, str]] = [
     ("POST", "/v1/recommend", {}, 422, "body.histories: Field required"),
     ("POST", "/v1/recommend", {"histories": [["x"], ["i1"]]}, 422, "1 of 1 ids are of no item, such as 'x'; ids are"),
     ("POST", "/v1/recommend", {"histories": [["i1"]], "k": 51}, 422, "k is 51; at most 50 items are answered"),
+    (
+        "POST",
+        "/v1/recommend",
+        {"histories": [[]] * 5, "k": 41},
+        422,
+        "k is 41 for 5 histories; at most 200 items are answered at once: send fewer histories or a smaller k",
+    ),
     ("POST", "/v1/recommend", {"histories": [["i1"]], "k": 0}, 422, "body.k: Input should be greater than or equal to"),
     (
         "POST",
@@ -209,6 +216,14 @@ def test_mistakes_get_one_line(
     assert answer.headers["content-type"] == "application/json"
 
 
+def test_every_status_is_documented(service: RunningService) -> None:
+    assert service.ask("PUT", "/v1/recommend", {}).headers["allow"] == "POST"
+    page = (REPOSITORY / "docs" / "serving.md").read_text("utf-8")
+    described = set(service.get("/openapi.json").json["paths"]["/v1/recommend"]["post"]["responses"]) - {"200"}
+    named = set(re.findall(r"\b[45]\d\d\b", page.partition("**Mistakes**")[2].partition("NaN and")[0]))
+    assert named == described >= {str(status) for *_, status, _ in WRONG} | {"401", "408", "431", "503"}
+
+
 def test_a_state_is_checked(service: RunningService, recommenders: dict[int, Recommender]) -> None:
     """As Session.restore does; numbers that overflow later are refused, too, and the next request is answered."""
     for change, error in [
@@ -245,6 +260,7 @@ def test_operation(service: RunningService) -> None:
     assert service.get("/ready").json == {"status": "ready"}
     model = service.get("/v1/model").json
     assert (model["sizes"], model["default_size"], model["num_items"], model["max_k"]) == ([4, 8, 16], 16, 30, 50)
+    assert model["max_answer_items"] == 200
     service.post("/v1/recommend", histories=[["i1"]] * 3, size=4)
     service.ask("BREW", "/v1/recommend")
     samples = {
@@ -278,11 +294,17 @@ def test_no_page_loads_anything(service: RunningService) -> None:
 
 
 def test_what_is_not_http(service: RunningService) -> None:
-    for data in (b"GARBAGE\r\n\r\n", b"GET / HTTP/1.1\r\nbad header\r\n\r\n", b"\x16\x03\x01" * 50, b"X" * 30_000):
+    for data in (b"GARBAGE\r\n\r\n", b"GET / HTTP/1.1\r\nbad header\r\n\r\n", b"\x16\x03\x01" * 50):
         with socket.create_connection(("127.0.0.1", service.port), 20) as client:
             client.sendall(data)
             answer = client.recv(65536)
         assert answer.startswith(b"HTTP/1.1 400 ") and b'{"error": "this is no HTTP request"}' in answer
+    for data in (b"GET /" + b"x" * 20_000, b"GET / HTTP/1.1\r\nHost: localhost\r\nCookie: " + b"x" * 20_000):
+        with socket.create_connection(("127.0.0.1", service.port), 20) as client:
+            client.sendall(data)
+            answer = client.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 431 Request Header Fields Too Large\r\n")
+        assert b'{"error": "the request\'s first lines (address and headers) exceed 16384 bytes"}' in answer
     with socket.create_connection(("127.0.0.1", service.port), 20) as client:
         client.sendall(b"POST /v1/recommend HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
     assert service.get("/health").status == 200
