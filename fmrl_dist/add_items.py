@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
     with replaced_folder(output, is_kept=lambda name: not is_evaluation(name)) as aside:
         export = OpenExport.read(folder)
         check_output(output, arguments.overwrite or arguments.in_place)
-        counts = write_changed(export, changes_asked_for(arguments, export), aside)
+        counts = write_changed(export, changes_asked_for(arguments, export), aside, output.name)
         export.check_unchanged()  # --output does not lock it
         left_out = evaluations_in(output) if output.exists() else []
     report(counts, output, left_out)

@@ -86,6 +86,7 @@ def main(argv: list[str]) -> None:
         figures=run_figures(run_of_best(checkpoint), checkpoint, store),
         is_whole=size == config.model.sizes[-1],
         source=arguments.push_to_hub or output.name,
+        on_hub=arguments.push_to_hub is not None,
         licence=arguments.licence,
     )
     parts = ExportParts(

@@ -1,5 +1,7 @@
 """Publish an export on the Hugging Face Hub: one commit with the files of the export, and nothing else.
 
+Only the model card differs from the folder's, and its hash: its code reads the repository.
+
 The token is the environment's (``HF_TOKEN``) or that of ``hf auth login``: huggingface_hub finds it, and it is never an
 argument.
 """
@@ -7,12 +9,14 @@ argument.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fmrl_dist.base.errors import UserError, require
-from fmrl_dist.checkpoint.export_folder import intact_files, is_export_file
+from fmrl_dist.checkpoint.export_folder import CARD_FILE, intact_files, is_export_file
+from fmrl_dist.deploy.card_source import with_source
+from fmrl_dist.model.export_config import CONFIG_FILE, config_text_with_file, read_export_config
 
 T = TypeVar("T")
 
@@ -34,7 +38,8 @@ def check_can_push(repo_id: str) -> None:
 def push_to_hub(folder: str | Path, repo_id: str, private: bool = False, message: str = "") -> str:
     """Upload an export as one commit to a repository's main branch; the repository is created if it does not exist.
 
-    Files of an earlier export that this one does not have are removed in the same commit; files of others stay.
+    Files of an earlier export that this one does not have are removed in the same commit; files of others stay. In the
+    code of the model card stands the repository's id; the folder's own files are left as they are.
 
     Args:
         folder: an export of any format and dtype.
@@ -62,7 +67,8 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool = False, message
     )
     known = [entry.rfilename for entry in repo.siblings or []]
     add, delete = add_or_delete
-    operations: list[Any] = [add(name, str(folder / name)) for name in names]
+    renamed = files_of_repository(folder, repo_id, names)
+    operations: list[Any] = [add(name, renamed.get(name, str(folder / name))) for name in names]
     operations += [delete(name) for name in known if is_export_file(name) and name not in names]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that a model does not have Parquet files
@@ -70,6 +76,15 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool = False, message
             lambda: api.create_commit(repo_id, operations, commit_message=message or f"Export {folder.name}"), failure
         )
     return str(commit.commit_url)
+
+
+def files_of_repository(folder: Path, repo_id: str, names: Sequence[str]) -> dict[str, bytes]:
+    """Content of the files ``names`` of an export that are others in a repository: the card, and with it the hashes."""
+    if CARD_FILE not in names:
+        return {}
+    card = with_source((folder / CARD_FILE).read_text(encoding="utf-8"), repo_id, on_hub=True).encode()
+    config = config_text_with_file(read_export_config(folder), CARD_FILE, card)
+    return {CARD_FILE: card, CONFIG_FILE: config.encode()}
 
 
 def _hub() -> tuple[Any, Any, Any, tuple[Any, Any]]:

@@ -18,6 +18,7 @@ from fmrl_dist.checkpoint.export_folder import ExportedModel
 from fmrl_dist.checkpoint.folder import Checkpoint
 from fmrl_dist.checkpoint.run_folder import FINAL_EVALUATION
 from fmrl_dist.data.store.reader import Store
+from fmrl_dist.deploy.card_source import folder_lines, loading_line
 from fmrl_dist.evaluation.results.report import both_protocols
 
 METRICS = ("ndcg@10", "recall@10")  # shown, if the evaluation has one of them
@@ -54,7 +55,8 @@ class CardSubject:
     quality: Mapping[str, Any]  # what the dtype costs
     figures: Mapping[str, Any] | None  # of the run's evaluation on test, of this catalogue
     is_whole: bool  # whether the size is the run's largest: only then it has cut vectors of the run's figures
-    source: str  # what ``from_pretrained`` reads: the folder's name, or an id on the Hub
+    source: str  # the folder's name, or an id on the Hub
+    on_hub: bool  # which of the two
     licence: Licence
 
 
@@ -239,7 +241,7 @@ def _snippet(subject: CardSubject) -> str:
     return f"""```python
 from fmrl_dist import Recommender
 
-recommender = Recommender.from_pretrained("{subject.source}")  # size={some}: the smallest of its models
+recommender = {loading_line(subject.source)}  # size={some}: the smallest of its models
 history = recommender.item_ids[:3]  # ids of the catalogue, oldest first
 for item in recommender.recommend([history], k=5)[0]:
     print(f"{{item.score:.2f}}  {{item.item_id}}  {{item.title}}")
@@ -257,14 +259,16 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-
-folder = Path("{subject.source}")
-items = {items}
+import pyarrow.parquet as pq
+{folder_lines(subject.source, subject.on_hub)}items = {items}
 step = onnxruntime.InferenceSession(folder / "step.onnx")
 state = np.zeros((1, {model.depth}, 2, {model.width}), np.float32)
 for item in [3, 14, 15]:  # rows of vocab.parquet, oldest first
     state, outputs = step.run(None, {{"state": state, "embeddings": items[[item]]}})
 scores = {compared} @ outputs[0]
+vocabulary = pq.read_table(folder / "vocab.parquet")
+if "removed" in vocabulary.column_names:  # items that must not be recommended
+    scores[vocabulary["removed"].to_numpy()] = -np.inf
 print(np.argsort(-scores)[:10])
 ```
 

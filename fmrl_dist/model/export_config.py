@@ -5,6 +5,7 @@ Whatever reads an export checks the hash of each file first: a damaged weight is
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,21 @@ def export_config_text(config: Mapping[str, Any], folder: Path, names: Sequence[
     """The file's text: ``config`` with version, the hashes of the files ``names`` in ``folder``, and its own."""
     version = VERSION_WITH_REMOVALS if config.get(REMOVED) else FORMAT_VERSION
     config = {"format_version": version, **config, "sha256_of": {n: file_sha256(folder / n) for n in names}}
+    return _with_hash(config)
+
+
+def config_text_with_file(config: Mapping[str, Any], name: str, content: bytes) -> str:
+    """The file's text where one of the export's files is another.
+
+    Args:
+        config: what :func:`read_export_config` returns.
+        name: of the file.
+        content: of the file.
+    """
+    return _with_hash({**config, "sha256_of": {**config["sha256_of"], name: hashlib.sha256(content).hexdigest()}})
+
+
+def _with_hash(config: dict[str, Any]) -> str:
     return json.dumps(config | {"sha256": json_sha256(config)}, indent=1) + "\n"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fmrl_dist import Recommender, export
+from fmrl_dist import Recommender, add_items, export
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.files import file_sha256, json_sha256
 from fmrl_dist.checkpoint.export_folder import intact_files
@@ -59,7 +59,9 @@ def test_exactly_the_exports_files_are_uploaded(hub: HubServer, exported: Path) 
     url = push_to_hub(exported, ID)
     repository = hub.repositories[ID]
     assert url == f"{hub.url}/{ID}/commit/{repository.sha}"
-    assert repository.files == {name: (exported / name).read_bytes() for name in names}
+    renamed = ("README.md", CONFIG_FILE)
+    assert sorted(repository.files) == sorted(names)
+    assert all(repository.files[name] == (exported / name).read_bytes() for name in names if name not in renamed)
     assert (repository.private, repository.commits) == (False, ["Export export"])
     assert 0 < len(hub.objects) < len(names)
 
@@ -72,8 +74,28 @@ def test_another_export_replaces_the_first(hub: HubServer, exported: Path, run: 
     run_here(export.main, ["--checkpoint", run, "--format", "onnx", "--output", tmp_path / "onnx"])
     push_to_hub(tmp_path / "onnx", ID, private=True, message="For phones")
     files = hub.repositories[ID].files
-    assert files == contents(tmp_path / "onnx") | others
+    assert files.keys() == (contents(tmp_path / "onnx") | others).keys()
+    assert {name: files[name] for name in others} == others
+    assert files["step.onnx"] == (tmp_path / "onnx" / "step.onnx").read_bytes()
+    assert b'folder = Path(snapshot_download("somebody/demo"))' in files["README.md"]
     assert hub.repositories[ID].commits == ["Export export", "For phones"]
+
+
+def test_the_card_on_the_hub_reads_the_repository(hub: HubServer, exported: Path, tmp_path: Path) -> None:
+    """The folder's card reads the folder; both have the hash that stands beside them."""
+    before = contents(exported)
+    push_to_hub(exported, ID)
+    assert contents(exported) == before and b'from_pretrained("export")' in before["README.md"]
+    there = tmp_path / "there"
+    there.mkdir()
+    for name, content in hub.repositories[ID].files.items():
+        (there / name).write_bytes(content)
+    assert sorted(intact_files(there)) == sorted(before)
+    assert 'Recommender.from_pretrained("somebody/demo")' in (there / "README.md").read_text()
+    (tmp_path / "ids.txt").write_text(f"{Recommender.from_pretrained(there).item_ids[3]}\n")
+    run_here(add_items.main, [there, "--remove", tmp_path / "ids.txt", "--output", tmp_path / "less"])
+    assert 'Recommender.from_pretrained("less")' in (tmp_path / "less" / "README.md").read_text()
+    assert "README.md" in intact_files(tmp_path / "less")
 
 
 def test_what_was_pushed_recommends(hub: HubServer, exported: Path) -> None:

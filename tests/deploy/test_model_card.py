@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fmrl_dist import export
+from fmrl_dist import add_items, export
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.checkpoint.export_folder import (
     ExportedModel,
@@ -156,6 +156,29 @@ def test_its_code_runs(run: Path, tmp_path: Path, words: tuple[str, ...], capsys
         exec(compile(code, "README.md", "exec"), {})
     printed = capsys.readouterr().out
     assert len(printed.split()) >= 10
+
+
+def test_removed_items_are_left_out_by_the_code_for_onnxruntime(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the folder with another name that ``add_items`` writes."""
+    pytest.importorskip("onnxruntime")
+    card_of(run, tmp_path / "export", "--format", "onnx")
+    rows = printed_rows(tmp_path / "export", capsys)
+    ids = pq.read_table(tmp_path / "export" / "vocab.parquet")["external_id"].to_pylist()
+    (tmp_path / "ids.txt").write_text("".join(f"{ids[row]}\n" for row in rows[:3]))
+    run_here(add_items.main, [tmp_path / "export", "--remove", tmp_path / "ids.txt", "--output", tmp_path / "less"])
+    shutil.rmtree(tmp_path / "export")
+    assert printed_rows(tmp_path / "less", capsys)[:7] == rows[3:]
+
+
+def printed_rows(folder: Path, capsys: pytest.CaptureFixture[str]) -> list[int]:
+    """What the code of a card prints."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    capsys.readouterr()
+    with contextlib.chdir(folder.parent):
+        exec(compile(code, "README.md", "exec"), {})
+    return [int(word) for word in re.findall(r"\d+", capsys.readouterr().out)]
 
 
 def test_what_int8_costs_is_measured_as_an_evaluation_would(run: Path, tmp_path: Path) -> None:

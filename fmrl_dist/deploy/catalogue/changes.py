@@ -21,6 +21,7 @@ from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import file_sha256
 from fmrl_dist.checkpoint.export_folder import CARD_FILE, is_export_file
 from fmrl_dist.data.store.manifest import VOCAB_FILE
+from fmrl_dist.deploy.card_source import with_source
 from fmrl_dist.deploy.catalogue.encoded_items import EncodedItems
 from fmrl_dist.deploy.catalogue.item_files import embedder, write_item_files
 from fmrl_dist.deploy.catalogue.vocabulary_changes import ItemRecords, listed
@@ -130,8 +131,8 @@ class Counts:
     num_removed: int  # of which are not recommended
 
 
-def write_changed(export: OpenExport, changes: Changes, aside: Path) -> Counts:
-    """Fill ``aside`` with the changed export.
+def write_changed(export: OpenExport, changes: Changes, aside: Path, folder_name: str) -> Counts:
+    """Fill ``aside`` with the changed export, to be called ``folder_name``.
 
     Raises:
         UserError: an item to add is there, one to update or remove is not, or its vector does not fit; or a file of
@@ -166,7 +167,8 @@ def write_changed(export: OpenExport, changes: Changes, aside: Path) -> Counts:
         del config[REMOVED]
     if CARD_FILE in names:
         card = (export.folder / CARD_FILE).read_text(encoding="utf-8")
-        (aside / CARD_FILE).write_text(changed_card(card, config), encoding="utf-8")
+        card = with_source(changed_card(card, config), folder_name, on_hub=False)
+        (aside / CARD_FILE).write_text(card, encoding="utf-8")
     for name in names:
         if not (aside / name).exists():
             shutil.copyfile(export.folder / name, aside / name)
