@@ -6,6 +6,7 @@ Figures are those of the run's own evaluation of the checkpoint that is exported
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from fmrl_dist.base.errors import require
 from fmrl_dist.checkpoint.export_folder import ExportedModel
 from fmrl_dist.checkpoint.folder import Checkpoint
 from fmrl_dist.checkpoint.run_folder import FINAL_EVALUATION
+from fmrl_dist.data.store.manifest import Feature
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.deploy.card_source import folder_lines, loading_line
 from fmrl_dist.evaluation.results.report import both_protocols
@@ -27,6 +29,8 @@ PROTOCOL_NAMES = ("all items", "seen items masked")
 DEPLOYMENTS = {"sizes": "cut network", "vectors": "cut vectors"}
 # Deployment, size, and metrics among all items and among unseen ones.
 SizeFigures = tuple[str, str, tuple[Mapping[str, float], ...]]
+FOLDER_OF_TEXT_MODEL = re.compile(r"(transformers:)(?!package:).*/(?=[^/\s])", re.DOTALL)  # up to its name
+COMMIT = re.compile(r"[0-9a-f]{40}")  # the revision of a model from the Hub; of one in a folder it is a SHA-256
 TAGS = ("recommender-systems", "sequential-recommendation", "matryoshka", "fmrlrec")
 
 
@@ -193,9 +197,17 @@ def _features(subject: CardSubject) -> Iterator[str]:
     for feature in subject.store.manifest.features:
         if feature.name in read:
             yield (
-                f"| {feature.name} | {feature.dim} | {feature.encoder} | `{feature.revision[:12]}` "
+                f"| {feature.name} | {feature.dim} | {_shown_encoder(feature)} | `{feature.revision[:12]}` "
                 f"| {feature.present:,} |"
             )
+
+
+def _shown_encoder(feature: Feature) -> str:
+    """What made a feature; of a text model in a folder the folder's name, of one on the Hub its id."""
+    found = FOLDER_OF_TEXT_MODEL.match(feature.encoder)
+    if found is None or COMMIT.fullmatch(feature.revision):
+        return feature.encoder
+    return f"{found[1]}{feature.encoder[found.end() :]}"
 
 
 def _quality(subject: CardSubject) -> str:

@@ -26,14 +26,13 @@ from fmrl_dist.checkpoint.export_folder import (
     VECTORS_FILE,
     VECTORS_TENSOR,
     save_tensors,
-    stored_or_refused,
 )
 from fmrl_dist.deploy.onnx_format import check_installed
 from fmrl_dist.model.embed_catalogue import check_rankable
 from fmrl_dist.model.fmrlrec import FMRLRec, ItemEncoder
 from fmrl_dist.model.nested import add_prefix
 from fmrl_dist.model.rotation import rotate_tiles
-from fmrl_dist.model.stored_tensors import SCALE
+from fmrl_dist.model.stored_tensors import SCALE, stored
 
 Embed = Callable[[Tensor, Tensor, np.ndarray], Tensor]
 
@@ -99,7 +98,7 @@ def write_item_files(
         UserError: a number does not fit the dtype.
         ValueError, OSError, LookupError, SafetensorError: a file is damaged.
     """
-    new = stored_or_refused({ITEMS_TENSOR: embeddings}, config["dtype"])
+    new = _stored(ITEMS_TENSOR, embeddings, config["dtype"])
     if config["format"] == "onnx":
         for name, tensor in ((ITEMS_ARRAY, ITEMS_TENSOR), (SCALES_ARRAY, ITEMS_TENSOR + SCALE)):
             if tensor in new:
@@ -110,8 +109,16 @@ def write_item_files(
     if VECTORS_FILE in config["sha256_of"]:
         rotation = load_file(folder / ROTATION_FILE)[ROTATION_TENSOR]
         vectors = rotate_tiles(embeddings, rotation)[:, : config["vectors"]]
-        stored = stored_or_refused({VECTORS_TENSOR: vectors}, config["dtype"])
-        _write(folder / VECTORS_FILE, aside / VECTORS_FILE, rows, stored)
+        _write(folder / VECTORS_FILE, aside / VECTORS_FILE, rows, _stored(VECTORS_TENSOR, vectors, config["dtype"]))
+
+
+def _stored(name: str, rows: Tensor, dtype: str) -> dict[str, Tensor]:
+    try:
+        return stored({name: rows}, dtype)
+    except ValueError as error:
+        raise UserError(
+            f"the items cannot be stored as {dtype}: {error}; export the run as float32, and change that export"
+        ) from None
 
 
 def _write(source: Path, target: Path, rows: np.ndarray, new: Mapping[str, Tensor]) -> None:

@@ -197,7 +197,7 @@ def _number(value: float, step: float) -> str:
     if step < 1e-2:
         digits, power = f"{value:e}".split("e")
         return f"{float(digits):g}e{int(power)}"
-    decimals = max(0, -math.floor(math.log10(step))) + (f"{step:e}"[:3] == "2.5")
+    decimals = max(0, -math.floor(math.log10(step)) + (f"{step:e}"[:3] == "2.5"))
     return f"{value:.{decimals}f}"
 
 

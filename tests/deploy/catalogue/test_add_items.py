@@ -109,6 +109,9 @@ def test_by_a_text_encoder(shop: Path, tmp_path: Path) -> None:
     words = [plain, "--items", shop / "new" / "items.parquet", "--title", "title", "--output", tmp_path / "encoded"]
     run_here(encode.main, words)
     run_here(add_items.main, [plain, "--encoded", tmp_path / "encoded", "--output", tmp_path / "more"])
+    card = (tmp_path / "more" / "README.md").read_text()
+    assert "| transformers:model " in card and str(shop) not in card
+    assert 'from_pretrained("more")' in card
     found, expected = read_export(tmp_path / "more").items, read_export(whole).items
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
     rows = load_file(tmp_path / "encoded" / "features.safetensors")["words"]
@@ -502,6 +505,20 @@ def test_learned_ids_stay(tmp_path: Path) -> None:
     torch.testing.assert_close(after[7], of_seven, rtol=1e-6, atol=1e-6)
     assert len(after) == 32 and torch.equal(after[:7], items[:7]) and torch.equal(after[8:30], items[8:])
     assert Recommender.from_pretrained(tmp_path / "export").titles[30:] == [None, None]  # type: ignore[index]
+
+
+def test_an_item_that_does_not_fit_the_dtype(tmp_path: Path) -> None:
+    model = random_model(num_items=30)
+    with torch.no_grad():
+        model.encoder.weight.fill_(60.0)
+    made_by = {"text": {"encoder": "npy", "revision": "a", "recipe": {"source": "npy"}}}
+    parts = ExportParts(vocabulary_bytes(ids_of(30)), made_by, {}, dtype="float16")
+    write_export(random_export(model), tmp_path / "export", parts, False)
+    encoded = write_encoded(tmp_path / "encoded", ["new"], torch.full((1, 3), 60_000.0))
+    with pytest.raises(
+        UserError, match="^the items cannot be stored as float16: .*65,504.*; export the run as float32, and"
+    ):
+        run_here(add_items.main, [tmp_path / "export", "--in-place", "--encoded", encoded])
 
 
 def test_a_model_of_ids_alone_has_nothing_for_new_items(tmp_path: Path) -> None:
