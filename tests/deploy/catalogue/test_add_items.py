@@ -512,7 +512,7 @@ def test_an_item_that_does_not_fit_the_dtype(tmp_path: Path) -> None:
     with torch.no_grad():
         model.encoder.weight.fill_(60.0)
     made_by = {"text": {"encoder": "npy", "revision": "a", "recipe": {"source": "npy"}}}
-    parts = ExportParts(vocabulary_bytes(ids_of(30)), made_by, {}, dtype="float16")
+    parts = ExportParts(vocabulary_bytes(ids_of(30), titles=False), made_by, {}, dtype="float16")
     write_export(random_export(model), tmp_path / "export", parts, False)
     encoded = write_encoded(tmp_path / "encoded", ["new"], torch.full((1, 3), 60_000.0))
     with pytest.raises(
