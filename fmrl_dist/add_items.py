@@ -90,7 +90,7 @@ def check_options(arguments: argparse.Namespace) -> None:
         ignored.append("title")
     options = ", ".join("--" + name.replace("_", "-") for name in ignored)
     mend = "give them to shards.encode, which made" if arguments.encoded else "leave them out with"
-    given = f"--encoded {arguments.encoded}" if arguments.encoded else "--remove alone"
+    given = str(arguments.encoded or "--remove alone")
     require(not ignored, f"{options}: options of --items TABLE, without which they do nothing; {mend} {given}")
 
 

@@ -104,6 +104,7 @@ def encode_new_items(export: Path, new: NewItems, encoding: Path) -> EncodedFeat
 def _record(export: Path) -> tuple[dict[str, int], dict[str, dict[str, Any]]]:
     """Dims of the features that an export's model reads, and what made each."""
     mend = "export the run again"
+    require((export / "config.json").is_file(), f"{export} is not an export: it has no config.json")
     config = read_object(export / "config.json", "the export's", mend)
     try:
         dims = {str(name): int(dim) for name, dim in config["model"]["feature_dims"].items()}

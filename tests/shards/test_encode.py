@@ -106,3 +106,5 @@ def test_refusals(tables: Path) -> None:
             encoded(tables, write_config(tables, dims, encoders), *words)
         assert complaint in str(refused.value), words
         assert not (tables / "encoded").exists()
+    with pytest.raises(UserError, match="nowhere is not an export: it has no config.json"):
+        encoded(tables, tables / "nowhere")
