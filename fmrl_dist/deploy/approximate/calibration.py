@@ -3,7 +3,7 @@
 Half of the outputs choose. For every item of their exact lists, the margin is known that would have let it into the
 shortlist; the margin that is taken covers all but a share of what the recall leaves. Of all widths, the one is taken
 that costs least by :func:`_expected_cost_ns`. The other half checks: lists of the funnel against exact ones, with
-filters too. If recall is below the wanted one there, margins are widened and it is checked again.
+filters too. Of the lengths of lists whose recall is too low there, margins are widened, and it is checked again.
 
 n outputs, V items, W channels of vectors, m of a prefix.
 """
@@ -25,6 +25,7 @@ from fmrl_dist.deploy.approximate.recall import (
     halves,
     least_recall,
     measured_recalls,
+    too_low,
     vectors_sha256,
     with_spare,
 )
@@ -87,12 +88,12 @@ def calibrated_funnel(
     funnel.margins = _margins(funnel, chosen, chosen.cutoffs, recall)
     held_out = ExactLists.of(vectors, checking)
     widenings, recalls = 0, measured_recalls(funnel.top_k, held_out)
-    while least_recall(recalls) < recall and widenings < MAX_WIDENINGS:
-        widenings, funnel.margins = widenings + 1, funnel.margins.widened()
+    while (lengths := too_low(recalls, recall)) and widenings < MAX_WIDENINGS:
+        widenings, funnel.margins = widenings + 1, funnel.margins.widened(lengths)
         recalls = measured_recalls(funnel.top_k, held_out)
     found = least_recall(recalls)
     require(found >= recall, f"recall is {found:.4f} on held-out outputs; expected {recall}: use exact retrieval")
-    lengths = funnel.shortlist_lengths(checking, held_out.cutoffs[:2][-1])
+    shortlists = funnel.shortlist_lengths(checking, held_out.cutoffs[:2][-1])
     record = FunnelRecord(
         recall=recall,
         width=funnel.prefix.width,
@@ -102,8 +103,8 @@ def calibrated_funnel(
         choosing_outputs=len(choosing),
         held_out_outputs=len(checking),
         held_out_recall=recalls,
-        shortlist_mean=float(lengths.mean()),
-        shortlist_p99=float(np.quantile(lengths, 0.99)),
+        shortlist_mean=float(shortlists.mean()),
+        shortlist_p99=float(np.quantile(shortlists, 0.99)),
         vectors_sha256=vectors_sha256(vectors),
     )
     return funnel, record

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from fmrl_dist.deploy.approximate.int8_prefix import BLOCK_ITEMS, Int8Prefix
+from fmrl_dist.deploy.approximate.int8_prefix import BLOCK_ITEMS, LARGEST_PRODUCT, LEAST_PRODUCT, Int8Prefix
 from fmrl_dist.deploy.item_filters import ItemFilters, Rows, RowsOfEach, lists_of_users
 from fmrl_dist.deploy.retrieval import checked_outputs, top_k
 
@@ -42,7 +42,7 @@ class Margins:
     """How far below the k-th best score a prefix score may be, in lengths of what it does not see, by k."""
 
     cutoffs: tuple[int, ...]  # ascending
-    values: tuple[float, ...]
+    values: tuple[float, ...]  # not negative
 
     def __post_init__(self) -> None:
         assert len(self.cutoffs) == len(self.values) >= 1
@@ -53,9 +53,15 @@ class Margins:
         above = below if self.cutoffs[below] == k else min(below + 1, len(self.cutoffs) - 1)
         return max(self.values[below], self.values[above])
 
-    def widened(self) -> Margins:
-        """A tenth larger, and a little."""
-        return Margins(self.cutoffs, tuple(value + 0.1 * abs(value) + 0.02 for value in self.values))
+    def widened(self, lengths: set[int]) -> Margins:
+        """Those of some lengths of lists a tenth larger, and a little."""
+        return Margins(
+            self.cutoffs,
+            tuple(
+                1.1 * value + 0.02 if cutoff in lengths else value
+                for cutoff, value in zip(self.cutoffs, self.values, strict=True)
+            ),
+        )
 
 
 class FunnelSearch:
@@ -167,14 +173,14 @@ class _OneSearch:
         if seeds is None:
             return None
         last, best = seeds
-        least = (last - margin * self.unseen) / self.scale
+        least = int(np.clip(np.floor((last - margin * self.unseen) / self.scale), LEAST_PRODUCT, LARGEST_PRODUCT))
         blocks = np.flatnonzero(self.maxima >= least)
         if len(blocks) * BLOCK_ITEMS > LONGEST_SHARE * len(self.items.prefix):
             return None
         if len(blocks) == 0:
             return best
-        rows, products = self.items.in_blocks(blocks, self.query)
-        return np.union1d(rows[products >= least], best)
+        rows, _ = self.items.in_blocks(blocks, self.query, least)
+        return np.union1d(rows, best)
 
     def needed_margins(self, rows: np.ndarray) -> np.ndarray:
         """See :meth:`FunnelSearch.needed_margins`."""
@@ -216,9 +222,9 @@ class _Items:
         finally:
             self._is_out[rows] = before
 
-    def in_blocks(self, blocks: np.ndarray, query: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Rows int64 [n] of the items of some blocks that are not left out, and their prefix products int32 [n]."""
-        rows, products = self.prefix.in_blocks(blocks, query)
+    def in_blocks(self, blocks: np.ndarray, query: Tensor, least: int = LEAST_PRODUCT) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and products as of :meth:`Int8Prefix.in_blocks`, of the items that are not left out."""
+        rows, products = self.prefix.in_blocks(blocks, query, least)
         rows = rows if self._only is None else self._only[rows]
         is_in = ~self._is_out[rows]
         return rows[is_in], products[is_in]

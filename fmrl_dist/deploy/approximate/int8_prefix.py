@@ -19,6 +19,7 @@ from torch import Tensor
 BLOCK_ITEMS = 64
 TILE_ITEMS, MAX_TILE_ITEMS = 8192, 65_536  # scanned at once
 TILE_PRODUCTS = 1 << 19  # 2 MB, which stay in a cache
+LEAST_PRODUCT, LARGEST_PRODUCT = np.iinfo(np.int32).min, np.iinfo(np.int32).max
 CHANNELS = 8  # a prefix is padded with zeros to a multiple: PyTorch's product is wrong for a single channel
 
 
@@ -99,14 +100,17 @@ class Int8Prefix:
         """Products int32 [n] of some rows, for one query int8 [padded m]."""
         return int8_products(query[None], self._values[torch.from_numpy(rows)])[0].numpy()
 
-    def in_blocks(self, blocks: np.ndarray, query: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Rows int64 [n] and products int32 [n] of all items of some blocks, for one query int8 [padded m]."""
+    def in_blocks(self, blocks: np.ndarray, query: Tensor, least: int = LEAST_PRODUCT) -> tuple[np.ndarray, np.ndarray]:
+        """Rows int64 [n] and products int32 [n] of the items of some blocks whose product is no less than ``least``.
+
+        For one query, int8 [padded m].
+        """
         values = self._blocks.take(blocks, axis=0).view(np.int8).reshape(-1, self._values.shape[1])
         products = int8_products(query[None], torch.from_numpy(values))[0].numpy()
-        rows = (blocks[:, None] * BLOCK_ITEMS + np.arange(BLOCK_ITEMS)).reshape(-1)
-        if len(rows) and rows.max() >= self.num_items:  # the last item, repeated
-            products, rows = products[rows < self.num_items], rows[rows < self.num_items]
-        return rows, products
+        places = np.flatnonzero(products >= least)
+        rows = blocks[places // BLOCK_ITEMS] * BLOCK_ITEMS + places % BLOCK_ITEMS
+        is_item = rows < self.num_items  # not the last one repeated
+        return rows[is_item], products[places[is_item]]
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,11 @@ def with_spare(recall: float) -> float:
     return 1 - (1 - recall) * (1 - SPARED)
 
 
+def too_low(recalls: dict[str, dict[str, float]], recall: float) -> set[int]:
+    """Lengths of lists that have less than a recall under some filter."""
+    return {int(length) for each in recalls.values() for length, found in each.items() if found < recall}
+
+
 def least_recall(recalls: dict[str, dict[str, float]]) -> float:
     """The lowest of :func:`measured_recalls`."""
     return min(recall for by_length in recalls.values() for recall in by_length.values())
