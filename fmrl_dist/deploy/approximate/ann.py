@@ -17,17 +17,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.base.errors import UserError
 from fmrl_dist.deploy.approximate.recall import (
     ALLOWED_SHARES,
     EXCLUDED,
     NO_FILTERS,
     ExactLists,
+    check_found,
     check_recall,
     halves,
-    least_recall,
     measured_recalls,
     share_name,
+    too_low,
     vectors_sha256,
     with_spare,
 )
@@ -143,10 +144,9 @@ def calibrated_ann(vectors: np.ndarray, outputs: np.ndarray, recall: float = 0.9
     search.probes = _chosen_probes(search, ExactLists.of(vectors, choosing), recall)
     held_out = ExactLists.of(vectors, checking)
     recalls = measured_recalls(search.top_k, held_out)
-    while least_recall(recalls) < recall and _widen(search.probes, recalls, recall, index.nlist):
+    while (lengths := too_low(recalls, recall, len(checking))) and _widen(search.probes, lengths, index.nlist):
         recalls = measured_recalls(search.top_k, held_out)
-    found = least_recall(recalls)
-    require(found >= recall, f"recall is {found:.4f} on held-out outputs; expected {recall}: use exact retrieval")
+    check_found(recalls, recall, len(checking))
     record = AnnRecord(
         recall=recall,
         cells=index.nlist,
@@ -206,16 +206,13 @@ def _chosen_probes(search: AnnSearch, exact: ExactLists, recall: float) -> dict[
         probes = min(2 * probes, cells)
 
 
-def _widen(
-    probes: dict[float, dict[int, int]], recalls: dict[str, dict[str, float]], recall: float, cells: int
-) -> bool:
-    """Look into twice as many cells where recall was too low; whether that was possible."""
+def _widen(probes: dict[float, dict[int, int]], lengths: set[int], cells: int) -> bool:
+    """Look into half as many cells again for lists of some lengths; whether that was possible."""
     is_widened = False
-    for share, by_length in probes.items():
-        for k, before in by_length.items():
-            found = min(recalls.get(name, {}).get(str(k), 1.0) for name in _filters_of(share))
-            if found < recall and before < cells:
-                by_length[k], is_widened = min(2 * before, cells), True
+    for by_length in probes.values():
+        for k in lengths & by_length.keys():
+            is_widened |= by_length[k] < cells
+            by_length[k] = min(by_length[k] + (by_length[k] + 1) // 2, cells)
     return is_widened
 
 

@@ -15,15 +15,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fmrl_dist.base.errors import require
 from fmrl_dist.deploy.approximate.funnel import FunnelSearch, Margins, is_small
 from fmrl_dist.deploy.approximate.int8_prefix import BLOCK_ITEMS, Int8Prefix, RotatedInt8
 from fmrl_dist.deploy.approximate.recall import (
     SEED,
     ExactLists,
+    check_found,
     check_recall,
     halves,
-    least_recall,
     measured_recalls,
     too_low,
     vectors_sha256,
@@ -88,11 +87,10 @@ def calibrated_funnel(
     funnel.margins = _margins(funnel, chosen, chosen.cutoffs, recall)
     held_out = ExactLists.of(vectors, checking)
     widenings, recalls = 0, measured_recalls(funnel.top_k, held_out)
-    while (lengths := too_low(recalls, recall)) and widenings < MAX_WIDENINGS:
+    while (lengths := too_low(recalls, recall, len(checking))) and widenings < MAX_WIDENINGS:
         widenings, funnel.margins = widenings + 1, funnel.margins.widened(lengths)
         recalls = measured_recalls(funnel.top_k, held_out)
-    found = least_recall(recalls)
-    require(found >= recall, f"recall is {found:.4f} on held-out outputs; expected {recall}: use exact retrieval")
+    check_found(recalls, recall, len(checking))
     shortlists = funnel.shortlist_lengths(checking, held_out.cutoffs[:2][-1])
     record = FunnelRecord(
         recall=recall,

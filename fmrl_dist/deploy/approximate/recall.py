@@ -6,6 +6,7 @@ n outputs, V items, W channels of vectors, d the length of the exact lists.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -111,9 +112,32 @@ def with_spare(recall: float) -> float:
     return 1 - (1 - recall) * (1 - SPARED)
 
 
-def too_low(recalls: dict[str, dict[str, float]], recall: float) -> set[int]:
-    """Lengths of lists that have less than a recall under some filter."""
-    return {int(length) for each in recalls.values() for length, found in each.items() if found < recall}
+def required(recall: float, num_lists: int, length: int) -> float:
+    """What must be found in some held-out lists: a standard error more than the wanted recall, which few lists blur."""
+    return min(1.0, recall + math.sqrt(recall * (1 - recall) / (num_lists * length)))
+
+
+def too_low(recalls: dict[str, dict[str, float]], recall: float, num_lists: int) -> set[int]:
+    """Lengths of lists that have less than :func:`required` under some filter."""
+    lengths = {int(length) for each in recalls.values() for length in each}
+    return {
+        length
+        for length in lengths
+        if any(each.get(str(length), 1.0) < required(recall, num_lists, length) for each in recalls.values())
+    }
+
+
+def check_found(recalls: dict[str, dict[str, float]], recall: float, num_lists: int) -> None:
+    """Refuse a search that has too low a recall on held-out lists.
+
+    Raises:
+        UserError: it has.
+    """
+    require(
+        not too_low(recalls, recall, num_lists),
+        f"recall is {least_recall(recalls):.4f} on held-out outputs; expected {recall} and a standard error more: give "
+        "more histories, or use exact retrieval",
+    )
 
 
 def least_recall(recalls: dict[str, dict[str, float]]) -> float:
