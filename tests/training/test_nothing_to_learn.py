@@ -103,7 +103,7 @@ def test_weights_that_are_not_finite(value: float, trained: Path, tmp_path: Path
         spoil(broken / name, value)
         reseal_export(broken)
         line = refusal(evaluate.main, "--checkpoint", broken, "--threads", 1)
-        assert f"is damaged (ValueError: {name} holds numbers that are not finite)" in line
+        assert "is damaged (ValueError: " in line and "holds numbers that are not finite)" in line
     best = load_checkpoint(run).path
     spoil(best / "model.safetensors", value)
     reseal(best)

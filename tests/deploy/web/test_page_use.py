@@ -14,7 +14,7 @@ from tests.fixtures.web_exports import random_model, titles_of, write_shop_page
 
 def test_the_start_of_the_page_tells_what_it_is(folder: Path, open_page: Callable[..., Page]) -> None:
     page = open_page(folder)
-    assert page.locator("#about").text_content().startswith("shop: 2,000 items.")
+    assert page.locator("#about").text_content().startswith("Catalogue: 2,000 items.")
     assert "300 users, masked" in page.locator("#conditions").text_content()
     page.wait_for_function("() => document.querySelector('#offline').textContent.includes('saved and works without')")
 
@@ -129,6 +129,7 @@ def test_lists_move_only_for_those_who_like_it(motion: str, folder: Path, open_p
         " Element.prototype.animate = function (...words) { moved++; return animate.apply(this, words); }; }"
     )
     choose_size(page, 0)
+    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
     assert (page.evaluate("moved") == 0) == (motion == "reduce")
 
 
