@@ -30,6 +30,41 @@ MAX_PORT = 65_535
 
 
 def main(argv: list[str]) -> None:
+    arguments = _parser().parse_args(argv)
+    _check_numbers(arguments)
+    token = _token(arguments)
+    try:
+        from fmrl_dist.deploy.service.app import build_service_app
+        from fmrl_dist.deploy.service.server import GracefulServer, listen
+        from fmrl_dist.deploy.service.service import Service
+    except ImportError as error:
+        raise UserError(f"the service needs {error.name}, of the extra serve: pip install 'fmrl-dist[serve]'") from None
+
+    settings = _settings(arguments, token)
+    torch.set_num_threads(1)  # batches run beside each other
+    threadpool_limits(1, user_api="blas")
+    with listen(arguments.host, arguments.port, settings) as listener:  # before loading, which takes longer
+        folder = export_at(arguments.export, arguments.revision)
+        exported = read_export(folder)
+        vocabulary = ItemVocabulary(read_export_vocabulary(folder), str(folder / VOCAB_FILE))
+        sizes = arguments.sizes or exported.model.sizes
+        service = Service(exported, vocabulary, sizes, settings, arguments.retrieval, arguments.recall)
+        gate = build_service_app(service)
+        address = _address(arguments.host, listener)
+
+        def say_started() -> None:
+            served = ", ".join(map(str, service.recommenders))
+            print(f"{len(vocabulary.ids):,} items, sizes {served}; the API is described at {address}/docs")
+            print(f"serving {address}", flush=True)
+
+        try:
+            asyncio.run(GracefulServer(gate, settings, say_started).serve([listener]))
+        finally:
+            service.close()
+            print(f"{gate.num_answered:,} requests answered", flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
     defaults = ServiceSettings()
     parser = CommandParser(prog="python -m fmrl_dist.serve", description=__doc__, allow_abbrev=False)
     parser.add_argument("export", help="folder of an export, or a repository on the Hugging Face Hub")
@@ -61,7 +96,10 @@ def main(argv: list[str]) -> None:
     _add_limit(parser, "--session-ttl", "seconds since its last use that a session is kept", 3600, float)
     _add_limit(parser, "--timeout", "seconds for a request's head, and for its body", 10, float)
     _add_limit(parser, "--grace", "seconds for requests in flight, at the end", defaults.grace_s)
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
     for name, value in vars(arguments).items():
         least = 0 if name in ("port", "max_delay_ms", "recall") else 1
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -70,15 +108,12 @@ def main(argv: list[str]) -> None:
             f"--{name.replace('_', '-')} is {value}; expected {least} or more",
         )
     require(arguments.port <= MAX_PORT, f"--port is {arguments.port}; expected at most {MAX_PORT}")
-    token = _token(arguments)
-    try:
-        from fmrl_dist.deploy.service.app import build_service_app
-        from fmrl_dist.deploy.service.server import GracefulServer, allowed_connections, listen
-        from fmrl_dist.deploy.service.service import Service
-    except ImportError as error:
-        raise UserError(f"the service needs {error.name}, of the extra serve: pip install 'fmrl-dist[serve]'") from None
 
-    settings = ServiceSettings(
+
+def _settings(arguments: argparse.Namespace, token: str | None) -> ServiceSettings:
+    from fmrl_dist.deploy.service.server import allowed_connections
+
+    return ServiceSettings(
         max_body_bytes=arguments.max_body,
         max_histories=arguments.max_histories,
         max_history=arguments.max_history,
@@ -98,27 +133,6 @@ def main(argv: list[str]) -> None:
         token=token,
         hosts=_hosts(arguments, token),
     )
-    torch.set_num_threads(1)  # batches run beside each other
-    threadpool_limits(1, user_api="blas")
-    with listen(arguments.host, arguments.port, settings) as listener:  # before loading, which takes longer
-        folder = export_at(arguments.export, arguments.revision)
-        exported = read_export(folder)
-        vocabulary = ItemVocabulary(read_export_vocabulary(folder), str(folder / VOCAB_FILE))
-        sizes = arguments.sizes or exported.model.sizes
-        service = Service(exported, vocabulary, sizes, settings, arguments.retrieval, arguments.recall)
-        gate = build_service_app(service)
-        address = _address(arguments.host, listener)
-
-        def say_started() -> None:
-            served = ", ".join(map(str, service.recommenders))
-            print(f"{len(vocabulary.ids):,} items, sizes {served}; the API is described at {address}/docs")
-            print(f"serving {address}", flush=True)
-
-        try:
-            asyncio.run(GracefulServer(gate, settings, say_started).serve([listener]))
-        finally:
-            service.close()
-            print(f"{gate.num_answered:,} requests answered", flush=True)
 
 
 def _add_limit(
