@@ -17,13 +17,20 @@ SIZES = (4, 8, 16)
 NUM_ITEMS = 30
 SAVED = "() => document.querySelector('#offline').textContent.includes('saved and works without')"
 READY = "html[data-ready]"
-# What becomes of the service worker that the server has now.
+# What becomes of the service worker that the server has now. A reload asks for it, too: its try may be under way, or
+# take ours in without an event of its own, so the question is put again until a try is seen from its start.
 END_OF_UPDATE = """async () => {
     const registration = await navigator.serviceWorker.getRegistration();
-    const found = new Promise((resolve) => registration.addEventListener("updatefound", resolve));
-    registration.update().catch(() => {});
-    await found;
-    const worker = registration.installing;
+    let worker = registration.installing;
+    while (!worker) {
+        const found = new Promise((resolve) => {
+            registration.addEventListener("updatefound", resolve, { once: true });
+            setTimeout(resolve, 1000);
+        });
+        registration.update().catch(() => {});
+        await found;
+        worker = registration.installing;
+    }
     while (!["redundant", "activated"].includes(worker.state))
         await new Promise((resolve) => worker.addEventListener("statechange", resolve, { once: true }));
     return worker.state;
