@@ -32,6 +32,14 @@ from fmrl_dist.config.parsing import (
     PositiveInt,
     check_fields,
 )
+from fmrl_dist.config.tables import (
+    DataFormat,
+    DirtConfig,
+    InteractionsConfig,
+    ItemTableConfig,
+    SequenceTableConfig,
+    SplitConfig,
+)
 
 FEATURE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 RESERVED_NAMES = {"ids", "users", "starts", "items", "times", "targets", "mask", "count", "block_items", "block_counts"}
@@ -71,37 +79,20 @@ class DemoConfig:
 
 
 @dataclass(frozen=True)
-class SequenceTableConfig:
-    """The histories: a table of whole sequences, or of single interactions (Parquet or CSV)."""
-
-    path: str = "sequences.parquet"  # Parquet or CSV file, or folder of such parts, relative to data.root
-    # sequences: one row per user with a list of items, oldest first | interactions: one row per event
-    layout: Literal["sequences", "interactions"] = "sequences"
-    user: str = "user_id"  # column of user ids
-    items: str = "item_ids"  # column of item ids: lists of them, or single ones for interactions
-    times: str = ""  # column of times, "" for none; interactions are ordered by it, ties keep the table's order
-
-    def __post_init__(self) -> None:
-        check_fields(self, "data.sequences")
-
-
-@dataclass(frozen=True)
-class ItemTableConfig:
-    """The catalogue: one row per item. An item's row is its internal id."""
-
-    path: str = "items.parquet"  # Parquet or CSV file, or folder of such parts, relative to data.root
-    id: str = "item_id"  # column of item ids
-    title: str = ""  # column of titles, "" for none; kept in the vocabulary for reading recommendations
-
-
-@dataclass(frozen=True)
 class DataConfig:
     """Raw tables, and how a history is read from the store."""
 
     root: str = "data"  # folder of the raw tables
     demo: DemoConfig | None = None  # if set, the raw tables are generated into data.root when they are missing
+    # tables: columns are named below | the others are read as their publishers write them (docs/data.md)
+    format: DataFormat = "tables"
+    # text: as written, so that 0042, 42 and 4.2e1 are three ids | integer: numbers, and anything else is refused
+    ids: Literal["text", "integer"] = "text"
     sequences: SequenceTableConfig = field(default_factory=SequenceTableConfig)
     items: ItemTableConfig = field(default_factory=ItemTableConfig)
+    interactions: InteractionsConfig = field(default_factory=InteractionsConfig)
+    split: SplitConfig = field(default_factory=SplitConfig)
+    dirt: DirtConfig = field(default_factory=DirtConfig)
     # item features by name; each has a source, and that source's keys
     features: dict[str, FeatureConfig] = field(default_factory=dict)
     # parts of an item's text, with columns of the item table in braces; an item lacks the parts whose columns it lacks;
@@ -129,6 +120,7 @@ class StoreConfig:
     """The shard store that ``shards.build`` writes and everything else reads."""
 
     path: str = ""  # folder, or URL to read from (http, https, s3, gs); "" for stores/<config name>
+    build_dir: str = ""  # folder for what builds can use again (encoded rows, sorted events); "" for <path>.build
     users_per_block: PositiveInt = 256  # users of a block, the unit of reading and shuffling
     items_per_block: PositiveInt = 1024  # items of a block
     blocks_per_shard: PositiveInt = 16  # blocks of a tar file
@@ -148,6 +140,7 @@ class StoreConfig:
     def __post_init__(self) -> None:
         check_fields(self, "store")
         check_path("store.path", self.path)
+        check_path("store.build_dir", self.build_dir)
         check_path("store.cache_dir", self.cache_dir)
         require(
             not is_url(self.path) or not re.search(r"\s", self.path),

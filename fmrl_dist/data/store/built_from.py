@@ -22,7 +22,7 @@ from fmrl_dist.config.sections import Config
 # Where things are, how a store is read, and how fast and with how much memory an encoder works.
 UNRECORDED = {
     "data": {"root", "text", "text_separator", "max_length", "windows"},
-    "store": {"path", "timeout_s", "retries", "cache_dir", "cache_gb", "on_bad_shard", "max_lost_share"},
+    "store": {"path", "build_dir", "timeout_s", "retries", "cache_dir", "cache_gb", "on_bad_shard", "max_lost_share"},
     "feature": {"workers", "batch_tokens", "batch_images"},
 }
 OPEN_CHOICES = {"precision": "auto", "dim": 0}  # of a feature: values that leave the choice to the build
