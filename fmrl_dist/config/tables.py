@@ -64,7 +64,9 @@ class ItemTableConfig:
     id: str = "item_id"  # column of item ids
     title: str = ""  # column of titles, "" for none; kept in the vocabulary for reading recommendations
     csv: CsvConfig = field(default_factory=CsvConfig)
-    keep: Literal["all", "with_events"] = "all"  # which items of the table: all of them | those that an event names
+    # which items of the table: all | with_events: those that a kept event names | auto: those, under a k-core of items,
+    # else all
+    keep: Literal["auto", "all", "with_events"] = "auto"
 
     def __post_init__(self) -> None:
         check_fields(self, "data.items")

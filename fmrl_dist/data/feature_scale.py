@@ -62,13 +62,24 @@ def feature_affine(dims: Mapping[str, int], sums: Tensor | None, scale: str | fl
     return shift, factor
 
 
-def table_parts(table: ItemTable) -> Iterator[FeatureParts]:
-    """All rows of a table, in chunks."""
-    yield from zip(table.values.split(SUMMED_AT_ONCE), table.present.split(SUMMED_AT_ONCE), strict=True)
+def table_parts(table: ItemTable, fitted: Tensor | None = None) -> Iterator[FeatureParts]:
+    """The rows of a table, in chunks; without those of items that are not ``fitted``, bool [V]."""
+    for low in range(0, len(table.values), SUMMED_AT_ONCE):
+        rows = slice(low, low + SUMMED_AT_ONCE)
+        yield _only(table.values[rows], table.present[rows], None if fitted is None else fitted[rows])
 
 
-def block_parts(store: Store, blocks: Iterable[Block], dims: Mapping[str, int]) -> Iterator[FeatureParts]:
-    """The rows of some item blocks, block by block."""
+def block_parts(
+    store: Store, blocks: Iterable[Block], dims: Mapping[str, int], fitted: Tensor | None = None
+) -> Iterator[FeatureParts]:
+    """The rows of some item blocks, block by block; without those of items that are not ``fitted``, bool [V]."""
     for block in blocks:
-        rows = block_rows(store.read_block(block), "ids", dims)
-        yield torch.from_numpy(rows.values), torch.from_numpy(rows.present)
+        arrays = store.read_block(block)
+        rows = block_rows(arrays, "ids", dims)
+        of_block = None if fitted is None else fitted[torch.from_numpy(arrays["ids"])]
+        yield _only(torch.from_numpy(rows.values), torch.from_numpy(rows.present), of_block)
+
+
+def _only(values: Tensor, present: Tensor, fitted: Tensor | None) -> FeatureParts:
+    """``values`` and ``present`` of the ``fitted`` rows."""
+    return (values, present) if fitted is None else (values[fitted], present[fitted])

@@ -19,7 +19,6 @@ from fmrl_dist.evaluation.histograms import EvaluationProtocol, blocks_of, count
 from fmrl_dist.evaluation.metrics import metrics_from_histogram
 from fmrl_dist.evaluation.rank_counts import RankCounts
 from fmrl_dist.evaluation.ranker import Ranker, RotatedModel, ranker_of_export
-from fmrl_dist.evaluation.results.report import SPLIT_RULE
 from fmrl_dist.evaluation.target_ranks import ALL, UNSEEN
 from fmrl_dist.model.stored_tensors import rounded
 
@@ -55,7 +54,7 @@ def measure_quality(
     result: dict[str, Any] = {
         "metric": METRIC,
         "split": SPLIT,
-        "split_rule": SPLIT_RULE,
+        "split_rule": store.manifest.split_rule,
         "ties": "half",
         "users": counts["float32"].num_users,  # without those of damaged blocks, if these are skipped
         "items": len(recommender.items),

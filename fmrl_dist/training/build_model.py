@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fmrl_dist.checkpoint.restore import construct_model
 from fmrl_dist.config.sections import ModelConfig
 from fmrl_dist.data.feature_scale import FITTED, block_parts, feature_affine, feature_sums, table_parts
+from fmrl_dist.data.item_statistics import train_counts
 from fmrl_dist.data.item_table import ItemTable, feature_dims
+from fmrl_dist.data.store.manifest import LEAVE_ONE_OUT
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.distributed.processes import Runtime
 from fmrl_dist.model.fmrlrec import FMRLRec
 
 
-def build_model(config: ModelConfig, table: ItemTable, matmul_dtype: torch.dtype | None = None) -> FMRLRec:
-    """A freshly initialised model for the items of ``table``."""
-    sums = feature_sums(table.dims, table_parts(table)) if config.feature_scale in FITTED else None
+def build_model(
+    config: ModelConfig, table: ItemTable, matmul_dtype: torch.dtype | None = None, fitted: Tensor | None = None
+) -> FMRLRec:
+    """A freshly initialised model for the items of ``table``; ``fitted``: see :func:`fitted_items`."""
+    sums = feature_sums(table.dims, table_parts(table, fitted)) if config.feature_scale in FITTED else None
     model = construct_model(config, dict(table.dims), len(table.values), matmul_dtype, config.scan)
     return _with_scale(model, config, sums)
 
@@ -32,9 +37,21 @@ def build_inline_model(
     dims, blocks, sums = feature_dims(store, config.features), store.manifest.items, None
     if config.feature_scale in FITTED:
         mine = [blocks[number] for number in runtime.my_share(len(blocks))]
-        sums = runtime.sum(feature_sums(dims, block_parts(store, mine, dims)).to(runtime.device)).cpu()
+        parts = block_parts(store, mine, dims, fitted_items(store))
+        sums = runtime.sum(feature_sums(dims, parts).to(runtime.device)).cpu()
     model = construct_model(config, dims, store.manifest.num_items, matmul_dtype, config.scan)
     return _with_scale(model, config, sums)
+
+
+def fitted_items(store: Store) -> Tensor | None:
+    """Items whose features may enter statistics, bool [V]; None for all.
+
+    Where a split is not leave-one-out, those with a training event: which other items there are may depend on events
+    that are held out.
+    """
+    if store.manifest.split_rule == LEAVE_ONE_OUT:
+        return None
+    return torch.from_numpy(np.asarray(train_counts(store)) > 0)
 
 
 def _with_scale(model: FMRLRec, config: ModelConfig, sums: Tensor | None) -> FMRLRec:

@@ -27,7 +27,7 @@ from fmrl_dist.losses.item_tiles import RowMatrix
 from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.losses.split_catalogue import CatalogueSlice
 from fmrl_dist.model.fmrlrec import FMRLRec
-from fmrl_dist.training.build_model import build_inline_model, build_model
+from fmrl_dist.training.build_model import build_inline_model, build_model, fitted_items
 from fmrl_dist.training.checks import check_scan_impl, resolve_loss_impl, splits_catalogue
 from fmrl_dist.training.engine import Engine, prepare_engine
 from fmrl_dist.training.id_table.prepare import prepare_id_table
@@ -86,7 +86,7 @@ def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
     if not config.model.has_ids:
         check_items_differ(run.store, config.model.features, table)
     if table is not None:
-        model = build_model(config.model, table, runtime.matmul_dtype)
+        model = build_model(config.model, table, runtime.matmul_dtype, fitted_items(run.store))
     else:
         model = build_inline_model(config.model, run.store, runtime, runtime.matmul_dtype)
     if resume_from is not None:

@@ -31,7 +31,7 @@ class ItemFeature:
     """A feature of all V items. An item without it is *absent*: its row is zero and its ``present`` is false."""
 
     name: str
-    rows: np.ndarray  # [V, dim], floating; may be memory-mapped
+    rows: np.ndarray  # [rows, dim], floating; may be memory-mapped
     present: np.ndarray  # bool [V]
     encoder: str  # what made the rows, as the manifest names it
     revision: str  # of the encoder's weights or code, or the sha256 of a precomputed array
@@ -41,6 +41,8 @@ class ItemFeature:
     device: str = ""  # that computed the rows, such as cpu, of an encoder that can choose
     fit: bytes = b""  # file of what the encoder was fitted to, of one that is
     note: str = ""  # what a summary should say about absent items
+    # row of ``rows`` of each item, int64 [V], -1 for an item that has none; None: an item's row is its own
+    source_rows: np.ndarray | None = None
 
     @cached_property
     def manifest_entry(self) -> Feature:
@@ -58,7 +60,10 @@ class ItemFeature:
 
     def block_fields(self, ids: np.ndarray) -> dict[str, np.ndarray]:
         """Block fields of the items ``ids``: float16 [n, dim] and, if any item of the catalogue is absent, bool [n]."""
-        fields = {self.name: np.ascontiguousarray(self.rows[ids], np.float16)}
+        sources = ids if self.source_rows is None else self.source_rows[ids]
+        values = np.ascontiguousarray(self.rows[sources], np.float16)
+        values[sources < 0] = 0
+        fields = {self.name: values}
         if self.manifest_entry.masked:
             fields[f"{self.name}.mask"] = self.present[ids]
         return fields

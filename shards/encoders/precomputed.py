@@ -1,7 +1,7 @@
-"""A feature that was computed elsewhere: a ``.npy`` array [V, dim]. It stays on disk, memory-mapped.
+"""A feature that was computed elsewhere: a ``.npy`` array [rows, dim]. It stays on disk, memory-mapped.
 
-Rows are taken as they are. A row of zeros is how such an array says that an item lacks the feature (or that whatever
-wrote it died): the item is absent, and the build says how many are.
+Its rows are those of the item table. They are taken as they are. A row of zeros is how such an array says that an item
+lacks the feature (or that whatever wrote it died): the item is absent, and the build says how many are.
 """
 
 from __future__ import annotations
@@ -19,8 +19,13 @@ FLOAT16_TINY = 2.0**-14  # smaller numbers lose digits, below 2**-25 all of them
 VALUES_AT_ONCE = 1 << 22  # that are checked together
 
 
-def read_precomputed(name: str, config: NpyFeature, root: Path, num_items: int, sha256: str) -> ItemFeature:
-    """The array of feature ``name``; row = internal id. ``sha256`` is its file's.
+def read_precomputed(
+    name: str, config: NpyFeature, root: Path, num_items: int, sha256: str, source_rows: np.ndarray | None = None
+) -> ItemFeature:
+    """The array of feature ``name``, a row for each of the ``num_items`` of the item table; ``sha256`` is its file's.
+
+    Args:
+        source_rows: the items of the store, see :class:`ItemFeature`; None: those of the table.
 
     Raises:
         UserError: the file cannot be read, does not fit the items or ``config.dim``, or holds numbers that are not
@@ -28,9 +33,13 @@ def read_precomputed(name: str, config: NpyFeature, root: Path, num_items: int, 
     """
     path, rows = open_precomputed(name, config, root, num_items)
     present = _check_values(name, path, rows)
-    num_absent = num_items - int(present.sum())
+    if source_rows is not None:
+        present = np.append(present, False)[source_rows]  # -1 is the last
+    num_absent = len(present) - int(present.sum())
     note = f"{num_absent:,} rows of zeros: these items lack it" if num_absent else ""
-    return ItemFeature(name, rows, present, encoder="npy", revision=sha256, recipe={}, note=note)
+    return ItemFeature(
+        name, rows, present, encoder="npy", revision=sha256, recipe={}, note=note, source_rows=source_rows
+    )
 
 
 def open_precomputed(name: str, config: NpyFeature, root: Path, num_items: int) -> tuple[Path, np.ndarray]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from fmrl_dist.base.errors import UserError
@@ -40,6 +41,9 @@ def make_feature(
     encoding: Path,
     files: Mapping[str, str],
     may_lack: bool = False,
+    source_rows: np.ndarray | None = None,
+    num_source_rows: int = 0,
+    fitted: np.ndarray | None = None,
 ) -> ItemFeature:
     """Feature ``name`` of all items, from the source that the config names.
 
@@ -51,6 +55,9 @@ def make_feature(
         encoding: folder in which an encoder keeps finished blocks.
         files: hashes of the input files, by config key (``shards.store.inputs``).
         may_lack: whether all items may lack the feature; a catalogue's may not.
+        source_rows: row of the whole item table of each item, see ``RawItems``; None: ``items`` is the whole table.
+        num_source_rows: of that table.
+        fitted: which items a feature may be fitted to, bool [V]; None: all.
 
     Raises:
         UserError: the source cannot be read, does not fit the items, or no item has the feature.
@@ -61,10 +68,11 @@ def make_feature(
     template = template_of(config, data, items.column_names) if isinstance(config, TextFeature) else {}
     match config:
         case NpyFeature():
-            feature = read_precomputed(name, config, root, len(ids.external), input_sha256)
+            num_rows = len(ids.external) if source_rows is None else num_source_rows
+            feature = read_precomputed(name, config, root, num_rows, input_sha256, source_rows)
         case TfidfFeature():
             encoder = import_encoder("shards.encoders.tfidf", name, "shards")
-            feature = encoder.encode_texts(name, config, _texts(template, items), template)
+            feature = encoder.encode_texts(name, config, _texts(template, items), template, fitted)
         case PixelsFeature():
             encoder = import_encoder("shards.encoders.pixels", name, "shards")
             feature = encoder.encode_images(name, config, root, ids)

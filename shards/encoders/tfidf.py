@@ -132,7 +132,9 @@ class TfidfFit:
         return cls(words, idf, projection, about)
 
 
-def encode_texts(name: str, config: TfidfFeature, items: ItemTexts, template: dict[str, Any]) -> ItemFeature:
+def encode_texts(
+    name: str, config: TfidfFeature, items: ItemTexts, template: dict[str, Any], fitted: np.ndarray | None = None
+) -> ItemFeature:
     """L2-normalised vectors of the texts, by ``config.fit`` or a fit to the items that have a text.
 
     An item whose text holds no term of the fit is absent.
@@ -142,6 +144,7 @@ def encode_texts(name: str, config: TfidfFeature, items: ItemTexts, template: di
         config: its settings.
         items: texts of all items.
         template: text, text_separator: how these texts were made.
+        fitted: which items to fit to, bool [V]; None: all.
 
     Raises:
         UserError: no words at all, fewer items or terms than ``config.dim``, or a fit that cannot be read, or has
@@ -155,7 +158,8 @@ def encode_texts(name: str, config: TfidfFeature, items: ItemTexts, template: di
         fit = _checked(name, config, data, template)
     else:
         try:
-            fit = TfidfFit.of_texts(texts, config.dim, template)
+            sample = texts if fitted is None else [items.texts[i] for i in chosen[fitted[chosen]]]
+            fit = TfidfFit.of_texts(sample, config.dim, template)
         except ValueError as error:
             raise UserError(f"feature {name!r}: {error}") from None
         data = fit.to_bytes()

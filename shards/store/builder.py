@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -28,11 +27,13 @@ from fmrl_dist.config.sections import Config, DataConfig
 from fmrl_dist.data.store.block_arrays import row_problem
 from fmrl_dist.data.store.files import FILE_NAME
 from fmrl_dist.data.store.manifest import (
+    LEAVE_ONE_OUT,
     MANIFEST_FILE,
     SCHEMA_VERSION,
     SPLITS,
     USERS_FILE,
     VOCAB_FILE,
+    WITH_SPLIT_RULE,
     Manifest,
     fit_file,
 )
@@ -40,14 +41,13 @@ from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.store.tables import rows_sha256
 from shards.encoders.encoded_blocks import encoding_folder, remove_encodings
 from shards.encoders.item_feature import ItemFeature
-from shards.encoders.sources import check_source, make_feature
+from shards.encoders.sources import make_feature
 from shards.store.block_writer import BlockWriter
-from shards.store.inputs import input_files, record
-from shards.store.leave_one_out import LeaveOneOutWriter, SplitBlocks, train_counts
+from shards.store.inputs import record
 from shards.store.parquet_tables import users_table, vocab_table
-from shards.store.raw_items import RawItems, check_raw_items, read_raw_items
+from shards.store.raw_data import RawData
+from shards.store.splits import SplitBlocks, SplitWriter, train_counts
 from shards.store.user_blocks import BlockFields, UserBlocks
-from shards.tables.histories import Histories, check_histories, read_histories
 from shards.tables.item_ids import ItemIds, check_unique
 
 ITEM_ORDER_SEED = 0
@@ -111,55 +111,22 @@ def make_demo_data(data: DataConfig) -> None:
         write_demo(Path(data.root), data.demo.users, data.demo.items, data.demo.seed)
 
 
-@dataclass(frozen=True)
-class _RawData:
-    """The item table, and where the histories are."""
-
-    config: DataConfig
-    items: RawItems
-
-    @classmethod
-    def read(cls, config: DataConfig) -> _RawData:
-        """Read the item table; refuse what can be seen to be wrong with anything else that the build will read.
-
-        Raises:
-            UserError: a table or feature cannot be read, or has columns that cannot serve.
-        """
-        check_raw_items(config)
-        check_histories(Path(config.root) / config.sequences.path, config.sequences)
-        items = read_raw_items(config)
-        for name in config.features:
-            check_source(name, config, len(items.ids.external))
-        return cls(config, items)
-
-    @property
-    def ids(self) -> ItemIds:
-        return self.items.ids
-
-    @property
-    def num_items(self) -> int:
-        return len(self.ids.external)
-
-    @property
-    def history_path(self) -> Path:
-        return Path(self.config.root) / self.config.sequences.path
-
-    def histories(self, purpose: str) -> Iterator[Histories]:
-        """All histories, batch by batch; ``purpose`` names the progress that is shown."""
-        found = read_histories(self.history_path, self.config.sequences, self.ids)
-        progress = Progress("user", found.num_users, name=purpose)
-        for batch in found.batches:
-            yield batch
-            progress.advance(len(batch.users))
-        progress.close()
-
-
 def _write_store(config: Config, folder: Path, encoding: Path) -> list[ItemFeature]:
     """Write all files of the store into ``folder``; encoders keep finished blocks in the folder ``encoding``."""
-    raw = _RawData.read(config.data)
-    files = input_files(config)
+    raw = RawData.read(config)
     features = [
-        make_feature(name, config.data, raw.items.table, raw.ids, encoding, files) for name in config.data.features
+        make_feature(
+            name,
+            config.data,
+            raw.items.table,
+            raw.ids,
+            encoding,
+            raw.files,
+            source_rows=raw.items.source_rows,
+            num_source_rows=raw.items.num_source_rows,
+            fitted=raw.items.fitted,
+        )
+        for name in config.data.features
     ]
     inline = config.store.feature_mode == "inline"
     with ExitStack() as stack:
@@ -181,7 +148,7 @@ def _write_store(config: Config, folder: Path, encoding: Path) -> list[ItemFeatu
     for name, data in fits.items():
         (folder / fit_file(name)).write_bytes(data)
     manifest = Manifest(
-        schema_version=SCHEMA_VERSION,
+        schema_version=SCHEMA_VERSION if raw.split_rule == LEAVE_ONE_OUT else WITH_SPLIT_RULE,
         num_items=raw.num_items,
         num_users=histories.num_users,
         num_dropped_users=histories.num_dropped_users,
@@ -193,7 +160,8 @@ def _write_store(config: Config, folder: Path, encoding: Path) -> list[ItemFeatu
         shards=tuple(shard for writer in writers.values() for shard in writer.shards),
         tables={name: rows_sha256([table]) for name, table in tables.items()},
         fits={name: hashlib.sha256(data).hexdigest() for name, data in fits.items()},
-        built_from=record(config, files, features),
+        built_from=record(config, raw.files, features),
+        split_rule=raw.split_rule,
         table_files={name: file_sha256(folder / name) for name in tables},
     )
     (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
@@ -228,14 +196,14 @@ def _write_items(
     progress.close()
 
 
-def _write_histories(raw: _RawData, blocks: SplitBlocks) -> tuple[LeaveOneOutWriter, pa.Array]:
+def _write_histories(raw: RawData, blocks: SplitBlocks) -> tuple[SplitWriter, pa.Array]:
     """Write the blocks of all splits; returns the writer with its counts, and the external ids of the users."""
-    writer = LeaveOneOutWriter(blocks, raw.num_items)
+    writer = SplitWriter(blocks, raw.num_items, raw.config.data.split.target)
     for batch in raw.histories("histories"):
         writer.add(batch)
     users = writer.finish()
     if writer.num_sorted_users:
-        column = raw.config.sequences.times
+        column = raw.config.data.sequences.times
         print(
             f"histories: {writer.num_sorted_users:,} users' events were out of order: sorted by {column!r}", flush=True
         )
@@ -245,7 +213,7 @@ def _write_histories(raw: _RawData, blocks: SplitBlocks) -> tuple[LeaveOneOutWri
             "are; remove them from the table if each happened once",
             flush=True,
         )
-    check_unique(users, f"column {raw.config.sequences.user!r} of {raw.history_path}")
+    check_unique(users, f"column {raw.config.data.sequences.user!r} of {raw.history_path}")
     require(
         writer.num_users > 0,
         f"table {raw.history_path}: none of its {writer.num_dropped_users} histories has 2 events; "
@@ -254,11 +222,11 @@ def _write_histories(raw: _RawData, blocks: SplitBlocks) -> tuple[LeaveOneOutWri
     return writer, users
 
 
-def _train_counts(raw: _RawData) -> np.ndarray:
+def _train_counts(raw: RawData) -> np.ndarray:
     """Train events of each item, int64 [V]: inline blocks carry them, which takes a first pass over the histories."""
     counts = np.zeros(raw.num_items, np.int64)
     for batch in raw.histories("train counts"):
-        counts += train_counts(batch, len(counts))
+        counts += train_counts(batch, len(counts), raw.config.data.split.target)
     return counts
 
 

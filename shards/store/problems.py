@@ -18,6 +18,7 @@ from fmrl_dist.base.parquet import bounded_table
 from fmrl_dist.base.progress import Progress
 from fmrl_dist.data.store.files import FILE_NAME
 from fmrl_dist.data.store.manifest import (
+    LEAVE_ONE_OUT,
     MANIFEST_FILE,
     SPLITS,
     USERS_FILE,
@@ -159,8 +160,13 @@ class _UserChecks:
 
 
 def _split_problems(manifest: Manifest, checks: dict[str, _UserChecks]) -> Iterator[str]:
-    """All users in train, the same users in valid and test, and events that add up."""
+    """All users in train, the same users in valid and test, and events that add up; or, of another split, all users."""
     train, valid, test = (checks[split].users for split in SPLITS)
+    if manifest.split_rule != LEAVE_ONE_OUT:
+        nowhere = int((~(train | valid | test)).sum())
+        if nowhere:
+            yield f"{nowhere} of {manifest.num_users} users are in no block"
+        return
     if not train.all():
         yield f"train: {int((~train).sum())} of {manifest.num_users} users are in no block"
     if not np.array_equal(valid, test):

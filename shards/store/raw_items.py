@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
+from fmrl_dist.base.errors import require
 from fmrl_dist.base.id_columns import as_ids
 from fmrl_dist.config.features import TextFeature
 from fmrl_dist.config.sections import DataConfig
@@ -24,6 +26,26 @@ class RawItems:
     table: pa.Table
     ids: ItemIds
     titles: pa.ChunkedArray | None
+    # row of the item table of each item, int64 [V], -1 for items that it lacks; None: the items are its rows
+    source_rows: np.ndarray | None = None
+    num_source_rows: int = 0  # of the item table
+    fitted: np.ndarray | None = None  # bool [V], which items a feature may be fitted to; None: all
+
+    def take(self, rows: np.ndarray, ids: pa.Array, fitted: np.ndarray | None) -> RawItems:
+        """The items of some ``rows`` [V] of the table, in that order; -1 is an item without anything but its id."""
+        indices = pa.array(rows, mask=rows < 0)
+        table = self.table.take(indices)
+        titles = None if self.titles is None else self.titles.take(indices)
+        return RawItems(table, ItemIds(ids), titles, rows, self.table.num_rows, fitted)
+
+    @classmethod
+    def empty(cls, data: DataConfig) -> RawItems:
+        """Where there is no item table."""
+        require(
+            not data.items.title and not _text_parts(data),
+            "data.items.path is empty, so items have no titles and no texts; set it, or leave these out",
+        )
+        return cls(pa.table({data.items.id: pa.array([], pa.large_string())}), ItemIds(pa.array([])), None)
 
 
 def check_raw_items(data: DataConfig) -> None:
@@ -70,7 +92,7 @@ def _columns(data: DataConfig, parts: Sequence[str]) -> list[str]:
 def _text_parts(data: DataConfig) -> list[str]:
     """Parts of all texts that are made of the table."""
     given = [feature.text or data.text for feature in data.features.values() if isinstance(feature, TextFeature)]
-    known = table_columns(_path(data)) if () in given else []
+    known = table_columns(_path(data)) if () in given and data.items.path else []
     return [part for parts in given for part in parts_for(parts, known)]
 
 

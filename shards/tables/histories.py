@@ -37,6 +37,9 @@ class Histories:
     times: np.ndarray | None  # int64 [events], Unix seconds where the table has timestamps
     num_sorted: int = 0  # users of a table of sequences whose list was not in order of time
     num_repeated: int = 0  # events that an earlier event of the user equals, in item and time
+    # how many of its first events are for training, and of the next for validation, int64 [n]; None: leave-one-out
+    train: np.ndarray | None = None
+    valid: np.ndarray | None = None
 
 
 class HistoryBatches(NamedTuple):

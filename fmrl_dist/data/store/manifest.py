@@ -24,6 +24,9 @@ from fmrl_dist.data.store.cache import SHA256
 SCHEMA_VERSION = 3
 # Version 2 has no recipe of a feature, no fits and no built_from.
 WITHOUT_RECORD = 2
+# Version 4 is version 3 with another split than leave-one-out, and says which: no older program mistakes it.
+WITH_SPLIT_RULE = 4
+LEAVE_ONE_OUT = "leave-one-out"
 MANIFEST_FILE = "manifest.json"
 VOCAB_FILE = "vocab.parquet"
 USERS_FILE = "users.parquet"
@@ -84,8 +87,9 @@ class Feature:
 class Manifest:
     """Index of a store. Two stores with the same ``sha256`` hold the same bytes in their shards.
 
-    ``num_events`` counts the whole histories of the ``num_users`` users that were kept; ``num_dropped_users`` had fewer
-    than 2 events. ``tables`` maps each Parquet file to the digest of its rows, ``fits`` each feature that was fitted to
+    ``num_events`` counts the whole histories of the ``num_users`` users that were kept; ``num_dropped_users`` are in no
+    split: with leave-one-out, they had fewer than 2 events.
+    ``tables`` maps each Parquet file to the digest of its rows, ``fits`` each feature that was fitted to
     its items to the sha256 of :func:`fit_file`. ``built_from`` has a hash of its own: other tables can give the same
     store. ``table_files`` maps each Parquet file to its sha256, which depends on its writer and so names no store.
     """
@@ -104,6 +108,7 @@ class Manifest:
     fits: dict[str, str]
     built_from: BuiltFrom | None  # None in a store of schema version 2
     table_files: dict[str, str] = field(default_factory=dict)  # empty in a store of an older version
+    split_rule: str = LEAVE_ONE_OUT  # in words
 
     @cached_property
     def sha256(self) -> str:
@@ -117,6 +122,8 @@ class Manifest:
         raw = asdict(self)
         if not self.table_files:
             del raw["table_files"]
+        if self.schema_version != WITH_SPLIT_RULE:
+            del raw["split_rule"]
         if self.schema_version == WITHOUT_RECORD:
             del raw["fits"], raw["built_from"]
             for feature in raw["features"]:
@@ -138,10 +145,10 @@ class Manifest:
             raise UserError(f"the manifest is not JSON ({error}); build the store again") from None
         if not isinstance(raw, dict) or "schema_version" not in raw:
             raise UserError("the manifest has no schema_version; expected the manifest.json that shards.build writes")
-        if raw["schema_version"] not in (SCHEMA_VERSION, WITHOUT_RECORD):
+        if raw["schema_version"] not in (WITHOUT_RECORD, SCHEMA_VERSION, WITH_SPLIT_RULE):
             raise UserError(
                 f"the store has schema version {raw['schema_version']!r}, this program reads versions {WITHOUT_RECORD} "
-                f"and {SCHEMA_VERSION}; build the store again with python -m shards.build --overwrite"
+                f"to {WITH_SPLIT_RULE}; build the store again with python -m shards.build --overwrite"
             )
         claimed = raw.pop("sha256", None)
         if claimed != manifest_sha256(raw):
@@ -177,7 +184,7 @@ def block_sha256(data: bytes) -> str:
 
 
 def _parse_manifest(raw: dict[str, Any]) -> Manifest:
-    missing = {"table_files"} - raw.keys()
+    missing = ({"table_files"} - raw.keys()) | ({"split_rule"} if raw["schema_version"] != WITH_SPLIT_RULE else set())
     if raw["schema_version"] == WITHOUT_RECORD:
         values = dict(_check_fields(Manifest, raw, "manifest", missing | {"fits", "built_from"}))
         values |= {"fits": {}, "built_from": None}
@@ -281,9 +288,13 @@ def _check_consistency(manifest: Manifest) -> None:
                 )
     totals = {
         "num_items": (manifest.num_items, sum(block.count for block in manifest.items)),
-        "num_users": (manifest.num_users, sum(block.count for block in manifest.splits["train"])),
-        "valid users": (sum(b.count for b in manifest.splits["valid"]), sum(b.count for b in manifest.splits["test"])),
     }
+    users = {split: sum(block.count for block in blocks) for split, blocks in manifest.splits.items()}
+    if manifest.schema_version == WITH_SPLIT_RULE:
+        if max(users.values()) > manifest.num_users or sum(users.values()) < manifest.num_users:
+            raise UserError(f"the manifest's num_users is {manifest.num_users} but its splits hold {users}")
+    else:
+        totals |= {"num_users": (manifest.num_users, users["train"]), "valid users": (users["valid"], users["test"])}
     for name, (claimed, found) in totals.items():
         if claimed != found:
             raise UserError(f"the manifest's {name} is {claimed} but its blocks hold {found}")

@@ -29,7 +29,6 @@ from fmrl_dist.evaluation.results.user_ranks import row_names, write_user_ranks
 from fmrl_dist.evaluation.segments import segments_of_cells
 from fmrl_dist.evaluation.target_ranks import ALL, UNSEEN
 
-SPLIT_RULE = "leave-one-out"
 COLUMNS = 6  # metrics side by side in a table
 Rows = Mapping[str, Mapping[str, float]]  # name of a size or baseline → metric → value
 T = TypeVar("T")
@@ -135,7 +134,7 @@ def figures(
                 part["lists" if key == "sizes" else "vector_lists"] = of_size
     return {
         "split": protocol.split,
-        "split_rule": SPLIT_RULE,
+        "split_rule": protocol.store.manifest.split_rule,
         "users": counts.num_users,
         **({"users_lost": num_lost} if num_lost else {}),
         "items": protocol.store.manifest.num_items,

@@ -1,0 +1,66 @@
+"""The embedded engine, DuckDB, within limits of memory and threads; what does not fit goes to a folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import duckdb
+
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.config.tables import InteractionsConfig
+
+SCRATCH = ".scratch-"  # begins the name of a folder that a killed process may leave
+
+
+@contextmanager
+def open_engine(settings: InteractionsConfig, folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A connection whose tables lie in a scratch folder below ``folder``, which is removed in the end.
+
+    Nothing is fetched or loaded at run time: the engine has all that it needs.
+
+    Raises:
+        UserError: the memory or the disk does not suffice for a statement.
+    """
+    scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=folder))
+    options = {
+        "memory_limit": f"{settings.memory_gb * 1000:.0f}MB",
+        "threads": str(os.cpu_count() if settings.threads == "auto" else settings.threads),
+        "temp_directory": str(scratch / "spill"),
+        "preserve_insertion_order": "false",
+        "autoinstall_known_extensions": "false",
+        "autoload_known_extensions": "false",
+    }
+    try:
+        with duckdb.connect(str(scratch / "events.duckdb"), config=options) as connection:
+            connection.execute("SET TimeZone = 'UTC'")
+            yield connection
+    except duckdb.OutOfMemoryException as error:
+        raise UserError(
+            f"the events do not fit into data.interactions.memory_gb {settings.memory_gb:g} and the free space of "
+            f"{folder} ({_first_line(error)}); raise it, or choose a larger --store.build_dir"
+        ) from None
+    except duckdb.IOException as error:
+        raise UserError(f"the engine cannot read or write ({_first_line(error)}); has {folder} free space?") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def remove_scratch(folder: Path) -> None:
+    """Remove what killed processes have left. Only the holder of the folder's lock may call this."""
+    for left in folder.glob(f"{SCRATCH}*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def count(connection: duckdb.DuckDBPyConnection, query: str) -> int:
+    """The number that a query gives."""
+    row = connection.execute(query).fetchone()
+    return int(row[0]) if row and row[0] is not None else 0
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

@@ -1,0 +1,53 @@
+"""How many events, users and items each step leaves, and why the others went."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step did."""
+
+    name: str  # such as "below 5 events of a user or item"
+    removed: int  # events
+    events: int  # that are left
+
+
+@dataclass
+class Funnel:
+    """Counts from the rows of the raw tables to the events of the histories."""
+
+    rows: int = 0
+    bad: dict[str, int] = field(default_factory=dict)  # cause → rows that could not be used
+    steps: list[Step] = field(default_factory=list)
+    users: int = 0
+    items: int = 0  # with an event
+    events: int = 0
+    tied_events: int = 0  # next to an event of the same user and time: only data.interactions.ties orders them
+    users_tied_at_split: int = 0  # whose held-out event has the time of the one before it
+    notes: list[str] = field(default_factory=list)  # such as which unit the times were taken for
+
+    def add(self, name: str, events: int) -> None:
+        """Note that a step left so many ``events``; one that removed nothing is not noted."""
+        before = self.steps[-1].events if self.steps else self.rows - sum(self.bad.values())
+        if events != before:
+            self.steps.append(Step(name, before - events, events))
+
+    def lines(self) -> list[str]:
+        """For people, one fact a line."""
+        rows = [("rows read", self.rows, "")]
+        left = self.rows
+        for cause, removed in self.bad.items():
+            left -= removed
+            rows.append((f"bad: {cause}", left, f"-{removed:,}"))
+        rows += [(step.name, step.events, f"-{step.removed:,}") for step in self.steps]
+        lines = [f"{name:<44}{removed:>16}{events:>16,}" for name, events, removed in rows]
+        tied = 100 * self.tied_events / max(self.events, 1)
+        return [
+            f"{'events':<44}{'removed':>16}{'left':>16}",
+            *lines,
+            f"{self.users:,} users, {self.items:,} items, {self.events:,} events; {tied:.1f} % of the events have the "
+            f"time of a neighbour; {self.users_tied_at_split:,} users have ties at the split",
+            *self.notes,
+        ]

@@ -1,0 +1,101 @@
+"""Which events train and which are held out: 0 training, 1 validation, 2 test."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import duckdb
+
+from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.config.tables import SplitConfig
+from fmrl_dist.data.store.manifest import LEAVE_ONE_OUT
+from shards.interactions.engine import count
+
+MICROSECONDS = {"s": 1_000_000, "ms": 1000, "us": 1}
+
+
+def period_of(
+    connection: duckdb.DuckDBPyConnection, split: SplitConfig, events: str, time_unit: str
+) -> tuple[str, str]:
+    """The period of an event as an SQL expression over ``t`` (microseconds) and ``split``, and the rule in words.
+
+    Args:
+        connection: to the engine.
+        split: the config's section.
+        events: table with ``t``; quantiles are of its rows.
+        time_unit: of the table's numbers, ``"none"`` if it has no times.
+
+    Raises:
+        UserError: a cut is no moment, there are no times, or a period would be empty.
+    """
+    if split.by == "leave_one_out":
+        return "0", LEAVE_ONE_OUT
+    which = f"the {split.target} event of each user there is to be predicted"
+    if split.by == "given":
+        return "CASE split WHEN 'train' THEN 0 WHEN 'valid' THEN 1 ELSE 2 END", f"splits as given, {which}"
+    require(time_unit != "none", "data.split.by is time, but data.sequences.times names no column; set it")
+    valid, test = _cuts(connection, split, events, time_unit)
+    periods = {
+        "training": f"t < {valid}",
+        "validation": f"t >= {valid} AND t < {test}",
+        "test": f"t >= {test}",
+    }
+    for name, where in periods.items():
+        require(
+            count(connection, f"SELECT count(*) FROM (SELECT 1 FROM {events} WHERE {where} LIMIT 1)") > 0,
+            f"no event is for {name}: validation is from {_shown(valid)}, test from {_shown(test)}; mend data.split",
+        )
+    rule = f"by time: validation from {_shown(valid)}, test from {_shown(test)}, {which}"
+    return f"CASE WHEN t < {valid} THEN 0 WHEN t < {test} THEN 1 ELSE 2 END", rule
+
+
+def _cuts(connection: duckdb.DuckDBPyConnection, split: SplitConfig, events: str, time_unit: str) -> tuple[int, int]:
+    """First moments of validation and test, in microseconds."""
+    if split.valid_from:
+        cuts = tuple(
+            parse_moment(getattr(split, name), time_unit, f"data.split.{name}") for name in ("valid_from", "test_from")
+        )
+        require(
+            cuts[0] < cuts[1],
+            f"data.split.valid_from is {split.valid_from}, test_from {split.test_from}; expected them in order",
+        )
+        return cuts[0], cuts[1]
+    cuts = tuple(
+        count(connection, f"SELECT quantile_disc(t, {share}) FROM {events}")
+        for share in (split.valid_quantile, split.test_quantile)
+    )
+    require(
+        cuts[0] < cuts[1],
+        f"the quantiles {split.valid_quantile} and {split.test_quantile} of the times are the same moment, "
+        f"{_shown(cuts[0])}; move them apart, or set data.split.valid_from and test_from",
+    )
+    return cuts[0], cuts[1]
+
+
+def parse_moment(text: str, time_unit: str, key: str) -> int:
+    """Microseconds since 1970 of a date, an ISO time (UTC unless it says otherwise) or a number in the table's unit.
+
+    Raises:
+        UserError: it is none; the message begins with ``key``.
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        try:
+            moment = datetime.fromisoformat(text)
+        except ValueError:
+            raise UserError(
+                f"{key} is {text!r}; expected a date (2014-05-01), an ISO time or a number as in the table"
+            ) from None
+        moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+        return round((moment - datetime(1970, 1, 1, tzinfo=UTC)).total_seconds() * 1_000_000)
+    if time_unit == "ns":
+        return int(number // 1000)
+    require(
+        time_unit in MICROSECONDS, f"{key} is the number {text}, but the table's times are {time_unit}; write a date"
+    )
+    return round(number * MICROSECONDS[time_unit])
+
+
+def _shown(microseconds: int) -> str:
+    return datetime.fromtimestamp(microseconds / 1_000_000, UTC).isoformat()

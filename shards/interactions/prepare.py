@@ -1,0 +1,188 @@
+"""From raw events to histories: done once, kept in the build folder, done anew when what it is made from changes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.base.files import file_sha256, replaced_folder
+from fmrl_dist.base.yaml_text import shown
+from fmrl_dist.config.sections import Config, DataConfig
+from fmrl_dist.config.tables import InteractionsConfig, SplitConfig
+from fmrl_dist.data.store.tables import rows_sha256
+from shards.interactions.engine import open_engine, remove_scratch
+from shards.interactions.funnel import Funnel, Step
+from shards.interactions.history_file import write_histories
+from shards.interactions.kept_events import KeptEvents, keep_events
+from shards.tables.events import load_events
+
+VERSION = 1  # raise it when the same input gives other histories
+HISTORIES, ITEMS, MADE_FROM = "histories.parquet", "items.parquet", "made-from.json"
+UNRECORDED = {"memory_gb", "threads"}  # change nothing of the result
+NOT_IN_TABLE = -1
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Histories that are ready to be written to a store."""
+
+    histories: Path  # see shards.interactions.history_file
+    item_ids: pa.Array  # external ids, row = internal id
+    item_rows: np.ndarray  # int64 [V], rows of the item table; -1 for items that it lacks
+    trained: np.ndarray  # bool [V], whether a training event names the item
+    funnel: Funnel
+    split_rule: str
+
+
+def needs_engine(data: DataConfig) -> bool:
+    """Whether a config asks for more than to read whole histories as they are."""
+    return (
+        data.format != "tables"
+        or data.sequences.layout == "interactions"
+        or data.split != SplitConfig()
+        or _settings(data.interactions) != _settings(InteractionsConfig())
+        or not data.items.path
+        or data.items.keep == "with_events"
+        or data.dirt.unknown_items != "stop"
+    )
+
+
+def prepare(config: Config, folder: Path, catalogue: pa.Array | None, files: Mapping[str, str]) -> Prepared:
+    """Histories of a config, from ``folder`` if they were made from the same, else anew.
+
+    Args:
+        config: that names the tables.
+        folder: that keeps the result.
+        catalogue: ids of the item table, int64 or text, in its order; None if there is none.
+        files: hashes of the input files, by config key.
+
+    Raises:
+        UserError: the tables are refused.
+    """
+    made_from = _made_from(config.data, catalogue, files)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    found = _read_record(folder)
+    if found is None or found["made_from"] != made_from:
+        if found is not None:
+            print(f"events are prepared anew: {_difference(found['made_from'], made_from)}", flush=True)
+        with replaced_folder(folder, is_kept=lambda _: False) as aside:
+            remove_scratch(folder.parent)
+            _make(config.data, aside, folder.parent, catalogue, made_from)
+    return _read(folder)
+
+
+def _made_from(data: DataConfig, catalogue: pa.Array | None, files: Mapping[str, str]) -> dict[str, Any]:
+    """All that decides the result, as JSON values."""
+    sequences = {key: value for key, value in asdict(data.sequences).items() if key != "path"}
+    split = {key: value for key, value in asdict(data.split).items() if key not in ("valid", "test")}
+    catalogue_sha256 = "" if catalogue is None else rows_sha256([pa.table({"id": catalogue})])
+    raw = {
+        "version": VERSION,
+        "data.format": data.format,
+        "data.ids": data.ids,
+        **{f"data.sequences.{key}": value for key, value in sequences.items()},
+        **{f"data.interactions.{key}": value for key, value in _settings(data.interactions).items()},
+        **{f"data.split.{key}": value for key, value in split.items()},
+        "data.dirt.unknown_items": data.dirt.unknown_items,
+        "data.items.keep": data.items.keep,
+        "the ids of the item table": catalogue_sha256,
+        **{key: value for key, value in files.items() if key.startswith(("data.sequences.", "data.split."))},
+    }
+    return dict(json.loads(json.dumps(raw)))
+
+
+def _settings(settings: InteractionsConfig) -> dict[str, Any]:
+    return {key: value for key, value in asdict(settings).items() if key not in UNRECORDED}
+
+
+def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
+    changed = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
+    return ", ".join(f"{key} was {shown(there.get(key))}, is {shown(here.get(key))}" for key in changed[:3])
+
+
+def _make(data: DataConfig, aside: Path, scratch: Path, catalogue: pa.Array | None, made_from: dict[str, Any]) -> None:
+    """Write all files of the result into ``aside``."""
+    funnel, downloads = Funnel(), aside / "downloads"
+    downloads.mkdir()
+    with open_engine(data.interactions, scratch) as connection:
+        counts = load_events(connection, data, downloads)
+        funnel.rows, funnel.bad = counts.rows, dict(counts.bad)
+        if counts.time_unit not in ("none", "timestamp", "text"):
+            funnel.notes.append(f"times are numbers of unit {counts.time_unit}")
+        if counts.sorted_users:
+            funnel.notes.append(f"{counts.sorted_users:,} users' events were out of order: sorted by time")
+        kept = keep_events(connection, data, catalogue, counts.time_unit, funnel)
+        order = _item_order(data, kept)
+        new_items = np.full(len(kept.item_ids), -1, np.int64)
+        new_items[order] = np.arange(len(order))
+        write_histories(
+            connection,
+            aside / HISTORIES,
+            new_items,
+            kept.has_times,
+            has_periods=data.split.by != "leave_one_out",
+            max_events=data.interactions.max_events,
+            funnel=funnel,
+        )
+    shutil.rmtree(downloads)
+    rows = np.where(order < kept.num_catalogue, order, NOT_IN_TABLE)
+    ids = kept.item_ids.take(pa.array(order))
+    ids = ids.cast(pa.int64() if pa.types.is_integer(ids.type) else pa.large_string())
+    pq.write_table(pa.table({"row": rows, "id": ids, "trained": kept.trained[order]}), aside / ITEMS)
+    record = {
+        "made_from": made_from,
+        "split_rule": kept.split_rule,
+        "funnel": asdict(funnel),
+        "files": {name: file_sha256(aside / name) for name in (HISTORIES, ITEMS)},
+    }
+    (aside / MADE_FROM).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _item_order(data: DataConfig, kept: KeptEvents) -> np.ndarray:
+    """Codes of the items that make the catalogue, in the order of their internal ids.
+
+    Items that events alone bring in stand last where they have no training event, so that nothing that happens after a
+    cut moves another item.
+    """
+    keep, has_core = data.items.keep, data.interactions.min_item_events > 1
+    by_events = keep == "with_events" or (keep == "auto" and has_core)
+    codes = np.arange(len(kept.item_ids))
+    is_free = by_events | (codes >= kept.num_catalogue)  # in the catalogue only by its events
+    first = np.flatnonzero(~is_free | kept.trained)
+    return np.concatenate((first, np.flatnonzero(is_free & kept.used & ~kept.trained)))
+
+
+def _read_record(folder: Path) -> dict[str, Any] | None:
+    """What the folder's files were made from; None if they are not whole."""
+    try:
+        record = json.loads((folder / MADE_FROM).read_text(encoding="utf-8"))
+        whole = all(file_sha256(folder / name) == sha256 for name, sha256 in record["files"].items())
+        return dict(record) if whole and {HISTORIES, ITEMS} == set(record["files"]) else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _read(folder: Path) -> Prepared:
+    record = _read_record(folder)
+    if record is None:
+        raise UserError(f"{folder} was changed while it was read; build again")
+    raw = record["funnel"]
+    funnel = Funnel(**{**raw, "steps": [Step(**step) for step in raw["steps"]]})
+    items = pq.read_table(folder / ITEMS)
+    return Prepared(
+        histories=folder / HISTORIES,
+        item_ids=items["id"].combine_chunks(),
+        item_rows=items["row"].to_numpy(),
+        trained=items["trained"].to_numpy(),
+        funnel=funnel,
+        split_rule=record["split_rule"],
+    )

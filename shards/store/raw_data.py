@@ -1,0 +1,93 @@
+"""All that a store is built from: the item table and the histories, as read or as prepared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fmrl_dist.base.progress import Progress
+from fmrl_dist.config.sections import Config
+from fmrl_dist.data.store.manifest import LEAVE_ONE_OUT
+from shards.encoders.sources import check_source
+from shards.interactions.history_file import read_prepared
+from shards.interactions.prepare import Prepared, needs_engine, prepare
+from shards.store.inputs import input_files
+from shards.store.raw_items import RawItems, check_raw_items, read_raw_items
+from shards.tables.histories import Histories, check_histories, read_histories
+from shards.tables.item_ids import ItemIds
+
+
+def build_folder(config: Config) -> Path:
+    """What builds of a store can use again."""
+    return Path(config.store.build_dir or f"{Path(config.store.path).resolve()}.build")
+
+
+def interactions_folder(config: Config) -> Path:
+    return build_folder(config) / "interactions"
+
+
+@dataclass(frozen=True)
+class RawData:
+    """The items of the catalogue, and where the histories are."""
+
+    config: Config
+    items: RawItems
+    files: dict[str, str]  # hashes of the input files, by config key
+    prepared: Prepared | None  # None: histories are read as they are
+
+    @classmethod
+    def read(cls, config: Config) -> RawData:
+        """Read the item table and prepare the events; refuse what can be seen to be wrong with anything else.
+
+        Raises:
+            UserError: a table or feature cannot be read, or has columns that cannot serve.
+        """
+        data = config.data
+        is_prepared = needs_engine(data)
+        items = None
+        if data.items.path:
+            check_raw_items(data)
+        if not is_prepared:
+            check_histories(Path(data.root) / data.sequences.path, data.sequences)
+        if data.items.path:
+            items = read_raw_items(data)
+            for name in data.features:
+                check_source(name, data, len(items.ids.external))
+        files = input_files(config)
+        if not is_prepared:
+            assert items is not None
+            return cls(config, items, files, None)
+        prepared = prepare(config, interactions_folder(config), items.ids.external if items else None, files)
+        # What is fitted to items that only held-out events name would know of these events.
+        fitted = None if prepared.split_rule == LEAVE_ONE_OUT else prepared.trained
+        chosen = (items or RawItems.empty(data)).take(prepared.item_rows, prepared.item_ids, fitted)
+        return cls(config, chosen, files, prepared)
+
+    @property
+    def ids(self) -> ItemIds:
+        return self.items.ids
+
+    @property
+    def num_items(self) -> int:
+        return len(self.ids.external)
+
+    @property
+    def split_rule(self) -> str:
+        return self.prepared.split_rule if self.prepared else LEAVE_ONE_OUT
+
+    @property
+    def history_path(self) -> Path:
+        return Path(self.config.data.root) / str(self.config.data.sequences.path)
+
+    def histories(self, purpose: str) -> Iterator[Histories]:
+        """All histories, batch by batch; ``purpose`` names the progress that is shown."""
+        if self.prepared is not None:
+            found = read_prepared(self.prepared.histories)
+        else:
+            found = read_histories(self.history_path, self.config.data.sequences, self.ids)
+        progress = Progress("user", found.num_users, name=purpose)
+        for batch in found.batches:
+            yield batch
+            progress.advance(len(batch.users))
+        progress.close()

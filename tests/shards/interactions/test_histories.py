@@ -1,0 +1,232 @@
+"""From raw events to histories, against plain Python."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.base.files import file_sha256
+from fmrl_dist.config.parsing import build
+from fmrl_dist.config.sections import Config
+from fmrl_dist.config.tables import InteractionsConfig, SplitConfig
+from shards.interactions.history_file import read_prepared
+from shards.interactions.prepare import Prepared, needs_engine, prepare
+from tests.fixtures.plain_interactions import Event, PlainHistory, plain_histories
+
+DAY = 86_400
+CUTS = {"by": "time", "valid_from": str(20 * DAY), "test_from": "1970-02-01"}  # days 20 and 31
+FAST = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+EVENTS = st.lists(
+    st.builds(
+        Event,
+        user=st.sampled_from(["u1", "u10", "u2", "007", "é"]),
+        item=st.sampled_from(["a", "B", "c", "0x1A", "1E5", "26"]),
+        time=st.integers(0, 12).map(lambda step: step * 4 * DAY),
+        rating=st.sampled_from([1.0, 3.5, 5.0]),
+        event=st.sampled_from(["view", "buy"]),
+        split=st.sampled_from(["train", "train", "train", "valid", "test"]),
+    ),
+    min_size=1,
+    max_size=60,
+)
+
+
+def config_of(folder: Path, parts: list[str], **data: Any) -> Config:
+    sequences = {"path": parts, "layout": "interactions", "user": "user", "items": "item", "times": "time"}
+    sequences |= {"rating": "rating", "event": "event", "split": "split"} | data.pop("sequences", {})
+    raw = {"root": str(folder), "sequences": sequences, "items": {"path": ""}} | data
+    return build(Config, {"data": raw}, "")
+
+
+def write_parts(folder: Path, rows: list[Event], num_parts: int = 1) -> list[str]:
+    names = []
+    for part in range(num_parts):
+        names.append(f"part-{part}.parquet")
+        columns = {name: [getattr(row, name) for row in rows[part::num_parts]] for name in Event._fields}
+        kinds = {"time": pa.int64(), "rating": pa.float64()}
+        table = pa.table({name: pa.array(column, kinds.get(name, pa.string())) for name, column in columns.items()})
+        pq.write_table(table, folder / names[-1])
+    return names
+
+
+def prepared(folder: Path, rows: list[Event], num_parts: int = 1, **data: Any) -> Prepared:
+    folder.mkdir(parents=True, exist_ok=True)
+    config = config_of(folder, write_parts(folder, rows, num_parts), **data)
+    assert needs_engine(config.data)
+    return prepare(config, folder / "build" / "interactions", None, {})
+
+
+def histories_of(result: Prepared) -> dict[str, PlainHistory]:
+    found, ids = {}, result.item_ids.to_pylist()
+    for batch in read_prepared(result.histories).batches:
+        for number, user in enumerate(batch.users.to_pylist()):
+            rows = slice(batch.starts[number], batch.starts[number + 1])
+            assert batch.times is not None
+            found[user] = PlainHistory(
+                items=[ids[item] for item in batch.items[rows]],
+                times=batch.times[rows].tolist(),
+                train=len(batch.items[rows]) if batch.train is None else int(batch.train[number]),
+                valid=0 if batch.valid is None else int(batch.valid[number]),
+            )
+    return found
+
+
+@FAST
+@given(
+    rows=EVENTS,
+    interactions=st.fixed_dictionaries(
+        {
+            "min_rating": st.sampled_from([None, 3.5]),
+            "events": st.sampled_from([[], ["buy"]]),
+            "duplicates": st.sampled_from(["none", "event", "first", "last"]),
+            "min_user_events": st.integers(0, 3),
+            "min_item_events": st.integers(0, 3),
+            "ties": st.sampled_from(["hash", "table"]),
+            "max_events": st.sampled_from([0, 2]),
+        }
+    ),
+    split=st.sampled_from([{}, {"by": "given"}, CUTS]),
+)
+def test_histories_equal_their_plain_twin(
+    rows: list[Event], interactions: dict[str, Any], split: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    expected = plain_histories(rows, build(InteractionsConfig, interactions, ""), build(SplitConfig, split, ""))
+    folder = tmp_path_factory.mktemp("raw")
+    try:
+        result = prepared(folder, rows, interactions=interactions, split=split)
+    except UserError as error:
+        assert "no event is" in str(error)
+        periods = [
+            sum(history.train for history in expected.values()),
+            sum(history.valid for history in expected.values()),
+            sum(len(history.items) - history.train - history.valid for history in expected.values()),
+        ]
+        assert not periods[0] or (split.get("by") == "time" and not all(periods)) or interactions["events"]
+        return
+    assert histories_of(result) == expected
+    funnel = result.funnel
+    assert funnel.events == sum(len(history.items) for history in expected.values())
+    assert funnel.rows == len(rows) == funnel.events + sum(step.removed for step in funnel.steps)
+    assert funnel.users == len(expected)
+
+
+@FAST
+@given(rows=EVENTS, seed=st.integers(0, 99), num_parts=st.integers(1, 4))
+def test_neither_order_nor_parts_of_the_rows_matter(
+    rows: list[Event], seed: int, num_parts: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("raw")
+    shuffled = random.Random(seed).sample(rows, len(rows))
+    one, other = prepared(folder / "one", rows), prepared(folder / "other", shuffled, num_parts)
+    assert file_sha256(one.histories) == file_sha256(other.histories)
+    assert one.item_ids.equals(other.item_ids) and one.funnel == other.funnel
+
+
+@FAST
+@given(
+    rows=EVENTS, later=EVENTS, duplicates=st.sampled_from(["none", "event", "first", "last"]), core=st.integers(0, 3)
+)
+def test_nothing_that_trains_depends_on_what_comes_after_the_cut(
+    rows: list[Event], later: list[Event], duplicates: str, core: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("raw")
+    held_out = [Event("u1", "a", 25 * DAY), Event("u1", "a", 40 * DAY)]  # so that no period is empty
+    before = [*(row for row in rows if row.time < 20 * DAY), *(Event("u1", "a", DAY * day) for day in range(4))]
+    interactions = {"duplicates": duplicates, "min_user_events": core, "min_item_events": core}
+    if duplicates in ("first", "last"):
+        before += [Event("u1", item, DAY) for item in "xyz"] + [Event("u9", "a", 1), Event("u8", "a", 1)]
+    results = []
+    for name, after in (("one", held_out), ("other", held_out + [row for row in later if row.time >= 20 * DAY])):
+        try:
+            results.append(prepared(folder / name, before + after, interactions=interactions, split=CUTS))
+        except UserError as error:
+            results.append(str(error))
+    if isinstance(results[0], str) or isinstance(results[1], str):
+        assert all(isinstance(result, str) for result in results)
+        return
+    num_trained = int(results[0].trained.sum())
+    trains = [
+        {user: (h.items[: h.train], h.times[: h.train]) for user, h in histories_of(result).items() if h.train}
+        for result in results
+    ]
+    assert trains[0] == trains[1]
+    ids = [result.item_ids.to_pylist() for result in results]
+    assert all(result.trained[:num_trained].all() and not result.trained[num_trained:].any() for result in results)
+    assert ids[0][:num_trained] == ids[1][:num_trained]
+
+
+def test_a_core_that_takes_rounds(tmp_path: Path) -> None:
+    """By hand: d has 1 user and goes, so u3 has 1 event and goes, so c has 1 user and goes."""
+    rows = [
+        Event(user, item, time)
+        for time, (user, item) in enumerate(
+            [("u1", "a"), ("u1", "b"), ("u2", "a"), ("u2", "b"), ("u2", "c"), ("u3", "c"), ("u3", "d")]
+        )
+    ]
+    result = prepared(tmp_path, rows, interactions={"min_user_events": 2, "min_item_events": 2})
+    assert {user: history.items for user, history in histories_of(result).items()} == {
+        "u1": ["a", "b"],
+        "u2": ["a", "b"],
+    }
+    assert result.item_ids.to_pylist() == ["a", "b"]
+    assert [(step.removed, step.events) for step in result.funnel.steps] == [(3, 4)]
+
+
+def test_a_result_is_used_again_and_made_anew_when_a_setting_changes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [Event(f"u{user}", item, time) for user in range(3) for time, item in enumerate("abcde")]
+    first = prepared(tmp_path, rows)
+    changed = first.histories.stat().st_mtime_ns
+    assert prepared(tmp_path, rows).histories.stat().st_mtime_ns == changed
+    prepared(tmp_path, rows, interactions={"memory_gb": 1.0})
+    assert first.histories.stat().st_mtime_ns == changed, "more memory gives the same"
+    assert "anew" not in capsys.readouterr().out
+    assert prepared(tmp_path, rows, interactions={"max_events": 2}).funnel.events == 6
+    assert "data.interactions.max_events was 0, is 2" in capsys.readouterr().out
+    damaged = first.histories.read_bytes()
+    first.histories.write_bytes(damaged[:-1])
+    assert prepared(tmp_path, rows, interactions={"max_events": 2}).funnel.events == 6
+    assert sorted(path.name for path in (tmp_path / "build").iterdir()) == ["interactions"]
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "a kind that is not there": ({"interactions": {"events": ["sell"]}}, "the table has: buy"),
+    "nothing left": ({"interactions": {"min_user_events": 9}}, "no event is left to train on, of 6 rows"),
+    "a cut before all": (
+        {"split": {"by": "time", "valid_from": "1969-01-01", "test_from": "1970-01-01"}},
+        "no event is for training: validation is from 1969-01-01T00:00:00+00:00",
+    ),
+    "a cut that is none": (
+        {"split": {"by": "time", "valid_from": "soon", "test_from": "1970-01-01"}},
+        "data.split.valid_from is 'soon'; expected a date",
+    ),
+    "cuts in the wrong order": (
+        {"split": {"by": "time", "valid_from": "9", "test_from": "3"}},
+        "expected them in order",
+    ),
+    "quantiles that meet": (
+        {"split": {"by": "time", "valid_quantile": 0.5, "test_quantile": 0.51}},
+        "are the same moment, 1970-01-01T00:00:0",
+    ),
+    "no times": ({"split": {"by": "time"}, "sequences": {"times": ""}}, "data.sequences.times names no column"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals(name: str, tmp_path: Path) -> None:
+    data, message = REFUSED[name]
+    rows = [Event(user, item, time) for user in ("u1", "u2") for time, item in enumerate("abc")]
+    with pytest.raises(UserError) as refused:
+        prepared(tmp_path, rows, **data)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+    assert not list((tmp_path / "build").iterdir())
