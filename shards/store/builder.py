@@ -23,6 +23,7 @@ from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import file_sha256, foreign_entries, replaced_folder
 from fmrl_dist.base.locks import only_writer
 from fmrl_dist.base.progress import Progress
+from fmrl_dist.base.table_files import rooted, shown_places
 from fmrl_dist.base.urls import hide_credentials, is_url
 from fmrl_dist.config.sections import Config, DataConfig
 from fmrl_dist.data.store.block_arrays import row_problem
@@ -126,7 +127,7 @@ class _RawData:
             UserError: a table or feature cannot be read, or has columns that cannot serve.
         """
         check_raw_items(config)
-        check_histories(Path(config.root) / config.sequences.path, config.sequences)
+        check_histories(config)
         items = read_raw_items(config)
         for name in config.features:
             check_source(name, config, len(items.ids.external))
@@ -141,12 +142,12 @@ class _RawData:
         return len(self.ids.external)
 
     @property
-    def history_path(self) -> Path:
-        return Path(self.config.root) / self.config.sequences.path
+    def history_path(self) -> str:
+        return shown_places(rooted(self.config.root, self.config.sequences.path))
 
     def histories(self, purpose: str) -> Iterator[Histories]:
         """All histories, batch by batch; ``purpose`` names the progress that is shown."""
-        found = read_histories(self.history_path, self.config.sequences, self.ids)
+        found = read_histories(self.config, self.ids)
         progress = Progress("user", found.num_users, name=purpose)
         for batch in found.batches:
             yield batch
