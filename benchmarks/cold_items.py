@@ -28,9 +28,11 @@ import yaml
 
 from benchmarks import REPOSITORY, describe_setting
 from fmrl_dist.base.errors import require, run_command
+from fmrl_dist.base.table_files import rooted, table_files
 from fmrl_dist.config.features import ImageFeature, NpyFeature
 from fmrl_dist.config.loading import load_config
 from fmrl_dist.config.sections import Config
+from fmrl_dist.config.tables import TablePath
 from fmrl_dist.data.batches import evaluation_blocks
 from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.data.store.reader import Store
@@ -117,6 +119,7 @@ def known_data(config: Config, folder: Path) -> dict[str, Any]:
     return {
         "root": str(folder),
         "demo": None,
+        "ids": config.data.ids,
         "items": values["items"] | {"path": "items.parquet"},
         "sequences": values["sequences"] | {"path": "sequences.parquet"},
         "features": values["features"],
@@ -126,7 +129,7 @@ def known_data(config: Config, folder: Path) -> dict[str, Any]:
 def write_tables(config: Config, work: Path, share: float, seed: int) -> pa.Array:
     """Tables of the known items and of those held out; returns the ids of the latter, as text."""
     data, root = config.data, Path(config.data.root)
-    items = pq.read_table(root / data.items.path)
+    items = whole_table(root, data.items.path)
     number = max(1, round(share * len(items)))
     drawn = np.random.default_rng(seed).choice(len(items), number, replace=False)
     is_held_out = np.zeros(len(items), np.bool_)
@@ -138,9 +141,14 @@ def write_tables(config: Config, work: Path, share: float, seed: int) -> pa.Arra
             if isinstance(source, NpyFeature):
                 np.save(work / name / f"{feature}.npy", np.load(root / source.path, mmap_mode="r")[kept])
     held_out = items[data.items.id].filter(pa.array(is_held_out)).combine_chunks()
-    histories = pq.read_table(root / data.sequences.path)
+    histories = whole_table(root, data.sequences.path)
     pq.write_table(without_items(histories, config, held_out), work / "known" / "sequences.parquet")
     return held_out.cast(pa.large_string())
+
+
+def whole_table(root: Path, path: TablePath) -> pa.Table:
+    """A table of Parquet files."""
+    return pa.concat_tables(map(pq.read_table, table_files(rooted(root, path), (".parquet",))))
 
 
 def without_items(histories: pa.Table, config: Config, held_out: pa.Array) -> pa.Table:

@@ -63,7 +63,7 @@ def write_raw(folder: Path, num_events: int) -> None:
 
 def build_shop(folder: Path) -> None:
     words = ["--data.root", str(folder), "--store.path", str(folder / "store"), "--data.demo", "null"]
-    words += ["--data.items.path", "items.parquet", "--data.items.title", "''"]
+    words += ["--data.items.path", "items.parquet", "--data.items.title", "''", "--data.ids", "integer"]
     words += ["--data.sequences.path", "sequences.parquet", "--data.sequences.times", "''"]
     build_store(load_config(None, [*words, "--data.features", "{vector: {source: npy, path: vector.npy}}"]))
 

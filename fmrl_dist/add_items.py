@@ -125,7 +125,7 @@ def encode(arguments: argparse.Namespace, export: OpenExport, id_column: str) ->
     title = "title" if arguments.title is None else arguments.title
     words: list[object] = [export.folder, "--items", arguments.items, "--id", id_column]
     words += ["--title", title if export.items.has_titles else ""]
-    words += ["--text-ids"] if export.items.has_text_ids else []
+    words += ["--ids", "text" if export.items.has_text_ids else "integer"]
     for name in ("feature", "without", "encoder"):
         words += flagged(f"--{name}", getattr(arguments, name))
     if arguments.image_columns:

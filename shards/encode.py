@@ -15,11 +15,13 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.numpy import save_file
 
-from fmrl_dist.base.errors import require, run_command
+from fmrl_dist.base.errors import UserError, require, run_command
 from fmrl_dist.base.files import replaced_folder
+from fmrl_dist.base.id_columns import IdKind
 from fmrl_dist.config.command_line import CommandParser
 from fmrl_dist.data.store.manifest import VOCAB_FILE
 from shards.store.new_items import EncodedFeatures, NewItems, encode_new_items
@@ -32,11 +34,11 @@ def main(argv: list[str]) -> None:
     parser = CommandParser(prog="python -m shards.encode", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("export", type=Path, help="folder of an export, whose config.json says how to encode")
-    parser.add_argument("--items", type=Path, required=True, help="table of the new items: Parquet or CSV, or a folder")
+    parser.add_argument("--items", type=Path, required=True, help="table of the new items: a file, or a folder")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; it must not exist")
     parser.add_argument("--id", default="item_id", metavar="COLUMN", help="of item ids (default: item_id)")
     parser.add_argument("--title", default="title", metavar="COLUMN", help='of titles (default: title; "" for none)')
-    parser.add_argument("--text-ids", action="store_true", help="ids of a CSV are text, whatever they look like")
+    parser.add_argument("--ids", choices=("text", "integer"), help="what ids are (default: what the export's are)")
     parser.add_argument("--feature", action="append", default=[], type=pair, metavar="NAME=FILE")
     parser.add_argument("--without", action="append", default=[], metavar="NAME", help="no new item has this feature")
     parser.add_argument("--encoder", action="append", default=[], type=pair, metavar="NAME=MODEL")
@@ -47,7 +49,7 @@ def main(argv: list[str]) -> None:
         arguments.items,
         arguments.id,
         arguments.title,
-        text_ids=arguments.text_ids,
+        ids=arguments.ids or ids_of(arguments.export),
         files={name: Path(file) for name, file in arguments.feature},
         lacking=frozenset(arguments.without),
         models=dict(arguments.encoder),
@@ -61,6 +63,18 @@ def main(argv: list[str]) -> None:
         note = f" ({feature.note})" if feature.note else ""
         present = int(feature.present.sum())
         print(f"feature {feature.name}: {present:,} of {len(feature.present):,} items have it, {feature.encoder}{note}")
+
+
+def ids_of(export: Path) -> IdKind:
+    """What the ids of an export's items are; text where its vocabulary is not at hand."""
+    path = export / VOCAB_FILE
+    if not path.is_file():
+        return "text"
+    try:
+        kind = pq.read_schema(path).field("external_id").type
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise UserError(f"{path} is not the vocabulary of an export ({error}); export again") from None
+    return "integer" if pa.types.is_integer(kind) else "text"
 
 
 def pair(text: str) -> tuple[str, str]:

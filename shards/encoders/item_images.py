@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import file_sha256
-from fmrl_dist.base.id_columns import as_ids
+from fmrl_dist.base.id_columns import IdKind, as_ids
 from fmrl_dist.base.parquet import BATCH_SHARE, TOO_MUCH, memory_bytes
 from fmrl_dist.config.features import ImageFeature
 from shards.tables.column_kinds import is_text, require_ids
@@ -62,7 +62,8 @@ class ImageTable:
         path = root / config.path
         check_image_table(config, root)
         external = read_table(path, [config.id], ids=[config.id])[config.id]
-        return cls(path, config.image, ids.find(as_ids(external, f"column {config.id!r} of {path}")))
+        kind: IdKind = "text" if is_text(ids.external.type) else "integer"
+        return cls(path, config.image, ids.find(as_ids(external, f"column {config.id!r} of {path}", kind)))
 
     @property
     def folder(self) -> Path:
@@ -126,7 +127,7 @@ def check_image_table(config: ImageFeature, root: Path) -> bool:
     path = root / config.path
     require(not path.is_dir(), f"table {path} is a folder; expected one Parquet file of images")
     types = table_types(path, [config.id, config.image])
-    require(bool(types), f"table {path} is a CSV; expected Parquet")
+    require(bool(types), f"table {path} is not Parquet; expected Parquet")
     require_ids(types[config.id], f"column {config.id!r} of {path}")
     kind = types[config.image]
     if not (is_text(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):

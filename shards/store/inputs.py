@@ -17,7 +17,7 @@ import pyarrow as pa
 from fmrl_dist import __version__
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import file_sha256
-from fmrl_dist.base.table_files import table_files
+from fmrl_dist.base.table_files import rooted, table_files
 from fmrl_dist.config.features import (
     ImageFeature,
     NpyFeature,
@@ -26,7 +26,8 @@ from fmrl_dist.config.features import (
     TfidfFeature,
     TransformersFeature,
 )
-from fmrl_dist.config.sections import Config
+from fmrl_dist.config.sections import Config, DataConfig
+from fmrl_dist.config.tables import TablePath
 from fmrl_dist.data.store.built_from import OPEN_CHOICES, BuiltFrom, list_differences, recorded_keys
 from fmrl_dist.data.store.manifest import Manifest
 from fmrl_dist.data.store.reader import Store
@@ -35,6 +36,7 @@ from shards.encoders.item_text import parts_for
 from shards.encoders.model_folder import local_model_sha256
 from shards.encoders.sources import code_revision, import_encoder
 from shards.encoders.stored_fit import fit_sha256
+from shards.store.raw_items import item_table
 from shards.tables.raw_tables import table_columns
 
 
@@ -47,10 +49,12 @@ def input_files(config: Config) -> dict[str, str]:
         UserError: a file does not exist or cannot be read.
     """
     data, root = config.data, Path(config.data.root)
-    files = {
-        "data.items.path": _table_sha256(root / data.items.path),
-        "data.sequences.path": _table_sha256(root / data.sequences.path),
-    }
+    files = {"data.sequences.path": _table_sha256(data, data.sequences.path)}
+    if data.items.path:
+        files["data.items.path"] = _table_sha256(data, data.items.path)
+    if data.split.by == "given" and data.split.valid:
+        files["data.split.valid"] = _table_sha256(data, data.split.valid)
+        files["data.split.test"] = _table_sha256(data, data.split.test)
     for name, feature in data.features.items():
         key = f"data.features.{name}"
         if isinstance(feature, NpyFeature):
@@ -69,10 +73,12 @@ def input_files(config: Config) -> dict[str, str]:
     return files
 
 
-def _table_sha256(path: Path) -> str:
+def _table_sha256(data: DataConfig, path: TablePath) -> str:
     """Of a table's only file, or of the hashes of its parts in order; their names may change."""
-    hashes = [_sha256(file, "the path in the config") for file in table_files(path)]
-    return hashes[0] if not path.is_dir() else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    places = rooted(data.root, path)
+    hashes = [_sha256(file, "the path in the config") for file in table_files(places)]
+    is_file = len(places) == 1 and Path(places[0]).is_file()
+    return hashes[0] if is_file else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def _sha256(path: Path, key: str) -> str:
@@ -108,7 +114,7 @@ def _keys_of(config: Config) -> dict[str, Any]:
     keys = recorded_keys(config)
     for name, feature in config.data.features.items():
         if isinstance(feature, TextFeature):
-            columns = table_columns(Path(config.data.root) / config.data.items.path)
+            columns = table_columns(item_table(config.data))
             with contextlib.suppress(UserError):  # another table: then its contents differ as well
                 keys[f"data.features.{name}.text"] = list(parts_for(feature.text or config.data.text, columns))
     return keys

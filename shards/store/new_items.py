@@ -16,6 +16,7 @@ import numpy as np
 
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import file_sha256
+from fmrl_dist.base.id_columns import IdKind
 from fmrl_dist.base.json_text import read_object
 from fmrl_dist.config.features import (
     FeatureConfig,
@@ -43,17 +44,16 @@ class NewItems:
     """The tables and files of new items."""
 
     table: DataConfig = field(default_factory=DataConfig)
-    text_ids: bool = False  # whether ids in a CSV are text
     files: Mapping[str, Path] = field(default_factory=dict)  # of features: an array, or a table of images
     lacking: frozenset[str] = frozenset()  # features that none of the items has
     models: Mapping[str, str] = field(default_factory=dict)  # of features, where they are not where they were
     image_columns: tuple[str, str] = ("item_id", "image")  # of tables of images: item ids, images
 
     @classmethod
-    def of(cls, path: Path, id_column: str, title: str, **settings: Any) -> NewItems:
-        """The table at ``path``, with further fields of this class."""
+    def of(cls, path: Path, id_column: str, title: str, ids: IdKind = "text", **settings: Any) -> NewItems:
+        """The table at ``path``, whose ids are ``ids``, with further fields of this class."""
         items = ItemTableConfig(path=str(path.absolute()), id=id_column, title=title)
-        return cls(table=DataConfig(root="", items=items), **settings)
+        return cls(table=DataConfig(root="", ids=ids, items=items), **settings)
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def encode_new_items(export: Path, new: NewItems, encoding: Path) -> EncodedFeat
     sources = {name: _source(name, recorded[name], dims[name], export, new) for name in dims if name not in new.lacking}
     data = replace(new.table, features=sources)
     check_raw_items(data)
-    items = read_raw_items(data, new.text_ids)
+    items = read_raw_items(data)
     features = []
     for name, dim in dims.items():
         made_by = recorded[name]

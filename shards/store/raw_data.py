@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fmrl_dist.base.progress import Progress
+from fmrl_dist.base.table_files import rooted, shown_places
 from fmrl_dist.config.sections import Config
 from fmrl_dist.data.store.manifest import LEAVE_ONE_OUT
 from shards.encoders.sources import check_source
 from shards.interactions.history_file import read_prepared
 from shards.interactions.prepare import Prepared, needs_engine, prepare
 from shards.store.inputs import input_files
-from shards.store.raw_items import RawItems, check_raw_items, read_raw_items
+from shards.store.raw_items import RawItems, check_raw_items, items_of_ids, read_raw_items
 from shards.tables.histories import Histories, check_histories, read_histories
 from shards.tables.item_ids import ItemIds
 
@@ -48,8 +49,7 @@ class RawData:
         items = None
         if data.items.path:
             check_raw_items(data)
-        if not is_prepared:
-            check_histories(Path(data.root) / data.sequences.path, data.sequences)
+        check_histories(data)
         if data.items.path:
             items = read_raw_items(data)
             for name in data.features:
@@ -61,7 +61,10 @@ class RawData:
         prepared = prepare(config, interactions_folder(config), items.ids.external if items else None, files)
         # What is fitted to items that only held-out events name would know of these events.
         fitted = None if prepared.split_rule == LEAVE_ONE_OUT else prepared.trained
-        chosen = (items or RawItems.empty(data)).take(prepared.item_rows, prepared.item_ids, fitted)
+        if items is None:
+            chosen = items_of_ids(prepared.item_ids, data, fitted)
+        else:
+            chosen = items.take(prepared.item_rows, prepared.item_ids, fitted)
         return cls(config, chosen, files, prepared)
 
     @property
@@ -77,15 +80,15 @@ class RawData:
         return self.prepared.split_rule if self.prepared else LEAVE_ONE_OUT
 
     @property
-    def history_path(self) -> Path:
-        return Path(self.config.data.root) / str(self.config.data.sequences.path)
+    def history_path(self) -> str:
+        return shown_places(rooted(self.config.data.root, self.config.data.sequences.path))
 
     def histories(self, purpose: str) -> Iterator[Histories]:
         """All histories, batch by batch; ``purpose`` names the progress that is shown."""
         if self.prepared is not None:
             found = read_prepared(self.prepared.histories)
         else:
-            found = read_histories(self.history_path, self.config.data.sequences, self.ids)
+            found = read_histories(self.config.data, self.ids)
         progress = Progress("user", found.num_users, name=purpose)
         for batch in found.batches:
             yield batch

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from fmrl_dist.base.errors import require
-from fmrl_dist.base.id_columns import as_ids
-from fmrl_dist.config.features import TextFeature
+from fmrl_dist.base.id_columns import ids_or_null
+from fmrl_dist.config.features import NpyFeature, TextFeature
 from fmrl_dist.config.sections import DataConfig
 from shards.encoders.item_text import number_columns, parts_for, template_columns
-from shards.tables.column_kinds import require_ids, require_text, require_title
+from shards.tables.bad_rows import check_bad_rows
+from shards.tables.column_kinds import is_text, require_ids, require_text, require_title
 from shards.tables.item_ids import ItemIds, check_unique
-from shards.tables.raw_tables import read_table, table_columns, table_types
+from shards.tables.raw_tables import RawTable, read_table, table_columns, table_types
+
+NO_ID = "no id"  # why a row is left out
 
 
 @dataclass(frozen=True)
 class RawItems:
     """The item table, in its own order."""
 
-    table: pa.Table
+    table: pa.Table  # of the id column and what titles and texts need; of the ids alone where there is no table
     ids: ItemIds
     titles: pa.ChunkedArray | None
+    bad: dict[str, int] = field(default_factory=dict)  # cause -> rows that were left out
     # row of the item table of each item, int64 [V], -1 for items that it lacks; None: the items are its rows
     source_rows: np.ndarray | None = None
     num_source_rows: int = 0  # of the item table
@@ -36,69 +42,94 @@ class RawItems:
         indices = pa.array(rows, mask=rows < 0)
         table = self.table.take(indices)
         titles = None if self.titles is None else self.titles.take(indices)
-        return RawItems(table, ItemIds(ids), titles, rows, self.table.num_rows, fitted)
-
-    @classmethod
-    def empty(cls, data: DataConfig) -> RawItems:
-        """Where there is no item table."""
-        require(
-            not data.items.title and not _text_parts(data),
-            "data.items.path is empty, so items have no titles and no texts; set it, or leave these out",
-        )
-        return cls(pa.table({data.items.id: pa.array([], pa.large_string())}), ItemIds(pa.array([])), None)
+        return RawItems(table, ItemIds(ids), titles, self.bad, rows, self.table.num_rows, fitted)
 
 
-def check_raw_items(data: DataConfig) -> None:
-    """Refuse a table whose columns cannot serve, without reading its rows; a CSV's types are only known afterwards.
+def check_raw_items(data: DataConfig, downloads: Path | None = None) -> None:
+    """Refuse a table whose columns cannot serve, without reading its rows; only those of Parquet have types.
 
     Raises:
         UserError: missing file or column, or a column of a type that cannot serve.
     """
-    path, parts = _path(data), _text_parts(data)
-    _check_kinds(data, table_types(path, _columns(data, parts)), template_columns(parts))
+    table = item_table(data, downloads)
+    parts = _text_parts(data, table)
+    _check_kinds(data, table, table_types(table, _columns(data, parts)), template_columns(parts))
 
 
-def read_raw_items(data: DataConfig, text_ids: bool = False) -> RawItems:
-    """Read the table.
+def read_raw_items(data: DataConfig, downloads: Path | None = None) -> RawItems:
+    """Read the table; rows without an id, and lines that cannot be read, are left out and counted.
 
     Args:
         data: the config's section.
-        text_ids: whether the ids of a CSV are text, whatever they look like; else they are integers if all look so.
+        downloads: folder for copies of URLs; None: there may be none.
 
     Raises:
-        UserError: as :func:`check_raw_items`; or ids are null, or not unique.
+        UserError: as :func:`check_raw_items`; or ids are not unique or not of their kind, or more rows than
+            ``data.dirt.max_bad_rows`` allows cannot be used.
     """
-    path, parts, title = _path(data), _text_parts(data), data.items.title
+    source, title = item_table(data, downloads), data.items.title
+    parts = _text_parts(data, source)
     columns = _columns(data, parts)
     as_written = [name for name in columns if name == title or name not in number_columns(parts)]
-    as_written += [data.items.id] if text_ids else []
-    table = read_table(path, columns, text=as_written, ids=[] if text_ids else [data.items.id])
+    bad = Counter[str]()
+    table = read_table(source, columns, text=as_written, ids=[data.items.id], bad=bad)
     kinds = dict(zip(table.column_names, table.schema.types, strict=True))
-    _check_kinds(data, kinds, template_columns(parts))
-    where = f"column {data.items.id!r} of {path}"
-    ids = ItemIds(as_ids(table[data.items.id], where))
-    check_unique(ids.external, where)
-    return RawItems(table, ids, table[title] if title else None)
+    _check_kinds(data, source, kinds, template_columns(parts))
+    where = f"column {data.items.id!r} of {source}"
+    num_rows = len(table) + bad.total()
+    external = ids_or_null(table[data.items.id], where, data.ids)
+    if is_text(external.type):
+        external = pc.if_else(pc.equal(external, ""), None, external)
+    if external.null_count:
+        bad[NO_ID] = external.null_count
+        table = table.filter(external.is_valid())
+        external = external.drop_null()
+    check_bad_rows(bad, num_rows, str(source), data.dirt.max_bad_rows)
+    require(len(external) > 0, f"table {source} has no row that can be used")
+    check_unique(external, where)
+    titles = as_titles(table[title]) if title else None
+    return RawItems(table, ItemIds(external), titles, dict(sorted(bad.items())))
 
 
-def _path(data: DataConfig) -> Path:
-    return Path(data.root) / data.items.path
+def items_of_ids(ids: pa.Array, data: DataConfig, fitted: np.ndarray | None) -> RawItems:
+    """Items without a table: their ids, int64 or large_string, are all that is known of them.
+
+    Raises:
+        UserError: the config asks for titles, or for a feature of texts or arrays, which a table's rows would have.
+    """
+    needy = [name for name, feature in data.features.items() if isinstance(feature, TextFeature | NpyFeature)]
+    needy += ["data.items.title"] * bool(data.items.title)
+    require(not needy, f"data.items.path is empty, but {', '.join(needy)} need a table of items; name one")
+    return RawItems(pa.table({data.items.id: ids}), ItemIds(ids), None, fitted=fitted)
+
+
+def item_table(data: DataConfig, downloads: Path | None = None) -> RawTable:
+    """Where the item table is."""
+    return RawTable.at(data.root, data.items.path, data.items.csv, downloads)
+
+
+def as_titles(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Lists of words, as some tables have them, joined by ", "."""
+    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
+        return column
+    titles = [None if words is None else ", ".join(map(str, filter(None, words))) for words in column.to_pylist()]
+    return pa.chunked_array([pa.array(titles, pa.large_string())])
 
 
 def _columns(data: DataConfig, parts: Sequence[str]) -> list[str]:
     return [data.items.id, *([data.items.title] if data.items.title else []), *template_columns(parts)]
 
 
-def _text_parts(data: DataConfig) -> list[str]:
+def _text_parts(data: DataConfig, table: RawTable) -> list[str]:
     """Parts of all texts that are made of the table."""
     given = [feature.text or data.text for feature in data.features.values() if isinstance(feature, TextFeature)]
-    known = table_columns(_path(data)) if () in given and data.items.path else []
+    known = table_columns(table) if () in given else []
     return [part for parts in given for part in parts_for(parts, known)]
 
 
-def _check_kinds(data: DataConfig, types: Mapping[str, pa.DataType], texts: Sequence[str]) -> None:
+def _check_kinds(data: DataConfig, table: RawTable, types: Mapping[str, pa.DataType], texts: Sequence[str]) -> None:
     for name, kind in types.items():
-        where = f"column {name!r} of {_path(data)}"
+        where = f"column {name!r} of {table}"
         if name == data.items.id:
             require_ids(kind, where)
         if name == data.items.title:

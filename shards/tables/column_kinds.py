@@ -34,24 +34,47 @@ def require_lists(kind: pa.DataType, where: str) -> pa.DataType:
 
 
 def require_times(kind: pa.DataType, where: str) -> None:
-    """Integers or timestamps, or the text of integers in a list of times.
+    """Numbers, dates or timestamps, or text of them.
 
     Raises:
         UserError: another type.
     """
+    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
     require(
-        is_text(kind) or pa.types.is_integer(kind) or pa.types.is_timestamp(kind),
-        f"{where} holds times of type {kind}; expected integers or timestamps",
+        is_text(kind) or is_number or pa.types.is_timestamp(kind) or pa.types.is_date(kind) or pa.types.is_null(kind),
+        f"{where} holds times of type {kind}; expected numbers, dates or timestamps",
     )
 
 
-def require_title(kind: pa.DataType, where: str) -> None:
-    """Text, or numbers and dates that can be written as text.
+def require_rating(kind: pa.DataType, where: str) -> None:
+    """Numbers, or text of them.
 
     Raises:
-        UserError: lists, structures or bytes.
+        UserError: another type.
     """
-    require(_is_scalar(_plain(kind)), f"{where} is of type {kind}; expected text: one title for each item")
+    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+    require(is_text(kind) or is_number, f"{where} holds ratings of type {kind}; expected numbers")
+
+
+def require_word(kind: pa.DataType, where: str) -> None:
+    """Text or integers: a kind of event, the name of a split.
+
+    Raises:
+        UserError: another type.
+    """
+    kind = _plain(kind)
+    require(is_text(kind) or pa.types.is_integer(kind), f"{where} is of type {kind}; expected text")
+
+
+def require_title(kind: pa.DataType, where: str) -> None:
+    """Text, numbers and dates that can be written as text, or lists of words, which are joined.
+
+    Raises:
+        UserError: structures, bytes, or lists of anything else.
+    """
+    inner = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
+    is_title = is_text(_plain(inner)) if inner is not kind else _is_scalar(_plain(kind))
+    require(is_title, f"{where} is of type {kind}; expected text: one title for each item")
 
 
 def require_text(kind: pa.DataType, where: str) -> None:

@@ -7,7 +7,6 @@ held in memory once, to be sorted by (user, time). Both sorts are stable: events
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +14,16 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.id_columns import as_ids
-from fmrl_dist.config.sections import SequenceTableConfig
-from shards.tables.column_kinds import require_ids, require_lists, require_times
+from fmrl_dist.config.sections import DataConfig
+from fmrl_dist.config.tables import SequenceTableConfig, TimeUnit
+from shards.tables.event_batches import check_event_table, event_tables
 from shards.tables.item_ids import ItemIds
-from shards.tables.raw_tables import TableBatches, read_batches, read_table, table_types
-
-TICKS_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+from shards.tables.list_columns import starts_and_values
+from shards.tables.raw_tables import RawTable, TableBatches, read_batches, read_table
+from shards.tables.times import largest_number, ticks_of, unit_for
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Histories:
     users: pa.Array  # [n], external ids
     starts: np.ndarray  # int64 [n + 1]
     items: np.ndarray  # int64 [events], internal ids
-    times: np.ndarray | None  # int64 [events], Unix seconds where the table has timestamps
+    times: np.ndarray | None  # int64 [events], Unix seconds
     num_sorted: int = 0  # users of a table of sequences whose list was not in order of time
     num_repeated: int = 0  # events that an earlier event of the user equals, in item and time
     # how many of its first events are for training, and of the next for validation, int64 [n]; None: leave-one-out
@@ -45,83 +44,100 @@ class Histories:
 class HistoryBatches(NamedTuple):
     """All histories of a table, a batch of users at a time."""
 
-    num_users: int  # of all batches
+    num_users: int | None  # of all batches; None where only reading tells
     batches: Iterator[Histories]
 
 
-def read_histories(path: Path, table: SequenceTableConfig, ids: ItemIds) -> HistoryBatches:
-    """All histories of the table, users in order of their (first) row.
+def read_histories(data: DataConfig, ids: ItemIds, downloads: Path | None = None) -> HistoryBatches:
+    """All histories of ``data.sequences``, users in order of their (first) row.
+
+    Args:
+        data: the config's section.
+        ids: of the item table.
+        downloads: folder for copies of URLs; None: there may be none.
 
     Raises:
         UserError: the table cannot be read, holds nulls or an unknown item, or its times do not fit its items. What is
             wrong with a batch is raised when that batch is taken.
     """
-    if table.layout == "interactions":
-        histories = _read_interactions(path, table, ids)
+    table = RawTable.at(data.root, data.sequences.path, data.sequences.csv, downloads)
+    if data.sequences.layout == "interactions":
+        histories = _read_interactions(table, data, ids)
         return HistoryBatches(len(histories.users), iter([histories]))
-    columns = [table.user, table.items, *([table.times] if table.times else [])]
-    found = read_batches(path, columns, text=columns[1:], ids=[table.user])
-    return HistoryBatches(found.num_rows, _parse_sequences(found, path, table, ids))
+    names = data.sequences
+    columns = [names.user, names.items, *([names.times] if names.times else [])]
+    found = read_batches(table, columns, text=columns[1:], ids=columns[:2])
+    return HistoryBatches(found.num_rows, _parse_sequences(found, table, data, ids))
 
 
-def check_histories(path: Path, table: SequenceTableConfig) -> None:
-    """Refuse a table that lacks a column, or has one of a type that cannot serve, without reading a row.
+def check_histories(data: DataConfig, downloads: Path | None = None) -> None:
+    """Refuse tables that lack a column, or have one of a type that cannot serve, without reading a row.
 
     Raises:
-        UserError: likewise, or the table cannot be read.
+        UserError: likewise, or a table cannot be read.
     """
-    columns = [table.user, table.items, *([table.times] if table.times else [])]
-    types = table_types(path, columns)
-    for name in columns if types else ():
-        where = f"column {name!r} of {path}"
-        if name == table.user:
-            require_ids(types[name], where)
-        if name in columns[1:]:
-            inner = require_lists(types[name], where) if table.layout == "sequences" else types[name]
-            (require_ids if name == table.items else require_times)(inner, where)
+    for table in event_tables(data, downloads):
+        check_event_table(table)
 
 
-def _parse_sequences(found: TableBatches, path: Path, table: SequenceTableConfig, ids: ItemIds) -> Iterator[Histories]:
-    item_column = f"column {table.items!r} of {path}"
+def _parse_sequences(found: TableBatches, table: RawTable, data: DataConfig, ids: ItemIds) -> Iterator[Histories]:
+    names = data.sequences
+    item_column = f"column {names.items!r} of {table}"
+    unit = _list_unit(table, names) if names.times else "s"
     for batch in found.batches:
-        starts, values = _flatten(batch[table.items], item_column)
-        items = ids.lookup(as_ids(values, item_column), item_column)
+        starts, values = starts_and_values(batch[names.items], item_column, as_ids=True)
+        items = ids.lookup(as_ids(values, item_column, data.ids), item_column)
         times, num_sorted, num_repeated = None, 0, 0
-        if table.times:
-            where = f"column {table.times!r} of {path}"
-            time_starts, time_values = _flatten(batch[table.times], where)
+        if names.times:
+            where = f"column {names.times!r} of {table}"
+            time_starts, time_values = starts_and_values(batch[names.times], where)
             if not np.array_equal(starts, time_starts):
-                raise UserError(f"{where} has lists of other lengths than {table.items!r}; expected a time per event")
-            ticks = _ticks(time_values, where)
+                raise UserError(f"{where} has lists of other lengths than {names.items!r}; expected a time per event")
+            ticks, per_second = ticks_of(time_values, unit, where)
             rows = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
             late = (np.diff(ticks) < 0) & (np.diff(rows) == 0)  # events that are older than the one before
             if num_sorted := len(np.unique(rows[1:][late])):
                 order = np.lexsort((ticks, rows))
                 ticks, items = ticks[order], items[order]
             num_repeated = _num_repeated(rows, ticks, items)
-            times = _seconds(ticks, time_values.type)
-        users = as_ids(batch[table.user], f"column {table.user!r} of {path}")
+            times = _seconds(ticks, per_second)
+        users = as_ids(batch[names.user], f"column {names.user!r} of {table}", data.ids)
         yield Histories(users, starts, items, times, num_sorted, num_repeated)
 
 
-def _read_interactions(path: Path, table: SequenceTableConfig, ids: ItemIds) -> Histories:
-    columns = [table.user, table.items, *([table.times] if table.times else [])]
-    events = read_table(path, columns, ids=[table.user, table.items])
-    users = as_ids(events[table.user], f"column {table.user!r} of {path}").dictionary_encode()
-    where = f"column {table.items!r} of {path}"
-    items = ids.lookup(as_ids(events[table.items], where), where)
+def _read_interactions(table: RawTable, data: DataConfig, ids: ItemIds) -> Histories:
+    names = data.sequences
+    columns = [names.user, names.items, *([names.times] if names.times else [])]
+    events = read_table(table, columns, text=columns[2:], ids=columns[:2])
+    users = as_ids(events[names.user], f"column {names.user!r} of {table}", data.ids).dictionary_encode()
+    where = f"column {names.items!r} of {table}"
+    items = ids.lookup(as_ids(events[names.items], where, data.ids), where)
     rows = users.indices.to_numpy()  # numbered by first appearance
-    if table.times:
-        column = events[table.times].combine_chunks()
-        ticks = _ticks(column, f"column {table.times!r} of {path}")
+    if names.times:
+        column = events[names.times].combine_chunks()
+        unit = unit_for(largest_number(column), names.time_unit)
+        ticks, per_second = ticks_of(column, unit, f"column {names.times!r} of {table}")
         order = np.lexsort((ticks, rows))  # stable: events of one time keep the table's order
-        times = _seconds(ticks, column.type)[order]
+        times = _seconds(ticks, per_second)[order]
         num_repeated = _num_repeated(rows[order], ticks[order], items[order])
     else:
         order, times, num_repeated = np.argsort(rows, kind="stable"), None, 0
     starts = np.zeros(len(users.dictionary) + 1, np.int64)
     np.cumsum(np.bincount(rows, minlength=len(users.dictionary)), out=starts[1:])
     return Histories(users.dictionary, starts, items[order], times, num_repeated=num_repeated)
+
+
+def _list_unit(table: RawTable, names: SequenceTableConfig) -> TimeUnit:
+    """The unit of times that are numbers: as chosen, or from the largest of all lists."""
+    if names.time_unit != "auto":
+        return names.time_unit
+    largest = 0.0
+    for batch in read_batches(table, [names.times], text=[names.times]).batches:
+        _, values = starts_and_values(batch[names.times], f"column {names.times!r} of {table}")
+        if pa.types.is_timestamp(values.type):
+            break
+        largest = max(largest, largest_number(values))
+    return unit_for(largest, "auto")
 
 
 def _num_repeated(rows: np.ndarray, ticks: np.ndarray, items: np.ndarray) -> int:
@@ -135,44 +151,5 @@ def _num_repeated(rows: np.ndarray, ticks: np.ndarray, items: np.ndarray) -> int
     return int(np.logical_and.reduce([np.diff(values[order]) == 0 for values in (rows, ticks, items)]).sum())
 
 
-def _flatten(column: pa.ChunkedArray, where: str) -> tuple[np.ndarray, pa.Array]:
-    """Starts int64 [n + 1] and the flat values of a column of lists."""
-    if pa.types.is_large_string(column.type) or pa.types.is_string(column.type):
-        column = pa.chunked_array([_parse_lists(column, where)])
-    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
-        raise UserError(f"{where} is of type {column.type}; expected lists (or data.sequences.layout: interactions)")
-    if column.null_count:
-        raise UserError(f"{where} holds {column.null_count} null lists; remove these rows, or leave the column out")
-    starts = np.zeros(len(column) + 1, np.int64)
-    np.cumsum(pc.list_value_length(column).to_numpy(), out=starts[1:])
-    values = pc.list_flatten(column)
-    return starts, values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
-
-
-def _parse_lists(column: pa.ChunkedArray, where: str) -> pa.Array:
-    """Cells of a CSV: a JSON list, or words separated by spaces."""
-    lists = []
-    for cell in column.to_pylist():
-        try:
-            words = None if cell is None else json.loads(cell) if cell.startswith("[") else cell.split()
-        except json.JSONDecodeError:
-            raise UserError(f"{where} holds {cell[:60]!r}; expected a JSON list, or ids separated by spaces") from None
-        lists.append(None if words is None else [None if word is None else str(word) for word in words])
-    return pa.array(lists, pa.list_(pa.large_string()))
-
-
-def _ticks(values: pa.Array, where: str) -> np.ndarray:
-    """Times as int64 in the column's own unit: events are sorted by these."""
-    if values.null_count:
-        raise UserError(f"{where} holds {values.null_count} null times; fill them, or leave data.sequences.times empty")
-    kind = values.type
-    if not (pa.types.is_large_string(kind) or pa.types.is_integer(kind) or pa.types.is_timestamp(kind)):
-        raise UserError(f"{where} holds times of type {kind}; expected integers or timestamps")
-    try:
-        return values.cast(pa.int64()).to_numpy()
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{where} holds a time that is not an int64 number ({error}); expected Unix seconds") from None
-
-
-def _seconds(ticks: np.ndarray, kind: pa.DataType) -> np.ndarray:
-    return ticks // TICKS_PER_SECOND[kind.unit] if pa.types.is_timestamp(kind) else ticks
+def _seconds(ticks: np.ndarray, per_second: int) -> np.ndarray:
+    return (ticks // per_second).astype(np.int64)

@@ -1,113 +1,229 @@
-"""Raw tables: Parquet or CSV, one file or a folder of parts, read whole or in batches of rows, columns checked."""
+"""Raw tables of every kind of file, read whole or in batches of rows, columns checked.
+
+Parquet keeps its types. CSV and TSV give text; JSON Lines give text, or lists of it. So that the same rows give the
+same store, callers name the columns that are ids or text; what is left, numbers and dates, is guessed from all rows.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.parquet import BoundedParquet, bounded_table, open_parquet
-from fmrl_dist.base.table_files import partition_keys, table_files
+from fmrl_dist.base.table_files import ENDINGS, MEND, partition_keys, rooted, shown_places, table_files, table_kind
+from fmrl_dist.config.tables import CsvConfig, TablePath
+from shards.tables.csv_files import csv_batches, csv_names
+from shards.tables.json_lines import json_batches, json_names
 
 BATCH_ROWS = 65_536
-NOT_UTF8 = "convert the file, for example with iconv --from-code LATIN1 --to-code UTF-8"
+PARQUET, JSON = ".parquet", ".jsonl"
+GUESSES = (pa.int64(), pa.float64(), pa.date32(), pa.timestamp("us"), pa.timestamp("us", "UTC"))  # in this order
 
 
-def read_table(path: Path, columns: Sequence[str], text: Sequence[str] = (), ids: Sequence[str] = ()) -> pa.Table:
-    """Read ``columns`` of a whole table.
+@dataclass(frozen=True)
+class RawTable:
+    """Where a table is, and how its files are written."""
 
-    In a CSV, the columns of ``text`` are read as text. Those of ``ids`` are integers if each value is written as Python
-    would print it, else text: ``0042``, ``0x1A`` and ``1E5`` stay what they are. Other types are guessed.
+    places: tuple[str, ...]  # files, folders, patterns, URLs
+    csv: CsvConfig = field(default_factory=CsvConfig)
+    downloads: Path | None = None  # folder for copies of URLs; None: there may be none
+    kind: str = ""  # such as .csv, of files whose names do not say it; "": by their names
 
-    Raises:
-        UserError: missing file, neither Parquet nor CSV, missing column, no rows, a CSV that is not UTF-8, parts whose
-            columns differ, or more than this machine's memory can hold.
-    """
-    columns = list(dict.fromkeys(columns))
-    files = table_files(path)
-    if files[0].suffix == ".csv":
-        return _read_csv_files(path, files, columns, text, ids)
-    return bounded_table(read_batches(path, columns).batches, f"table {path}")
+    @classmethod
+    def at(
+        cls, root: str | Path, path: TablePath, csv: CsvConfig | None = None, downloads: Path | None = None
+    ) -> RawTable:
+        """The table that a config's path names below ``root``."""
+        return cls(rooted(root, path), csv or CsvConfig(), downloads)
+
+    def __str__(self) -> str:
+        return shown_places(self.places)
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """Its files in order."""
+        return table_files(self.places, ENDINGS, MEND, self.downloads, any_ending=bool(self.kind))
+
+    @cached_property
+    def file_kind(self) -> str:
+        """One of ``.parquet``, ``.csv``, ``.tsv``, ``.jsonl``."""
+        return self.kind or table_kind(self.files[0])
 
 
 class TableBatches(NamedTuple):
     """A table that is read a batch of rows at a time."""
 
-    num_rows: int  # of the whole table
+    num_rows: int | None  # of the whole table; None where only reading tells
     batches: Iterator[pa.Table]
 
 
+def as_table(table: RawTable | Path) -> RawTable:
+    """A path as a table."""
+    return table if isinstance(table, RawTable) else RawTable((str(table),))
+
+
+def read_table(
+    table: RawTable | Path,
+    columns: Sequence[str],
+    text: Sequence[str] = (),
+    ids: Sequence[str] = (),
+    bad: Counter[str] | None = None,
+) -> pa.Table:
+    """Read ``columns`` of a whole table.
+
+    Args:
+        table: where it is.
+        columns: their names; ``a.b`` is field ``b`` of column ``a``, unless a column is named so.
+        text: columns that are taken as they are written, where files do not tell a column's type.
+        ids: columns of ids, likewise, which may hold text and whole numbers only.
+        bad: gets the number of rows that cannot be read, by cause; without it they are refused.
+
+    Raises:
+        UserError: missing file, none of the kinds, missing column, no rows, text that is not of its encoding, parts
+            whose columns differ, or more than this machine's memory can hold.
+    """
+    table = as_table(table)
+    batches = read_batches(table, columns, text, ids, bad=bad).batches
+    if table.file_kind == PARQUET:
+        return bounded_table(batches, f"table {table}")
+    whole = bounded_table(_alike(batches), f"table {table}")
+    require(len(whole) > 0, f"table {table} is empty; expected at least one row")
+    for number, name in enumerate(whole.column_names):
+        if name not in {*text, *ids}:
+            whole = whole.set_column(number, name, _guessed(whole[name]))
+    return whole
+
+
 def read_batches(
-    path: Path,
+    table: RawTable | Path,
     columns: Sequence[str],
     text: Sequence[str] = (),
     ids: Sequence[str] = (),
     rows_at_once: int = BATCH_ROWS,
+    bad: Counter[str] | None = None,
 ) -> TableBatches:
-    """Like :func:`read_table`, at most ``rows_at_once`` rows at a time. A CSV is one batch: its types are guessed."""
-    files = table_files(path)
-    if files[0].suffix == ".csv":
-        table = read_table(path, columns, text, ids)
-        return TableBatches(table.num_rows, iter([table]))
+    """Like :func:`read_table`, in batches: of Parquet at most ``rows_at_once`` rows; text is not guessed."""
+    table = as_table(table)
     columns = list(dict.fromkeys(columns))
-    num_rows = _check_parts(path, files, columns)
-    return TableBatches(num_rows, _parquet_batches(files, columns, rows_at_once))
+    if table.file_kind == PARQUET:
+        num_rows = _check_parts(table, columns)
+        return TableBatches(num_rows, _parquet_batches(table.files, columns, rows_at_once))
+    for file in table.files:
+        _check_columns(table, file, _names(table, file), columns)
+    return TableBatches(None, _text_batches(table, columns, ids, bad))
 
 
-def table_types(path: Path, columns: Sequence[str]) -> dict[str, pa.DataType]:
-    """Types of ``columns``, without a row read; none for a CSV, whose types are guessed from its rows.
+def table_types(table: RawTable | Path, columns: Sequence[str]) -> dict[str, pa.DataType]:
+    """Types of ``columns``, without a row read; none unless the table is Parquet: text files do not tell.
 
     Raises:
-        UserError: missing file, neither Parquet nor CSV, missing column, or no rows.
+        UserError: missing file, none of the kinds, missing column, or no rows.
     """
-    files = table_files(path)
-    if files[0].suffix == ".csv":
-        for file in files:
-            _check_columns(path, file, _csv_names(file), columns)
+    table = as_table(table)
+    if table.file_kind != PARQUET:
+        for file in table.files:
+            _check_columns(table, file, _names(table, file), columns)
         return {}
-    _check_parts(path, files, columns)
-    with _opened(files[0]) as opened:
-        return {name: opened.types[name] for name in columns}
+    _check_parts(table, columns)
+    with _opened(table.files[0]) as opened:
+        return {name: _type_of(opened, name) for name in columns}
 
 
-def table_columns(path: Path) -> list[str]:
-    """Names of a table's columns."""
-    file = table_files(path)[0]
-    if file.suffix == ".csv":
-        return _csv_names(file)
-    with _opened(file) as opened:
-        return opened.names
+def table_columns(table: RawTable | Path) -> list[str]:
+    """Names of a table's columns; with dots those of nested ones."""
+    table = as_table(table)
+    return _names(table, table.files[0])
 
 
-def _check_parts(path: Path, files: Sequence[Path], columns: Sequence[str]) -> int:
+def _names(table: RawTable, file: Path) -> list[str]:
+    if table.file_kind == PARQUET:
+        with _opened(file) as opened:
+            return [*opened.names, *(path for name in opened.names for path in _paths(name, opened.types[name]))]
+    return json_names(file) if table.file_kind == JSON else csv_names(file, table.file_kind, table.csv)
+
+
+def _paths(name: str, kind: pa.DataType) -> Iterator[str]:
+    for inner in kind if pa.types.is_struct(kind) else ():
+        yield f"{name}.{inner.name}"
+        yield from _paths(f"{name}.{inner.name}", inner.type)
+
+
+def _keys(opened: BoundedParquet, column: str) -> list[str]:
+    """A column's own name, then those of the fields that lead to what ``column`` means."""
+    if column in opened.names:
+        return [column]
+    first = next((name for name in opened.names if column.startswith(f"{name}.")), column)
+    return [first, *column[len(first) + 1 :].split(".")] if first != column else [column]
+
+
+def _type_of(opened: BoundedParquet, column: str) -> pa.DataType:
+    first, *fields = _keys(opened, column)
+    kind = opened.types[first]
+    for name in fields:
+        kind = kind.field(name).type
+    return kind
+
+
+def _check_parts(table: RawTable, columns: Sequence[str]) -> int:
     """The number of rows; all files must have the columns, of the same types."""
     num_rows, types = 0, dict[str, pa.DataType]()
-    for file in files:
+    for file in table.files:
+        _check_columns(table, file, _names(table, file), columns)
         with _opened(file) as opened:
-            _check_columns(path, file, opened.names, columns)
             num_rows += opened.num_rows
-            for name, kind in opened.types.items():
-                if name not in columns:
-                    continue
+            for name in columns:
+                kind = _type_of(opened, name)
                 first = types.setdefault(name, kind)
                 require(
-                    kind == first, f"table {path}: column {name!r} is {kind} in {file.name}, {first} in {files[0].name}"
+                    kind == first,
+                    f"table {table}: column {name!r} is {kind} in {file.name}, {first} in {table.files[0].name}",
                 )
     if num_rows == 0:
-        raise UserError(f"table {path} is empty; expected at least one row")
+        raise UserError(f"table {table} is empty; expected at least one row")
     return num_rows
 
 
 def _parquet_batches(files: Sequence[Path], columns: Sequence[str], rows_at_once: int) -> Iterator[pa.Table]:
     for file in files:
         with _opened(file) as opened, _readable(file):
-            yield from opened.batches(columns, rows_at_once)
+            keys = {column: _keys(opened, column) for column in columns}
+            whole = list(dict.fromkeys(first for first, *_ in keys.values()))
+            for batch in opened.batches(whole, rows_at_once):
+                found = [_field(batch[first], fields) for first, *fields in keys.values()]
+                yield pa.table(found, names=list(columns))
+
+
+def _field(column: pa.ChunkedArray, fields: Sequence[str]) -> pa.ChunkedArray:
+    return pc.struct_field(column, fields) if fields else column
+
+
+def _text_batches(
+    table: RawTable, columns: Sequence[str], ids: Sequence[str], bad: Counter[str] | None
+) -> Iterator[pa.Table]:
+    for file in table.files:
+        found: Counter[str] = Counter()
+        batches = (
+            json_batches(file, columns, ids, found)
+            if table.file_kind == JSON
+            else csv_batches(file, table.file_kind, table.csv, columns, found)
+        )
+        yield from batches
+        if bad is not None:
+            bad.update(found)
+        elif found:
+            raise UserError(
+                f"table {file} holds {found.total():,} lines that cannot be read: of another number of columns, or no "
+                "JSON objects; mend or remove them"
+            )
 
 
 @contextmanager
@@ -118,85 +234,64 @@ def _opened(file: Path) -> Iterator[BoundedParquet]:
 
 @contextmanager
 def _readable(file: Path) -> Iterator[None]:
-    """Say in one line why a file cannot be read."""
+    """Say in one line why a Parquet file cannot be read."""
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise _unreadable(file, error) from None
+        what = " ".join(str(error).split())
+        if isinstance(error, UnicodeDecodeError) or "UTF8" in what:
+            raise UserError(f"table {file} is not UTF-8 text ({what}); write its texts as UTF-8") from None
+        raise UserError(f"table {file} cannot be read: {what}; is the file complete, and in that format?") from None
 
 
-def _unreadable(path: Path, error: Exception) -> UserError:
-    if isinstance(error, UnicodeDecodeError) or "UTF8" in str(error):
-        mend = NOT_UTF8 if path.suffix == ".csv" else "write its texts as UTF-8"
-        return UserError(f"table {path} is not UTF-8 text ({' '.join(str(error).split())}); {mend}")
-    return UserError(
-        f"table {path} cannot be read: {' '.join(str(error).split())}; is the file complete, and in that format?"
-    )
-
-
-def _check_columns(path: Path, file: Path, found: Sequence[str], columns: Sequence[str]) -> None:
+def _check_columns(table: RawTable, file: Path, found: Sequence[str], columns: Sequence[str]) -> None:
+    lower = Counter(name.lower() for name in dict.fromkeys(found))
     for column in columns:
         if column in found:
+            is_once = list(found).count(column) == 1
+            require(is_once, f"table {file} has several columns {column!r}; give each its own name")
             require(
-                list(found).count(column) == 1, f"table {file} has several columns {column!r}; give each its own name"
+                lower[column.lower()] == 1,
+                f"table {file} has columns that differ from {column!r} only by case; give each its own name",
             )
             continue
-        if path.is_dir() and column in partition_keys(path, [file]):
-            raise UserError(f"table {path} has {column!r} only in the names of its folders; write it into the files")
-        raise UserError(f"table {file} has no column {column!r}; it has: {', '.join(found)}")
+        folder = Path(table.places[0])
+        if len(table.places) == 1 and folder.is_dir() and column in partition_keys(folder, [file]):
+            raise UserError(f"table {table} has {column!r} only in the names of its folders; write it into the files")
+        other = next((name for name in found if name.lower() == column.lower()), None)
+        hint = f"; it has {other!r}: names of columns differ by case" if other else f"; it has: {', '.join(found)}"
+        raise UserError(f"table {file} has no column {column!r}{hint}")
 
 
-def _csv_names(file: Path) -> list[str]:
-    with _readable(file), pyarrow.csv.open_csv(file, parse_options=_csv_format()) as reader:
-        return list(reader.schema.names)
+def _alike(batches: Iterable[pa.Table]) -> list[pa.Table]:
+    """Batches of the same types: where one has lists, texts of the others become lists of one."""
+    found = list(batches)
+    for number in range(found[0].num_columns if found else 0):
+        depth = max(_depth(batch.schema.types[number]) for batch in found)
+        for at, batch in enumerate(found):
+            column, name = batch.column(number), batch.column_names[number]
+            for _ in range(depth - _depth(column.type)):
+                column = _wrapped(column)
+            found[at] = batch.set_column(number, name, column)
+    return found
 
 
-def _csv_format() -> pyarrow.csv.ParseOptions:
-    return pyarrow.csv.ParseOptions(newlines_in_values=True)
+def _depth(kind: pa.DataType) -> int:
+    return 1 + _depth(kind.value_type) if pa.types.is_large_list(kind) else 0
 
 
-def _read_csv_files(
-    path: Path, files: Sequence[Path], columns: list[str], text: Sequence[str], ids: Sequence[str]
-) -> pa.Table:
-    table = None
-    for file in files:
-        _check_columns(path, file, _csv_names(file), columns)
-        with _readable(file):
-            part = _read_csv(file, columns, {*text, *ids})
-        try:  # a number may be whole in one part and not in another; no column may be text and number
-            table = part if table is None else pa.concat_tables([table, part], promote_options="permissive")
-        except pa.ArrowTypeError:
-            raise UserError(
-                f"table {path}: {file.name} has a column of another type than the parts before it"
-            ) from None
-    if table is None or table.num_rows == 0:
-        raise UserError(f"table {path} is empty; expected at least one row")
-    for number, name in enumerate(table.column_names):
-        if name in ids:
-            table = table.set_column(number, name, _integers(table[name]))
-    return table
+def _wrapped(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    lists = [None if value is None else [value] for value in column.to_pylist()]
+    return pa.chunked_array([pa.array(lists, pa.large_list(column.type))])
 
 
-def _read_csv(file: Path, columns: list[str], text: set[str]) -> pa.Table:
-    convert = pyarrow.csv.ConvertOptions(
-        include_columns=columns,
-        column_types=dict.fromkeys(text, pa.large_string()),
-        null_values=[""],  # an item called "NA" is an item
-        strings_can_be_null=True,
-    )
-    table = pyarrow.csv.read_csv(file, parse_options=_csv_format(), convert_options=convert)
-    for field in table.schema:
-        if pa.types.is_binary(field.type):  # what text that is not UTF-8 is guessed to be
-            raise UserError(f"column {field.name!r} of table {file} is not UTF-8 text; {NOT_UTF8}")
-    return table
-
-
-def _integers(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """``column``, text, as int64 if each value is written as an int64 is printed, else as it is."""
-    written_so = pc.match_substring_regex(column, r"^(0|-?[1-9][0-9]*)$")
-    if not pc.all(written_so).as_py():
+def _guessed(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Text as numbers, dates or times, if all of it is."""
+    if not pa.types.is_large_string(column.type) or column.null_count == len(column):
         return column
-    try:
-        return column.cast(pa.int64())
-    except pa.ArrowInvalid:  # more digits than an int64 has
-        return column
+    for kind in GUESSES:
+        try:
+            return column.cast(kind)
+        except pa.ArrowInvalid:
+            continue
+    return column

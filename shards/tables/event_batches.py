@@ -1,0 +1,154 @@
+"""Batches of events from tables of interactions or of sequences: a row per event, ids and numbers in Arrow's types."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from fmrl_dist.base.id_columns import ids_or_null
+from fmrl_dist.config.sections import DataConfig
+from fmrl_dist.config.tables import SequenceTableConfig
+from shards.tables.column_kinds import is_text, require_ids, require_lists, require_rating, require_times, require_word
+from shards.tables.list_columns import as_lists, lengths_of
+from shards.tables.raw_tables import RawTable, read_batches, table_types
+from shards.tables.times import time_columns
+
+ROWS_AT_ONCE = 1 << 18
+SPLIT_NAMES = {"train": "train", "valid": "valid", "validation": "valid", "dev": "valid", "test": "test"}
+NO_LIST, LENGTHS = "no list of items", "lists of items and times differ in length"  # causes of rows that give no event
+
+
+@dataclass(frozen=True)
+class EventTable:
+    """A table of histories, or of those of one split."""
+
+    raw: RawTable
+    sequences: SequenceTableConfig  # names of its columns
+    split: str = ""  # of all its events; "" where there is none, or a column of it
+
+
+def event_tables(data: DataConfig, downloads: Path | None) -> list[EventTable]:
+    """The tables that ``data.sequences`` and ``data.split`` name."""
+    columns = data.sequences
+    paths = {"": columns.path}
+    if data.split.by == "given" and data.split.valid:
+        paths = {"train": columns.path, "valid": data.split.valid, "test": data.split.test}
+        columns = replace(columns, split="")
+    return [
+        EventTable(RawTable.at(data.root, path, columns.csv, downloads), columns, split)
+        for split, path in paths.items()
+    ]
+
+
+def check_event_table(table: EventTable) -> None:
+    """Refuse a table that lacks a column, or has one of a type that cannot serve, without reading a row.
+
+    Raises:
+        UserError: likewise, or the table cannot be read.
+    """
+    names = table.sequences
+    types = table_types(table.raw, _columns(names))
+    if not types:
+        return
+    where = {column: f"column {column!r} of {table.raw}" for column in types}
+    is_list = names.layout == "sequences"
+    require_ids(types[names.user], where[names.user])
+    items, where_items = types[names.items], where[names.items]
+    require_ids(require_lists(items, where_items) if is_list else items, where_items)
+    if names.times:
+        times, where_times = types[names.times], where[names.times]
+        require_times(require_lists(times, where_times) if is_list else times, where_times)
+    if names.rating:
+        require_rating(types[names.rating], where[names.rating])
+    for column in filter(None, (names.event, names.split)):
+        require_word(types[column], where[column])
+
+
+def event_batches(table: EventTable, data: DataConfig, first_row: int, bad: Counter[str]) -> Iterator[pa.Table]:
+    """Events of a table in order.
+
+    Columns: ``user`` and ``item``, int64 or large_string, null where there is none; ``time``, or some of ``whole``,
+    ``part`` and ``moment`` (:mod:`shards.tables.times`); ``rating``, or ``rating_text``; ``event`` and ``split``; those
+    that the table lacks are absent; ``row`` int64, counted from ``first_row``; ``cause``, why a row gives no event.
+
+    Args:
+        table: to read.
+        data: the config's section.
+        first_row: number of the first event.
+        bad: gets the number of lines that cannot be read.
+
+    Raises:
+        UserError: the table cannot be read, or an id is not of its kind.
+    """
+    check_event_table(table)
+    names = table.sequences
+    columns = _columns(names)
+    found = read_batches(
+        table.raw, columns, text=columns, ids=[names.user, names.items], rows_at_once=ROWS_AT_ONCE, bad=bad
+    )
+    for batch in found.batches:
+        events = (_flat_sequences if names.layout == "sequences" else _interactions)(batch, table, data)
+        if table.split:
+            events["split"] = pa.array([table.split] * len(events["user"]), pa.large_string())
+        events["row"] = pa.array(np.arange(first_row, first_row + len(events["user"])))
+        first_row += len(events["user"])
+        yield pa.table(events)
+
+
+def _columns(names: SequenceTableConfig) -> list[str]:
+    wanted = (names.user, names.items, names.times, names.rating, names.event, names.split)
+    return list(dict.fromkeys(filter(None, wanted)))
+
+
+def _interactions(batch: pa.Table, table: EventTable, data: DataConfig) -> dict[str, pa.Array]:
+    names = table.sequences
+    events = {
+        "user": ids_or_null(batch[names.user], f"column {names.user!r} of {table.raw}", data.ids),
+        "item": ids_or_null(batch[names.items], f"column {names.items!r} of {table.raw}", data.ids),
+        "cause": pa.nulls(len(batch), pa.large_string()),
+    }
+    if names.times:
+        events |= time_columns(batch[names.times])
+    if names.rating:
+        rating = batch[names.rating]
+        as_text = is_text(rating.type)
+        events["rating_text" if as_text else "rating"] = rating if as_text else rating.cast(pa.float64(), safe=False)
+    for name, column in (("event", names.event), ("split", names.split)):
+        if column:
+            events[name] = batch[column].cast(pa.large_string())
+    return events
+
+
+def _flat_sequences(batch: pa.Table, table: EventTable, data: DataConfig) -> dict[str, pa.Array]:
+    """An event for each item of a list, and one with a cause for each row whose lists cannot be used."""
+    names = table.sequences
+    users = ids_or_null(batch[names.user], f"column {names.user!r} of {table.raw}", data.ids)
+    where = f"column {names.items!r} of {table.raw}"
+    items = as_lists(batch[names.items], where, as_ids=True)
+    lengths = lengths_of(items)
+    causes = np.where(lengths < 0, NO_LIST, "").astype(object)
+    times = None
+    if names.times:
+        times = as_lists(batch[names.times], f"column {names.times!r} of {table.raw}")
+        causes[(lengths >= 0) & (lengths_of(times) != lengths)] = LENGTHS
+    good, spoilt = pa.array(causes == ""), np.flatnonzero(causes != "")
+    lengths = lengths[causes == ""]
+    owners = np.repeat(np.flatnonzero(causes == ""), lengths)
+    events = {
+        "user": pa.concat_arrays([users.take(pa.array(owners)), users.take(pa.array(spoilt))]),
+        "item": _with_nulls(ids_or_null(items.filter(good).flatten(), where, data.ids), len(spoilt)),
+        "cause": pa.array([None] * len(owners) + causes[spoilt].tolist(), pa.large_string()),
+    }
+    if times is not None:
+        found = time_columns(times.filter(good).flatten())
+        events |= {name: _with_nulls(column, len(spoilt)) for name, column in found.items()}
+    return events
+
+
+def _with_nulls(column: pa.Array, number: int) -> pa.Array:
+    return pa.concat_arrays([column, pa.nulls(number, column.type)])

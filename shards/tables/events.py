@@ -1,0 +1,171 @@
+"""All events of the tables of histories as one table of the engine, ``raw_events``, with what cannot be used counted.
+
+Batches of rows come from the files in their order; ids become what ``data.ids`` says, times microseconds since 1970.
+Nothing is sorted, left out or split here: that is what ``shards.interactions`` does with the table.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fmrl_dist.base.errors import require
+from fmrl_dist.config.sections import DataConfig
+from shards.tables.bad_rows import check_bad_rows
+from shards.tables.event_batches import SPLIT_NAMES, EventTable, event_batches, event_tables
+from shards.tables.times import TEXT_TIMES, UNITS, microseconds, unit_for
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+STAGED, BATCH = "read_events", "event_batch"
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+SPLITS = " ".join(f"WHEN '{name}' THEN '{split}'" for name, split in SPLIT_NAMES.items())
+
+
+@dataclass(frozen=True)
+class ReadCounts:
+    """What was read."""
+
+    rows: int  # events, and rows or lines that gave none
+    bad: dict[str, int]  # cause -> rows that could not be used
+    time_unit: str  # what times were taken for: "s" | "ms" | "us" | "ns" | "text" | "timestamp" | "none"
+    sorted_users: int  # of a table of sequences: users whose list was not in order of its own times
+
+
+def load_events(connection: DuckDBPyConnection, data: DataConfig, downloads: Path) -> ReadCounts:
+    """Create the table ``raw_events`` of the rows that can be used.
+
+    Its columns: ``user`` and ``item``, VARCHAR, or BIGINT with ``data.ids: integer``; ``time`` BIGINT, microseconds
+    since 1970 UTC; ``rating`` DOUBLE; ``event`` VARCHAR; ``split`` VARCHAR: train, valid or test; each of these four
+    NULL where the tables have none; ``row`` BIGINT, unique, increasing in the order of the files.
+
+    Args:
+        connection: that keeps the order of insertion, outside a transaction.
+        data: the config's section.
+        downloads: folder for copies of URLs; made when it is needed.
+
+    Raises:
+        UserError: a table cannot be read, an id is not of its kind, or more rows than ``data.dirt.max_bad_rows`` allows
+            cannot be used.
+    """
+    for setting in ("autoinstall_known_extensions = false", "autoload_known_extensions = false", "TimeZone = 'UTC'"):
+        connection.execute(f"SET {setting}")
+    id_type = "BIGINT" if data.ids == "integer" else "VARCHAR"
+    connection.execute(
+        f'CREATE OR REPLACE TABLE {STAGED} ("user" {id_type}, "item" {id_type}, whole BIGINT, part DOUBLE, '
+        'moment BIGINT, rating DOUBLE, "event" VARCHAR, "split" VARCHAR, "row" BIGINT, cause VARCHAR)'
+    )
+    tables, bad, num_staged, is_text = event_tables(data, downloads), Counter[str](), 0, False
+    try:
+        for table in tables:
+            for batch in event_batches(table, data, num_staged, bad):
+                connection.register(BATCH, batch)
+                connection.execute(f"INSERT INTO {STAGED} {_parsed(batch.column_names, bool(table.sequences.times))}")
+                connection.unregister(BATCH)
+                num_staged += len(batch)
+                is_text |= "time" in batch.column_names
+        num_rows = num_staged + bad.total()
+        unit = _time_unit(connection, tables[0], is_text)
+        _create(connection, unit, bool(tables[0].sequences.times), bad)
+        _check(connection, tables, bad, num_rows, data.dirt.max_bad_rows)
+    except BaseException:
+        connection.execute("DROP TABLE IF EXISTS raw_events")
+        raise
+    finally:
+        connection.execute(f"DROP TABLE {STAGED}")
+    sorted_users = 0
+    if tables[0].sequences.times:
+        _say_times(connection, tables[0], unit)
+        if data.sequences.layout == "sequences":
+            sorted_users = _num_unsorted(connection)
+    return ReadCounts(num_rows, dict(sorted(bad.items())), unit, sorted_users)
+
+
+def _parsed(names: list[str], has_times: bool) -> str:
+    """SQL: rows of :data:`STAGED` from a batch, whose texts of times and ratings are parsed, with why one is bad."""
+    is_text_time = "time" in names
+    source = f"({TEXT_TIMES % BATCH})" if is_text_time else BATCH
+    whole, part, moment = (name if is_text_time or name in names else "NULL" for name in ("whole", "part", "moment"))
+    text = "nullif(trim(rating_text), '')" if "rating_text" in names else "NULL"
+    rating = "rating" if "rating" in names else f"TRY_CAST({text} AS DOUBLE)"
+    event = '"event"' if "event" in names else "NULL"
+    split = f'CASE lower(trim("split")) {SPLITS} END'
+    return f"""
+        SELECT "user", "item", whole, part, moment, CASE WHEN isnan(rating) THEN NULL ELSE rating END, "event", "split",
+            "row", CASE WHEN cause IS NOT NULL THEN cause
+                WHEN "user" IS NULL OR "user"::VARCHAR = '' THEN 'no user'
+                WHEN "item" IS NULL OR "item"::VARCHAR = '' THEN 'no item'
+                WHEN {has_times} AND whole IS NULL AND part IS NULL AND moment IS NULL THEN 'time'
+                WHEN rating IS NULL AND rating_text IS NOT NULL OR isinf(rating) THEN 'rating'
+                WHEN {"split" in names} AND "split" IS NULL THEN 'split' END
+        FROM (SELECT "user", "item", {whole}::BIGINT AS whole, {part}::DOUBLE AS part, {moment}::BIGINT AS moment,
+            {rating}::DOUBLE AS rating, {text}::VARCHAR AS rating_text, {event}::VARCHAR AS "event",
+            {split if "split" in names else "NULL"}::VARCHAR AS "split", "row", cause FROM {source})
+    """
+
+
+def _time_unit(connection: DuckDBPyConnection, table: EventTable, is_text: bool) -> str:
+    """What the times are; where there are numbers and dates, the fewer of the two become bad."""
+    if not table.sequences.times:
+        return "none"
+    num_numbers, num_moments, largest = connection.execute(
+        "SELECT count(coalesce(whole, part)), count(moment), max(greatest(abs(whole::DOUBLE), abs(part))) "
+        f"FROM {STAGED} WHERE cause IS NULL"
+    ).fetchall()[0]
+    if num_numbers and num_moments:
+        fewer = "moment" if num_moments < num_numbers else "coalesce(whole, part)"
+        connection.execute(f"UPDATE {STAGED} SET cause = 'time' WHERE cause IS NULL AND {fewer} IS NOT NULL")
+    if num_numbers > num_moments:
+        return unit_for(largest, table.sequences.time_unit)
+    return "text" if is_text else "timestamp"
+
+
+def _create(connection: DuckDBPyConnection, unit: str, has_times: bool, bad: Counter[str]) -> None:
+    """Create ``raw_events`` from :data:`STAGED`, and count bad rows."""
+    time = microseconds(unit if unit in UNITS else "s")
+    connection.execute(
+        'CREATE OR REPLACE TABLE raw_events AS SELECT "user", "item", "time", rating, "event", "split", "row" FROM '
+        f'(SELECT *, {time} AS "time" FROM {STAGED} WHERE cause IS NULL) WHERE "time" IS NOT NULL OR NOT {has_times}'
+    )
+    causes = connection.execute(f"SELECT cause, count(*) FROM {STAGED} GROUP BY cause").fetchall()
+    bad.update({cause: count for cause, count in causes if cause is not None})
+    num_good = sum(count for cause, count in causes if cause is None)
+    [(num_kept,)] = connection.execute("SELECT count(*) FROM raw_events").fetchall()
+    if num_kept < num_good:  # times that no BIGINT holds
+        bad["time"] += num_good - num_kept
+
+
+def _check(
+    connection: DuckDBPyConnection, tables: list[EventTable], bad: Counter[str], num_rows: int, limit: float
+) -> None:
+    name = ", ".join(str(table.raw) for table in tables)
+    require(num_rows > 0, f"table {name} is empty; expected at least one row")
+    check_bad_rows(bad, num_rows, name, limit)
+    require(num_rows > bad.total(), f"table {name} has no row that can be used")
+
+
+def _say_times(connection: DuckDBPyConnection, table: EventTable, unit: str) -> None:
+    low, high = connection.execute('SELECT min("time"), max("time") FROM raw_events').fetchall()[0]
+    taken = f"taken for {UNITS[unit]} since 1970" if unit in UNITS else "dates and times"
+    print(f"events: {table.sequences.times!r} holds {taken}, from {_day(low)} to {_day(high)}", flush=True)
+
+
+def _day(time_us: int) -> str:
+    try:
+        return (EPOCH + timedelta(microseconds=time_us)).date().isoformat()
+    except OverflowError:
+        return f"year {1970 + time_us // 31_556_952_000_000:,}"
+
+
+def _num_unsorted(connection: DuckDBPyConnection) -> int:
+    """Users of whose neighbouring events in the table the second is older."""
+    query = """
+        SELECT count(DISTINCT "user") FROM (SELECT "user", "time", lag("user") OVER () AS user_before,
+        lag("time") OVER () AS time_before FROM raw_events) WHERE "user" = user_before AND "time" < time_before
+    """
+    [(number,)] = connection.execute(query).fetchall()
+    return int(number)

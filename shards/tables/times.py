@@ -1,0 +1,132 @@
+"""Times of events, however they are written, as microseconds since 1970 in UTC.
+
+A column holds numbers, whole or not, of a unit since 1970, or dates and timestamps, or text of either. Timestamps and
+dates without a zone are UTC. The unit of numbers is known only when all have been seen, so a time is first one of
+three: ``whole`` BIGINT and ``part`` DOUBLE, of that unit, or ``moment`` BIGINT, in microseconds.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.config.tables import TimeUnit
+from shards.tables.column_kinds import is_text, require_times
+from shards.tables.engine import private_engine
+
+# Since 1970: the largest time that is still taken for one of the unit. In seconds this is the year 5138, in
+# milliseconds 1973 to 5138, and so on.
+LIMITS = {"s": 10**11, "ms": 10**14, "us": 10**17}
+UNITS = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
+PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+PER_UNIT = {"s": 10**6, "ms": 10**3, "us": 1}  # microseconds; of nanoseconds 1000 are one
+DIGITS = "'[+-]?[0-9]+'"
+
+WHOLE = f"CASE WHEN regexp_full_match(written, {DIGITS}) THEN TRY_CAST(written AS BIGINT) END"
+PART = f"CASE WHEN NOT regexp_full_match(written, {DIGITS}) THEN TRY_CAST(written AS DOUBLE) END"
+TEXT_TIMES = f"""
+    SELECT * EXCLUDE (number, instant), CASE WHEN isfinite(number) THEN number END AS part,
+        CASE WHEN isfinite(instant) THEN epoch_us(instant) END AS moment
+    FROM (SELECT * EXCLUDE (written),
+        CASE WHEN whole IS NULL AND number IS NULL THEN TRY_CAST(written AS TIMESTAMPTZ) END AS instant
+        FROM (SELECT *, {WHOLE} AS whole, {PART} AS number FROM
+            (SELECT * EXCLUDE ("time"), trim("time") AS written FROM %s)))
+"""  # SQL: the rows of a table, with the three instead of its text "time"
+
+
+def time_columns(column: pa.Array | pa.ChunkedArray) -> dict[str, pa.Array | pa.ChunkedArray]:
+    """A column's times as some of ``whole``, ``part`` and ``moment``, or as text ``time``, which the engine parses."""
+    kind = column.type
+    if is_text(kind):
+        return {"time": column.cast(pa.large_string())}
+    if pa.types.is_integer(kind):
+        return {"whole": _int64(column)}
+    if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        numbers = column.cast(pa.float64(), safe=False)
+        return {"part": pc.if_else(pc.is_finite(numbers), numbers, None)}
+    if pa.types.is_date(kind):
+        column = column.cast(pa.timestamp("ms"))
+    if pa.types.is_timestamp(column.type) and column.type.unit == "ns":
+        thousands = column.cast(pa.int64())
+        rest = pc.subtract(thousands, pc.multiply(pc.divide(thousands, 1000), 1000))
+        floor = pc.subtract(pc.divide(thousands, 1000), pc.less(rest, 0).cast(pa.int64()))
+        return {"moment": floor}
+    return {"moment": column.cast(pa.timestamp("us", column.type.tz)).cast(pa.int64())}
+
+
+def ticks_of(column: pa.Array, unit: TimeUnit, where: str) -> tuple[np.ndarray, int]:
+    """Times to sort by, int64 or float64 [n] at the column's own resolution, and how many of them are a second.
+
+    Args:
+        column: without nulls.
+        unit: of numbers; not auto, unless the column is one of timestamps or dates.
+        where: begins messages.
+
+    Raises:
+        UserError: nulls, a time that cannot be read, or both numbers and dates.
+    """
+    if column.null_count:
+        raise UserError(f"{where} holds {column.null_count} null times; fill them, or leave data.sequences.times empty")
+    require_times(column.type, where)
+    if pa.types.is_timestamp(column.type):
+        return column.cast(pa.int64()).to_numpy(zero_copy_only=False), PER_SECOND[column.type.unit]
+    found = time_columns(column)
+    if "time" in found:
+        found = _parsed(column)
+    if len(found) > 1:
+        raise UserError(f"{where} holds {' and '.join(sorted(found))} times; expected all numbers, or all dates")
+    for name, values in found.items():
+        if values.null_count:
+            first = column.filter(pc.is_null(values))[0].as_py()
+            raise UserError(f"{where} holds the time {first!r}; expected a number or a date")
+        return values.to_numpy(zero_copy_only=False), PER_SECOND["us" if name == "moment" else unit]
+    return np.zeros(0, np.int64), 1
+
+
+def largest_number(column: pa.Array) -> float:
+    """The largest time that is a number, without its sign; 0 where there is none."""
+    found = time_columns(column)
+    if "time" in found:
+        found = _parsed(column)
+    columns = [found[name].cast(pa.float64(), safe=False) for name in ("whole", "part") if name in found]
+    return max((pc.max(pc.abs(column)).as_py() or 0.0 for column in columns), default=0.0)
+
+
+def _parsed(column: pa.Array) -> dict[str, pa.Array]:
+    """Text as what it all is: ``whole``, ``part`` or ``moment``; several where it is not of one kind."""
+    engine = private_engine()
+    engine.register("texts", pa.table({"time": column.cast(pa.large_string())}))
+    table = engine.sql(TEXT_TIMES % "texts").to_arrow_table().combine_chunks()
+    engine.close()
+    found = {name: table[name].combine_chunks() for name in ("whole", "part", "moment")}
+    used = {name: values for name, values in found.items() if values.null_count < len(values)}
+    if {"whole", "part"} == used.keys():  # some numbers have a fraction
+        used = {"part": pc.coalesce(used["part"], used["whole"].cast(pa.float64(), safe=False))}
+    return used or {"moment": found["moment"]}
+
+
+def unit_for(largest: float, chosen: TimeUnit) -> str:
+    """The unit of numbers of which the largest, without its sign, is ``largest``."""
+    if chosen != "auto":
+        return chosen
+    return next((unit for unit, limit in LIMITS.items() if largest < limit), "ns")
+
+
+def microseconds(unit: str) -> str:
+    """SQL: the time in microseconds of a row with ``whole``, ``part`` and ``moment``; NULL where it fits no BIGINT."""
+    if unit == "ns":
+        whole = "whole // 1000 - CASE WHEN whole % 1000 < 0 THEN 1 ELSE 0 END"
+        part = "TRY_CAST(floor(part / 1000) AS BIGINT)"
+    else:
+        whole = f"TRY_CAST(whole::HUGEINT * {PER_UNIT[unit]} AS BIGINT)"
+        part = f"TRY_CAST({'floor' if unit == 'us' else 'round'}(part * {PER_UNIT[unit]}) AS BIGINT)"
+    return f"coalesce(moment, {whole}, {part})"
+
+
+def _int64(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """Numbers that do not fit become null."""
+    if column.type == pa.uint64():
+        column = pc.if_else(pc.less_equal(column, pa.scalar(2**63 - 1, pa.uint64())), column, None)
+    return column.cast(pa.int64())
