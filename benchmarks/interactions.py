@@ -202,9 +202,8 @@ def report(found: dict[str, list[dict[str, Any]]], arguments: argparse.Namespace
         seconds = [run["seconds"] for run in runs]
         ratios = spread([mine / theirs for mine, theirs in zip(seconds, reference, strict=True)], " ×")
         rate = arguments.events / sorted(seconds)[len(seconds) // 2]
-        print(
-            f"| {side} | {spread(seconds, '')} | {rate:,.0f} | {ratios} | {spread([run['peak_bytes'] / GIB for run in runs], '')} |"
-        )
+        memory = spread([run["peak_bytes"] / GIB for run in runs], "")
+        print(f"| {side} | {spread(seconds, '')} | {rate:,.0f} | {ratios} | {memory} |")
 
 
 if __name__ == "__main__":
