@@ -80,7 +80,7 @@ def load_events(connection: DuckDBPyConnection, data: DataConfig, downloads: Pat
     sorted_users = 0
     if tables[0].sequences.times:
         _say_times(connection, tables[0], unit)
-        if data.sequences.layout == "sequences":
+        if tables[0].sequences.layout == "sequences":
             sorted_users = _num_unsorted(connection)
     return ReadCounts(num_rows, dict(sorted(bad.items())), unit, sorted_users)
 
