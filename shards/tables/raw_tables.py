@@ -55,7 +55,7 @@ class RawTable:
 
     @cached_property
     def file_kind(self) -> str:
-        """One of ``.parquet``, ``.csv``, ``.tsv``, ``.jsonl``; a file of another ending is CSV if its delimiter is given."""
+        """One of ``.parquet``, ``.csv``, ``.tsv``, ``.jsonl``; with a delimiter, files of other endings are CSV."""
         if self.kind:
             return self.kind
         kinds = {kind if (kind := table_kind(file)) in ENDINGS else ".csv" for file in self.files}
