@@ -77,7 +77,7 @@ def ours(events: Path, scratch: Path, memory_gb: float, threads: int) -> Path:
         "interactions": interactions,
     }
     config = build(Config, {"data": raw}, "")
-    result = prepare(config, scratch / "interactions", None, {})
+    result = prepare(config.data, scratch / "interactions", None, None, {})
     print("\n".join(result.funnel.lines()), file=sys.stderr)
     return result.histories
 

@@ -41,7 +41,7 @@ def shown_places(places: Sequence[str]) -> str:
 
 def table_kind(file: Path) -> str:
     """What a file holds by its name: its ending without that of a compression, one for each kind of :data:`ENDINGS`."""
-    name = file.name.lower()
+    name = file.name
     for compression in COMPRESSIONS:
         name = name.removesuffix(compression)
     ending = Path(name).suffix
@@ -54,20 +54,24 @@ def table_files(
     mend: str = MEND,
     downloads: Path | None = None,
     any_ending: bool = False,
+    compressed: bool = True,
 ) -> list[Path]:
     """The files of the table at ``path``, in order; all are of one kind.
 
     Args:
         path: one place, or a list of them, each a file, a folder, a pattern (``*``, ``?``, ``[ab]``, ``**``) or a URL.
-        endings: allowed; each of text also with one of :data:`COMPRESSIONS`.
+        endings: allowed.
         mend: what helps where nothing is there.
         downloads: folder into which files of URLs are copied.
         any_ending: whether names may end in anything: the caller knows what they hold.
+        compressed: whether text may be, and then ends in one of :data:`COMPRESSIONS` too.
 
     Raises:
         UserError: nothing is there, it is not plainly a table, a file is named twice, or a URL cannot be read.
     """
     places = [str(path)] if isinstance(path, str | Path) else list(path)
+    if compressed:
+        endings = [*endings, *(e + c for e in endings for c in COMPRESSIONS if e != ".parquet")]
     require(bool(places), f"the list of a table's files is empty; {mend}")
     files: list[Path] = []
     for place in places:
@@ -92,9 +96,10 @@ def partition_keys(path: Path, files: list[Path]) -> list[str]:
 
 
 def listed(endings: Sequence[str]) -> str:
-    """``.a, .b or .c``, with what may follow them."""
-    words = " or ".join(filter(None, (", ".join(endings[:-1]), endings[-1])))
-    return words if endings == (".parquet",) else f"{words} (text also with {' or '.join(COMPRESSIONS)})"
+    """``.a, .b or .c``, with what may follow those of text."""
+    short = [ending for ending in endings if not ending.endswith(COMPRESSIONS)]
+    words = " or ".join(filter(None, (", ".join(short[:-1]), short[-1])))
+    return words if len(short) == len(endings) else f"{words} (text also with {' or '.join(COMPRESSIONS)})"
 
 
 def _files_at(place: str, endings: Sequence[str], mend: str, downloads: Path | None, any_ending: bool) -> list[Path]:
@@ -144,11 +149,7 @@ def _parts(folder: Path, endings: Sequence[str]) -> list[Path]:
 
 
 def _fits(file: Path, endings: Sequence[str]) -> bool:
-    name = file.name.lower()
-    return any(
-        name.endswith(ending) or (ending != ".parquet" and name.endswith(tuple(ending + c for c in COMPRESSIONS)))
-        for ending in endings
-    )
+    return file.name.endswith(tuple(endings))
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -20,6 +20,7 @@ from fmrl_dist.base.errors import UserError
 
 DEFAULT_PARTS = ("Title: {title}", "Price: {price}", "Brand: {brand}", "Categories: {categories}")
 UNTITLED = "Untitled Item"
+COLUMN = re.compile(r"[^.\[\]]+(\.[^._\[\]][^.\[\]]*)*")  # a.b is a field, or a column of that name; no attribute is
 NO_TEXT = re.compile(r"[,_%+]|[bcdeEfFgGnoxX]$")  # a format that no text fits
 MAX_WIDTH = 1000  # of a format: a width of 10^9 would be a text of that many characters for each item
 
@@ -86,7 +87,7 @@ def _parse(part: str) -> Pieces:
         raise UserError(f"data.text part {part!r} is malformed: {error}; write it like 'Title: {{title}}'") from None
     pieces: Pieces = []
     for literal, column, spec, conversion in parsed:
-        if column is not None and (not column or conversion or any(c in column for c in ".[]") or "{" in (spec or "")):
+        if column is not None and (not COLUMN.fullmatch(column) or conversion or "{" in (spec or "")):
             raise UserError(f"data.text part {part!r}: braces may hold only a column name and a format")
         if any(int(number) > MAX_WIDTH for number in re.findall(r"\d{1,20}", spec or "")):
             raise UserError(f"data.text part {part!r}: a format with a number above {MAX_WIDTH}; write a smaller one")

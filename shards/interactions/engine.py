@@ -13,6 +13,7 @@ import duckdb
 
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.config.tables import InteractionsConfig
+from shards.tables.engine import OFFLINE
 
 SCRATCH = ".scratch-"  # begins the name of a folder that a killed process may leave
 
@@ -31,9 +32,7 @@ def open_engine(settings: InteractionsConfig, folder: Path) -> Iterator[duckdb.D
         "memory_limit": f"{settings.memory_gb * 1000:.0f}MB",
         "threads": str(os.cpu_count() if settings.threads == "auto" else settings.threads),
         "temp_directory": str(scratch / "spill"),
-        "preserve_insertion_order": "false",
-        "autoinstall_known_extensions": "false",
-        "autoload_known_extensions": "false",
+        **OFFLINE,
     }
     try:
         with duckdb.connect(str(scratch / "events.duckdb"), config=options) as connection:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import pyarrow.parquet as pq
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.files import file_sha256, replaced_folder
 from fmrl_dist.base.yaml_text import shown
-from fmrl_dist.config.sections import Config, DataConfig
+from fmrl_dist.config.sections import DataConfig
 from fmrl_dist.config.tables import InteractionsConfig, SplitConfig
 from fmrl_dist.data.store.tables import rows_sha256
 from shards.interactions.engine import open_engine, remove_scratch
@@ -56,19 +55,22 @@ def needs_engine(data: DataConfig) -> bool:
     )
 
 
-def prepare(config: Config, folder: Path, catalogue: pa.Array | None, files: Mapping[str, str]) -> Prepared:
+def prepare(
+    data: DataConfig, folder: Path, downloads: Path | None, catalogue: pa.Array | None, files: Mapping[str, str]
+) -> Prepared:
     """Histories of a config, from ``folder`` if they were made from the same, else anew.
 
     Args:
-        config: that names the tables.
+        data: the config's section.
         folder: that keeps the result.
+        downloads: folder for copies of tables from URLs; None: there may be none.
         catalogue: ids of the item table, int64 or text, in its order; None if there is none.
         files: hashes of the input files, by config key.
 
     Raises:
         UserError: the tables are refused.
     """
-    made_from = _made_from(config.data, catalogue, files)
+    made_from = _made_from(data, catalogue, files)
     folder.parent.mkdir(parents=True, exist_ok=True)
     found = _read_record(folder)
     if found is None or found["made_from"] != made_from:
@@ -76,7 +78,7 @@ def prepare(config: Config, folder: Path, catalogue: pa.Array | None, files: Map
             print(f"events are prepared anew: {_difference(found['made_from'], made_from)}", flush=True)
         with replaced_folder(folder, is_kept=lambda _: False) as aside:
             remove_scratch(folder.parent)
-            _make(config.data, aside, folder.parent, catalogue, made_from)
+            _make(data, aside, folder.parent, downloads, catalogue, made_from)
     return _read(folder)
 
 
@@ -111,8 +113,7 @@ def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
 
 def _make(data: DataConfig, aside: Path, scratch: Path, catalogue: pa.Array | None, made_from: dict[str, Any]) -> None:
     """Write all files of the result into ``aside``."""
-    funnel, downloads = Funnel(), aside / "downloads"
-    downloads.mkdir()
+    funnel = Funnel()
     with open_engine(data.interactions, scratch) as connection:
         counts = load_events(connection, data, downloads)
         funnel.rows, funnel.bad = counts.rows, dict(counts.bad)
@@ -120,6 +121,7 @@ def _make(data: DataConfig, aside: Path, scratch: Path, catalogue: pa.Array | No
             funnel.notes.append(f"times are numbers of unit {counts.time_unit}")
         if counts.sorted_users:
             funnel.notes.append(f"{counts.sorted_users:,} users' events were out of order: sorted by time")
+        connection.execute("SET preserve_insertion_order = false")  # from here on, rows have numbers
         kept = keep_events(connection, data, catalogue, counts.time_unit, funnel)
         order = _item_order(data, kept)
         new_items = np.full(len(kept.item_ids), -1, np.int64)
@@ -133,7 +135,6 @@ def _make(data: DataConfig, aside: Path, scratch: Path, catalogue: pa.Array | No
             max_events=data.interactions.max_events,
             funnel=funnel,
         )
-    shutil.rmtree(downloads)
     rows = np.where(order < kept.num_catalogue, order, NOT_IN_TABLE)
     ids = kept.item_ids.take(pa.array(order))
     ids = ids.cast(pa.int64() if pa.types.is_integer(ids.type) else pa.large_string())

@@ -17,7 +17,7 @@ import pyarrow as pa
 from fmrl_dist import __version__
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import file_sha256
-from fmrl_dist.base.table_files import rooted, table_files
+from fmrl_dist.base.urls import is_url
 from fmrl_dist.config.features import (
     ImageFeature,
     NpyFeature,
@@ -26,8 +26,7 @@ from fmrl_dist.config.features import (
     TfidfFeature,
     TransformersFeature,
 )
-from fmrl_dist.config.sections import Config, DataConfig
-from fmrl_dist.config.tables import TablePath
+from fmrl_dist.config.sections import Config
 from fmrl_dist.data.store.built_from import OPEN_CHOICES, BuiltFrom, list_differences, recorded_keys
 from fmrl_dist.data.store.manifest import Manifest
 from fmrl_dist.data.store.reader import Store
@@ -37,7 +36,8 @@ from shards.encoders.model_folder import local_model_sha256
 from shards.encoders.sources import code_revision, import_encoder
 from shards.encoders.stored_fit import fit_sha256
 from shards.store.raw_items import item_table
-from shards.tables.raw_tables import table_columns
+from shards.tables.formats.choice import event_source, published_items
+from shards.tables.raw_tables import RawTable, table_columns
 
 
 def input_files(config: Config) -> dict[str, str]:
@@ -48,13 +48,13 @@ def input_files(config: Config) -> dict[str, str]:
     Raises:
         UserError: a file does not exist or cannot be read.
     """
-    data, root = config.data, Path(config.data.root)
-    files = {"data.sequences.path": _table_sha256(data, data.sequences.path)}
+    data, root, downloads = config.data, Path(config.data.root), downloads_folder(config)
+    files = {"data.sequences.path": _table_sha256(event_source(data, data.sequences.path, downloads)[0])}
     if data.items.path:
-        files["data.items.path"] = _table_sha256(data, data.items.path)
+        files["data.items.path"] = _table_sha256(published_items(data, downloads))
     if data.split.by == "given" and data.split.valid:
-        files["data.split.valid"] = _table_sha256(data, data.split.valid)
-        files["data.split.test"] = _table_sha256(data, data.split.test)
+        for key, path in (("valid", data.split.valid), ("test", data.split.test)):
+            files[f"data.split.{key}"] = _table_sha256(event_source(data, path, downloads)[0])
     for name, feature in data.features.items():
         key = f"data.features.{name}"
         if isinstance(feature, NpyFeature):
@@ -73,12 +73,22 @@ def input_files(config: Config) -> dict[str, str]:
     return files
 
 
-def _table_sha256(data: DataConfig, path: TablePath) -> str:
+def build_folder(config: Config) -> Path:
+    """What builds of a store can use again. A store at a URL has none."""
+    store = config.store
+    return Path(store.build_dir) if store.build_dir else Path(f"{store.path.rstrip('/')}.build")
+
+
+def downloads_folder(config: Config) -> Path | None:
+    """Where copies of tables from URLs, and what is made of a data set's items, are kept; None for a store at a URL."""
+    return None if not config.store.build_dir and is_url(config.store.path) else build_folder(config) / "tables"
+
+
+def _table_sha256(table: RawTable) -> str:
     """Of a table's only file, or of the hashes of its parts in order; their names may change."""
-    places = rooted(data.root, path)
-    hashes = [_sha256(file, "the path in the config") for file in table_files(places)]
-    is_file = len(places) == 1 and Path(places[0]).is_file()
-    return hashes[0] if is_file else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    hashes = [_sha256(file, "the path in the config") for file in table.files]
+    is_folder = len(hashes) > 1 or Path(table.places[0]).is_dir()
+    return hashes[0] if not is_folder else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def _sha256(path: Path, key: str) -> str:
@@ -114,7 +124,7 @@ def _keys_of(config: Config) -> dict[str, Any]:
     keys = recorded_keys(config)
     for name, feature in config.data.features.items():
         if isinstance(feature, TextFeature):
-            columns = table_columns(item_table(config.data))
+            columns = table_columns(item_table(config.data, downloads_folder(config)))
             with contextlib.suppress(UserError):  # another table: then its contents differ as well
                 keys[f"data.features.{name}.text"] = list(parts_for(feature.text or config.data.text, columns))
     return keys

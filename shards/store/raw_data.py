@@ -13,18 +13,14 @@ from fmrl_dist.data.store.manifest import LEAVE_ONE_OUT
 from shards.encoders.sources import check_source
 from shards.interactions.history_file import read_prepared
 from shards.interactions.prepare import Prepared, needs_engine, prepare
-from shards.store.inputs import input_files
+from shards.store.inputs import build_folder, downloads_folder, input_files
 from shards.store.raw_items import RawItems, check_raw_items, items_of_ids, read_raw_items
 from shards.tables.histories import Histories, check_histories, read_histories
 from shards.tables.item_ids import ItemIds
 
 
-def build_folder(config: Config) -> Path:
-    """What builds of a store can use again."""
-    return Path(config.store.build_dir or f"{Path(config.store.path).resolve()}.build")
-
-
 def interactions_folder(config: Config) -> Path:
+    """Where prepared histories are kept."""
     return build_folder(config) / "interactions"
 
 
@@ -44,21 +40,22 @@ class RawData:
         Raises:
             UserError: a table or feature cannot be read, or has columns that cannot serve.
         """
-        data = config.data
+        data, downloads = config.data, downloads_folder(config)
         is_prepared = needs_engine(data)
         items = None
         if data.items.path:
-            check_raw_items(data)
-        check_histories(data)
+            check_raw_items(data, downloads)
+        check_histories(data, downloads)
         if data.items.path:
-            items = read_raw_items(data)
+            items = read_raw_items(data, downloads)
             for name in data.features:
                 check_source(name, data, len(items.ids.external))
         files = input_files(config)
         if not is_prepared:
             assert items is not None
             return cls(config, items, files, None)
-        prepared = prepare(config, interactions_folder(config), items.ids.external if items else None, files)
+        catalogue = items.ids.external if items else None
+        prepared = prepare(data, interactions_folder(config), downloads, catalogue, files)
         # What is fitted to items that only held-out events name would know of these events.
         fitted = None if prepared.split_rule == LEAVE_ONE_OUT else prepared.trained
         if items is None:
@@ -88,7 +85,7 @@ class RawData:
         if self.prepared is not None:
             found = read_prepared(self.prepared.histories)
         else:
-            found = read_histories(self.config.data, self.ids)
+            found = read_histories(self.config.data, self.ids, downloads_folder(self.config))
         progress = Progress("user", found.num_users, name=purpose)
         for batch in found.batches:
             yield batch

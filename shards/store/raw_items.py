@@ -18,6 +18,7 @@ from fmrl_dist.config.sections import DataConfig
 from shards.encoders.item_text import number_columns, parts_for, template_columns
 from shards.tables.bad_rows import check_bad_rows
 from shards.tables.column_kinds import is_text, require_ids, require_text, require_title
+from shards.tables.formats.choice import bad_items_of, with_plain_items
 from shards.tables.item_ids import ItemIds, check_unique
 from shards.tables.raw_tables import RawTable, read_table, table_columns, table_types
 
@@ -51,6 +52,7 @@ def check_raw_items(data: DataConfig, downloads: Path | None = None) -> None:
     Raises:
         UserError: missing file or column, or a column of a type that cannot serve.
     """
+    data = with_plain_items(data, downloads)
     table = item_table(data, downloads)
     parts = _text_parts(data, table)
     _check_kinds(data, table, table_types(table, _columns(data, parts)), template_columns(parts))
@@ -67,11 +69,12 @@ def read_raw_items(data: DataConfig, downloads: Path | None = None) -> RawItems:
         UserError: as :func:`check_raw_items`; or ids are not unique or not of their kind, or more rows than
             ``data.dirt.max_bad_rows`` allows cannot be used.
     """
+    raw, data = data, with_plain_items(data, downloads)
     source, title = item_table(data, downloads), data.items.title
     parts = _text_parts(data, source)
     columns = _columns(data, parts)
     as_written = [name for name in columns if name == title or name not in number_columns(parts)]
-    bad = Counter[str]()
+    bad = Counter(bad_items_of(raw, data))
     table = read_table(source, columns, text=as_written, ids=[data.items.id], bad=bad)
     kinds = dict(zip(table.column_names, table.schema.types, strict=True))
     _check_kinds(data, source, kinds, template_columns(parts))
@@ -104,7 +107,12 @@ def items_of_ids(ids: pa.Array, data: DataConfig, fitted: np.ndarray | None) -> 
 
 
 def item_table(data: DataConfig, downloads: Path | None = None) -> RawTable:
-    """Where the item table is."""
+    """Where the item table is; of a data set's format, the plain one that is made of it.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    data = with_plain_items(data, downloads)
     return RawTable.at(data.root, data.items.path, data.items.csv, downloads)
 
 

@@ -14,6 +14,7 @@ from fmrl_dist.base.id_columns import ids_or_null
 from fmrl_dist.config.sections import DataConfig
 from fmrl_dist.config.tables import SequenceTableConfig
 from shards.tables.column_kinds import is_text, require_ids, require_lists, require_rating, require_times, require_word
+from shards.tables.formats.choice import event_source
 from shards.tables.list_columns import as_lists, lengths_of
 from shards.tables.raw_tables import RawTable, read_batches, table_types
 from shards.tables.times import time_columns
@@ -34,15 +35,15 @@ class EventTable:
 
 def event_tables(data: DataConfig, downloads: Path | None) -> list[EventTable]:
     """The tables that ``data.sequences`` and ``data.split`` name."""
-    columns = data.sequences
-    paths = {"": columns.path}
-    if data.split.by == "given" and data.split.valid:
-        paths = {"train": columns.path, "valid": data.split.valid, "test": data.split.test}
-        columns = replace(columns, split="")
-    return [
-        EventTable(RawTable.at(data.root, path, columns.csv, downloads), columns, split)
-        for split, path in paths.items()
-    ]
+    paths = {"": data.sequences.path}
+    is_given = data.split.by == "given" and bool(data.split.valid)
+    if is_given:
+        paths = {"train": data.sequences.path, "valid": data.split.valid, "test": data.split.test}
+    tables = []
+    for split, path in paths.items():
+        raw, columns = event_source(data, path, downloads)
+        tables.append(EventTable(raw, replace(columns, split="") if is_given else columns, split))
+    return tables
 
 
 def check_event_table(table: EventTable) -> None:

@@ -36,7 +36,7 @@ class ReadCounts:
     sorted_users: int  # of a table of sequences: users whose list was not in order of its own times
 
 
-def load_events(connection: DuckDBPyConnection, data: DataConfig, downloads: Path) -> ReadCounts:
+def load_events(connection: DuckDBPyConnection, data: DataConfig, downloads: Path | None) -> ReadCounts:
     """Create the table ``raw_events`` of the rows that can be used.
 
     Its columns: ``user`` and ``item``, VARCHAR, or BIGINT with ``data.ids: integer``; ``time`` BIGINT, microseconds
@@ -46,7 +46,7 @@ def load_events(connection: DuckDBPyConnection, data: DataConfig, downloads: Pat
     Args:
         connection: that keeps the order of insertion, outside a transaction.
         data: the config's section.
-        downloads: folder for copies of URLs; made when it is needed.
+        downloads: folder for copies of URLs, made when it is needed; None: there may be none.
 
     Raises:
         UserError: a table cannot be read, an id is not of its kind, or more rows than ``data.dirt.max_bad_rows`` allows
@@ -80,7 +80,7 @@ def load_events(connection: DuckDBPyConnection, data: DataConfig, downloads: Pat
     sorted_users = 0
     if tables[0].sequences.times:
         _say_times(connection, tables[0], unit)
-        if data.sequences.layout == "sequences":
+        if tables[0].sequences.layout == "sequences":
             sorted_users = _num_unsorted(connection)
     return ReadCounts(num_rows, dict(sorted(bad.items())), unit, sorted_users)
 

@@ -16,10 +16,11 @@ import numpy as np
 import pyarrow as pa
 
 from fmrl_dist.base.errors import UserError
-from fmrl_dist.base.id_columns import as_ids
+from fmrl_dist.base.id_columns import IdKind, as_ids
 from fmrl_dist.config.sections import DataConfig
 from fmrl_dist.config.tables import SequenceTableConfig, TimeUnit
 from shards.tables.event_batches import check_event_table, event_tables
+from shards.tables.formats.choice import event_source
 from shards.tables.item_ids import ItemIds
 from shards.tables.list_columns import starts_and_values
 from shards.tables.raw_tables import RawTable, TableBatches, read_batches, read_table
@@ -60,14 +61,13 @@ def read_histories(data: DataConfig, ids: ItemIds, downloads: Path | None = None
         UserError: the table cannot be read, holds nulls or an unknown item, or its times do not fit its items. What is
             wrong with a batch is raised when that batch is taken.
     """
-    table = RawTable.at(data.root, data.sequences.path, data.sequences.csv, downloads)
-    if data.sequences.layout == "interactions":
-        histories = _read_interactions(table, data, ids)
+    table, names = event_source(data, data.sequences.path, downloads)
+    if names.layout == "interactions":
+        histories = _read_interactions(table, names, data.ids, ids)
         return HistoryBatches(len(histories.users), iter([histories]))
-    names = data.sequences
     columns = [names.user, names.items, *([names.times] if names.times else [])]
     found = read_batches(table, columns, text=columns[1:], ids=columns[:2])
-    return HistoryBatches(found.num_rows, _parse_sequences(found, table, data, ids))
+    return HistoryBatches(found.num_rows, _parse_sequences(found, table, names, data.ids, ids))
 
 
 def check_histories(data: DataConfig, downloads: Path | None = None) -> None:
@@ -80,13 +80,14 @@ def check_histories(data: DataConfig, downloads: Path | None = None) -> None:
         check_event_table(table)
 
 
-def _parse_sequences(found: TableBatches, table: RawTable, data: DataConfig, ids: ItemIds) -> Iterator[Histories]:
-    names = data.sequences
+def _parse_sequences(
+    found: TableBatches, table: RawTable, names: SequenceTableConfig, kind: IdKind, ids: ItemIds
+) -> Iterator[Histories]:
     item_column = f"column {names.items!r} of {table}"
     unit = _list_unit(table, names) if names.times else "s"
     for batch in found.batches:
         starts, values = starts_and_values(batch[names.items], item_column, as_ids=True)
-        items = ids.lookup(as_ids(values, item_column, data.ids), item_column)
+        items = ids.lookup(as_ids(values, item_column, kind), item_column)
         times, num_sorted, num_repeated = None, 0, 0
         if names.times:
             where = f"column {names.times!r} of {table}"
@@ -101,17 +102,16 @@ def _parse_sequences(found: TableBatches, table: RawTable, data: DataConfig, ids
                 ticks, items = ticks[order], items[order]
             num_repeated = _num_repeated(rows, ticks, items)
             times = _seconds(ticks, per_second)
-        users = as_ids(batch[names.user], f"column {names.user!r} of {table}", data.ids)
+        users = as_ids(batch[names.user], f"column {names.user!r} of {table}", kind)
         yield Histories(users, starts, items, times, num_sorted, num_repeated)
 
 
-def _read_interactions(table: RawTable, data: DataConfig, ids: ItemIds) -> Histories:
-    names = data.sequences
+def _read_interactions(table: RawTable, names: SequenceTableConfig, kind: IdKind, ids: ItemIds) -> Histories:
     columns = [names.user, names.items, *([names.times] if names.times else [])]
     events = read_table(table, columns, text=columns[2:], ids=columns[:2])
-    users = as_ids(events[names.user], f"column {names.user!r} of {table}", data.ids).dictionary_encode()
+    users = as_ids(events[names.user], f"column {names.user!r} of {table}", kind).dictionary_encode()
     where = f"column {names.items!r} of {table}"
-    items = ids.lookup(as_ids(events[names.items], where, data.ids), where)
+    items = ids.lookup(as_ids(events[names.items], where, kind), where)
     rows = users.indices.to_numpy()  # numbered by first appearance
     if names.times:
         column = events[names.times].combine_chunks()

@@ -51,12 +51,16 @@ class RawTable:
     @cached_property
     def files(self) -> list[Path]:
         """Its files in order."""
-        return table_files(self.places, ENDINGS, MEND, self.downloads, any_ending=bool(self.kind))
+        return table_files(self.places, ENDINGS, MEND, self.downloads, any_ending=bool(self.kind or self.csv.delimiter))
 
     @cached_property
     def file_kind(self) -> str:
-        """One of ``.parquet``, ``.csv``, ``.tsv``, ``.jsonl``."""
-        return self.kind or table_kind(self.files[0])
+        """One of ``.parquet``, ``.csv``, ``.tsv``, ``.jsonl``; with a delimiter, files of other endings are CSV."""
+        if self.kind:
+            return self.kind
+        kinds = {kind if (kind := table_kind(file)) in ENDINGS else ".csv" for file in self.files}
+        require(len(kinds) == 1, f"table {self} holds {' and '.join(sorted(kinds))} files; expected one kind")
+        return kinds.pop()
 
 
 class TableBatches(NamedTuple):

@@ -94,3 +94,37 @@ class _Recoded(io.RawIOBase):
 def _overlap(text: str, delimiter: str) -> int:
     """How many characters at the end of ``text`` may be the beginning of a delimiter."""
     return next((n for n in range(min(len(delimiter) - 1, len(text)), 0, -1) if text.endswith(delimiter[:n])), 0)
+
+
+def lines_of(file: Path, encoding: str = "utf-8", most_bytes: int = 1 << 24) -> Iterator[str | None]:
+    """Lines of a text file, unpacked, without their ends and without blank ones; None for one that is too long.
+
+    Raises:
+        UserError: it cannot be read, or is not of its encoding.
+    """
+    rest, is_skipping = b"", False
+    try:
+        with opened_text(file, encoding, ",") as stream:
+            while chunk := stream.read(CHUNK_BYTES):
+                *lines, rest = (rest + chunk).split(b"\n")
+                if is_skipping and lines:
+                    lines, is_skipping = lines[1:], False
+                for line in lines:
+                    yield from _line(line, most_bytes)
+                if len(rest) > most_bytes and not is_skipping:
+                    yield None
+                    is_skipping = True
+                rest = b"" if is_skipping else rest
+        yield from _line(rest, most_bytes)
+    except UnicodeDecodeError as error:
+        raise UserError(f"table {file} is not {encoding} text ({error}); is it as its publisher wrote it?") from None
+    except (OSError, pa.ArrowException) as error:
+        what = " ".join(str(error).split())
+        raise UserError(f"table {file} cannot be read: {what}; is the file complete, and in that format?") from None
+
+
+def _line(line: bytes, most_bytes: int) -> Iterator[str | None]:
+    if len(line) > most_bytes:
+        yield None
+    elif line.strip():
+        yield line.decode().rstrip("\r")

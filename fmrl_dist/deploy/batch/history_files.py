@@ -114,7 +114,7 @@ class HistoryFiles:
             UserError: nothing is there, or it has other columns or types.
         """
         is_stdin = source == STDIN
-        files = [] if is_stdin else table_files(Path(source), ENDINGS, "check the path after --histories")
+        files = [] if is_stdin else table_files(source, ENDINGS, "check the path after --histories", compressed=False)
         usual = COLUMNS[files[0].suffix if files else ".jsonl"]
         return cls(files, HistoryColumns(user or usual[0], items or usual[1], vocabulary, skip_unknown))
 
@@ -256,7 +256,7 @@ class HistoryFiles:
             )
             found = "integers" if pa.types.is_integer(lists.value_type) else "text"
             require(
-                found == self.columns.id_kind,
+                found == self.columns.id_kind or self.columns.id_kind == "text",  # of integers, as a store takes them
                 f"column {items!r} of {path} is of type {lists}; the export's ids are {self.columns.id_kind}, like "
                 f"{self.columns.vocabulary.ids[0]!r:.60}",
             )
@@ -294,7 +294,9 @@ class HistoryFiles:
         if values.null_count:
             place = pc.index(pc.is_null(values), True).as_py()
             raise UserError(f"{_owner(row, starts, place)} has a null among its {columns.items!r}; remove it")
-        rows = columns.vocabulary.find(as_ids(values, f"column {columns.items!r}"))
+        rows = columns.vocabulary.find(
+            as_ids(values, f"column {columns.items!r}", "text" if columns.id_kind == "text" else None)
+        )
         known, num_unknown = rows >= 0, 0
         if not known.all():
             place = int(np.argmin(known))

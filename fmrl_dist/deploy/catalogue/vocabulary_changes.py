@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.base.id_columns import as_ids
 from fmrl_dist.base.parquet import bounded_table
 from fmrl_dist.data.store.tables import table_batches
 from fmrl_dist.deploy.item_vocabulary import REMOVED_COLUMN, removed_flags
@@ -160,6 +161,8 @@ def read_ids(path: Path, column: str, like: ItemRecords) -> pa.Array:
         is_text(ids.type) or pa.types.is_integer(ids.type),
         f"{path} holds ids of type {ids.type}; expected ids of items",
     )
+    if like.has_text_ids:
+        ids = as_ids(ids, str(path), "text")  # integers as a store takes them
     like.check_kind(ids, str(path))
     return pc.unique(ids)
 

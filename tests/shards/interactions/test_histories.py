@@ -62,7 +62,7 @@ def prepared(folder: Path, rows: list[Event], num_parts: int = 1, **data: Any) -
     folder.mkdir(parents=True, exist_ok=True)
     config = config_of(folder, write_parts(folder, rows, num_parts), **data)
     assert needs_engine(config.data)
-    return prepare(config, folder / "build" / "interactions", None, {})
+    return prepare(config.data, folder / "build" / "interactions", None, None, {})
 
 
 def histories_of(result: Prepared) -> dict[str, PlainHistory]:

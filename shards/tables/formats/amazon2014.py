@@ -1,0 +1,75 @@
+"""Amazon reviews, 2014 (McAuley and others): reviews as JSON Lines, ratings alone as CSV, items as Python literals.
+
+``reviews_<category>.json.gz``: ``reviewerID, asin, overall, unixReviewTime``. ``ratings_<category>.csv``, without
+a header: user, item, rating, time. ``meta_<category>.json.gz``: on each line a Python dictionary with ``asin``,
+``title``, ``price``, ``brand``, ``categories`` (a list of paths) and ``imUrl``. Times are in seconds.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fmrl_dist.base.table_files import table_kind
+from fmrl_dist.config.tables import CsvConfig, SequenceTableConfig
+from shards.tables.formats.item_rows import (
+    ItemRow,
+    ItemSource,
+    first_text,
+    price_or_none,
+    text_or_none,
+    words_or_none,
+)
+from shards.tables.text_streams import lines_of
+
+MOST_BYTES = 1_000_000  # of a line of items, before it is parsed
+COLUMNS = ("item_id", "title", "price", "brand", "categories", "image_url")
+
+
+def event_columns(given: SequenceTableConfig, file: Path) -> SequenceTableConfig:
+    """Columns of the reviews, or of the ratings."""
+    plain = replace(given, layout="interactions", time_unit="s", event="", split="")
+    if table_kind(file) == ".csv":
+        return ratings(plain, ("user", "item", "rating", "timestamp"))
+    return replace(plain, user="reviewerID", items="asin", rating="overall", times="unixReviewTime")
+
+
+def ratings(plain: SequenceTableConfig, names: tuple[str, ...]) -> SequenceTableConfig:
+    """A CSV without a header, of columns of these names."""
+    csv = CsvConfig(header=False, names=names)
+    return replace(plain, user="user", items="item", rating="rating", times="timestamp", csv=csv)
+
+
+def read_items(file: Path) -> Iterator[ItemRow | str]:
+    """Items of ``meta_<category>.json.gz``; nothing is evaluated: a line must be a literal."""
+    for line in lines_of(file, most_bytes=MOST_BYTES):
+        value = _literal(line)
+        if value is None:
+            yield "unreadable line"
+        elif (asin := text_or_none(value.get("asin"))) is None:
+            yield "no id"
+        else:
+            yield ItemRow(
+                asin,
+                title=text_or_none(value.get("title")),
+                price=price_or_none(value.get("price")),
+                brand=text_or_none(value.get("brand")),
+                categories=words_or_none(value.get("categories")),
+                image_url=first_text(value.get("imUrl")),
+            )
+
+
+def _literal(line: str | None) -> dict[str, Any] | None:
+    if line is None:
+        return None
+    try:
+        value = ast.literal_eval(line.strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+ITEMS = ItemSource(COLUMNS, read_items)
