@@ -111,7 +111,14 @@ def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
     return ", ".join(f"{key} was {shown(there.get(key))}, is {shown(here.get(key))}" for key in changed[:3])
 
 
-def _make(data: DataConfig, aside: Path, scratch: Path, catalogue: pa.Array | None, made_from: dict[str, Any]) -> None:
+def _make(
+    data: DataConfig,
+    aside: Path,
+    scratch: Path,
+    downloads: Path | None,
+    catalogue: pa.Array | None,
+    made_from: dict[str, Any],
+) -> None:
     """Write all files of the result into ``aside``."""
     funnel = Funnel()
     with open_engine(data.interactions, scratch) as connection:
