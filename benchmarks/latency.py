@@ -2,16 +2,18 @@
 
     python -m benchmarks.latency --reference CHECKOUT
 
-Random features and weights; 12,101 items, two blocks, sizes 8 … 128 and 8 … 1024. The sides, once in every round:
-"session" observes the event and answers; "history" is ours over all 50 events anew; "theirs" is the authors' forward
-pass over these 50 events as they publish it, which projects the catalogue and scores every size and position, then the
-ten best; "theirs, lean" has the projected catalogue at hand and scores the last position of the largest size alone.
+Random features and weights; 12,101 items, two blocks, sizes 8 … 128 and 8 … 1024. The sides, each for ten users, one
+after the other, in every round: "session" observes the event and answers; "history" is ours over all 50 events anew;
+"theirs" is the authors' forward pass over these 50 events as they publish it, which projects the catalogue and scores
+every size and position, then the ten best; "theirs, lean" has the projected catalogue at hand, and scores the last
+position of the largest size alone.
 Nothing is reported if scores of the lists differ by more than 1e-4.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +21,10 @@ from types import ModuleType
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from benchmarks import describe_setting
@@ -35,6 +39,7 @@ SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 WIDTHS = (128, 1024)
 NUM_ITEMS, FEATURE_DIM = 12_101, 384
 K = 10
+USERS = 10  # in a round
 BOUND = 1e-4
 
 
@@ -47,9 +52,11 @@ def main(argv: list[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--reference", type=Path, required=True, help="a checkout of github.com/yueqirex/fMRLRec")
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=10)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
+    threadpool_limits(1)  # NumPy's products
+    torch.set_flush_denormal(True)
     module = load_reference(arguments.reference)
     for name, value in ({"reference": describe_reference(arguments.reference)} | describe_setting()).items():
         print(f"{name:<10} {value}")
@@ -66,17 +73,13 @@ def measure(module: ModuleType, width: int, rounds: int) -> None:
     features = F.normalize(torch.randn(2, NUM_ITEMS, FEATURE_DIM), dim=2)
     theirs = build_reference(module, case, features).eval()
     recommender = recommender_of(theirs, case, features)
-    events = np.random.default_rng(0).integers(NUM_ITEMS, size=(rounds + 1, MAX_LENGTH)).tolist()
+    events = np.random.default_rng(0).integers(NUM_ITEMS, size=(USERS, MAX_LENGTH)).tolist()
     sessions = [recommender.session(history[:-1]) for history in events]
     projected = catalogue_of(theirs)
 
     def session(number: int) -> list[float]:
-        one = sessions[number]
-        state = one.state()
-        one.observe(events[number][-1])
-        found = [item.score for item in one.recommend(K, exclude_seen=False)]
-        one.restore(state)
-        return found
+        sessions[number].observe(events[number][-1])  # of later rounds, once more
+        return [item.score for item in sessions[number].recommend(K, exclude_seen=False)]
 
     def history(number: int) -> list[float]:
         (found,) = recommender.recommend([events[number]], K, exclude_seen=False)
@@ -95,13 +98,14 @@ def measure(module: ModuleType, width: int, rounds: int) -> None:
         "theirs": published,
         "theirs, lean": lean,
     }
-    found = np.array([side(rounds) for side in sides.values()])
+    found = np.array([[side(number) for number in range(USERS)] for side in sides.values()])
     if np.abs(found - found[0]).max() > BOUND * np.abs(found).max():
         print(f"NOT EQUAL at size {width}: {found.tolist()}", file=sys.stderr)
         sys.exit(1)
-    times = interleave(sides, rounds, warm_up=2)
+    calls = {name: lambda _, side=side: [side(number) for number in range(USERS)] for name, side in sides.items()}
+    times = interleave(calls, rounds)
     for name, timing in times.items():
-        milliseconds = [1e3 * seconds for seconds in timing.seconds]
+        milliseconds = [1e3 / USERS * seconds for seconds in timing.seconds]
         print(
             f"| {width} | {name} | {np.median(milliseconds):.3g} ({min(milliseconds):.3g} … {max(milliseconds):.3g}) "
             f"| {timing.over(times['session'])} |",
@@ -114,9 +118,10 @@ def recommender_of(theirs: nn.Module, case: Case, features: Tensor) -> Recommend
     ours = build_ours(case, theirs).eval()
     items = ours.encoder(torch.cat((features[0], features[1]), 1), torch.ones(NUM_ITEMS, 2, dtype=torch.bool))
     ids = np.arange(NUM_ITEMS)
-    table = pa.table({"item": ids, "external_id": ids, "train_count": np.ones_like(ids)})
+    file = io.BytesIO()
+    pq.write_table(pa.table({"item": ids, "external_id": ids, "train_count": np.ones_like(ids)}), file)
     exported = ExportedModel(ours, items, MAX_LENGTH, True, Origin("", 0, "", "", ""))
-    return Recommender(exported, ItemVocabulary(table, "the benchmark's items"))
+    return Recommender(exported, ItemVocabulary(file.getvalue(), "the benchmark's items"))
 
 
 def catalogue_of(theirs: nn.Module) -> Tensor:
