@@ -57,8 +57,8 @@ def remove_scratch(folder: Path) -> None:
 
 def count(connection: duckdb.DuckDBPyConnection, query: str) -> int:
     """The number that a query gives."""
-    row = connection.execute(query).fetchone()
-    return int(row[0]) if row and row[0] is not None else 0
+    [(number,)] = connection.execute(query).fetchall()
+    return int(number or 0)
 
 
 def _first_line(error: Exception) -> str:

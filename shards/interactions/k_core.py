@@ -59,8 +59,8 @@ def _degrees(
         other, codes = only
         connection.register("only_codes", pa.table({"code": codes.astype(np.int32)}))
         where += f" AND {other} IN (SELECT code FROM only_codes)"
-    found = connection.execute(f"SELECT {side} AS code, count(*) AS n FROM {events} WHERE {where} GROUP BY 1")
+    found = connection.sql(f"SELECT {side} AS code, count(*) AS n FROM {events} WHERE {where} GROUP BY 1")
     counts = np.zeros(num_codes, np.int64)
-    for batch in found.fetch_record_batch():
+    for batch in found.to_arrow_reader():
         counts[batch.column(0).to_numpy()] = batch.column(1).to_numpy()
     return counts

@@ -150,7 +150,7 @@ def _code_ids(
             funnel.notes.append(f"{num_unknown:,} items of {events:,} events joined the catalogue as ids alone")
     if catalogue is None or data.dirt.unknown_items == "add":
         connection.execute(f"INSERT INTO items SELECT id, i, {BITS.format('id')} FROM unknown")
-    ids = connection.execute("SELECT id FROM items ORDER BY i").fetch_arrow_table()["id"].combine_chunks()
+    ids = connection.sql("SELECT id FROM items ORDER BY i").to_arrow_table()["id"].combine_chunks()
     return len(known), ids
 
 
@@ -190,6 +190,6 @@ def _drop_below_core(connection: duckdb.DuckDBPyConnection, least: dict[str, int
 def _items_of(connection: duckdb.DuckDBPyConnection, where: str, num_items: int) -> np.ndarray:
     """Which items the kept events name, bool [items]."""
     found = np.zeros(num_items, np.bool_)
-    for batch in connection.execute(f"SELECT DISTINCT i FROM kept WHERE {where}").fetch_record_batch():
+    for batch in connection.sql(f"SELECT DISTINCT i FROM kept WHERE {where}").to_arrow_reader():
         found[batch.column(0).to_numpy()] = True
     return found

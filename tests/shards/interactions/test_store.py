@@ -173,8 +173,9 @@ def test_the_command_shows_what_each_step_takes(tmp_path: Path, capsys: pytest.C
     config = write_shop(tmp_path)
     show_interactions(["--config", str(config), "--data.interactions.min_user_events", "5"])
     shown = capsys.readouterr().out.splitlines()
-    assert shown[1].split() == ["rows", "read", "900"]
-    assert shown[2].startswith("users below 5 or items below 0 events")
+    first = next(number for number, line in enumerate(shown) if line.split() == ["events", "removed", "left"])
+    assert shown[first + 1].split() == ["rows", "read", "900"]
+    assert shown[first + 2].startswith("users below 5 or items below 0 events")
     assert shown[-1] == f"wrote {tmp_path / 'store.build' / 'interactions'}"
     assert "nothing to prepare" in refusal(
         show_interactions,
