@@ -28,7 +28,7 @@ from shards.build import main
 from shards.interactions.__main__ import main as show_interactions
 from shards.store.problems import store_problems
 from tests.fixtures.processes import REPOSITORY, clean_environment
-from tests.fixtures.stores import write_items
+from tests.fixtures.stores import tiny_config, write_items, write_raw
 from tests.fixtures.training import contents, refusal, shop_values
 
 DAY = 86_400
@@ -177,15 +177,13 @@ def test_the_command_shows_what_each_step_takes(tmp_path: Path, capsys: pytest.C
     assert shown[first + 1].split() == ["rows", "read", "900"]
     assert shown[first + 2].startswith("users below 5 or items below 0 events")
     assert shown[-1] == f"wrote {tmp_path / 'store.build' / 'interactions'}"
-    assert "nothing to prepare" in refusal(
-        show_interactions,
-        "--config",
-        config,
-        "--data.sequences.layout",
-        "sequences",
-        "--data.split.by",
-        "leave_one_out",
-    )
+
+
+def test_whole_histories_need_no_engine(tmp_path: Path) -> None:
+    write_raw(tmp_path / "raw")
+    config = tmp_path / "config.yaml"
+    config.write_text(tiny_config(tmp_path / "raw", tmp_path / "store").to_yaml())
+    assert "there is nothing to prepare; run python -m shards.build" in refusal(show_interactions, "--config", config)
 
 
 @pytest.mark.slow
