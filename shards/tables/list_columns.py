@@ -47,8 +47,9 @@ def lengths_of(lists: pa.Array) -> np.ndarray:
 
 def _parsed(column: pa.ChunkedArray, where: str, as_ids: bool) -> pa.Array | pa.ChunkedArray:
     column = column.cast(pa.large_string())
-    if not pc.any(pc.starts_with(column, "[")).as_py():
-        lists = pc.utf8_split_whitespace(pc.utf8_trim_whitespace(column))
+    trimmed = pc.utf8_trim_whitespace(column)
+    if not pc.any(pc.or_(pc.starts_with(column, "["), pc.equal(trimmed, ""))).as_py():
+        lists = pc.utf8_split_whitespace(trimmed)
         return lists.cast(pa.large_list(pa.large_string()))
     cells = column.to_pylist()
     return list_array(

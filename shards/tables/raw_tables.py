@@ -8,21 +8,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from fmrl_dist.base.errors import UserError, require
-from fmrl_dist.base.parquet import BoundedParquet, bounded_table, open_parquet
+from fmrl_dist.base.parquet import bounded_table
 from fmrl_dist.base.table_files import ENDINGS, MEND, partition_keys, rooted, shown_places, table_files, table_kind
 from fmrl_dist.config.tables import CsvConfig, TablePath
 from shards.tables.csv_files import csv_batches, csv_names
 from shards.tables.json_lines import json_batches, json_names
+from shards.tables.parquet_files import opened_parquet, parquet_batches, parquet_names, type_of
 
 BATCH_ROWS = 65_536
 PARQUET, JSON = ".parquet", ".jsonl"
@@ -120,7 +119,7 @@ def read_batches(
     columns = list(dict.fromkeys(columns))
     if table.file_kind == PARQUET:
         num_rows = _check_parts(table, columns)
-        return TableBatches(num_rows, _parquet_batches(table.files, columns, rows_at_once))
+        return TableBatches(num_rows, parquet_batches(table.files, columns, rows_at_once))
     for file in table.files:
         _check_columns(table, file, _names(table, file), columns)
     return TableBatches(None, _text_batches(table, columns, ids, bad))
@@ -138,8 +137,8 @@ def table_types(table: RawTable | Path, columns: Sequence[str]) -> dict[str, pa.
             _check_columns(table, file, _names(table, file), columns)
         return {}
     _check_parts(table, columns)
-    with _opened(table.files[0]) as opened:
-        return {name: _type_of(opened, name) for name in columns}
+    with opened_parquet(table.files[0]) as opened:
+        return {name: type_of(opened, name) for name in columns}
 
 
 def table_columns(table: RawTable | Path) -> list[str]:
@@ -150,31 +149,8 @@ def table_columns(table: RawTable | Path) -> list[str]:
 
 def _names(table: RawTable, file: Path) -> list[str]:
     if table.file_kind == PARQUET:
-        with _opened(file) as opened:
-            return [*opened.names, *(path for name in opened.names for path in _paths(name, opened.types[name]))]
+        return parquet_names(file)
     return json_names(file) if table.file_kind == JSON else csv_names(file, table.file_kind, table.csv)
-
-
-def _paths(name: str, kind: pa.DataType) -> Iterator[str]:
-    for inner in kind if pa.types.is_struct(kind) else ():
-        yield f"{name}.{inner.name}"
-        yield from _paths(f"{name}.{inner.name}", inner.type)
-
-
-def _keys(opened: BoundedParquet, column: str) -> list[str]:
-    """A column's own name, then those of the fields that lead to what ``column`` means."""
-    if column in opened.names:
-        return [column]
-    first = next((name for name in opened.names if column.startswith(f"{name}.")), column)
-    return [first, *column[len(first) + 1 :].split(".")] if first != column else [column]
-
-
-def _type_of(opened: BoundedParquet, column: str) -> pa.DataType:
-    first, *fields = _keys(opened, column)
-    kind = opened.types[first]
-    for name in fields:
-        kind = kind.field(name).type
-    return kind
 
 
 def _check_parts(table: RawTable, columns: Sequence[str]) -> int:
@@ -182,10 +158,10 @@ def _check_parts(table: RawTable, columns: Sequence[str]) -> int:
     num_rows, types = 0, dict[str, pa.DataType]()
     for file in table.files:
         _check_columns(table, file, _names(table, file), columns)
-        with _opened(file) as opened:
+        with opened_parquet(file) as opened:
             num_rows += opened.num_rows
             for name in columns:
-                kind = _type_of(opened, name)
+                kind = type_of(opened, name)
                 first = types.setdefault(name, kind)
                 require(
                     kind == first,
@@ -194,20 +170,6 @@ def _check_parts(table: RawTable, columns: Sequence[str]) -> int:
     if num_rows == 0:
         raise UserError(f"table {table} is empty; expected at least one row")
     return num_rows
-
-
-def _parquet_batches(files: Sequence[Path], columns: Sequence[str], rows_at_once: int) -> Iterator[pa.Table]:
-    for file in files:
-        with _opened(file) as opened, _readable(file):
-            keys = {column: _keys(opened, column) for column in columns}
-            whole = list(dict.fromkeys(first for first, *_ in keys.values()))
-            for batch in opened.batches(whole, rows_at_once):
-                found = [_field(batch[first], fields) for first, *fields in keys.values()]
-                yield pa.table(found, names=list(columns))
-
-
-def _field(column: pa.ChunkedArray, fields: Sequence[str]) -> pa.ChunkedArray:
-    return pc.struct_field(column, fields) if fields else column
 
 
 def _text_batches(
@@ -228,24 +190,6 @@ def _text_batches(
                 f"table {file} holds {found.total():,} lines that cannot be read: of another number of columns, or no "
                 "JSON objects; mend or remove them"
             )
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[BoundedParquet]:
-    with _readable(file), open_parquet(file, f"table {file}") as opened:
-        yield opened
-
-
-@contextmanager
-def _readable(file: Path) -> Iterator[None]:
-    """Say in one line why a Parquet file cannot be read."""
-    try:
-        yield
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        what = " ".join(str(error).split())
-        if isinstance(error, UnicodeDecodeError) or "UTF8" in what:
-            raise UserError(f"table {file} is not UTF-8 text ({what}); write its texts as UTF-8") from None
-        raise UserError(f"table {file} cannot be read: {what}; is the file complete, and in that format?") from None
 
 
 def _check_columns(table: RawTable, file: Path, found: Sequence[str], columns: Sequence[str]) -> None:

@@ -22,6 +22,7 @@ LIMITS = {"s": 10**11, "ms": 10**14, "us": 10**17}
 UNITS = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
 PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 PER_UNIT = {"s": 10**6, "ms": 10**3, "us": 1}  # microseconds; of nanoseconds 1000 are one
+MOST_SECONDS = 2.0**63  # that a store's int64 holds
 DIGITS = "'[+-]?[0-9]+'"
 
 WHOLE = f"CASE WHEN regexp_full_match(written, {DIGITS}) THEN TRY_CAST(written AS BIGINT) END"
@@ -81,7 +82,12 @@ def ticks_of(column: pa.Array, unit: TimeUnit, where: str) -> tuple[np.ndarray, 
         if values.null_count:
             first = column.filter(pc.is_null(values))[0].as_py()
             raise UserError(f"{where} holds the time {first!r}; expected a number or a date")
-        return values.to_numpy(zero_copy_only=False), PER_SECOND["us" if name == "moment" else unit]
+        ticks, per_second = values.to_numpy(zero_copy_only=False), PER_SECOND["us" if name == "moment" else unit]
+        if len(ticks) and np.abs(ticks.astype(np.float64)).max() >= MOST_SECONDS * per_second:
+            raise UserError(
+                f"{where} holds the time {ticks[np.abs(ticks.astype(np.float64)).argmax()]}; no clock has it"
+            )
+        return ticks, per_second
     return np.zeros(0, np.int64), 1
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -114,8 +115,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
 
 def by_user(events: list[tuple[str, str, str]], timed: bool) -> dict[str, list[tuple[str, int | None]]]:
     histories: dict[str, list[tuple[str, int | None]]] = {}
+    whole = all(re.fullmatch(r"\s*[+-]?[0-9]+\s*", time) for _, _, time in events)
     for user, item, time in events:
-        histories.setdefault(user, []).append((item, int(time, 0 if "x" in time else 10) if timed else None))
+        seconds = (int(time) if whole else int(float(time))) if timed else None
+        histories.setdefault(user, []).append((item, seconds))
     if timed:
         histories = {user: sorted(found, key=lambda event: event[1] or 0) for user, found in histories.items()}
     return histories
@@ -139,6 +142,7 @@ def test_csv_interactions(
     (folder / "items.csv").write_bytes(csv_bytes([["item_id", "x"], *([item, "1"] for item in items)], *style) + noise)
     (folder / "events.csv").write_bytes(csv_bytes([["user_id", "item_id", "time"], *map(list, written)], *style))
     sequences = {"path": "events.csv", "layout": "interactions", "items": "item_id", "times": "time" if timed else ""}
+    sequences["time_unit"] = "s"
     store = store_of(folder, items={"path": "items.csv"}, sequences=sequences)
     if store is not None:
         assert noise in (b"", b"\x00"), "what is no row was read"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
@@ -65,11 +66,19 @@ def test_arrays_and_what_is_missing(tables: Path) -> None:
 
 
 def test_ids_in_a_csv(tables: Path) -> None:
-    """They are of the kind that the export's are."""
+    """They are of the kind that the export's are; text, where its vocabulary is not at hand."""
     export = write_config(tables, {"vector": FEATURE_DIM}, {"vector": NPY})
     (tables / "items.csv").write_text("item_id\n1\n2\n3\n")
-    for words, ids in (((), [1, 2, 3]), (("--text-ids",), ["1", "2", "3"])):
-        output = tables / f"encoded-{len(words)}"
+    cases: list[tuple[tuple[str, ...], pa.Array | None, list[object]]] = [
+        ((), None, ["1", "2", "3"]),
+        (("--ids", "integer"), None, [1, 2, 3]),
+        ((), pa.array([7]), [1, 2, 3]),
+        ((), pa.array(["7"]), ["1", "2", "3"]),
+    ]
+    for number, (words, known, ids) in enumerate(cases):
+        output = tables / f"encoded-{number}"
+        if known is not None:
+            pq.write_table(pa.table({"external_id": known}), export / "vocab.parquet")
         arguments = ["--items", tables / "items.csv", "--feature", f"vector={tables / 'vectors.npy'}", *words]
         arguments += ["--title", ""]
         run_here(encode.main, [export, *arguments, "--output", output])

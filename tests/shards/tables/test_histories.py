@@ -182,7 +182,7 @@ def test_what_is_not_written_like_an_integer_id_is_unknown(word: str, tmp_path: 
     with pytest.raises(UserError, match=re.escape(f"not in the item table, the first is {word!r}")):
         build_store(tiny_config(tmp_path, tmp_path / "store", features={}, **tables))
     tables = write_csvs(tmp_path, items, [("u", "42"), ("u", "7"), ("u", str(2**62))])
-    build_store(tiny_config(tmp_path, tmp_path / "store", features={}, **tables))
+    build_store(tiny_config(tmp_path, tmp_path / "store", features={}, ids="integer", **tables))
     vocabulary = pq.read_table(tmp_path / "store" / "vocab.parquet")["external_id"]
     assert vocabulary.type == pa.int64() and vocabulary.to_pylist() == [42, 7, -1, 2**62]
 
@@ -195,6 +195,8 @@ def test_a_csv_that_is_not_utf8_is_refused(where: str, tmp_path: Path) -> None:
     (tmp_path / "items.csv").write_bytes(text.encode("latin-1"))
     features = {"words": {"source": "tfidf", "dim": 1, "text": ["{title}"]}}
     tables = {"items": {"path": "items.csv", "title": "title"}}
-    with pytest.raises(UserError, match="not UTF-8 text.*; convert the file, for example with iconv") as refused:
+    with pytest.raises(
+        UserError, match="not UTF-8 text.*; name its encoding, such as --data.sequences.csv.encoding"
+    ) as refused:
         build_store(tiny_config(tmp_path, tmp_path / "store", features=features, **tables))
     assert "\n" not in str(refused.value)
