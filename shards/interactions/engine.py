@@ -20,7 +20,7 @@ SCRATCH = ".scratch-"  # begins the name of a folder that a killed process may l
 
 @contextmanager
 def open_engine(settings: InteractionsConfig, folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A connection whose tables lie in a scratch folder below ``folder``, which is removed in the end.
+    """A connection in memory; what exceeds its limit goes to a scratch folder in ``folder``, which is removed in the end.
 
     Nothing is fetched or loaded at run time: the engine has all that it needs.
 
@@ -31,11 +31,11 @@ def open_engine(settings: InteractionsConfig, folder: Path) -> Iterator[duckdb.D
     options = {
         "memory_limit": f"{settings.memory_gb * 1000:.0f}MB",
         "threads": str(os.cpu_count() if settings.threads == "auto" else settings.threads),
-        "temp_directory": str(scratch / "spill"),
+        "temp_directory": str(scratch),
         **OFFLINE,
     }
     try:
-        with duckdb.connect(str(scratch / "events.duckdb"), config=options) as connection:
+        with duckdb.connect(":memory:", config=options) as connection:
             connection.execute("SET TimeZone = 'UTC'")
             yield connection
     except duckdb.OutOfMemoryException as error:

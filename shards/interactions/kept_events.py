@@ -28,6 +28,7 @@ from shards.interactions.engine import count
 from shards.interactions.funnel import Funnel
 from shards.interactions.k_core import k_core
 from shards.interactions.periods import period_of
+from shards.tables.events import drop_events
 
 # 64 bits of a text, the same in every version of the engine. The order of two items under a user's bits xor theirs is
 # that of a coin, and the same whenever the user and the items are.
@@ -70,7 +71,7 @@ def keep_events(
         CREATE TABLE placed AS SELECT u, i, {time} AS t, split, {tie} AS tie
         FROM raw_events JOIN users ON raw_events."user" = users.id JOIN items ON raw_events.item = items.id
         WHERE {wanted}""")
-    connection.execute("DROP TABLE raw_events")
+    drop_events(connection)
     period, rule = period_of(connection, data.split, "placed", time_unit)
     connection.execute(f"CREATE VIEW coded AS SELECT u, i, t, ({period})::UTINYINT AS p, tie FROM placed")
     _drop_duplicates(connection, settings, by_row, data.split.by != "leave_one_out")

@@ -37,7 +37,7 @@ class ReadCounts:
 
 
 def load_events(connection: DuckDBPyConnection, data: DataConfig, downloads: Path | None) -> ReadCounts:
-    """Create the table ``raw_events`` of the rows that can be used.
+    """Create the view ``raw_events`` of the rows that can be used; :func:`drop_events` removes it and what is below it.
 
     Its columns: ``user`` and ``item``, VARCHAR, or BIGINT with ``data.ids: integer``; ``time`` BIGINT, microseconds
     since 1970 UTC; ``rating`` DOUBLE; ``event`` VARCHAR; ``split`` VARCHAR: train, valid or test; each of these four
@@ -73,16 +73,20 @@ def load_events(connection: DuckDBPyConnection, data: DataConfig, downloads: Pat
         _create(connection, unit, bool(tables[0].sequences.times), bad)
         _check(connection, tables, bad, num_rows, data.dirt.max_bad_rows)
     except BaseException:
-        connection.execute("DROP TABLE IF EXISTS raw_events")
+        drop_events(connection)
         raise
-    finally:
-        connection.execute(f"DROP TABLE {STAGED}")
     sorted_users = 0
     if tables[0].sequences.times:
         _say_times(connection, tables[0], unit)
         if tables[0].sequences.layout == "sequences":
             sorted_users = _num_unsorted(connection)
     return ReadCounts(num_rows, dict(sorted(bad.items())), unit, sorted_users)
+
+
+def drop_events(connection: DuckDBPyConnection) -> None:
+    """Undo :func:`load_events`."""
+    connection.execute("DROP VIEW IF EXISTS raw_events")
+    connection.execute(f"DROP TABLE IF EXISTS {STAGED}")
 
 
 def _parsed(names: list[str], has_times: bool) -> str:
@@ -125,10 +129,10 @@ def _time_unit(connection: DuckDBPyConnection, table: EventTable, is_text: bool)
 
 
 def _create(connection: DuckDBPyConnection, unit: str, has_times: bool, bad: Counter[str]) -> None:
-    """Create ``raw_events`` from :data:`STAGED`, and count bad rows."""
+    """Create ``raw_events`` over :data:`STAGED`, and count bad rows."""
     time = microseconds(unit if unit in UNITS else "s")
     connection.execute(
-        'CREATE OR REPLACE TABLE raw_events AS SELECT "user", "item", "time", rating, "event", "split", "row" FROM '
+        'CREATE OR REPLACE VIEW raw_events AS SELECT "user", "item", "time", rating, "event", "split", "row" FROM '
         f'(SELECT *, {time} AS "time" FROM {STAGED} WHERE cause IS NULL) WHERE "time" IS NOT NULL OR NOT {has_times}'
     )
     causes = connection.execute(f"SELECT cause, count(*) FROM {STAGED} GROUP BY cause").fetchall()
