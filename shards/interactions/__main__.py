@@ -20,9 +20,7 @@ def main(argv: list[str]) -> None:
         raw.prepared is not None,
         "the config asks for whole histories as they are: there is nothing to prepare; run python -m shards.build",
     )
-    assert raw.prepared is not None
-    print("\n".join(raw.prepared.funnel.lines()))
-    print(f"split: {raw.prepared.split_rule}\nwrote {interactions_folder(config)}")
+    print(f"split: {raw.split_rule}\nwrote {interactions_folder(config)}")
 
 
 if __name__ == "__main__":

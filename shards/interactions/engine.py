@@ -20,7 +20,7 @@ SCRATCH = ".scratch-"  # begins the name of a folder that a killed process may l
 
 @contextmanager
 def open_engine(settings: InteractionsConfig, folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A connection in memory; what exceeds its limit goes to a scratch folder in ``folder``, which is removed in the end.
+    """A connection in memory; what exceeds its limit goes to a scratch folder in ``folder``, removed in the end.
 
     Nothing is fetched or loaded at run time: the engine has all that it needs.
 

@@ -25,6 +25,7 @@ class Funnel:
     items: int = 0  # with an event
     events: int = 0
     tied_events: int = 0  # next to an event of the same user and time: only data.interactions.ties orders them
+    repeated_events: int = 0  # that an earlier one of the user equals in item and time
     users_tied_at_split: int = 0  # whose held-out event has the time of the one before it
     notes: list[str] = field(default_factory=list)  # such as which unit the times were taken for
 
@@ -43,11 +44,16 @@ class Funnel:
             rows.append((f"bad: {cause}", left, f"-{removed:,}"))
         rows += [(step.name, step.events, f"-{step.removed:,}") for step in self.steps]
         lines = [f"{name:<44}{removed:>16}{events:>16,}" for name, events, removed in rows]
-        tied = 100 * self.tied_events / max(self.events, 1)
-        return [
-            f"{'events':<44}{'removed':>16}{'left':>16}",
-            *lines,
-            f"{self.users:,} users, {self.items:,} items, {self.events:,} events; {tied:.1f} % of the events have the "
-            f"time of a neighbour; {self.users_tied_at_split:,} users have ties at the split",
-            *self.notes,
-        ]
+        lines = [f"{'events':<44}{'removed':>16}{'left':>16}", *lines]
+        lines.append(f"{self.users:,} users, {self.items:,} items, {self.events:,} events")
+        if self.tied_events:
+            lines.append(
+                f"{100 * self.tied_events / self.events:.1f} % of the events have the time of a neighbour, so that "
+                f"data.interactions.ties orders them; for {self.users_tied_at_split:,} users it decides what is held out"
+            )
+        if self.repeated_events:
+            lines.append(
+                f"{self.repeated_events:,} events stand twice (same user, item and time): kept as they are; "
+                "data.interactions.duplicates: event keeps one of each"
+            )
+        return lines + self.notes

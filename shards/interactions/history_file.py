@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from fmrl_dist.base.files import written_aside
 from fmrl_dist.base.progress import Progress
 from shards.interactions.funnel import Funnel
-from shards.tables.histories import Histories, HistoryBatches
+from shards.tables.histories import Histories, HistoryBatches, num_repeated_events
 
 EVENTS_AT_ONCE = 1 << 20
 USERS_AT_ONCE = 65_536
@@ -54,7 +54,9 @@ def write_histories(
     with written_aside(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for users, item_codes, times, periods in _whole_users(events):
             starts = np.concatenate(([0], np.flatnonzero(np.diff(users)) + 1, [len(users)]))
-            _count_ties(funnel, starts, times, periods, has_periods) if has_times else None
+            if has_times:
+                _count_ties(funnel, starts, times, periods, has_periods)
+                funnel.repeated_events += num_repeated_events(users, times, item_codes)
             keep = _latest(starts, periods, max_events) if max_events else np.ones(len(users), np.bool_)
             num_cut += int((~keep).sum())
             lengths = np.add.reduceat(keep, starts[:-1], dtype=np.int64)

@@ -56,6 +56,7 @@ class RawData:
             return cls(config, items, files, None)
         catalogue = items.ids.external if items else None
         prepared = prepare(data, interactions_folder(config), downloads, catalogue, files)
+        print("\n".join(prepared.funnel.lines()), flush=True)
         # What is fitted to items that only held-out events name would know of these events.
         fitted = None if prepared.split_rule == LEAVE_ONE_OUT else prepared.trained
         if items is None:

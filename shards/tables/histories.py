@@ -1,8 +1,8 @@
-"""Histories: read from a table of sequences or of interactions, in CSR form.
+"""Histories in CSR form, read from a table of sequences.
 
 ``n`` users of a batch, their events laid end to end: user ``i`` owns events ``starts[i]:starts[i + 1]``, oldest first.
-A table of sequences streams through; if it has times, each user's events are sorted by them. A table of interactions is
-held in memory once, to be sorted by (user, time). Both sorts are stable: events of one time keep the table's order.
+The table streams through. If it has times, each user's events are sorted by them; events of one time keep the list's
+order. Tables of single events go through :mod:`shards.interactions`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from shards.tables.event_batches import check_event_table, event_tables
 from shards.tables.formats.choice import event_source
 from shards.tables.item_ids import ItemIds
 from shards.tables.list_columns import starts_and_values
-from shards.tables.raw_tables import RawTable, TableBatches, read_batches, read_table
+from shards.tables.raw_tables import RawTable, TableBatches, read_batches
 from shards.tables.times import largest_number, ticks_of, unit_for
 
 
@@ -50,7 +50,7 @@ class HistoryBatches(NamedTuple):
 
 
 def read_histories(data: DataConfig, ids: ItemIds, downloads: Path | None = None) -> HistoryBatches:
-    """All histories of ``data.sequences``, users in order of their (first) row.
+    """All histories of a table of sequences, users in the order of their rows.
 
     Args:
         data: the config's section.
@@ -62,9 +62,6 @@ def read_histories(data: DataConfig, ids: ItemIds, downloads: Path | None = None
             wrong with a batch is raised when that batch is taken.
     """
     table, names = event_source(data, data.sequences.path, downloads)
-    if names.layout == "interactions":
-        histories = _read_interactions(table, names, data.ids, ids)
-        return HistoryBatches(len(histories.users), iter([histories]))
     columns = [names.user, names.items, *([names.times] if names.times else [])]
     found = read_batches(table, columns, text=columns[1:], ids=columns[:2])
     return HistoryBatches(found.num_rows, _parse_sequences(found, table, names, data.ids, ids))
@@ -100,31 +97,10 @@ def _parse_sequences(
             if num_sorted := len(np.unique(rows[1:][late])):
                 order = np.lexsort((ticks, rows))
                 ticks, items = ticks[order], items[order]
-            num_repeated = _num_repeated(rows, ticks, items)
+            num_repeated = num_repeated_events(rows, ticks, items)
             times = _seconds(ticks, per_second)
         users = as_ids(batch[names.user], f"column {names.user!r} of {table}", kind)
         yield Histories(users, starts, items, times, num_sorted, num_repeated)
-
-
-def _read_interactions(table: RawTable, names: SequenceTableConfig, kind: IdKind, ids: ItemIds) -> Histories:
-    columns = [names.user, names.items, *([names.times] if names.times else [])]
-    events = read_table(table, columns, text=columns[2:], ids=columns[:2])
-    users = as_ids(events[names.user], f"column {names.user!r} of {table}", kind).dictionary_encode()
-    where = f"column {names.items!r} of {table}"
-    items = ids.lookup(as_ids(events[names.items], where, kind), where)
-    rows = users.indices.to_numpy()  # numbered by first appearance
-    if names.times:
-        column = events[names.times].combine_chunks()
-        unit = unit_for(largest_number(column), names.time_unit)
-        ticks, per_second = ticks_of(column, unit, f"column {names.times!r} of {table}")
-        order = np.lexsort((ticks, rows))  # stable: events of one time keep the table's order
-        times = _seconds(ticks, per_second)[order]
-        num_repeated = _num_repeated(rows[order], ticks[order], items[order])
-    else:
-        order, times, num_repeated = np.argsort(rows, kind="stable"), None, 0
-    starts = np.zeros(len(users.dictionary) + 1, np.int64)
-    np.cumsum(np.bincount(rows, minlength=len(users.dictionary)), out=starts[1:])
-    return Histories(users.dictionary, starts, items[order], times, num_repeated=num_repeated)
 
 
 def _list_unit(table: RawTable, names: SequenceTableConfig) -> TimeUnit:
@@ -140,7 +116,7 @@ def _list_unit(table: RawTable, names: SequenceTableConfig) -> TimeUnit:
     return unit_for(largest, "auto")
 
 
-def _num_repeated(rows: np.ndarray, ticks: np.ndarray, items: np.ndarray) -> int:
+def num_repeated_events(rows: np.ndarray, ticks: np.ndarray, items: np.ndarray) -> int:
     """How many events equal an earlier one in user, time and item; events are sorted by user and time."""
     same = (np.diff(rows) == 0) & (np.diff(ticks) == 0)
     tied = np.zeros(len(rows), np.bool_)

@@ -12,7 +12,8 @@ import pytest
 
 from fmrl_dist.base.errors import UserError
 from shards.encoders.item_text import item_texts
-from shards.store.builder import _RawData, build_store
+from shards.store.builder import build_store
+from shards.store.raw_data import RawData
 from tests.fixtures.stores import (
     HISTORIES,
     read_columns,
@@ -162,7 +163,7 @@ def test_texts_of_a_csv_stay_as_they_are_written(tmp_path: Path) -> None:
         assert read_columns(store, "vocab.parquet")["title"] == [written] * 6
     parts = [f"{{{name}}}" for name in names]
     features = {"words": {"source": "tfidf", "dim": 1, "text": parts}}
-    raw = _RawData.read(tiny_config(tmp_path, tmp_path / "store", items=items, features=features).data)
+    raw = RawData.read(tiny_config(tmp_path, tmp_path / "store", items=items, features=features))
     assert item_texts(raw.items.table, parts, " ").texts == [" ".join(WRITTEN)] * 6
 
 
@@ -171,7 +172,7 @@ def test_a_number_of_a_csv_may_have_a_numbers_format(tmp_path: Path) -> None:
     (tmp_path / "items.csv").write_text("item_id,title,price\na,007,7.5\nb,8,\n")
     items = {"path": "items.csv", "title": ""}
     features, text = {"words": {"source": "tfidf", "dim": 1}}, ["{title} costs {price:.2f}"]
-    raw = _RawData.read(tiny_config(tmp_path, tmp_path / "store", items=items, features=features, text=text).data)
+    raw = RawData.read(tiny_config(tmp_path, tmp_path / "store", items=items, features=features, text=text))
     assert item_texts(raw.items.table, text, "").texts == ["007 costs 7.50", "Untitled Item"]
 
 
