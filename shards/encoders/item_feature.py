@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from fmrl_dist.data.store.manifest import Feature
+from shards.images.causes import ImageCounts
 
 PACKAGES: dict[str, tuple[str, ...]] = {
     "npy": ("numpy",),
@@ -41,6 +42,7 @@ class ItemFeature:
     device: str = ""  # that computed the rows, such as cpu, of an encoder that can choose
     fit: bytes = b""  # file of what the encoder was fitted to, of one that is
     note: str = ""  # what a summary should say about absent items
+    images: ImageCounts | None = None  # what became of the images that it was made of
 
     @cached_property
     def manifest_entry(self) -> Feature:
