@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from fmrl_dist.base.parent_process import end_with_parent
 from shards.encoders.item_images import ImageTable, read_image
 from shards.encoders.open_clip_model import make_transform
-from shards.images.causes import UnreadableImage
+from shards.images.causes import UnreadableImageError
 from shards.images.decoding import decode_image
 
 NOTICE_S = 1.0  # within which the kernel tells of a child that has closed its connections
@@ -65,7 +65,7 @@ class PreparedImages(Dataset[PreparedBatch]):
         for item, image in zip(batch.items, batch.images, strict=True):
             try:
                 decoded = decode_image(read_image(self.folder, image))
-            except UnreadableImage as problem:
+            except UnreadableImageError as problem:
                 failed.append(problem.cause)
                 continue
             items.append(item)

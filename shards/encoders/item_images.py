@@ -21,7 +21,7 @@ from fmrl_dist.base.files import file_sha256
 from fmrl_dist.base.id_columns import as_ids
 from fmrl_dist.base.parquet import BATCH_SHARE, TOO_MUCH, memory_bytes
 from fmrl_dist.config.features import ImageFeature
-from shards.images.causes import UnreadableImage
+from shards.images.causes import UnreadableImageError
 from shards.tables.column_kinds import is_text, require_ids
 from shards.tables.item_ids import ItemIds
 from shards.tables.raw_tables import BATCH_ROWS, read_batches, read_table, table_types
@@ -110,7 +110,7 @@ def _image_file_sha256(folder: Path, name: str | None) -> bytes:
     """As the encoders see it: a file that is missing or too large is as good as an empty one."""
     try:
         data = read_image(folder, name)
-    except UnreadableImage:
+    except UnreadableImageError:
         data = b""
     return hashlib.sha256(data).digest()
 
@@ -138,10 +138,10 @@ def read_image(folder: Path, image: bytes | str | None) -> bytes:
     """Encoded bytes of an image, which is given as bytes or by its file name.
 
     Raises:
-        UnreadableImage: empty, missing or too large.
+        UnreadableImageError: empty, missing or too large.
     """
     if not image:
-        raise UnreadableImage("empty")
+        raise UnreadableImageError("empty")
     return read_image_file(folder, image) if isinstance(image, str) else image
 
 
@@ -149,17 +149,17 @@ def read_image_file(folder: Path, name: str) -> bytes:
     """Bytes of a file below ``folder``.
 
     Raises:
-        UnreadableImage: missing, which is also a file elsewhere or one that cannot be read, or too large.
+        UnreadableImageError: missing, which is also a file elsewhere or one that cannot be read, or too large.
     """
     path = _file_below(folder, name)
     if path is None:
-        raise UnreadableImage("missing")
+        raise UnreadableImageError("missing")
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise UnreadableImage("too large")
+            raise UnreadableImageError("too large")
         return path.read_bytes()
     except OSError:
-        raise UnreadableImage("missing") from None
+        raise UnreadableImageError("missing") from None
 
 
 def _file_below(folder: Path, name: str) -> Path | None:

@@ -17,7 +17,7 @@ from fmrl_dist.base.progress import Progress
 from fmrl_dist.config.features import PixelsFeature
 from shards.encoders.item_feature import ItemFeature
 from shards.encoders.item_images import ImageTable, read_image
-from shards.images.causes import ImageCounts, UnreadableImage
+from shards.images.causes import ImageCounts, UnreadableImageError
 from shards.images.decoding import decode_image
 from shards.tables.item_ids import ItemIds
 
@@ -48,7 +48,7 @@ def encode_images(name: str, config: PixelsFeature, root: Path, ids: ItemIds) ->
                 num_tried += 1
                 try:
                     rows[item], present[item] = encode_image(read_image(table.folder, image)), True
-                except UnreadableImage as problem:
+                except UnreadableImageError as problem:
                     failed[problem.cause] += 1
         progress.advance(len(batch.images))
     progress.close()
@@ -62,7 +62,7 @@ def encode_image(data: bytes) -> np.ndarray:
     """Descriptor float32 [464] of one encoded image, L2-normalised.
 
     Raises:
-        UnreadableImage: it cannot be decoded.
+        UnreadableImageError: it cannot be decoded.
     """
     small = decode_image(data, SIDE).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
     parts = (_thumbnail(small), _colours(small), _orientations(small))

@@ -21,7 +21,7 @@ CAUSES = (
 )
 
 
-class UnreadableImage(Exception):
+class UnreadableImageError(Exception):
     """An image that cannot be used; ``cause`` is one of :data:`CAUSES`."""
 
     def __init__(self, cause: str) -> None:

@@ -12,7 +12,7 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps
 
-from shards.images.causes import UnreadableImage
+from shards.images.causes import UnreadableImageError
 
 DECODING = 3  # raise it when decode_image gives other pixels: finished blocks of an encoding are then not reused
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -34,33 +34,33 @@ def decode_image(data: bytes, side: int | None = None) -> Image.Image:
         side: a JPEG may be decoded at a fraction of its size if both sides remain at least this long; None: never.
 
     Raises:
-        UnreadableImage: with its cause: not an image, truncated, bomb, too small, aspect or damaged.
+        UnreadableImageError: with its cause: not an image, truncated, bomb, too small, aspect or damaged.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MAX_PIXELS is below Pillow's own limit; damaged metadata are no news
         try:
             image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         except Image.DecompressionBombError:
-            raise UnreadableImage("bomb") from None
+            raise UnreadableImageError("bomb") from None
         except Exception:  # noqa: BLE001 - a malformed file can make Pillow's parsers raise anything
-            raise UnreadableImage(_cause(data)) from None
+            raise UnreadableImageError(_cause(data)) from None
         _check_size(*image.size)
         try:
             if side is not None:
                 image.draft("RGB", (side, side))
             return _on_white(_eight_bit(_upright(image), data)).convert("RGB")
         except Exception:  # noqa: BLE001 - and its decoders likewise
-            raise UnreadableImage(_cause(data)) from None
+            raise UnreadableImageError(_cause(data)) from None
 
 
 def _check_size(width: int, height: int) -> None:
     short, long = sorted((width, height))
     if width * height > MAX_PIXELS:
-        raise UnreadableImage("bomb")
+        raise UnreadableImageError("bomb")
     if short < MIN_SIDE:
-        raise UnreadableImage("too small")
+        raise UnreadableImageError("too small")
     if long > MAX_ASPECT * short:
-        raise UnreadableImage("aspect")
+        raise UnreadableImageError("aspect")
 
 
 def _cause(data: bytes) -> str:
