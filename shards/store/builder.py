@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -42,6 +42,7 @@ from shards.encoders.encoded_blocks import encoding_folder, remove_encodings
 from shards.encoders.item_feature import ItemFeature
 from shards.encoders.sources import check_source, make_feature
 from shards.store.block_writer import BlockWriter
+from shards.store.build_report import BuildReport, TableCounts
 from shards.store.inputs import input_files, record
 from shards.store.leave_one_out import LeaveOneOutWriter, SplitBlocks, train_counts
 from shards.store.parquet_tables import users_table, vocab_table
@@ -53,8 +54,13 @@ from shards.tables.item_ids import ItemIds, check_unique
 ITEM_ORDER_SEED = 0
 
 
-def build_store(config: Config, overwrite: bool = False) -> tuple[Store, list[ItemFeature]]:
+def build_store(config: Config, overwrite: bool = False, config_name: str = "") -> tuple[Store, list[ItemFeature]]:
     """Build the store at ``config.store.path``.
+
+    Args:
+        config: says what from.
+        overwrite: whether to replace a store that is there.
+        config_name: of the config's file, for the build report.
 
     Raises:
         UserError: the raw data are refused, or something is already there and ``overwrite`` is off.
@@ -73,7 +79,7 @@ def build_store(config: Config, overwrite: bool = False) -> tuple[Store, list[It
     with only_writer(encoding):
         with replaced_folder(target) as aside:
             _check_target(target, overwrite)  # another build may have ended since
-            features = _write_store(config, aside, encoding)
+            features = _write_store(config, aside, encoding, BuildReport(config=config_name))
             if not overwrite:
                 _check_target(target, overwrite)  # or ends meanwhile, where there are no locks
         remove_encodings(encoding)
@@ -154,23 +160,26 @@ class _RawData:
         progress.close()
 
 
-def _write_store(config: Config, folder: Path, encoding: Path) -> list[ItemFeature]:
+def _write_store(config: Config, folder: Path, encoding: Path, report: BuildReport) -> list[ItemFeature]:
     """Write all files of the store into ``folder``; encoders keep finished blocks in the folder ``encoding``."""
-    raw = _RawData.read(config.data)
-    files = input_files(config)
-    features = [
-        make_feature(name, config.data, raw.items.table, raw.ids, encoding, files) for name in config.data.features
-    ]
+    with report.timed("items"):
+        raw = _RawData.read(config.data)
+        report.add_items(raw.items.table, config.data.items.id, config.data.items.title)
+    with report.timed("hashes"):
+        files = input_files(config)
+    features = _make_features(raw, files, encoding, report)
     inline = config.store.feature_mode == "inline"
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(BlockWriter(folder, split, config.store.blocks_per_shard))
             for split in ("items", *SPLITS)
         }
-        _write_items(writers["items"], raw.ids, features, config.store.items_per_block, encoding)
+        with report.timed("item blocks"):
+            _write_items(writers["items"], raw.ids, features, config.store.items_per_block, encoding)
         item_fields = partial(_inline_fields, features, _train_counts(raw)) if inline else None
         blocks = {split: UserBlocks(writers[split], config.store.users_per_block, item_fields) for split in SPLITS}
-        histories, users = _write_histories(raw, SplitBlocks(**blocks))
+        with report.timed("histories"):
+            histories, users = _write_histories(raw, SplitBlocks(**blocks), report)
     tables = {
         VOCAB_FILE: vocab_table(raw.ids.external, histories.train_count, raw.items.titles),
         USERS_FILE: users_table(users),
@@ -197,7 +206,32 @@ def _write_store(config: Config, folder: Path, encoding: Path) -> list[ItemFeatu
         table_files={name: file_sha256(folder / name) for name in tables},
     )
     (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+    report.made_with = manifest.built_from.made_with if manifest.built_from else {}
+    report.write(folder)
     return features
+
+
+def _make_features(raw: _RawData, files: Mapping[str, str], encoding: Path, report: BuildReport) -> list[ItemFeature]:
+    """All features that the config names, from input files with these hashes."""
+    features = []
+    for name in raw.config.features:
+        with report.timed(f"feature {name}"):
+            features.append(make_feature(name, raw.config, raw.items.table, raw.ids, encoding, files))
+        report.add_feature(features[-1])
+    return features
+
+
+def _report_histories(report: BuildReport, raw: _RawData, writer: LeaveOneOutWriter, num_read: int) -> None:
+    """The funnel from ``num_read`` events of the raw table to those of the store."""
+    num_rows = writer.num_users + writer.num_dropped_users
+    report.tables["data.sequences"] = TableCounts(num_rows if raw.config.sequences.layout == "sequences" else num_read)
+    report.add_step("read", "left", num_rows, raw.num_items, num_read)
+    report.add_step(
+        "users with fewer than 2 events", "removed", writer.num_dropped_users, events=num_read - writer.num_events
+    )
+    report.add_step("in the store", "left", writer.num_users, raw.num_items, writer.num_events)
+    report.add_step("users whose events were out of order, sorted", "noted", writer.num_sorted_users)
+    report.add_step("events equal to an earlier one, kept", "noted", events=writer.num_repeated_events)
 
 
 def _write_items(
@@ -228,11 +262,13 @@ def _write_items(
     progress.close()
 
 
-def _write_histories(raw: _RawData, blocks: SplitBlocks) -> tuple[LeaveOneOutWriter, pa.Array]:
+def _write_histories(raw: _RawData, blocks: SplitBlocks, report: BuildReport) -> tuple[LeaveOneOutWriter, pa.Array]:
     """Write the blocks of all splits; returns the writer with its counts, and the external ids of the users."""
-    writer = LeaveOneOutWriter(blocks, raw.num_items)
+    writer, num_read = LeaveOneOutWriter(blocks, raw.num_items), 0
     for batch in raw.histories("histories"):
         writer.add(batch)
+        num_read += len(batch.items)
+    _report_histories(report, raw, writer, num_read)
     users = writer.finish()
     if writer.num_sorted_users:
         column = raw.config.sequences.times
