@@ -68,15 +68,9 @@ def _images(features: Mapping[str, FeatureCounts]) -> Markup | None:
     if not of_images:
         return None
     causes = [cause for cause in CAUSES if any(one.bad.get(cause) for one in of_images.values())]
-    rows = [
-        [
-            name,
-            _count(one.given),
-            *(_count(one.bad.get(cause, 0)) for cause in causes),
-            *map(_count, (one.empty, one.unknown_items)),
-        ]
-        for name, one in of_images.items()
-    ]
-    return table(
-        "Images, by why they cannot be used", ["feature", "given", *causes, "empty cells", "of unknown items"], rows
-    )
+    rows = []
+    for name, one in of_images.items():
+        counts = [one.given, *(one.bad.get(cause, 0) for cause in causes), one.empty, one.unknown_items]
+        rows.append([name, *map(_count, counts)])
+    head = ["feature", "given", *causes, "empty cells", "of unknown items"]
+    return table("Images, by why they cannot be used", head, rows)

@@ -51,13 +51,7 @@ def repeats(found: Survey) -> Markup:
         rows.append(
             [SPLIT_WORDS[split], f"{counts.repeated:,}", at_once, f"{counts.users_with_repeats:,}", f"{share:.1f} %"]
         )
-    head = [
-        "split",
-        "events of an item that the user had before",
-        "of these at the same time",
-        "users with such",
-        "share",
-    ]
+    head = ["split", "events of an item had before", "of these at the same time", "users with such", "share"]
     return table("Events that stand again in the same history", head, rows)
 
 
