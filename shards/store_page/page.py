@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from fmrl_dist.base.errors import UserError
+from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import write_atomically
 from fmrl_dist.base.pages.document import Heading, Section, document
 from fmrl_dist.base.pages.markup import Markup, element, joined
@@ -36,6 +36,8 @@ def write_store_page(store: Store, output: Path, data: DataConfig | None = None)
     Raises:
         UserError: a block, table or report of the store is damaged, the images cannot be read, or the file not written.
     """
+    require(output.parent.is_dir(), f"{output.parent} is not a folder; make it, or choose another --html FILE")
+    require(not output.is_dir(), f"{output} is a folder; expected a file to write, such as {output / 'store.html'}")
     report = read_report(store)
     vocabulary = _vocabulary(store)
     found, near = survey(store), near_duplicates(store)
