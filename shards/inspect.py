@@ -61,14 +61,8 @@ def describe(store: Store) -> str:
         )
         lines.append(f"{split:<8}{len(shards):>8}{samples:>8,}{rows:>12,}{events:>14,}{size / 2**20:>10.1f}")
     report = read_report(store)
-    lines += [
-        "",
-        *(
-            report_lines(report)
-            if report is not None
-            else [f"(no {BUILD_REPORT_FILE}: an older version built the store)"]
-        ),
-    ]
+    none = [f"(no {BUILD_REPORT_FILE}: an older version built the store, or it was not copied along)"]
+    lines += ["", *(report_lines(report) if report is not None else none)]
     return "\n".join(lines)
 
 

@@ -61,7 +61,9 @@ def _item_rows(store: Store, limits: dict[str, int]) -> dict[str, tuple[np.ndarr
     kept: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in limits}
     missing = dict(limits)
     for arrays in store.read_each(store.manifest.items) if any(missing.values()) else ():
-        for name in kept if arrays is not None else ():
+        if arrays is None:
+            continue
+        for name in kept:
             mask = arrays.get(f"{name}.mask")
             there = np.flatnonzero(mask) if mask is not None else np.arange(len(arrays["ids"]))
             there = there[: missing[name]]

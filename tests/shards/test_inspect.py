@@ -31,7 +31,7 @@ def test_a_store_without_a_report_says_so(tmp_path: Path, capsys: pytest.Capture
     main([str(store.path)])
     assert "(no build-report.json: an older version built the store, or" in capsys.readouterr().out
     (store.path / BUILD_REPORT_FILE).write_text("{}")
-    assert "build-report.json is of version 'None': expected 1" in refusal(main, store.path)
+    assert "build-report.json is of version 'None', expected 1" in refusal(main, store.path)
 
 
 def test_a_store_at_a_url_has_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,7 +36,7 @@ def test_counts_equal_plain_loops(tmp_path: Path) -> None:
     by_time = Counter(time for history in read_split(store, "train", "times").values() for time in history)
     assert {time: int(counts[0]) for time, counts in found.times.counts.items() if counts[0]} == by_time
     num_tested = len(read_split(store, "test"))
-    assert sum(counts for counts in found.times.counts.values())[1:].tolist() == [num_tested, num_tested]
+    assert np.sum(list(found.times.counts.values()), axis=0)[1:].tolist() == [num_tested, num_tested]
     whole = read_split(store, "test")
     assert len(found.examples) == 10 and found.examples_of == "test"
     for example in found.examples:
