@@ -44,8 +44,8 @@ class FunnelStep:
     """A step on the way from the events of the raw tables to those of the store; what it does not count is None."""
 
     step: str = ""  # in words
-    # left: that many remain after it | removed: it took that many away | noted: of those that remain, that many are so
-    effect: Literal["left", "removed", "noted"] = "left"
+    # remain: that many do after it | removed: it took that many away | noted: of those that remain, that many are so
+    effect: Literal["remain", "removed", "noted"] = "remain"
     users: NonNegativeInt | None = None
     items: NonNegativeInt | None = None
     events: NonNegativeInt | None = None
@@ -97,7 +97,7 @@ class BuildReport:
     def add_step(
         self,
         step: str,
-        effect: Literal["left", "removed", "noted"],
+        effect: Literal["remain", "removed", "noted"],
         users: int | None = None,
         items: int | None = None,
         events: int | None = None,

@@ -225,11 +225,11 @@ def _report_histories(report: BuildReport, raw: _RawData, writer: LeaveOneOutWri
     """The funnel from ``num_read`` events of the raw table to those of the store."""
     num_rows = writer.num_users + writer.num_dropped_users
     report.tables["data.sequences"] = TableCounts(num_rows if raw.config.sequences.layout == "sequences" else num_read)
-    report.add_step("read", "left", num_rows, raw.num_items, num_read)
+    report.add_step("read", "remain", num_rows, raw.num_items, num_read)
     report.add_step(
         "users with fewer than 2 events", "removed", writer.num_dropped_users, events=num_read - writer.num_events
     )
-    report.add_step("in the store", "left", writer.num_users, raw.num_items, writer.num_events)
+    report.add_step("in the store", "remain", writer.num_users, raw.num_items, writer.num_events)
     report.add_step("users whose events were out of order, sorted", "noted", writer.num_sorted_users)
     report.add_step("events equal to an earlier one, kept", "noted", events=writer.num_repeated_events)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from shards.store.build_report import BuildReport, FeatureCounts, FunnelStep
 
 WIDTH, NAME_WIDTH = 100, 16
-SIGNS = {"left": "=", "removed": "-", "noted": "·"}
+SIGNS = {"remain": "=", "removed": "-", "noted": "·"}
 
 
 def report_lines(report: BuildReport) -> list[str]:
@@ -49,8 +49,8 @@ def _bad(causes: Mapping[str, int]) -> str:
 
 
 def _funnel(steps: Iterable[FunnelStep]) -> Iterator[str]:
-    """A small table; a sign says whether a step left, removed or only noted what it counts."""
-    steps = list(steps)
+    """A small table; a sign says what a step does with what it counts; steps of nothing are no news."""
+    steps = [step for step in steps if step.effect == "remain" or any((step.users, step.items, step.events))]
     if not steps:
         return
     yield f"{'events':<52}{'users':>14}{'items':>14}{'events':>18}"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fmrl_dist.base.pages.markup import Markup, facts, joined, paragraph, table
+from fmrl_dist.base.pages.markup import Markup, element, facts, joined, paragraph, table
 from shards.images.causes import CAUSES
 from shards.store.build_report import BUILD_REPORT_FILE, BuildReport, FeatureCounts
 
-EFFECTS = {"left": "left", "removed": "taken away", "noted": "noted, kept"}
+EFFECTS = {"remain": "remain", "removed": "taken away", "noted": "noted, kept"}
 
 
 def dirt(report: BuildReport | None) -> Markup:
@@ -20,10 +20,11 @@ def dirt(report: BuildReport | None) -> Markup:
             class_="missing",
         )
     parts = [_tables(report), _funnel(report), _catalogue(report), _images(report.features)]
-    origin = [("written", report.written), ("config", report.config or "not named")]
-    origin += [(f"seconds, {step}", f"{seconds:,.1f}") for step, seconds in report.seconds.items()]
-    origin += list(report.made_with.items())
-    return joined([*parts, facts(origin)])
+    seconds = ", ".join(f"{step} {took:,.1f}" for step, took in report.seconds.items())
+    made_with = ", ".join(f"{name} {version}" for name, version in report.made_with.items())
+    written = report.written.replace("T", " ").replace("+00:00", " UTC")
+    origin = [("written", written), ("config", report.config), ("seconds", seconds), ("made with", made_with)]
+    return joined([*parts, facts((name, words) for name, words in origin if words)])
 
 
 def _count(count: int | None) -> str:
@@ -31,7 +32,7 @@ def _count(count: int | None) -> str:
 
 
 def _causes(causes: Mapping[str, int]) -> str:
-    return ", ".join(f"{count:,} {cause}" for cause, count in causes.items() if count) or "none"
+    return ", ".join(f"{count:,} {cause}" for cause, count in causes.items() if count) or "—"
 
 
 def _tables(report: BuildReport) -> Markup | None:
@@ -43,7 +44,13 @@ def _tables(report: BuildReport) -> Markup | None:
 
 def _funnel(report: BuildReport) -> Markup | None:
     rows = [
-        [one.step, EFFECTS[one.effect], _count(one.users), _count(one.items), _count(one.events)]
+        [
+            element("span", one.step, class_="step"),
+            EFFECTS[one.effect],
+            _count(one.users),
+            _count(one.items),
+            _count(one.events),
+        ]
         for one in report.funnel
     ]
     head = ["step", "effect", "users", "items", "events"]

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from fmrl_dist.base.pages.bars import Column, column_chart, stacked_bars
-from fmrl_dist.base.pages.charts import BASELINE, NETWORK, VECTORS, Axis, Series, line_chart, short_count
+from fmrl_dist.base.pages.charts import BASELINE, NETWORK, VECTORS, Axis, Series, line_chart
 from fmrl_dist.base.pages.markup import Markup, element, facts, joined, paragraph, table
 from fmrl_dist.base.pages.numbers import number_of_bytes
 from fmrl_dist.data.store.manifest import SPLITS, Manifest
@@ -48,33 +48,35 @@ def lengths(found: Survey) -> Markup:
     first = min((int(np.flatnonzero(counts)[0]) for counts in by_split.values() if counts.any()), default=0)
     edges = edges[first:]
     step = -(-(len(edges) - 1) // MOST_TICKS)
-    ticks = [(place, short_count(edges[place])) for place in range(0, len(edges) - 1, step)]
+    ticks = [(place, f"{edges[place]}") for place in range(0, len(edges) - 1, step)]
+    highest = float(max(counts.max() for counts in by_split.values()))
     charts = []
     for split, counts in by_split.items():
         columns = [
             Column(f"{_run(low, high)} events: {count:,} users", [count])
             for (low, high), count in zip(pairwise(edges), counts[first:].tolist(), strict=True)
         ]
-        title = f"Users of {SPLIT_WORDS[split]} by number of events"
+        title = f"Length of {SPLIT_WORDS[split]} histories"
         of_split = found.splits[split]
         words = f"{of_split.users:,} users; half have at most {of_split.quantile(0.5):,} events, the longest history "
         words += f"{of_split.longest:,}."
-        chart = column_chart(f"lengths-{split}", title, words, columns, [COLOURS[split]], "events (log scale)", ticks)
+        label = "events (log scale); height: users"
+        chart = column_chart(f"lengths-{split}", title, words, columns, [COLOURS[split]], label, ticks, highest)
         charts.append(element("div", element("h3", title), chart))
-    return element("div", *charts, class_="charts")
+    return element("div", *charts, class_="thirds")
 
 
 def length_edges(longest: int) -> list[int]:
-    """First lengths of bins whose ends are 2ⁿ and 3·2ⁿ, up to one above ``longest``.
+    """First lengths of bins, each about √2 times the one before, up to one above ``longest``.
 
     >>> length_edges(9)
-    [1, 2, 3, 4, 6, 8, 12]
+    [1, 2, 3, 4, 6, 8, 11]
     """
-    edges, power = [1, 2], 2
+    edges, power = [1], 2
     while edges[-1] <= longest:
-        edges += [power + power // 2, 2 * power]
-        power *= 2
-    return edges if edges[-2] <= longest else edges[:-1]
+        edges.append(max(round(2 ** (power / 2)), edges[-1] + 1))
+        power += 1
+    return edges
 
 
 def _binned(counts: np.ndarray, edges: Sequence[int]) -> np.ndarray:
@@ -137,9 +139,11 @@ def over_time(times: TimeBins | None) -> Markup:
     label = "date (UTC)" if is_unix(times.high) else "time, as in the raw table"
     words = f"From {begin} to {end}."
     chart = column_chart("times", title, words, columns, [COLOURS[split] for split in SPLITS], label, ticks)
-    legend = element("p", *(swatch(split, f"{SPLIT_WORDS[split]}{TARGETS[split]}") for split in SPLITS), class_="note")
+    legend = element("p", *(swatch(split, f"{SPLIT_WORDS[split]}{TARGETS[split]}") for split in SPLITS))
     about = f"{words} Events of one column lie within {_width(times)}; there are at most {MOST_TIME_BINS} columns."
-    return element("div", element("div", chart, class_="wide"), legend, paragraph(about, class_="note"))
+    return element(
+        "div", element("div", element("h3", title), chart), element("div", legend, paragraph(about)), class_="pair"
+    )
 
 
 TARGETS = {"train": " events", "valid": " targets", "test": " targets"}
@@ -165,13 +169,14 @@ def coverage(manifest: Manifest) -> Markup:
     for one in manifest.features:
         absent = manifest.num_items - one.present
         share = f"{100 * one.present / manifest.num_items:.1f} %"
-        bars.append((f"{one.name}, {share}", [("have it", one.present, NETWORK), ("lack it", absent, BASELINE)]))
+        parts = [("have it", one.present, NETWORK), ("lack it", absent, BASELINE)]
+        bars.append((f"{one.name}: {share}", [part for part in parts if part[1]]))
         rows.append(
             [one.name, f"{one.dim:,}", f"{one.present:,}", f"{absent:,}", share, one.encoder, one.revision[:24]]
         )
     title = "Items that have each feature"
-    words = "; ".join(f"{name}: {parts[0][1]:,} have it, {parts[1][1]:,} lack it" for name, parts in bars)
-    chart = stacked_bars("coverage", title, words, bars, lambda value: f"{value:,.0f} items")
+    words = "; ".join(name for name, _ in bars)
+    chart = stacked_bars("coverage", title, words, bars, lambda value: f"{value:,.0f} items", with_total=False)
     head = ["feature", "channels", "items with it", "without", "share", "made by", "revision"]
     figure = element("div", element("h3", title), chart, class_="narrow")
     return joined((figure, table("Item features", head, rows)))

@@ -76,8 +76,7 @@ def _heading(store: Store, name: str) -> Heading:
         ("users", f"{manifest.num_users:,}"),
         ("items", f"{manifest.num_items:,}"),
         ("events", f"{manifest.num_events:,}"),
-        ("events a user", f"{manifest.num_events / manifest.num_users:.2f}"),
-        ("of all pairs of user and item", f"{100 * density:.3g} %"),
+        (f"events a user, {100 * density:.3g} % of the items", f"{manifest.num_events / manifest.num_users:.2f}"),
     ]
     state = element("p", element("code", f"sha256 {manifest.sha256}", class_="hash"))
     return Heading("fmrl-dist · one shard store", name, state, tiles)

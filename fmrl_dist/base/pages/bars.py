@@ -38,6 +38,7 @@ def column_chart(
     fills: Sequence[tuple[str, str]],
     x_label: str,
     ticks: Sequence[tuple[float, str]],
+    highest: float = 0.0,
 ) -> Markup:
     """Columns side by side, all of one width.
 
@@ -48,9 +49,10 @@ def column_chart(
         fills: colour of each part, on light and on dark ground.
         x_label: what the columns stand for.
         ticks: places in columns, 0 for the left end of the first, and their names.
+        highest: height that the axis reaches at least, so that several charts have the same.
     """
     across = Scale(0.0, max(len(columns), 1), LEFT, WIDTH - 4, False, list(ticks))
-    highest = max((sum(column.heights) for column in columns), default=1.0) or 1.0
+    highest = max(highest, *(sum(column.heights) for column in columns), 0.0) or 1.0
     up = fitted_scale([0.0, highest], Axis(from_zero=True), HEIGHT - BOTTOM, TOP)
     parts = [grid(across, up, x_label)]
     for number, column in enumerate(columns):
@@ -78,6 +80,7 @@ def stacked_bars(
     description: str,
     bars: Sequence[tuple[str, Sequence[tuple[str, float, tuple[str, str]]]]],
     shown: Callable[[float], str],
+    with_total: bool = True,
 ) -> Markup:
     """Horizontal bars of one scale, each in parts.
 
@@ -86,13 +89,16 @@ def stacked_bars(
         title, description: as of :func:`line_chart`.
         bars: name of each bar, and name, length and colour of its parts.
         shown: a length in words.
+        with_total: whether the length of a bar stands behind its name.
     """
     longest = max(sum(value for _, value, _ in parts) for _, parts in bars) or 1.0
     pictures: list[Markup] = []
     top, height = 8.0, 30.0
     for bar, parts in bars:
         total, left = sum(value for _, value, _ in parts), 2.0
-        pictures.append(element("text", f"{bar}: {shown(total)}", x=left, y=top + 11, class_="bar"))
+        pictures.append(
+            element("text", f"{bar}: {shown(total)}" if with_total else bar, x=left, y=top + 11, class_="bar")
+        )
         for part, value, colour in parts:
             length = (WIDTH - 4) * value / longest
             tip = element("title", f"{part}: {shown(value)}")

@@ -43,9 +43,9 @@ def test_a_build_says_what_it_left_out(config: Any) -> None:
     assert report is not None and report.config == "tiny.yaml"
     assert {name: one.rows for name, one in report.tables.items()} == {"data.items": 6, "data.sequences": 4}
     assert report.funnel == (
-        FunnelStep("read", "left", 4, 6, 7),
+        FunnelStep("read", "remain", 4, 6, 7),
         FunnelStep("users with fewer than 2 events", "removed", 2, None, 1),
-        FunnelStep("in the store", "left", 2, 6, 6),
+        FunnelStep("in the store", "remain", 2, 6, 6),
         FunnelStep("users whose events were out of order, sorted", "noted", 1),
         FunnelStep("events equal to an earlier one, kept", "noted", events=1),
     )

@@ -50,7 +50,7 @@ def test_names_and_keys(browser: Any, file: Path) -> None:
     links = page.get_by_role("navigation", name="Sections").get_by_role("link")
     assert links.count() == page.locator("section").count() == 8
     assert page.get_by_role("region", name="What did the build leave out?").count() == 1
-    assert page.get_by_role("img", name="Users of train by number of events").count() == 1
+    assert page.get_by_role("img", name="Length of train histories").count() == 1
     assert page.get_by_role("rowheader", name="vector", exact=True).count() >= 2
     page.keyboard.press("Tab")
     assert page.evaluate("() => document.activeElement.textContent") == links.first.text_content()
