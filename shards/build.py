@@ -8,12 +8,15 @@ from pathlib import Path
 from fmrl_dist.base.errors import require, run_command
 from fmrl_dist.base.urls import is_url
 from fmrl_dist.config.command_line import command_parser, parse_command
+from fmrl_dist.config.loading import DEMO_CONFIG
 from fmrl_dist.config.sections import Config
 from fmrl_dist.data.store.manifest import MANIFEST_FILE
 from fmrl_dist.data.store.reader import Store
 from shards.encoders.item_feature import ItemFeature
+from shards.store.build_report import read_report
 from shards.store.builder import build_store, make_demo_data
 from shards.store.inputs import check_built_from
+from shards.store.report_text import report_lines
 
 
 def main(argv: list[str]) -> None:
@@ -32,7 +35,8 @@ def main(argv: list[str]) -> None:
             )
         return
     start = time.monotonic()
-    store, features = build_store(config, overwrite=arguments.overwrite)
+    config_name = arguments.config.name if arguments.config else DEMO_CONFIG.name
+    store, features = build_store(config, overwrite=arguments.overwrite, config_name=config_name)
     _print_summary(store, features, time.monotonic() - start)
 
 
@@ -73,8 +77,11 @@ def _print_summary(store: Store, features: list[ItemFeature], seconds: float) ->
     for feature in features:
         entry = feature.manifest_entry
         share = 100 * entry.present / manifest.num_items
-        note = f" ({feature.note})" if feature.note else ""
+        note = f" ({feature.note})" if feature.note and feature.images is None else ""  # the report has the images
         print(f"  feature {entry.name}: {entry.dim} x {entry.dtype}, {entry.encoder}, {share:.1f} % of items{note}")
+    report = read_report(store)
+    if report is not None:
+        print("\n".join(report_lines(report)))
 
 
 if __name__ == "__main__":

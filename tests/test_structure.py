@@ -22,6 +22,7 @@ SUBFOLDERS = {
     "fmrl_dist": {
         *FOLDERS,
         *(
+            "base/pages",
             "data/store",
             "evaluation/results",
             "deploy/approximate",
@@ -33,7 +34,7 @@ SUBFOLDERS = {
             "training/id_table",
         ),
     },
-    "shards": {"tables", "tables/formats", "encoders", "store", "demo"},
+    "shards": {"tables", "tables/formats", "encoders", "images", "interactions", "store", "store_page", "demo"},
     "launch": {"slurm", "sweeps", "local"},
     "benchmarks": {"gpu", "rivals"},
 }

@@ -2,7 +2,7 @@
 
     <store>.encoding/<feature>-<key>/encoding.json     the recipe: what is encoded, and how; the key is its hash
                                      000000.npz        ids int64 [n] and rows float16 [n, dim] of one block, and
-                                                       failed int64: how many inputs could not be encoded
+                                                       failed int64 [causes]: inputs that could not be encoded
 
 A block's file is complete or absent. Anything that changes the rows (encoder, revision, settings, input) changes the
 key, and so the folder: rows of another encoding are never mistaken for ours.
@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,17 +81,17 @@ class EncodedBlocks:
         """Numbers of the blocks that are not finished."""
         return [block for block in range(self.num_blocks) if not self._path(block).exists()]
 
-    def save(self, block: int, ids: np.ndarray, rows: np.ndarray, num_failed: int = 0) -> None:
+    def save(self, block: int, ids: np.ndarray, rows: np.ndarray, failed: Sequence[int] = ()) -> None:
         """Keep a finished block.
 
         Args:
             block: its number.
             ids: int64 [n], of the items that have a row, each once.
             rows: float16 [n, dim], in the same order.
-            num_failed: inputs of the block that could not be encoded.
+            failed: how many inputs of the block could not be encoded, by cause.
         """
         buffer = io.BytesIO()
-        np.savez(buffer, ids=ids, rows=rows, failed=np.int64(num_failed))
+        np.savez(buffer, ids=ids, rows=rows, failed=np.asarray(failed, np.int64))
         write_atomically(self._path(block), buffer.getvalue())
 
     def gather(self, num_items: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
@@ -114,18 +115,18 @@ class EncodedBlocks:
             present[ids] = True
         return rows, present
 
-    def num_failed(self) -> int:
-        """Inputs of all blocks that could not be encoded.
+    def failed(self) -> np.ndarray:
+        """How many inputs of all blocks could not be encoded, by cause, int64 [causes].
 
         Raises:
             UserError: a block's file is damaged.
         """
-        return sum(self._read(block)[2] for block in range(self.num_blocks))
+        return np.sum([self._read(block)[2] for block in range(self.num_blocks)], axis=0)
 
-    def _read(self, block: int) -> tuple[np.ndarray, np.ndarray, int]:
+    def _read(self, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         try:
             with np.load(self._path(block), allow_pickle=False) as arrays:
-                return arrays["ids"], arrays["rows"], int(arrays["failed"])
+                return arrays["ids"], arrays["rows"], arrays["failed"]
         except Exception as error:  # noqa: BLE001 - a damaged archive can make zipfile and NumPy raise anything
             raise self._damaged(block, error) from None
 

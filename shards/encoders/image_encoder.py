@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,10 @@ from shards.encoders import image_loader
 from shards.encoders.compute import Compute, choose_compute
 from shards.encoders.encoded_blocks import EncodedBlocks
 from shards.encoders.item_feature import ItemFeature, versions_of
-from shards.encoders.item_images import DECODING, ImageTable, describe_unused
+from shards.encoders.item_images import ImageTable
 from shards.encoders.open_clip_model import ImageModel, find_image_model, load_tower
+from shards.images.causes import CAUSES, ImageCounts
+from shards.images.decoding import DECODING
 from shards.tables.item_ids import ItemIds
 
 
@@ -107,7 +110,8 @@ def encode_images(
                 "shared memory ran out"
             ) from None
     rows, present = blocks.gather(len(ids.external), model.dim)
-    note = describe_unused(blocks.num_failed(), table.num_unknown)
+    failed = Counter(dict(zip(CAUSES, blocks.failed().tolist(), strict=True)))
+    found = ImageCounts.of(len(table.items) - table.num_unknown, table.num_unknown, failed)
     return ItemFeature(
         name,
         rows,
@@ -120,7 +124,8 @@ def encode_images(
             "precision": compute.precision,
         },
         device=compute.device.type,
-        note=note,
+        note=found.note(),
+        images=found,
     )
 
 
@@ -131,7 +136,7 @@ def _encode_blocks(
     total = len(table.items)
     progress = Progress("image", total, total - image_loader.num_rows(table, blocks.missing()), name=blocks.feature)
     for block, batches_of_block in itertools.groupby(batches, key=lambda batch: batch.block):
-        items, rows, num_failed = [], [], 0
+        items, rows, failed = [], [], Counter[str]()
         for batch in batches_of_block:
             items.append(batch.items.numpy())
             rows.append(encoder.encode(batch.pixels))
@@ -139,8 +144,8 @@ def _encode_blocks(
                 bool(np.isfinite(rows[-1]).all()),
                 f"feature {blocks.feature!r}: the encoder's output is not finite; try precision: fp32",
             )
-            num_failed += batch.num_failed
+            failed.update(batch.failed)
             progress.advance(batch.num_rows)
         block_items, first = np.unique(np.concatenate(items), return_index=True)
-        blocks.save(block, block_items, np.concatenate(rows)[first], num_failed)
+        blocks.save(block, block_items, np.concatenate(rows)[first], [failed[cause] for cause in CAUSES])
     progress.close()

@@ -20,8 +20,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fmrl_dist.base.parent_process import end_with_parent
-from shards.encoders.item_images import ImageTable, decode_image, read_image
+from shards.encoders.item_images import ImageTable, read_image
 from shards.encoders.open_clip_model import make_transform
+from shards.images.causes import UnreadableImageError
+from shards.images.decoding import decode_image
 
 NOTICE_S = 1.0  # within which the kernel tells of a child that has closed its connections
 BLOCK_ROWS = 512  # at most a few minutes of SigLIP ViT-L on a CPU are lost; a GPU writes a file a second
@@ -41,7 +43,7 @@ class PreparedBatch(NamedTuple):
 
     block: int
     num_rows: int
-    num_failed: int  # images that could not be read or decoded
+    failed: list[str]  # causes of the images that could not be read or decoded
     items: torch.Tensor  # int64 [n]
     pixels: torch.Tensor  # float32 [n, 3, height, width]
 
@@ -59,16 +61,19 @@ class PreparedImages(Dataset[PreparedBatch]):
         return make_transform(self.preprocessing)
 
     def __getitem__(self, batch: RawBatch) -> PreparedBatch:
-        items, pixels = [], []
+        items, pixels, failed = [], [], []
         for item, image in zip(batch.items, batch.images, strict=True):
-            decoded = decode_image(read_image(self.folder, image))
-            if decoded is not None:
-                items.append(item)
-                pixels.append(self.transform(decoded))
+            try:
+                decoded = decode_image(read_image(self.folder, image))
+            except UnreadableImageError as problem:
+                failed.append(problem.cause)
+                continue
+            items.append(item)
+            pixels.append(self.transform(decoded))
         return PreparedBatch(
             block=batch.block,
             num_rows=batch.num_rows,
-            num_failed=len(batch.items) - len(items),
+            failed=failed,
             items=torch.tensor(items, dtype=torch.int64),
             pixels=torch.stack(pixels) if pixels else torch.empty(0),
         )

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from fmrl_dist.data.store.manifest import Feature
+from shards.images.causes import ImageCounts
 
 PACKAGES: dict[str, tuple[str, ...]] = {
     "npy": ("numpy",),
@@ -43,6 +44,7 @@ class ItemFeature:
     note: str = ""  # what a summary should say about absent items
     # row of ``rows`` of each item, int64 [V], -1 for an item that has none; None: an item's row is its own
     source_rows: np.ndarray | None = None
+    images: ImageCounts | None = None  # what became of the images that it was made of
 
     @cached_property
     def manifest_entry(self) -> Feature:

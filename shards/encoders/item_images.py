@@ -1,14 +1,12 @@
 """Images of items, from a Parquet table of item ids and encoded bytes or file names.
 
-Images are not trusted: only raster formats are opened, the size is checked before any pixel is decoded, and a file name
-must not leave the table's folder. An image that cannot be read or decoded counts as missing; it is not an error.
+Images are not trusted: a file name must not leave the table's folder. An item whose image cannot be read or decoded
+lacks it, which is counted by its cause and is no error, up to ``data.dirt.max_bad_images``.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,23 +15,19 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image, ImageOps
 
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import file_sha256
 from fmrl_dist.base.id_columns import IdKind, as_ids
 from fmrl_dist.base.parquet import BATCH_SHARE, TOO_MUCH, memory_bytes
 from fmrl_dist.config.features import ImageFeature
+from shards.images.causes import UnreadableImageError
 from shards.tables.column_kinds import is_text, require_ids
 from shards.tables.item_ids import ItemIds
 from shards.tables.raw_tables import BATCH_ROWS, read_batches, read_table, table_types
 
-DECODING = 2  # raise it when decode_image gives other pixels: finished blocks of an encoding are then not reused
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-MAX_PIXELS = 64_000_000
 MAX_BYTES = 64_000_000  # of one image file
 FILES_AT_ONCE = 8  # that are hashed: on a network file system, opening one takes longer than reading it
-MAX_ASPECT = 100  # long side to short side: resized to a short side of hundreds, a line would fill the memory
 
 
 @dataclass(frozen=True)
@@ -115,7 +109,11 @@ def images_sha256(config: ImageFeature, root: Path) -> str:
 
 def _image_file_sha256(folder: Path, name: str | None) -> bytes:
     """As the encoders see it: a file that is missing or too large is as good as an empty one."""
-    return hashlib.sha256((name and read_image_file(folder, name)) or b"").digest()
+    try:
+        data = read_image(folder, name)
+    except UnreadableImageError:
+        data = b""
+    return hashlib.sha256(data).digest()
 
 
 def check_image_table(config: ImageFeature, root: Path) -> bool:
@@ -137,18 +135,32 @@ def check_image_table(config: ImageFeature, root: Path) -> bool:
     return is_text(kind)
 
 
-def read_image(folder: Path, image: bytes | str | None) -> bytes | None:
-    """Encoded bytes of an image, which is given as bytes or by its file name; None where there are none."""
+def read_image(folder: Path, image: bytes | str | None) -> bytes:
+    """Encoded bytes of an image, which is given as bytes or by its file name.
+
+    Raises:
+        UnreadableImageError: empty, missing or too large.
+    """
+    if not image:
+        raise UnreadableImageError("empty")
     return read_image_file(folder, image) if isinstance(image, str) else image
 
 
-def read_image_file(folder: Path, name: str) -> bytes | None:
-    """Bytes of a file below ``folder``; None where it is missing, elsewhere, or too large."""
+def read_image_file(folder: Path, name: str) -> bytes:
+    """Bytes of a file below ``folder``.
+
+    Raises:
+        UnreadableImageError: missing, which is also a file elsewhere or one that cannot be read, or too large.
+    """
     path = _file_below(folder, name)
+    if path is None:
+        raise UnreadableImageError("missing")
     try:
-        return path.read_bytes() if path and path.stat().st_size <= MAX_BYTES else None
+        if path.stat().st_size > MAX_BYTES:
+            raise UnreadableImageError("too large")
+        return path.read_bytes()
     except OSError:
-        return None
+        raise UnreadableImageError("missing") from None
 
 
 def _file_below(folder: Path, name: str) -> Path | None:
@@ -158,55 +170,3 @@ def _file_below(folder: Path, name: str) -> Path | None:
         return path if path.is_relative_to(folder.resolve()) and path.is_file() else None
     except (OSError, ValueError, RuntimeError):  # the name is too long or holds a zero byte, or links form a circle
         return None
-
-
-def decode_image(data: bytes | None, side: int | None = None) -> Image.Image | None:
-    """An RGB image from encoded bytes, upright, on white; None where they cannot be decoded.
-
-    Its EXIF orientation is applied, so that it is as people see it. What is transparent shows a white page, as in a
-    shop; the colour that a file happens to hold under full transparency does not count. Of an animation it is the
-    first frame.
-
-    Args:
-        data: a file's content.
-        side: a JPEG may be decoded at a fraction of its size if both sides remain at least this long; None: never.
-    """
-    if not data:
-        return None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is below Pillow's own limit
-            image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-            if not 0 < image.width * image.height <= MAX_PIXELS or max(image.size) > MAX_ASPECT * min(image.size):
-                return None
-            if side is not None:
-                image.draft("RGB", (side, side))
-            image = _upright(image)
-            if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip instead of scale
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return _on_white(image).convert("RGB")
-    except Exception:  # noqa: BLE001 - a malformed file can make Pillow's decoders raise anything
-        return None
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """As its EXIF orientation says; as it is where its EXIF data are damaged."""
-    image.load()  # a file whose pixels cannot be decoded raises here
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # noqa: BLE001 - malformed EXIF data can make Pillow's parser raise anything
-        return image
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    if not image.has_transparency_data:
-        return image
-    page = Image.new("RGBA", image.size, "white")
-    page.alpha_composite(image.convert("RGBA"))
-    return page
-
-
-def describe_unused(unreadable: int, unknown: int) -> str:
-    """A note on images that were not used; "" if all were."""
-    notes = [f"{unreadable} images unreadable"] * (unreadable > 0) + [f"{unknown} of unknown items"] * (unknown > 0)
-    return ", ".join(notes)

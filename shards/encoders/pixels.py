@@ -7,6 +7,7 @@ Dalal and Triggs 2005, without block normalisation). The whole is L2-normalised.
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ from PIL import Image
 from fmrl_dist.base.progress import Progress
 from fmrl_dist.config.features import PixelsFeature
 from shards.encoders.item_feature import ItemFeature
-from shards.encoders.item_images import ImageTable, decode_image, describe_unused, read_image
+from shards.encoders.item_images import ImageTable, read_image
+from shards.images.causes import ImageCounts, UnreadableImageError
+from shards.images.decoding import decode_image
 from shards.tables.item_ids import ItemIds
 
 SIDE = 64  # pixels per side at which gradients are taken
@@ -37,28 +40,31 @@ def encode_images(name: str, config: PixelsFeature, root: Path, ids: ItemIds) ->
     table = ImageTable.open(config, root, ids)
     rows = np.zeros((len(ids.external), DIM), np.float16)
     present = np.zeros(len(rows), bool)
-    unreadable = 0
+    num_tried, failed = 0, Counter[str]()
     progress = Progress("image", len(table.items), name=name)
     for batch in table.rows(BATCH_IMAGES):
         for item, image in zip(batch.items.tolist(), batch.images, strict=True):
             if item >= 0 and not present[item]:
-                vector = encode_image(read_image(table.folder, image))
-                if vector is None:
-                    unreadable += 1
-                else:
-                    rows[item], present[item] = vector, True
+                num_tried += 1
+                try:
+                    rows[item], present[item] = encode_image(read_image(table.folder, image)), True
+                except UnreadableImageError as problem:
+                    failed[problem.cause] += 1
         progress.advance(len(batch.images))
     progress.close()
-    note = describe_unused(unreadable, table.num_unknown)
-    return ItemFeature(name, rows, present, encoder="pixels", revision=REVISION, recipe={}, note=note)
+    found = ImageCounts.of(num_tried, table.num_unknown, failed)
+    return ItemFeature(
+        name, rows, present, encoder="pixels", revision=REVISION, recipe={}, note=found.note(), images=found
+    )
 
 
-def encode_image(data: bytes | None) -> np.ndarray | None:
-    """Descriptor float32 [464] of one encoded image, L2-normalised; None where it cannot be decoded."""
-    image = decode_image(data, SIDE)
-    if image is None:
-        return None
-    small = image.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+def encode_image(data: bytes) -> np.ndarray:
+    """Descriptor float32 [464] of one encoded image, L2-normalised.
+
+    Raises:
+        UnreadableImageError: it cannot be decoded.
+    """
+    small = decode_image(data, SIDE).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
     parts = (_thumbnail(small), _colours(small), _orientations(small))
     return _normalise(np.concatenate([_normalise(part) for part in parts]))
 

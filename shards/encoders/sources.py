@@ -82,6 +82,8 @@ def make_feature(
         case OpenClipFeature():
             encoder = import_encoder("shards.encoders.image_encoder", name, "images")
             feature = encoder.encode_images(name, config, root, ids, encoding, input_sha256)
+    if feature.images is not None and not may_lack:
+        feature.images.check(name, data.dirt.max_bad_images)
     if not feature.present.any() and not may_lack and not isinstance(config, NpyFeature):
         raise UserError(
             f"feature {name!r}: no item has it; check its columns, and that its item ids are those of the item table"
@@ -95,11 +97,11 @@ def code_revision(name: str, config: FeatureConfig) -> dict[str, Any]:
         case TfidfFeature():
             return {"tfidf": import_encoder("shards.encoders.tfidf", name, "shards").FIT_VERSION}
         case PixelsFeature():
-            images = import_encoder("shards.encoders.item_images", name, "shards")
+            images = import_encoder("shards.images.decoding", name, "shards")
             pixels = import_encoder("shards.encoders.pixels", name, "shards")
             return {"pixels": pixels.REVISION, "decoding": images.DECODING}
         case OpenClipFeature():
-            return {"decoding": import_encoder("shards.encoders.item_images", name, "images").DECODING}
+            return {"decoding": import_encoder("shards.images.decoding", name, "images").DECODING}
     return {}
 
 

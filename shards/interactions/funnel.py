@@ -25,6 +25,7 @@ class Funnel:
     items: int = 0  # with an event
     events: int = 0
     tied_events: int = 0  # next to an event of the same user and time: only data.interactions.ties orders them
+    sorted_users: int = 0  # of a table of sequences: whose list was not in order of its own times
     repeated_events: int = 0  # that an earlier one of the user equals in item and time
     users_tied_at_split: int = 0  # whose held-out event has the time of the one before it
     notes: list[str] = field(default_factory=list)  # such as which unit the times were taken for
@@ -49,7 +50,7 @@ class Funnel:
         if self.tied_events:
             lines.append(
                 f"{100 * self.tied_events / self.events:.1f} % of the events have the time of a neighbour, so that "
-                f"data.interactions.ties orders them; for {self.users_tied_at_split:,} users it decides what is held out"
+                f"ties orders them; for {self.users_tied_at_split:,} users it decides the targets"
             )
         if self.repeated_events:
             lines.append(

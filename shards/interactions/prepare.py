@@ -126,6 +126,7 @@ def _make(
         funnel.rows, funnel.bad = counts.rows, dict(counts.bad)
         if counts.time_unit not in ("none", "timestamp", "text"):
             funnel.notes.append(f"times are numbers of unit {counts.time_unit}")
+        funnel.sorted_users = counts.sorted_users
         if counts.sorted_users:
             funnel.notes.append(f"{counts.sorted_users:,} users' events were out of order: sorted by time")
         connection.execute("SET preserve_insertion_order = false")  # from here on, rows have numbers

@@ -43,6 +43,7 @@ from shards.encoders.encoded_blocks import encoding_folder, remove_encodings
 from shards.encoders.item_feature import ItemFeature
 from shards.encoders.sources import make_feature
 from shards.store.block_writer import BlockWriter
+from shards.store.build_report import BuildReport, TableCounts
 from shards.store.inputs import record
 from shards.store.parquet_tables import users_table, vocab_table
 from shards.store.raw_data import RawData
@@ -53,8 +54,13 @@ from shards.tables.item_ids import ItemIds, check_unique
 ITEM_ORDER_SEED = 0
 
 
-def build_store(config: Config, overwrite: bool = False) -> tuple[Store, list[ItemFeature]]:
+def build_store(config: Config, overwrite: bool = False, config_name: str = "") -> tuple[Store, list[ItemFeature]]:
     """Build the store at ``config.store.path``.
+
+    Args:
+        config: says what from.
+        overwrite: whether to replace a store that is there.
+        config_name: of the config's file, for the build report.
 
     Raises:
         UserError: the raw data are refused, or something is already there and ``overwrite`` is off.
@@ -73,7 +79,7 @@ def build_store(config: Config, overwrite: bool = False) -> tuple[Store, list[It
     with only_writer(encoding):
         with replaced_folder(target) as aside:
             _check_target(target, overwrite)  # another build may have ended since
-            features = _write_store(config, aside, encoding)
+            features = _write_store(config, aside, encoding, BuildReport(config=config_name))
             if not overwrite:
                 _check_target(target, overwrite)  # or ends meanwhile, where there are no locks
         remove_encodings(encoding)
@@ -111,33 +117,24 @@ def make_demo_data(data: DataConfig) -> None:
         write_demo(Path(data.root), data.demo.users, data.demo.items, data.demo.seed)
 
 
-def _write_store(config: Config, folder: Path, encoding: Path) -> list[ItemFeature]:
+def _write_store(config: Config, folder: Path, encoding: Path, report: BuildReport) -> list[ItemFeature]:
     """Write all files of the store into ``folder``; encoders keep finished blocks in the folder ``encoding``."""
-    raw = RawData.read(config)
-    features = [
-        make_feature(
-            name,
-            config.data,
-            raw.items.table,
-            raw.ids,
-            encoding,
-            raw.files,
-            source_rows=raw.items.source_rows,
-            num_source_rows=raw.items.num_source_rows,
-            fitted=raw.items.fitted,
-        )
-        for name in config.data.features
-    ]
+    with report.timed("raw tables"):
+        raw = RawData.read(config)
+        _report_items(report, raw)
+    features = _make_features(raw, encoding, report)
     inline = config.store.feature_mode == "inline"
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(BlockWriter(folder, split, config.store.blocks_per_shard))
             for split in ("items", *SPLITS)
         }
-        _write_items(writers["items"], raw.ids, features, config.store.items_per_block, encoding)
+        with report.timed("item blocks"):
+            _write_items(writers["items"], raw.ids, features, config.store.items_per_block, encoding)
         item_fields = partial(_inline_fields, features, _train_counts(raw)) if inline else None
         blocks = {split: UserBlocks(writers[split], config.store.users_per_block, item_fields) for split in SPLITS}
-        histories, users = _write_histories(raw, SplitBlocks(**blocks))
+        with report.timed("histories"):
+            histories, users = _write_histories(raw, SplitBlocks(**blocks), report)
     tables = {
         VOCAB_FILE: vocab_table(raw.ids.external, histories.train_count, raw.items.titles),
         USERS_FILE: users_table(users),
@@ -165,7 +162,64 @@ def _write_store(config: Config, folder: Path, encoding: Path) -> list[ItemFeatu
         table_files={name: file_sha256(folder / name) for name in tables},
     )
     (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+    report.made_with = manifest.built_from.made_with if manifest.built_from else {}
+    report.write(folder)
     return features
+
+
+def _make_features(raw: RawData, encoding: Path, report: BuildReport) -> list[ItemFeature]:
+    """All features that the config names."""
+    features = []
+    for name in raw.config.data.features:
+        with report.timed(f"feature {name}"):
+            feature = make_feature(
+                name,
+                raw.config.data,
+                raw.items.table,
+                raw.ids,
+                encoding,
+                raw.files,
+                source_rows=raw.items.source_rows,
+                num_source_rows=raw.items.num_source_rows,
+                fitted=raw.items.fitted,
+            )
+        report.add_feature(feature)
+        features.append(feature)
+    return features
+
+
+def _report_items(report: BuildReport, raw: RawData) -> None:
+    items, data = raw.items, raw.config.data
+    report.add_items(items.table, data.items.id, data.items.title)
+    if data.items.path:
+        num_rows = items.table.num_rows if items.source_rows is None else items.num_source_rows
+        report.tables["data.items"] = TableCounts(num_rows + sum(items.bad.values()), dict(items.bad))
+    else:
+        del report.tables["data.items"]
+
+
+def _report_histories(report: BuildReport, raw: RawData, writer: SplitWriter, num_read: int) -> None:
+    """The funnel from the events of the raw table to those of the store."""
+    num_users = writer.num_users + writer.num_dropped_users
+    if raw.prepared is None:
+        report.tables["data.sequences"] = TableCounts(num_users)
+        report.add_step("read", "remain", num_users, raw.num_items, num_read)
+    else:
+        funnel = raw.prepared.funnel
+        report.tables["data.sequences"] = TableCounts(funnel.rows, dict(funnel.bad))
+        report.add_step("read", "remain", events=funnel.rows - sum(funnel.bad.values()))
+        for step in funnel.steps:
+            report.add_step(step.name, "removed", events=step.removed)
+        report.add_step("histories", "remain", funnel.users, funnel.items, funnel.events)
+        report.add_step("events with the time of a neighbour", "noted", events=funnel.tied_events)
+        report.add_step("users whose ties decide what is held out", "noted", funnel.users_tied_at_split)
+    dropped = "users with fewer than 2 events" if raw.split_rule == LEAVE_ONE_OUT else "users in no split"
+    report.add_step(dropped, "removed", writer.num_dropped_users, events=num_read - writer.num_events)
+    report.add_step("in the store", "remain", writer.num_users, raw.num_items, writer.num_events)
+    sorted_users = writer.num_sorted_users if raw.prepared is None else raw.prepared.funnel.sorted_users
+    repeated = writer.num_repeated_events if raw.prepared is None else raw.prepared.funnel.repeated_events
+    report.add_step("users whose events were out of order, sorted", "noted", sorted_users)
+    report.add_step("events equal to an earlier one, kept", "noted", events=repeated)
 
 
 def _write_items(
@@ -196,11 +250,13 @@ def _write_items(
     progress.close()
 
 
-def _write_histories(raw: RawData, blocks: SplitBlocks) -> tuple[SplitWriter, pa.Array]:
+def _write_histories(raw: RawData, blocks: SplitBlocks, report: BuildReport) -> tuple[SplitWriter, pa.Array]:
     """Write the blocks of all splits; returns the writer with its counts, and the external ids of the users."""
-    writer = SplitWriter(blocks, raw.num_items, raw.config.data.split.target)
+    writer, num_read = SplitWriter(blocks, raw.num_items, raw.config.data.split.target), 0
     for batch in raw.histories("histories"):
         writer.add(batch)
+        num_read += len(batch.items)
+    _report_histories(report, raw, writer, num_read)
     users = writer.finish()
     if writer.num_sorted_users:
         column = raw.config.data.sequences.times

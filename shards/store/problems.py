@@ -30,6 +30,7 @@ from fmrl_dist.data.store.manifest import (
 )
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.store.tables import rows_sha256, table_batches
+from shards.store.build_report import BUILD_REPORT_FILE
 
 END_OF_ARCHIVE_BYTES = 1024  # two zero blocks; tar pads further
 
@@ -79,7 +80,7 @@ def foreign_names(store: Store) -> list[str]:
 
 def _folder_problems(store: Store) -> Iterator[str]:
     """Shards that the manifest does not name: whoever reads ``train-*.tar`` would take them for the store's."""
-    known = {MANIFEST_FILE, VOCAB_FILE, USERS_FILE, *(shard.name for shard in store.manifest.shards)}
+    known = {MANIFEST_FILE, BUILD_REPORT_FILE, VOCAB_FILE, USERS_FILE, *(shard.name for shard in store.manifest.shards)}
     known |= {fit_file(feature) for feature in store.manifest.fits}
     for name in store.files.names() or ():  # a URL cannot be listed: there, only files of the manifest are checked
         if name not in known and FILE_NAME.fullmatch(name) is not None:

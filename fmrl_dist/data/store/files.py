@@ -17,7 +17,7 @@ from typing import Protocol, TypeVar
 from fmrl_dist.base.errors import UserError, require
 
 FILE_NAME = re.compile(
-    r"manifest\.json|(vocab|users)\.parquet|fit-[a-z][a-z0-9_]*\.safetensors|[a-z]+-\d{6}\.tar", re.ASCII
+    r"(manifest|build-report)\.json|(vocab|users)\.parquet|fit-[a-z][a-z0-9_]*\.safetensors|[a-z]+-\d{6}\.tar", re.ASCII
 )
 CHUNK_BYTES = 8 << 20
 

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 from fmrl_dist.base.errors import UserError, one_line
 from fmrl_dist.base.files import write_atomically
+from fmrl_dist.base.pages.document import Heading, Section, document
+from fmrl_dist.base.pages.markup import Markup, element, paragraph
+from fmrl_dist.base.pages.numbers import number_of_bytes
 from fmrl_dist.checkpoint.run_folder import REPORT_FILE
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.deploy.report_page import run_sections, worth_sections
 from fmrl_dist.deploy.report_page.latency import Timings, time_cuts
-from fmrl_dist.deploy.report_page.markup import Markup, element, facts, joined, paragraph
 from fmrl_dist.deploy.report_page.measures import Cut, Measures, cuts_of, measure
 from fmrl_dist.deploy.report_page.run_facts import RunFacts, read_run
 from fmrl_dist.deploy.report_page.size_costs import SizeCost, size_costs
-from fmrl_dist.deploy.report_page.words import number_of_bytes
 
 NOT_WANTED = "it was left out; python -m fmrl_dist.report measures it"
 FINAL_SHARE, FINAL_MOST_S, FINAL_LEAST_S = 0.03, 1.5, 0.3  # of what training took; below the least, no measurement
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # the page asks nobody for anything
 
 
 @dataclass(frozen=True)
@@ -98,55 +97,39 @@ def page(
     no_figures = paragraph("There are no figures yet: see what is missing, below.", class_="missing")
     width = run.sizes[-1]
     cuts = measures.cuts if measures is not None else tuple(cuts_of(run.sizes))
-    sections: list[tuple[str, str, Markup]] = [
-        (
+    sections = [
+        Section(
             "choose",
             "Which size do I need?",
             no_figures if measures is None else worth_sections.which_size(run, measures, costs, timings),
         ),
-        (
+        Section(
             "quality",
             "How good is each size?",
             no_figures if measures is None else worth_sections.quality(run, measures),
         ),
-        (
+        Section(
             "bytes",
             "How large is each size?",
             paragraph("Not known without a checkpoint.", class_="missing")
             if costs is None
             else worth_sections.size_table(costs, width),
         ),
-        ("speed", "How fast is each size?", worth_sections.speed(timings, why_not_timed, cuts, width, run.peak_mb)),
-        ("training", "How did training go?", run_sections.curves(run)),
-        ("data", "Data", run_sections.data(run)),
-        ("settings", "Settings", run_sections.settings(run.config)),
-        ("origin", "Where this came from", run_sections.provenance(run)),
+        Section(
+            "speed", "How fast is each size?", worth_sections.speed(timings, why_not_timed, cuts, width, run.peak_mb)
+        ),
+        Section("training", "How did training go?", run_sections.curves(run)),
+        Section("data", "Data", run_sections.data(run)),
+        Section("settings", "Settings", run_sections.settings(run.config)),
+        Section("origin", "Where this came from", run_sections.provenance(run)),
     ]
     if run.missing:
         lines = element("ul", *(element("li", line) for line in run.missing))
-        sections.append(("missing", "What is missing", lines))
-    navigation = element(
-        "nav", *(element("a", title, href=f"#{key}") for key, title, _ in sections), aria_label="Sections"
-    )
-    whole = (
-        element("section", element("h2", title, id=f"{key}-head"), content, id=key, aria_labelledby=f"{key}-head")
-        for key, title, content in sections
-    )
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"),
-        element("title", f"{name}: report of the run"),
-        element("link", rel="icon", href="data:,"),
-        element("style", Markup(files(__package__).joinpath("style.css").read_text(encoding="utf-8"))),
-    )
-    body = element("body", _header(name, run, measures, costs), navigation, element("main", *whole))
-    return joined((Markup("<!DOCTYPE html>\n"), element("html", head, body, lang="en"), Markup("\n")))
+        sections.append(Section("missing", "What is missing", lines))
+    return document(f"{name}: report of the run", _heading(name, run, measures, costs), sections)
 
 
-def _header(name: str, run: RunFacts, measures: Measures | None, costs: dict[int, SizeCost] | None) -> Markup:
+def _heading(name: str, run: RunFacts, measures: Measures | None, costs: dict[int, SizeCost] | None) -> Heading:
     width = run.sizes[-1]
     tiles: list[tuple[str, str | Markup]] = [("sizes from one run", " · ".join(map(str, run.sizes)))]
     if measures is not None:
@@ -159,5 +142,4 @@ def _header(name: str, run: RunFacts, measures: Measures | None, costs: dict[int
         ends = [number_of_bytes(costs[size].device_bytes) for size in dict.fromkeys((run.sizes[0], width))]
         tiles.append(("network and item vectors, float32", " … ".join(ends)))
     state = element("p", run.state, class_="state" if run.state.startswith("finished") else "state unfinished")
-    eyebrow = element("p", "fmrl-dist · one training run, every size", class_="eyebrow")
-    return element("header", eyebrow, element("h1", name), state, facts(tiles))
+    return Heading("fmrl-dist · one training run, every size", name, state, tiles)

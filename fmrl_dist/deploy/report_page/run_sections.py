@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from fmrl_dist import __version__
+from fmrl_dist.base.pages.charts import NETWORK, Axis, Series, line_chart, ramp
+from fmrl_dist.base.pages.markup import Markup, element, facts, joined, paragraph, table
+from fmrl_dist.base.pages.numbers import number_of_bytes, percent
 from fmrl_dist.config.sections import Config
-from fmrl_dist.deploy.report_page.charts import NETWORK, Axis, Series, line_chart, ramp
-from fmrl_dist.deploy.report_page.markup import Markup, element, facts, joined, paragraph, table
 from fmrl_dist.deploy.report_page.run_facts import RunFacts
-from fmrl_dist.deploy.report_page.words import number_of_bytes, percent, short
+from fmrl_dist.deploy.report_page.words import short
 
 GIT_PATIENCE_S = 2.0
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from fmrl_dist.deploy.report_page.charts import (
+from fmrl_dist.base.pages.bars import stacked_bars
+from fmrl_dist.base.pages.charts import (
     BASELINE,
     NETWORK,
     VECTORS,
@@ -12,8 +13,9 @@ from fmrl_dist.deploy.report_page.charts import (
     Series,
     line_chart,
     ramp,
-    stacked_bars,
 )
+from fmrl_dist.base.pages.markup import Markup, element, joined, paragraph, table
+from fmrl_dist.base.pages.numbers import number_of_bytes, percent, three_digits
 from fmrl_dist.deploy.report_page.choice import (
     NEARLY,
     BestWithin,
@@ -23,20 +25,10 @@ from fmrl_dist.deploy.report_page.choice import (
     smallest_keeping,
 )
 from fmrl_dist.deploy.report_page.latency import BATCH, TOP, Timings
-from fmrl_dist.deploy.report_page.markup import Markup, element, joined, paragraph, table
 from fmrl_dist.deploy.report_page.measures import Cut, Measures
 from fmrl_dist.deploy.report_page.run_facts import PROTOCOL_NAMES, Figures, RunFacts
 from fmrl_dist.deploy.report_page.size_costs import FLOAT, SEEN_ITEM_BYTES, SizeCost
-from fmrl_dist.deploy.report_page.words import (
-    difference,
-    figure,
-    fine_digits,
-    milliseconds,
-    number_of_bytes,
-    percent,
-    three_digits,
-    tip,
-)
+from fmrl_dist.deploy.report_page.words import difference, figure, fine_digits, milliseconds, tip
 from fmrl_dist.evaluation.results.report import both_protocols
 from fmrl_dist.evaluation.target_ranks import ALL, UNSEEN
 from fmrl_dist.model.stored_tensors import DTYPES

@@ -10,30 +10,8 @@ import pytest
 
 from fmrl_dist.deploy.report_page.page import write_page
 from tests.fixtures.browser import open_browser
+from tests.fixtures.page_looks import CONTRASTS, OVERFLOWS, opened
 from tests.fixtures.training import make_shop, train_here
-
-OVERFLOWS = """() => [...document.querySelectorAll('main *')]
-    .filter(e => !e.closest('.scroll, pre, svg') && e.getBoundingClientRect().right > innerWidth + 1)
-    .map(e => e.tagName)"""
-# Texts whose contrast with their ground is below WCAG's 4.5, but for those inside of bars.
-CONTRASTS = """() => {
-    const linear = v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
-    const light = c => 0.05 + [0.2126, 0.7152, 0.0722].reduce((sum, w, i) => sum + w * linear(c[i] / 255), 0);
-    const rgb = text => text.match(/[\\d.]+/g).map(Number);
-    const ground = e => {
-        const c = rgb(getComputedStyle(e).backgroundColor);
-        return c.length < 4 || c[3] > 0 ? c : ground(e.parentElement);
-    };
-    const low = new Set();
-    for (const e of document.querySelectorAll('body *')) {
-        const hasText = [...e.childNodes].some(n => n.nodeType === Node.TEXT_NODE && n.data.trim());
-        if (!hasText || e.matches('title, desc, svg .inside')) continue;
-        const style = getComputedStyle(e), ink = rgb(e.closest('svg') ? style.fill : style.color);
-        const [less, more] = [light(ink), light(ground(e))].sort((x, y) => x - y);
-        if (more / less < 4.5) low.add(`${e.tagName}.${e.getAttribute('class')}: ${(more / less).toFixed(2)}`);
-    }
-    return [...low];
-}"""
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +26,6 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def browser() -> Iterator[Any]:
     with open_browser() as browser:
         yield browser
-
-
-def opened(browser: Any, file: Path, width: int, scheme: str) -> tuple[Any, list[str]]:
-    """The page, and what it asked for or complained of."""
-    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
-    events: list[str] = []
-    page.on("request", lambda request: events.append(request.url))
-    page.on("console", lambda message: events.append(message.text))
-    page.goto(file.as_uri())
-    return page, [event for event in events if event not in (file.as_uri(), "data:,")]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from shards.encoders.open_clip_model import open_clip
 from shards.random_image_encoder import main as random_encoder_main
 from shards.store.builder import build_store
 from tests.fixtures.image_model import DIM, HALF, MODEL, encode, feature, write_image_shop
-from tests.fixtures.images import BAD, GOOD, grey_16_bit, photo
+from tests.fixtures.images import BAD, CAUSE_OF, GOOD, grey_16_bit, photo
 from tests.fixtures.stores import tiny_config
 from tests.fixtures.training import refusal
 
@@ -55,7 +56,9 @@ def test_what_cannot_be_decoded_is_a_missing_feature(weights: Path, tmp_path: Pa
     zoo = GOOD | BAD
     encoded = encode(tmp_path, list(zoo.values()), feature(weights, batch_images=4))
     assert {name for name, present in zip(zoo, encoded.present, strict=True) if present} == set(GOOD)
-    assert encoded.note == f"{len(BAD)} images unreadable"
+    causes = Counter(CAUSE_OF.values())
+    assert encoded.images is not None and encoded.images.num_empty == causes.pop("empty")
+    assert encoded.images.bad == causes and encoded.images.num_given == len(zoo) - encoded.images.num_empty
     rows = encoded.rows.astype(np.float32)
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), encoded.present, atol=2e-3)
     same = {name: row for name, row in zip(zoo, rows, strict=True) if "JPEG" in name or name == "WebP"}
@@ -84,7 +87,7 @@ def test_an_items_first_good_image_counts(weights: Path, tmp_path: Path, monkeyp
     ]  # items 0 and 1 have good images in two blocks; 99 is unknown
     encoded = encode(tmp_path, images, feature(weights, batch_images=2), items)
     assert encoded.present[:3].tolist() == [True, True, False] and not encoded.present[3:].any()
-    assert encoded.note == "2 images unreadable, 1 of unknown items"
+    assert encoded.note == "2 images unreadable: 2 not an image; 1 of unknown items"
     expected = plain_rows([images[1], images[3]], weights)
     np.testing.assert_allclose(encoded.rows[:2].astype(np.float32), expected, rtol=0, atol=HALF)
 
@@ -188,7 +191,7 @@ def test_finished_blocks_are_not_encoded_again(
     capsys.readouterr()
     again = encode(tmp_path, images, feature(weights))
     assert "2 of 3 blocks were done before" in capsys.readouterr().out
-    assert again.note == "2 images unreadable", "those of finished blocks count too"
+    assert again.note == "2 images unreadable: 2 not an image", "those of finished blocks count too"
     np.testing.assert_array_equal(again.rows, rows)
     np.testing.assert_array_equal(again.present, present)
     changed = {path.name for path in folder.glob("*.npz") if times[path.name] != path.stat().st_mtime_ns}

@@ -39,8 +39,11 @@ def test_a_file_name_may_not_leave_the_folder(source: str, weights: Path, tmp_pa
     keys: dict[str, Any] = {"source": source, "path": "images.parquet"}
     if source == "open_clip":
         keys |= {"model": str(MODEL), "pretrained": str(weights), "workers": 0}
-    store, features = build_store(tiny_config(root, tmp_path / "store", items={}, features={"image": keys}))
+    config = tiny_config(root, tmp_path / "store", items={}, features={"image": keys}, dirt={"max_bad_images": 1.0})
+    store, features = build_store(config)
     present = {name for name, present in zip(names, features[0].present, strict=True) if present}
     assert present == set(good)
-    assert features[0].note == f"{len(bad) + 1} images unreadable"
+    images, missing = features[0].images, len(bad) - 2  # but for text.jpg, and for an empty name like null
+    assert images is not None and (images.num_given, images.num_empty) == (len(names) - 2, 2)
+    assert images.bad == {"not an image": 1, "missing": missing}
     assert store.manifest.features[0].present == len(good)

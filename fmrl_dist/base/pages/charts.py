@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fmrl_dist.deploy.report_page.markup import Markup, element, joined
+from fmrl_dist.base.pages.markup import Markup, element, joined
 
 WIDTH, HEIGHT = 400.0, 270.0
 LEFT, RIGHT, TOP, BOTTOM = 36.0, 62.0, 12.0, 40.0
@@ -44,7 +44,9 @@ class Axis:
 
 
 @dataclass
-class _Scale:
+class Scale:
+    """From values to places in the picture."""
+
     low: float
     high: float
     begin: float  # of the picture
@@ -91,9 +93,9 @@ def line_chart(
     xs = [px for one in series for px, _ in one.points] or [0.0, 1.0]
     ys = [py for one in series for _, py in one.points] or [0.0, 1.0]
     ys += [end for one in series for pair in one.intervals if pair is not None for end in pair]
-    across = _scale(xs, x, LEFT, WIDTH - RIGHT)
-    up = _scale(ys, y, HEIGHT - BOTTOM, TOP)
-    parts = [_grid(across, up, x.label)]
+    across = fitted_scale(xs, x, LEFT, WIDTH - RIGHT)
+    up = fitted_scale(ys, y, HEIGHT - BOTTOM, TOP)
+    parts = [grid(across, up, x.label)]
     if marked is not None:
         at = across(marked[0])
         parts.append(element("line", x1=at, x2=at, y1=TOP, y2=HEIGHT - BOTTOM, class_="marked"))
@@ -101,44 +103,11 @@ def line_chart(
     for one in series:
         parts.append(_line(one, across, up))
     parts.append(_labels(series, up))
-    return _picture(name, title, description, HEIGHT, parts)
+    return picture(name, title, description, HEIGHT, parts)
 
 
-def stacked_bars(
-    name: str,
-    title: str,
-    description: str,
-    bars: Sequence[tuple[str, Sequence[tuple[str, float, tuple[str, str]]]]],
-    shown: Callable[[float], str],
-) -> Markup:
-    """Horizontal bars of one scale, each in parts.
-
-    Args:
-        name: unique on the page.
-        title, description: as of :func:`line_chart`.
-        bars: name of each bar, and name, length and colour of its parts.
-        shown: a length in words.
-    """
-    longest = max(sum(value for _, value, _ in parts) for _, parts in bars) or 1.0
-    pictures: list[Markup] = []
-    top, height = 8.0, 30.0
-    for bar, parts in bars:
-        total, left = sum(value for _, value, _ in parts), 2.0
-        pictures.append(element("text", f"{bar}: {shown(total)}", x=left, y=top + 11, class_="bar"))
-        for part, value, colour in parts:
-            length = (WIDTH - 4) * value / longest
-            tip = element("title", f"{part}: {shown(value)}")
-            box = element("rect", x=left, y=top + 18, width=max(length - 1, 0.5), height=height, rx=2)
-            label = None
-            if length > 7 * len(part) + 6:
-                label = element("text", part, x=left + length / 2, y=top + 37, class_="inside", text_anchor="middle")
-            pictures.append(element("g", tip, box, label, class_="fill", style=_colours(colour)))
-            left += length
-        top += height + 34
-    return _picture(name, title, description, top, pictures)
-
-
-def _picture(name: str, title: str, description: str, height: float, parts: Sequence[Markup]) -> Markup:
+def picture(name: str, title: str, description: str, height: float, parts: Sequence[Markup]) -> Markup:
+    """A drawing as wide as its place, with what is read to those who cannot see it."""
     return element(
         "svg",
         element("title", title, id=f"{name}-title"),
@@ -150,7 +119,7 @@ def _picture(name: str, title: str, description: str, height: float, parts: Sequ
     )
 
 
-def _colours(colour: tuple[str, str]) -> str:
+def colours(colour: tuple[str, str]) -> str:
     """Colours on light and on dark ground, and of a text on each of them."""
     return f"--l:{colour[0]};--d:{colour[1]};--li:{ink_on(colour[0])};--di:{ink_on(colour[1])}"
 
@@ -169,18 +138,22 @@ def ink_on(colour: str) -> str:
     return "#fff" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else "#000"
 
 
-def _scale(values: Sequence[float], axis: Axis, begin: float, end: float) -> _Scale:
+def fitted_scale(values: Sequence[float], axis: Axis, begin: float, end: float) -> Scale:
+    """A scale for ``values``, from place ``begin`` to ``end``, with ticks at round numbers."""
     low, high = min(values), max(values)
     if axis.from_zero:
         low = min(low, 0.0)
     if high <= low and not axis.is_log:
         low, high = low - 0.5, high + 0.5
     if axis.ticks:
-        return _Scale(low, high, begin, end, axis.is_log, list(axis.ticks))
+        return Scale(low, high, begin, end, axis.is_log, list(axis.ticks))
+    if axis.is_log:
+        powers = range(math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9) + 1)
+        return Scale(low, high, begin, end, True, [(10.0**power, short_count(10**power)) for power in powers])
     step = _nice_step((high - low) / 4)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     ticks = [(number * step, _number(number * step, step)) for number in range(first, last + 1)]
-    return _Scale(ticks[0][0], ticks[-1][0], begin, end, False, ticks)
+    return Scale(ticks[0][0], ticks[-1][0], begin, end, False, ticks)
 
 
 def _nice_step(rough: float) -> float:
@@ -193,7 +166,7 @@ def _number(value: float, step: float) -> str:
     if value == 0:
         return "0"
     if step >= 1000:
-        return f"{value / 1000:g}k"
+        return short_count(value)
     if step < 1e-2:
         digits, power = f"{value:e}".split("e")
         return f"{float(digits):g}e{int(power)}"
@@ -201,24 +174,36 @@ def _number(value: float, step: float) -> str:
     return f"{value:.{decimals}f}"
 
 
-def _grid(across: _Scale, up: _Scale, x_label: str) -> Markup:
+def short_count(value: float) -> str:
+    """A large round number in few characters.
+
+    >>> short_count(100), short_count(2500), short_count(1e7)
+    ('100', '2.5k', '10M')
+    """
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
+
+
+def grid(across: Scale, up: Scale, x_label: str) -> Markup:
+    """Lines and names of the ticks of both axes."""
+    left, right, base = across.begin, across.end, up.begin
     parts = []
     for value, text in up.ticks:
         y = up(value)
-        parts.append(element("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y, class_="grid"))
-        parts.append(element("text", text, x=LEFT - 6, y=y + 4, class_="tick", text_anchor="end"))
+        parts.append(element("line", x1=left, x2=right, y1=y, y2=y, class_="grid"))
+        parts.append(element("text", text, x=left - 6, y=y + 4, class_="tick", text_anchor="end"))
     for value, text in across.ticks:
         x = across(value)
-        parts.append(element("line", x1=x, x2=x, y1=HEIGHT - BOTTOM, y2=HEIGHT - BOTTOM + 4, class_="axis"))
-        parts.append(element("text", text, x=x, y=HEIGHT - BOTTOM + 16, class_="tick", text_anchor="middle"))
-    base = HEIGHT - BOTTOM
-    parts.append(element("line", x1=LEFT, x2=WIDTH - RIGHT, y1=base, y2=base, class_="axis"))
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(element("text", x_label, x=middle, y=HEIGHT - 6, class_="label", text_anchor="middle"))
+        parts.append(element("line", x1=x, x2=x, y1=base, y2=base + 4, class_="axis"))
+        parts.append(element("text", text, x=x, y=base + 16, class_="tick", text_anchor="middle"))
+    parts.append(element("line", x1=left, x2=right, y1=base, y2=base, class_="axis"))
+    parts.append(element("text", x_label, x=(left + right) / 2, y=base + 34, class_="label", text_anchor="middle"))
     return joined(parts)
 
 
-def _line(one: Series, across: _Scale, up: _Scale) -> Markup:
+def _line(one: Series, across: Scale, up: Scale) -> Markup:
     points = thinned(one.points)
     path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in points)
     parts = [element("polyline", points=path, class_=f"line {one.style}".strip())]
@@ -231,7 +216,7 @@ def _line(one: Series, across: _Scale, up: _Scale) -> Markup:
     for number, (x, y) in enumerate(one.points if one.marker else ()):
         tip = element("title", one.tips[number]) if one.tips else None
         parts.append(element("g", tip, _marker(one.marker, across(x), up(y)), class_="point"))
-    return element("g", element("title", one.name), *parts, style=_colours(one.colour), class_="series")
+    return element("g", element("title", one.name), *parts, style=colours(one.colour), class_="series")
 
 
 def _marker(kind: str, x: float, y: float) -> Markup:
@@ -252,7 +237,7 @@ def thinned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, floa
     return [*kept, points[-1]]
 
 
-def _labels(series: Sequence[Series], up: _Scale) -> Markup:
+def _labels(series: Sequence[Series], up: Scale) -> Markup:
     """Names at the right ends, moved apart where they would overlap."""
     wanted = sorted(((up(one.points[-1][1]), one) for one in series if one.label), key=lambda pair: pair[0])
     places: list[float] = []

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from fmrl_dist.base.urls import hide_credentials
 
-VOID = {"br", "circle", "col", "line", "link", "meta", "path", "polyline", "rect"}  # elements without an end tag
+VOID = {"br", "circle", "col", "img", "line", "link", "meta", "path", "polyline", "rect"}  # elements without an end tag
 LAYOUT = "\n\t"  # the only control characters that a page may hold
 
 
@@ -38,7 +38,7 @@ def element(tag: str, *children: str | None, **attributes: str | float | None) -
     start = f"<{tag}{''.join(shown)}"
     if tag in VOID:
         assert not any(children), "an element without an end tag has no children"
-        return Markup(f"{start}>" if tag in ("br", "col", "link", "meta") else f"{start}/>")
+        return Markup(f"{start}>" if tag in ("br", "col", "img", "link", "meta") else f"{start}/>")
     return Markup(f"{start}>{joined(children)}</{tag}>")
 
 

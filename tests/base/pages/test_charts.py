@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from fmrl_dist.deploy.report_page.charts import Axis, Series, line_chart
+from fmrl_dist.base.pages.charts import Axis, Series, line_chart
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Pages that need nobody: HTML, style and charts in one file, without scripts."""

@@ -1,0 +1,1 @@
+"""Images of items: decoded, told apart by what is wrong with them, and made small."""

@@ -1,0 +1,1 @@
+"""One page about a store: how long, how popular, when, what is missing, what stands twice."""
