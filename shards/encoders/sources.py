@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from fmrl_dist.base.errors import UserError
+from fmrl_dist.base.parts import Part
 from fmrl_dist.config.features import (
     FeatureConfig,
     NpyFeature,
@@ -37,7 +38,7 @@ def make_feature(
     data: DataConfig,
     items: pa.Table,
     ids: ItemIds,
-    encoding: Path,
+    encodings: Path,
     files: Mapping[str, str],
     may_lack: bool = False,
 ) -> ItemFeature:
@@ -48,7 +49,7 @@ def make_feature(
         data: the config's section.
         items: the item table, with the columns of the texts.
         ids: the items' ids, in the same order.
-        encoding: folder in which an encoder keeps finished blocks.
+        encodings: folder in which the pretrained encoders keep rows (``shards.encodings``).
         files: hashes of the input files, by config key (``shards.store.inputs``).
         may_lack: whether all items may lack the feature; a catalogue's may not.
 
@@ -57,11 +58,11 @@ def make_feature(
     """
     config, root = data.features[name], Path(data.root)
     feature: ItemFeature
-    input_sha256 = files.get(f"data.features.{name}.path", "")
     template = template_of(config, data, items.column_names) if isinstance(config, TextFeature) else {}
     match config:
         case NpyFeature():
-            feature = read_precomputed(name, config, root, len(ids.external), input_sha256)
+            sha256 = files.get(f"data.features.{name}.path", "")
+            feature = read_precomputed(name, config, root, len(ids.external), sha256)
         case TfidfFeature():
             encoder = import_encoder("shards.encoders.tfidf", name, "shards")
             feature = encoder.encode_texts(name, config, _texts(template, items), template)
@@ -69,16 +70,49 @@ def make_feature(
             encoder = import_encoder("shards.encoders.pixels", name, "shards")
             feature = encoder.encode_images(name, config, root, ids)
         case TransformersFeature():
-            encoder = import_encoder("shards.encoders.text_encoder", name, "text")
-            feature = encoder.encode_texts(name, config, _texts(template, items), encoding)
+            encoder = import_encoder("shards.encoders.text_feature", name, "text")
+            feature = encoder.encode_texts(name, config, _texts(template, items), encodings)
         case OpenClipFeature():
             encoder = import_encoder("shards.encoders.image_encoder", name, "images")
-            feature = encoder.encode_images(name, config, root, ids, encoding, input_sha256)
+            feature = encoder.encode_images(name, config, root, ids, encodings)
     if not feature.present.any() and not may_lack and not isinstance(config, NpyFeature):
         raise UserError(
             f"feature {name!r}: no item has it; check its columns, and that its item ids are those of the item table"
         )
     return replace(feature, recipe={"source": config.source} | code_revision(name, config) | template | feature.recipe)
+
+
+def can_share(config: FeatureConfig) -> bool:
+    """Whether parts of a build share out the encoding: the other sources take minutes at most."""
+    return isinstance(config, TransformersFeature | OpenClipFeature)
+
+
+def encode_part_of_feature(
+    name: str, data: DataConfig, items: pa.Table, ids: ItemIds, encodings: Path, part: Part
+) -> None:
+    """Encode a part's share of feature ``name``, whose source can be shared out, into the folder ``encodings``.
+
+    Args:
+        name: of the feature.
+        data: the config's section.
+        items: the item table, with the columns of the texts.
+        ids: the items' ids, in the same order.
+        encodings: folder in which rows are kept.
+        part: of the build.
+
+    Raises:
+        UserError: as :func:`make_feature`.
+    """
+    match data.features[name]:
+        case TransformersFeature() as config:
+            texts = _texts(template_of(config, data, items.column_names), items)
+            import_encoder("shards.encoders.text_feature", name, "text").encode_part(
+                name, config, texts, encodings, part
+            )
+        case OpenClipFeature() as config:
+            import_encoder("shards.encoders.image_encoder", name, "images").encode_part(
+                name, config, Path(data.root), ids, encodings, part
+            )
 
 
 def code_revision(name: str, config: FeatureConfig) -> dict[str, Any]:

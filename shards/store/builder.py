@@ -1,8 +1,8 @@
 """Building a shard store from the raw tables that a config names.
 
 Items, then features, then histories are written into a folder beside the store, which is renamed in the end. A build
-that fails leaves nothing but the blocks that its encoders have finished (``shards.encoders.encoded_blocks``); the next
-build reuses them. The same input gives the same shards and the same manifest hash.
+that fails leaves nothing but the rows that its pretrained encoders have finished, which are kept for all later builds
+(``shards.encodings``). The same input gives the same shards and the same manifest hash.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import pyarrow.parquet as pq
 
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import file_sha256, foreign_entries, replaced_folder
-from fmrl_dist.base.locks import only_writer
 from fmrl_dist.base.progress import Progress
 from fmrl_dist.base.urls import hide_credentials, is_url
 from fmrl_dist.config.sections import Config, DataConfig
@@ -38,9 +37,9 @@ from fmrl_dist.data.store.manifest import (
 )
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.store.tables import rows_sha256
-from shards.encoders.encoded_blocks import encoding_folder, remove_encodings
 from shards.encoders.item_feature import ItemFeature
 from shards.encoders.sources import check_source, make_feature
+from shards.encodings.kept_rows import encodings_folder
 from shards.store.block_writer import BlockWriter
 from shards.store.inputs import input_files, record
 from shards.store.leave_one_out import LeaveOneOutWriter, SplitBlocks, train_counts
@@ -59,25 +58,31 @@ def build_store(config: Config, overwrite: bool = False) -> tuple[Store, list[It
     Raises:
         UserError: the raw data are refused, or something is already there and ``overwrite`` is off.
     """
+    target = store_folder(config)
+    _check_target(target, overwrite)
+    make_demo_data(config.data)
+    with replaced_folder(target) as aside:
+        _check_target(target, overwrite)  # another build may have ended since
+        features = _write_store(config, aside, encodings_folder(config.store))
+        if not overwrite:
+            _check_target(target, overwrite)  # or ends meanwhile, where there are no locks
+    return Store.open(target), features
+
+
+def store_folder(config: Config) -> Path:
+    """Where the store is built.
+
+    Raises:
+        UserError: it is a URL, or a circle of links.
+    """
     require(
         not is_url(config.store.path),
         f"store {hide_credentials(config.store.path)} is a URL; build into a folder (--store.path), then copy it",
     )
     try:
-        target = Path(config.store.path).resolve()
+        return Path(config.store.path).resolve()
     except RuntimeError:
         raise UserError(f"store {config.store.path} is a circle of links; choose another --store.path") from None
-    _check_target(target, overwrite)
-    make_demo_data(config.data)
-    encoding = encoding_folder(target)
-    with only_writer(encoding):
-        with replaced_folder(target) as aside:
-            _check_target(target, overwrite)  # another build may have ended since
-            features = _write_store(config, aside, encoding)
-            if not overwrite:
-                _check_target(target, overwrite)  # or ends meanwhile, where there are no locks
-        remove_encodings(encoding)
-    return Store.open(target), features
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
@@ -154,12 +159,12 @@ class _RawData:
         progress.close()
 
 
-def _write_store(config: Config, folder: Path, encoding: Path) -> list[ItemFeature]:
-    """Write all files of the store into ``folder``; encoders keep finished blocks in the folder ``encoding``."""
+def _write_store(config: Config, folder: Path, encodings: Path) -> list[ItemFeature]:
+    """Write all files of the store into ``folder``; pretrained encoders keep rows in the folder ``encodings``."""
     raw = _RawData.read(config.data)
     files = input_files(config)
     features = [
-        make_feature(name, config.data, raw.items.table, raw.ids, encoding, files) for name in config.data.features
+        make_feature(name, config.data, raw.items.table, raw.ids, encodings, files) for name in config.data.features
     ]
     inline = config.store.feature_mode == "inline"
     with ExitStack() as stack:
@@ -167,7 +172,7 @@ def _write_store(config: Config, folder: Path, encoding: Path) -> list[ItemFeatu
             split: stack.enter_context(BlockWriter(folder, split, config.store.blocks_per_shard))
             for split in ("items", *SPLITS)
         }
-        _write_items(writers["items"], raw.ids, features, config.store.items_per_block, encoding)
+        _write_items(writers["items"], raw.ids, features, config.store.items_per_block, encodings)
         item_fields = partial(_inline_fields, features, _train_counts(raw)) if inline else None
         blocks = {split: UserBlocks(writers[split], config.store.users_per_block, item_fields) for split in SPLITS}
         histories, users = _write_histories(raw, SplitBlocks(**blocks))
@@ -201,7 +206,7 @@ def _write_store(config: Config, folder: Path, encoding: Path) -> list[ItemFeatu
 
 
 def _write_items(
-    writer: BlockWriter, ids: ItemIds, features: Sequence[ItemFeature], items_per_block: int, encoding: Path
+    writer: BlockWriter, ids: ItemIds, features: Sequence[ItemFeature], items_per_block: int, encodings: Path
 ) -> None:
     """Item blocks in permuted order, so that any run of them is a uniform sample of the catalogue.
 
@@ -221,7 +226,7 @@ def _write_items(
                 item = ids.external[int(rows[problem[1]])].as_py()
                 raise UserError(
                     f"feature {feature.name!r} ({feature.encoder}): the row of item {item!r} {problem[0]}; remove "
-                    f"what earlier builds left in {encoding}, and build again"
+                    f"what earlier builds kept in {encodings}, and build again"
                 )
         writer.write(fields, count=len(rows), events=0)
         progress.advance(len(rows))
