@@ -19,12 +19,14 @@ from tests.fixtures.optional import skip_module_without
 skip_module_without("open_clip", "make images")
 
 from fmrl_dist.base.errors import UserError
+from fmrl_dist.base.parts import Part
 from shards.build import main as build_main
 from shards.encoders import image_encoder, image_loader
 from shards.encoders.open_clip_model import open_clip
 from shards.random_image_encoder import main as random_encoder_main
 from shards.store.builder import build_store
-from tests.fixtures.image_model import DIM, HALF, MODEL, encode, feature, write_image_shop
+from shards.tables.item_ids import ItemIds
+from tests.fixtures.image_model import DIM, HALF, MODEL, encode, feature, write_image_shop, write_images
 from tests.fixtures.images import BAD, GOOD, grey_16_bit, photo
 from tests.fixtures.stores import tiny_config
 from tests.fixtures.training import refusal
@@ -195,6 +197,25 @@ def test_one_new_image_encodes_one_image(
     np.testing.assert_array_equal(again.present[:0:-1], first.present)
     np.testing.assert_array_equal(first.rows[5], first.rows[2])
     assert again.rows[0].any()
+
+
+def test_parts_share_out_the_images(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(image_loader, "UNIT_ROWS", 4)
+    images = [photo(i) for i in range(10)] + [b"bad"]
+    whole = encode(tmp_path / "whole", images, feature(weights))
+    write_images(tmp_path / "parts", images)
+    ids = ItemIds(pa.array(range(len(images)), pa.int64()))
+    capsys.readouterr()
+    for number in (2, 1):
+        part, encodings = Part(number, 2), tmp_path / "parts" / "encodings"
+        image_encoder.encode_part("image", feature(weights), tmp_path / "parts", ids, encodings, part)
+    assert "4 images encoded, 0 were kept" in (out := capsys.readouterr().out) and "7 images encoded, 0" in out
+    joined = encode(tmp_path / "parts", images, feature(weights))
+    assert "0 images encoded, 11 were kept" in capsys.readouterr().out
+    np.testing.assert_array_equal(joined.rows, whole.rows)
+    np.testing.assert_array_equal(joined.present, whole.present)
 
 
 def test_an_image_that_changes_while_it_is_encoded(
