@@ -37,6 +37,8 @@ from shards.tables.item_ids import ItemIds
 
 CPU_IMAGES = 8  # of one forward pass on a CPU: more are no faster, and a single new image is filled up to them
 
+UNDECODABLE = 0  # the cause of all failures
+
 
 @dataclass(frozen=True)
 class ImageEncoder:
@@ -180,7 +182,8 @@ class ImageWork:
             )
             progress.advance(len(batch.rows) + len(batch.failed))
         good_rows, failed_rows = np.concatenate(good), np.concatenate(failed)
-        self.kept.add(images.keys[good_rows], np.concatenate(rows), images.keys[failed_rows])
+        failures = images.keys[failed_rows], np.full(len(failed_rows), UNDECODABLE, np.uint8)
+        self.kept.add(images.keys[good_rows], np.concatenate(rows), failures)
         return len(good_rows) + len(failed_rows)
 
 
@@ -210,12 +213,12 @@ def encode_images(name: str, config: OpenClipFeature, root: Path, ids: ItemIds, 
     """
     work = ImageWork.open(name, config, root, ids, encodings)
     images, table = work.encode(), work.table
-    readable = images.given.copy()
-    readable[readable] = work.kept.has_row(images.keys[readable])
+    given = np.flatnonzero(images.given)
+    readable = given[work.kept.has_row(images.keys[given])]
     items, first = np.unique(table.items[readable], return_index=True)
     keys, present = np.zeros(len(ids.external), KEY), np.zeros(len(ids.external), np.bool_)
     keys[items], present[items] = images.keys[readable][first], True
-    num_unreadable = int((table.items >= 0).sum() - readable.sum())
+    num_unreadable = int((table.items >= 0).sum()) - len(given) + len(work.kept.causes(images.keys[given]))
     return ItemFeature(
         name,
         work.kept.gather(keys, present),

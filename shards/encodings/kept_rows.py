@@ -31,7 +31,7 @@ from shards.encodings.segments import SEGMENT_FILE, DamagedSegmentError, Segment
 RECIPE_FILE, ROW_FILE = "recipe.json", "rows.npy"
 ABANDONED_S = 86_400.0  # without a change: whoever wrote a temporary file is dead; a segment takes seconds
 LOOK_EVERY_S = 10.0  # for segments of other processes
-FAILED = -1  # place of a content that cannot be encoded
+NO_FAILURES = np.empty(0, KEY), np.empty(0, np.uint8)
 
 
 def encodings_folder(store: StoreConfig) -> Path:
@@ -62,7 +62,7 @@ class KeptRows:
         self._seen: set[str] = set()  # the same, and those that are damaged
         self._keys = np.empty(0, KEY)  # sorted
         self._segments = np.empty(0, np.int32)  # of each key, a position in the names
-        self._places = np.empty(0, np.int32)  # of each key, its row in the segment, or FAILED
+        self._places = np.empty(0, np.int32)  # of each key, its row in the segment; -1 - cause, if it failed
         self._looked = -LOOK_EVERY_S
         self.refresh(at_once=True)
 
@@ -83,18 +83,24 @@ class KeptRows:
         """Which of ``keys``, KEY [n], have a row: bool [n]."""
         found = self._find(keys)
         has = found >= 0
-        has[has] = self._places[found[has]] != FAILED
+        has[has] = self._places[found[has]] >= 0
         return has
 
-    def add(self, keys: np.ndarray, rows: np.ndarray, failed: np.ndarray | None = None) -> None:
+    def causes(self, keys: np.ndarray) -> np.ndarray:
+        """Why those of ``keys`` that are known to fail do, in their order: uint8 [m]."""
+        found = self._find(keys)
+        places = self._places[found[found >= 0]]
+        return (-1 - places[places < 0]).astype(np.uint8)
+
+    def add(self, keys: np.ndarray, rows: np.ndarray, failures: tuple[np.ndarray, np.ndarray] = NO_FAILURES) -> None:
         """Keep rows, in one new segment.
 
         Args:
             keys: KEY [n], of the contents, each once.
             rows: float16 [n, dim], of the keys.
-            failed: KEY [m], of contents that cannot be encoded, so that nobody tries again; None: none.
+            failures: KEY [m], of contents that cannot be encoded, so that nobody tries again, and uint8 [m], why.
         """
-        segment = Segment(keys, rows, np.empty(0, KEY) if failed is None else failed)
+        segment = Segment(keys, rows, *failures)
         name = write_segment(self.folder, segment)
         self._seen.add(name)
         self._take_in([(name, segment)])
@@ -150,10 +156,9 @@ class KeptRows:
     def _take_in(self, new: list[tuple[str, Segment]]) -> None:
         keys, segments, places = [self._keys], [self._segments], [self._places]
         for name, segment in new:
-            num_rows, num_failed = len(segment.keys), len(segment.failed)
             keys += [segment.keys, segment.failed]
-            segments.append(np.full(num_rows + num_failed, len(self._names), np.int32))
-            places += [np.arange(num_rows, dtype=np.int32), np.full(num_failed, FAILED, np.int32)]
+            segments.append(np.full(len(segment.keys) + len(segment.failed), len(self._names), np.int32))
+            places += [np.arange(len(segment.keys), dtype=np.int32), -1 - segment.causes.astype(np.int32)]
             self._names.append(name)
         if new:
             all_keys = np.concatenate(keys)

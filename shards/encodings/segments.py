@@ -1,6 +1,6 @@
 """A segment: some encoded rows in one file, which is complete or absent and never changes.
 
-    <sha256 of the file>.safetensors    keys uint8 [n, 32], rows float16 [n, dim], failed uint8 [m, 32]
+    <sha256 of the file>.safetensors    keys uint8 [n, 32], rows float16 [n, dim]; failed uint8 [m, 32], causes uint8 [m]
 
 Its name tells whether it is whole, and makes any number of writers safe: two that encode the same write the same file.
 
@@ -33,6 +33,7 @@ class Segment(NamedTuple):
     keys: np.ndarray  # KEY [n]
     rows: np.ndarray  # float16 [n, dim], of the keys
     failed: np.ndarray  # KEY [m], of contents that cannot be encoded
+    causes: np.ndarray  # uint8 [m], why, as the encoder numbers causes
 
 
 def write_segment(folder: Path, segment: Segment) -> str:
@@ -42,6 +43,7 @@ def write_segment(folder: Path, segment: Segment) -> str:
             "keys": np.ascontiguousarray(segment.keys).view(np.uint8).reshape(-1, KEY.itemsize),
             "rows": np.ascontiguousarray(segment.rows),
             "failed": np.ascontiguousarray(segment.failed).view(np.uint8).reshape(-1, KEY.itemsize),
+            "causes": np.ascontiguousarray(segment.causes),
         }
     )
     name = f"{hashlib.sha256(data).hexdigest()}.safetensors"
@@ -63,14 +65,14 @@ def read_segment(path: Path, dim: int) -> Segment:
         raise DamagedSegmentError("its sha256 is not the one in its name")
     try:
         arrays = load(data)
-        keys, rows, failed = arrays["keys"], arrays["rows"], arrays["failed"]
+        keys, rows, failed, causes = (arrays[name] for name in ("keys", "rows", "failed", "causes"))
     except Exception as error:  # noqa: BLE001 - a file of others can make the parser raise anything
         raise DamagedSegmentError(f"it is no segment: {error}") from None
-    found = [(array.dtype, array.shape) for array in (keys, rows, failed)]
+    found = [(array.dtype, array.shape) for array in (keys, rows, failed, causes)]
     n, m, width = keys.shape[:1], failed.shape[:1], KEY.itemsize
-    if found != [(np.uint8, (*n, width)), (np.float16, (*n, dim)), (np.uint8, (*m, width))]:
+    if found != [(np.uint8, (*n, width)), (np.float16, (*n, dim)), (np.uint8, (*m, width)), (np.uint8, m)]:
         raise DamagedSegmentError(f"it holds {rows.dtype} {list(rows.shape)}, expected float16 {[*n, dim]}")
-    return Segment(_as_keys(keys), rows, _as_keys(failed))
+    return Segment(_as_keys(keys), rows, _as_keys(failed), causes)
 
 
 def _as_keys(array: np.ndarray) -> np.ndarray:

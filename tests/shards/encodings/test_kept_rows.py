@@ -44,12 +44,13 @@ def test_rows_are_found_by_content(tmp_path: Path) -> None:
     """By whoever opens the folder later; one content may be that of many items, and an item may have none."""
     kept = opened(tmp_path)
     assert kept.missing(keys_of("red", "blue")).tolist() == [True, True]
-    kept.add(keys_of("red", "blue"), rows_of("red", "blue"), failed=keys_of("broken"))
+    kept.add(keys_of("red", "blue"), rows_of("red", "blue"), (keys_of("broken"), np.array([7], np.uint8)))
     kept.add(keys_of("mint"), rows_of("mint"))
     for found in (kept, opened(tmp_path)):
         asked = keys_of("mint", "broken", "red", "new")
         assert found.missing(asked).tolist() == [False, False, False, True]
         assert found.has_row(asked).tolist() == [True, False, True, False]
+        assert found.causes(asked).tolist() == [7]
         items = keys_of("blue", "mint", "new", "blue", "red")
         rows = found.gather(items, np.array([True, True, False, True, True]))
         assert isinstance(rows, np.memmap) and rows.dtype == np.float16
@@ -100,7 +101,8 @@ def cut(path: Path) -> None:
 
 def of_others(path: Path) -> None:
     """A file with the right name for what it holds, which is something else."""
-    data = save({"keys": np.zeros((1, 32), np.uint8), "rows": np.zeros((1, DIM + 1), np.float16)})
+    nothing = {"failed": np.zeros((0, 32), np.uint8), "causes": np.zeros(0, np.uint8)}
+    data = save({"keys": np.zeros((1, 32), np.uint8), "rows": np.zeros((1, DIM + 1), np.float16), **nothing})
     path.unlink()
     path.with_name(f"{hashlib.sha256(data).hexdigest()}.safetensors").write_bytes(data)
 
