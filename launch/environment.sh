@@ -78,6 +78,7 @@ submit_join() {
   if [[ ! $joining ]]; then
     log=$(scontrol show job "$job" | sed -n 's/^ *StdOut=//p')
     options=(--parsable --dependency="afterok:$SLURM_ARRAY_JOB_ID" --kill-on-invalid-dep=yes --job-name="$name")
+    # shellcheck disable=SC2154 # the script sets it
     options+=(--output="$(dirname "$log")/slurm-%x.out" --nodes=1 "${join_options[@]}")
     options+=(--partition="$SLURM_JOB_PARTITION" ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"})
     options+=(${SLURM_JOB_QOS:+--qos="$SLURM_JOB_QOS"} ${SLURM_JOB_RESERVATION:+--reservation="$SLURM_JOB_RESERVATION"})

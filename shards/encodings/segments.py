@@ -1,8 +1,9 @@
 """A segment: some encoded rows in one file, which is complete or absent and never changes.
 
-    <sha256 of the file>.safetensors    keys uint8 [n, 32], rows float16 [n, dim]; failed uint8 [m, 32], causes uint8 [m]
+    <sha256>.safetensors    keys uint8 [n, 32], rows float16 [n, dim]; failed uint8 [m, 32], causes uint8 [m]
 
-Its name tells whether it is whole, and makes any number of writers safe: two that encode the same write the same file.
+Its name is the sha256 of its bytes. It tells whether the file is whole, and makes any number of writers safe: two that
+encode the same write the same file.
 
 ``n`` contents that have a row, ``m`` that cannot be encoded, ``dim`` the rows' width.
 """

@@ -61,7 +61,9 @@ def test_rows_are_found_by_content(tmp_path: Path) -> None:
 
 
 @given(words=st.lists(st.sets(st.text("abc", min_size=1, max_size=3), max_size=5), max_size=4))
-def test_whatever_was_added_in_whatever_order_is_found(words: list[set[str]], tmp_path_factory) -> None:  # type: ignore[no-untyped-def]
+def test_whatever_was_added_in_whatever_order_is_found(
+    words: list[set[str]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
     folder = tmp_path_factory.mktemp("kept")
     kept = opened(folder)
     for added in words:
