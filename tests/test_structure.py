@@ -33,7 +33,7 @@ SUBFOLDERS = {
             "training/id_table",
         ),
     },
-    "shards": {"tables", "encoders", "store", "demo"},
+    "shards": {"tables", "encoders", "encodings", "store", "demo"},
     "launch": {"slurm", "sweeps", "local"},
     "benchmarks": {"gpu", "rivals"},
 }

@@ -104,7 +104,9 @@ def test_a_killed_build_is_resumed(shop: Path) -> None:
 def test_one_new_item_is_the_only_one_that_is_encoded(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The store of the longer table is, bit for bit, one that is built from nothing."""
     table = pq.read_table(shop / "items.parquet")
-    new = pa.table({"item_id": [-1, *table["item_id"].to_pylist()], "title": ["mint oil", *table["title"].to_pylist()]})
+    new = pa.table(
+        {"item_id": [-1, *table["item_id"].to_pylist()], "title": ["mint " * 20, *table["title"].to_pylist()]}
+    )
     pq.write_table(new, shop / "longer.parquet")
     config = write_config(shop, "kept")
     main(["--config", str(config)])
@@ -162,5 +164,5 @@ def test_rows_that_are_no_rows_are_not_published(shop: Path, monkeypatch: pytest
         TextEncoder, "encode", lambda self, texts: encode(self, texts) * (np.arange(len(texts)) != 5)[:, None]
     )
     line = refusal(main, "--config", config)
-    assert "is all zero, though the item is said to have it; remove what earlier builds kept in" in line
+    assert "is all zero" in line and "; remove what earlier builds kept in" in line
     assert not (shop / "unwritten").exists()
