@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fmrl_dist.base.errors import UserError, require, run_command
+from fmrl_dist.base.parts import WHOLE, Part
 from fmrl_dist.checkpoint.export_folder import (
     ExportedModel,
     export_sha256,
@@ -43,10 +44,8 @@ from fmrl_dist.evaluation.baselines import baseline_histograms
 from fmrl_dist.evaluation.cut_vectors import count_deployments, cut_sizes
 from fmrl_dist.evaluation.histograms import EvaluationProtocol
 from fmrl_dist.evaluation.parts import (
-    WHOLE,
     ComputeSetting,
     EvaluationIdentity,
-    Part,
     join_parts,
     parts_folder,
     remove_parts,

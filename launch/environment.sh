@@ -69,3 +69,25 @@ await_preemption() {
     exit 143
   fi
 }
+
+# submit_join SCRIPT [ARGUMENTS …]: the job that joins the parts of this array, with the options of sbatch in join_options.
+# A requeued task finds the job that it submitted when it first started: it is in the queue, waiting for this array.
+submit_join() {
+  local name=$SLURM_JOB_NAME-$SLURM_ARRAY_JOB_ID-join joining log options
+  joining=$(squeue --noheader --name="$name" --format=%A)
+  if [[ ! $joining ]]; then
+    log=$(scontrol show job "$job" | sed -n 's/^ *StdOut=//p')
+    options=(--parsable --dependency="afterok:$SLURM_ARRAY_JOB_ID" --kill-on-invalid-dep=yes --job-name="$name")
+    # shellcheck disable=SC2154 # the script sets it
+    options+=(--output="$(dirname "$log")/slurm-%x.out" --nodes=1 "${join_options[@]}")
+    options+=(--partition="$SLURM_JOB_PARTITION" ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"})
+    options+=(${SLURM_JOB_QOS:+--qos="$SLURM_JOB_QOS"} ${SLURM_JOB_RESERVATION:+--reservation="$SLURM_JOB_RESERVATION"})
+    # The join takes no options from the array's variables: only FMRL_… and the path to SLURM's configuration are passed on.
+    for variable in "${!SLURM_@}" "${!SBATCH_@}"; do
+      [[ $variable == SLURM_CONF* ]] || unset "$variable"
+    done
+    joining=$(sbatch "${options[@]}" "$@") ||
+      refuse "sbatch rejected the job that joins (above); set FMRL_CHAIN=1 and submit it yourself after the array"
+  fi
+  echo "job ${joining%%;*} joins the parts when all tasks have succeeded"
+}

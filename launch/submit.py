@@ -70,6 +70,9 @@ def submit_parser() -> argparse.ArgumentParser:
     parser = command_parser("launch.submit", "Submit shards, train, evaluate, export as a chain of jobs.")
     parser.add_argument("--stages", default=",".join(STAGES), help="some of them, in this order (default: %(default)s)")
     parser.add_argument("--sizes", help="to export, such as 8,64 (default: all trained sizes)")
+    parser.add_argument(
+        "--encode-parts", type=int, default=1, help="tasks of an array that share the encoding of a store (default: 1)"
+    )
     parser.add_argument("--parts", type=int, default=1, help="tasks of an array that share the evaluation (default: 1)")
     parser.add_argument("--cluster", choices=("slurm", "local"), default="slurm", help="local: here, one by one")
     parser.add_argument("--processes", type=int, default=1, help="of a local training (default: 1)")
@@ -89,6 +92,7 @@ def make_chain(arguments: argparse.Namespace, config: Config, overrides: Sequenc
         config_arguments=(*([str(arguments.config)] if arguments.config else []), *overrides),
         stages=parse_stages(arguments.stages),
         sizes=parse_sizes(arguments.sizes, config),
+        encode_parts=arguments.encode_parts,
         parts=arguments.parts,
         processes=arguments.processes,
     )
@@ -97,6 +101,7 @@ def make_chain(arguments: argparse.Namespace, config: Config, overrides: Sequenc
 def check_local(arguments: argparse.Namespace) -> None:
     """Refuse what only SLURM can do."""
     given = {"--sbatch": bool(arguments.sbatch), "--parts": arguments.parts > 1}
+    given |= {"--encode-parts": arguments.encode_parts > 1}
     given |= {"--status": arguments.status, "--cancel": arguments.cancel}
     for option, is_given in given.items():
         require(not is_given, f"{option} needs SLURM; a local chain runs here, stage after stage, until it ends")

@@ -1,4 +1,7 @@
-"""``python -m shards.build``: raw tables in, shard store out."""
+"""``python -m shards.build``: raw tables in, shard store out.
+
+``--part I/N`` encodes a share of the texts and images, for a build without it to find.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import time
 from pathlib import Path
 
 from fmrl_dist.base.errors import require, run_command
+from fmrl_dist.base.parts import Part
 from fmrl_dist.base.urls import is_url
 from fmrl_dist.config.command_line import command_parser, parse_command
 from fmrl_dist.config.loading import DEMO_CONFIG
@@ -15,6 +19,7 @@ from fmrl_dist.data.store.reader import Store
 from shards.encoders.item_feature import ItemFeature
 from shards.store.build_report import read_report
 from shards.store.builder import build_store, make_demo_data
+from shards.store.encode_part import encode_part
 from shards.store.inputs import check_built_from
 from shards.store.report_text import report_lines
 
@@ -24,6 +29,9 @@ def main(argv: list[str]) -> None:
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace a store that is already there")
     existing.add_argument("--keep", action="store_true", help="keep a store that is already there, and build none")
+    parser.add_argument(
+        "--part", type=Part.parse, metavar="I/N", help="only encode a share of texts and images, and write no store"
+    )
     arguments, config = parse_command(parser, argv)
     if arguments.keep and (is_url(config.store.path) or Path(config.store.path, MANIFEST_FILE).is_file()):
         kept, is_recorded = kept_store(config)
@@ -35,6 +43,11 @@ def main(argv: list[str]) -> None:
             )
         return
     start = time.monotonic()
+    if arguments.part is not None:
+        names = encode_part(config, arguments.part)
+        what = f"encoded its share of {', '.join(names)}" if names else "no feature's encoding can be shared out"
+        print(f"part {arguments.part}: {what}, in {time.monotonic() - start:.1f} s")
+        return
     config_name = arguments.config.name if arguments.config else DEMO_CONFIG.name
     store, features = build_store(config, overwrite=arguments.overwrite, config_name=config_name)
     _print_summary(store, features, time.monotonic() - start)

@@ -34,7 +34,10 @@ SUBFOLDERS = {
             "training/id_table",
         ),
     },
-    "shards": {"tables", "tables/formats", "encoders", "images", "interactions", "store", "store_page", "demo"},
+    "shards": {
+        *("tables", "tables/formats", "encoders", "encodings", "images"),
+        *("interactions", "store", "store_page", "demo"),
+    },
     "launch": {"slurm", "sweeps", "local"},
     "benchmarks": {"gpu", "rivals"},
 }

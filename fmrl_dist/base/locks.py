@@ -18,6 +18,10 @@ class LockHeldError(TimeoutError):
     """Another process holds a lock."""
 
 
+class BeingWrittenError(UserError):
+    """Another process is writing what this one was to write."""
+
+
 def lock_file(
     descriptor: int,
     patience_s: float,
@@ -66,7 +70,7 @@ def only_writer(target: Path) -> Iterator[bool]:
         Whether the lock is held: false on a file system without locks.
 
     Raises:
-        UserError: another process is writing it; the message says which.
+        BeingWrittenError: another process is writing it; the message says which.
     """
     path = lock_path(target)
     missing = [folder for folder in path.parents if not folder.exists()]  # from the innermost
@@ -91,7 +95,7 @@ def _locked(path: Path, target: Path) -> Iterator[bool]:
             except LockHeldError:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
-                raise UserError(f"{holder} is writing {target}; wait until it ends, then try again") from None
+                raise BeingWrittenError(f"{holder} is writing {target}; wait until it ends, then try again") from None
             except OSError:
                 is_locked = False
             if is_locked and not _is_file(path, file.fileno()):

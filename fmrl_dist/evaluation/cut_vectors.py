@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fmrl_dist.base.parts import WHOLE, Part
 from fmrl_dist.data.batches import evaluation_blocks
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.distributed.processes import Runtime
 from fmrl_dist.distributed.signals import StopRequest
 from fmrl_dist.evaluation.histograms import EvaluationProtocol, count_target_ranks, groups_of, last_outputs
-from fmrl_dist.evaluation.parts import WHOLE, Part
 from fmrl_dist.evaluation.rank_counts import RankCounts, join_sizes
 from fmrl_dist.evaluation.ranker import Ranker
 from fmrl_dist.model.rotation import learn_rotation

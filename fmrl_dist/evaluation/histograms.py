@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fmrl_dist.base.parts import WHOLE, Part
 from fmrl_dist.config.sections import EvalConfig
 from fmrl_dist.data.batches import EvaluationBlock, evaluation_blocks
 from fmrl_dist.data.item_statistics import train_counts
@@ -20,7 +21,6 @@ from fmrl_dist.data.store.reader import Store
 from fmrl_dist.distributed.processes import Runtime
 from fmrl_dist.distributed.signals import StopRequest
 from fmrl_dist.evaluation.metrics import METRICS, histogram_of
-from fmrl_dist.evaluation.parts import WHOLE, Part
 from fmrl_dist.evaluation.rank_counts import RankCounts, RankedUsers, sorted_users
 from fmrl_dist.evaluation.ranker import Ranker, SequenceModel
 from fmrl_dist.evaluation.segments import NUM_CELLS, Segments

@@ -10,7 +10,6 @@ part again replaces it.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import json
@@ -25,42 +24,12 @@ from torch import Tensor
 
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import json_sha256, write_atomically
+from fmrl_dist.base.parts import Part
 from fmrl_dist.checkpoint.run_folder import evaluation_file
 from fmrl_dist.evaluation.rank_counts import RankCounts, sorted_users
 
-PART = re.compile(r"([1-9][0-9]{0,5})/([1-9][0-9]{0,5})")
 OUR_FILE = re.compile(r"\.?[1-9][0-9]{0,5}-of-[1-9][0-9]{0,5}\.(json|safetensors)(\.[0-9a-f]{16})?", re.ASCII)
 PART_FILE = re.compile(r"([1-9][0-9]{0,5})-of-([1-9][0-9]{0,5})\.json")
-
-
-@dataclass(frozen=True)
-class Part:
-    """Part ``number`` of ``count``, counted from 1."""
-
-    number: int
-    count: int
-
-    @classmethod
-    def parse(cls, text: str) -> Part:
-        """Parse ``I/N``, as given on the command line."""
-        found = PART.fullmatch(text)
-        if not found or int(found[1]) > int(found[2]):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a part; expected I/N with I from 1 to N")
-        return cls(int(found[1]), int(found[2]))
-
-    def __str__(self) -> str:
-        return f"{self.number}/{self.count}"
-
-    @property
-    def file(self) -> str:
-        return f"{self.number}-of-{self.count}.json"
-
-    def share(self, num_blocks: int) -> range:
-        """The blocks of this part; none if there are fewer blocks than parts."""
-        return range(self.number - 1, num_blocks, self.count)
-
-
-WHOLE = Part(1, 1)
 
 
 @dataclass(frozen=True)
@@ -121,9 +90,9 @@ def write_part(
     if tensors:
         content = save(tensors)
         record["tensors_sha256"] = hashlib.sha256(content).hexdigest()
-        write_atomically(_tensors_file(folder / part.file), content)
-    write_atomically(folder / part.file, json.dumps(record | {"sha256": json_sha256(record)}).encode() + b"\n")
-    return folder / part.file
+        write_atomically(_tensors_file(folder / _part_file(part)), content)
+    write_atomically(folder / _part_file(part), json.dumps(record | {"sha256": json_sha256(record)}).encode() + b"\n")
+    return folder / _part_file(part)
 
 
 def join_parts(folder: Path, evaluated: EvaluationIdentity) -> RankCounts:
@@ -151,7 +120,7 @@ def join_parts(folder: Path, evaluated: EvaluationIdentity) -> RankCounts:
     for part, own in zip(wanted, settings, strict=True):
         require(
             own == settings[0],
-            f"{folder / part.file} was evaluated with {_describe(own)}, part {wanted[0]} with "
+            f"{folder / _part_file(part)} was evaluated with {_describe(own)}, part {wanted[0]} with "
             f"{_describe(settings[0])}: they round differently; evaluate all parts with the same --threads on the same "
             "kind of device",
         )
@@ -163,6 +132,10 @@ def join_parts(folder: Path, evaluated: EvaluationIdentity) -> RankCounts:
 def _describe(setting: ComputeSetting) -> str:
     rotated = f", rotation {setting.rotation[:12]}" if setting.rotation else ""
     return f"{setting.threads} thread(s) on {setting.device}{rotated}"
+
+
+def _part_file(part: Part) -> str:
+    return f"{part.number}-of-{part.count}.json"
 
 
 def _parts_in(folder: Path) -> set[Part]:
@@ -187,7 +160,7 @@ def _read_part(
     folder: Path, part: Part, evaluated: EvaluationIdentity
 ) -> tuple[ComputeSetting, Tensor, dict[str, Tensor]]:
     """How a part was evaluated, its histograms, and what else it has."""
-    path, again = folder / part.file, f"evaluate it again with --part {part}"
+    path, again = folder / _part_file(part), f"evaluate it again with --part {part}"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if record.pop("sha256") != json_sha256(record):

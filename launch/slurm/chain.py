@@ -1,6 +1,7 @@
 """The chain of jobs for one config: shards → train → evaluate → export, each stage one job or one array.
 
-Evaluation in parts is two stages: the array that ranks, and the job that joins its parts.
+Evaluation in parts is two stages: the array that ranks, and the job that joins its parts. A store in parts is two, too:
+the array that encodes texts and images, and the job that builds the store.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from fmrl_dist.config.sections import Config
 from launch.slurm.jobs import BatchJob, BatchScript, batch_script
 
 STAGES = ("shards", "train", "evaluate", "export")
+ENCODE = "encode"  # precedes the shards of a store in parts
 JOIN = "join"  # follows an evaluation in parts
-JOB_STAGES = ("shards", "train", "evaluate", JOIN, "export")
+JOB_STAGES = (ENCODE, "shards", "train", "evaluate", JOIN, "export")
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class JobChain:
         config_arguments: what gives that config on a command line, [CONFIG] [--section.key VALUE …].
         stages: some of :data:`STAGES`, in their order.
         sizes: to export.
+        encode_parts: tasks of the array that encodes texts and images.
         parts: tasks of the array that evaluates.
         processes: of a training on this machine.
     """
@@ -45,11 +48,13 @@ class JobChain:
     config_arguments: tuple[str, ...]
     stages: tuple[str, ...]
     sizes: tuple[int, ...]
+    encode_parts: int
     parts: int
     processes: int
 
     def __post_init__(self) -> None:
         run = self.config.run.dir
+        require(self.encode_parts >= 1, f"--encode-parts is {self.encode_parts}; expected at least 1")
         require(self.parts >= 1, f"--parts is {self.parts}; expected at least 1")
         require(self.processes >= 1, f"--processes is {self.processes}; expected at least 1")
         untrained = [size for size in self.sizes if size not in self.config.model.sizes]
@@ -77,7 +82,9 @@ class JobChain:
         """
         found = []
         for stage in self.local_stages():
-            if stage.name == "evaluate" and self.parts > 1:
+            if stage.name == "shards" and self.encode_parts > 1:
+                found += [(ENCODE, stage.scripts * self.encode_parts), (stage.name, stage.scripts)]
+            elif stage.name == "evaluate" and self.parts > 1:
                 (evaluation,) = stage.scripts
                 join = batch_script(evaluation.path, "--join", *evaluation.arguments)
                 found += [(stage.name, stage.scripts * self.parts), (JOIN, (join,))]

@@ -1,9 +1,9 @@
-"""Images on their way to the encoder: worker processes decode and prepare them, batch by batch.
+"""Images on their way to the encoder: their keys, and worker processes that decode and prepare them, batch by batch.
 
-The main process reads the image table, whose rows form blocks of :data:`BLOCK_ROWS`. A batch ends where its block does:
-a build that resumes after an interruption forms the same batches, and so the same bits, as one that never stopped.
+The main process reads the image table, whose rows form units of :data:`UNIT_ROWS`. Only rows whose content nobody has
+encoded go to a worker.
 
-``n`` good images of a batch.
+``n`` images of a batch, of which ``g`` are good.
 """
 
 from __future__ import annotations
@@ -11,41 +11,48 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fmrl_dist.base.parent_process import end_with_parent
-from shards.encoders.item_images import ImageTable, read_image
+from fmrl_dist.base.progress import Progress
+from shards.encoders.item_images import FILES_AT_ONCE, ImageRows, ImageTable, read_image
 from shards.encoders.open_clip_model import make_transform
-from shards.images.causes import UnreadableImageError
+from shards.encodings.content_keys import KEY, content_key
+from shards.images.causes import CAUSES, UnreadableImageError
 from shards.images.decoding import decode_image
 
 NOTICE_S = 1.0  # within which the kernel tells of a child that has closed its connections
-BLOCK_ROWS = 512  # at most a few minutes of SigLIP ViT-L on a CPU are lost; a GPU writes a file a second
+UNIT_ROWS = 512  # at most a few minutes of SigLIP ViT-L on a CPU are lost; a GPU writes a file a second
 
 
 class RawBatch(NamedTuple):
     """Rows of the image table that go to a worker."""
 
-    block: int
-    num_rows: int
-    items: list[int]  # of the rows whose item is known
-    images: list[bytes | str | None]  # likewise
+    unit: int
+    rows: list[int]  # [n], of the table
+    keys: list[bytes]  # [n], sha256 of the images when they were looked up
+    images: list[bytes | str | None]  # [n]
 
 
 class PreparedBatch(NamedTuple):
     """What a worker makes of them."""
 
-    block: int
-    num_rows: int
-    failed: list[str]  # causes of the images that could not be read or decoded
-    items: torch.Tensor  # int64 [n]
-    pixels: torch.Tensor  # float32 [n, 3, height, width]
+    unit: int
+    rows: torch.Tensor  # int64 [g], of the table
+    failed: torch.Tensor  # int64 [n - g], rows whose image could not be decoded
+    causes: torch.Tensor  # uint8 [n - g], why: positions in CAUSES
+    pixels: torch.Tensor  # float32 [g, 3, height, width]
+    changed: str  # the file name of an image that is not what it was when it was looked up; "": none
 
 
 class PreparedImages(Dataset[PreparedBatch]):
@@ -61,44 +68,105 @@ class PreparedImages(Dataset[PreparedBatch]):
         return make_transform(self.preprocessing)
 
     def __getitem__(self, batch: RawBatch) -> PreparedBatch:
-        items, pixels, failed = [], [], []
-        for item, image in zip(batch.items, batch.images, strict=True):
+        good, failed, causes, pixels, changed = [], [], [], [], ""
+        for row, key, image in zip(batch.rows, batch.keys, batch.images, strict=True):
+            data = b""
             try:
-                decoded = decode_image(read_image(self.folder, image))
+                data = read_image(self.folder, image)
+                decoded = decode_image(data)
             except UnreadableImageError as problem:
-                failed.append(problem.cause)
-                continue
-            items.append(item)
-            pixels.append(self.transform(decoded))
+                failed.append(row)
+                causes.append(CAUSES.index(problem.cause))
+            else:
+                good.append(row)
+                pixels.append(self.transform(decoded))
+            if content_key(data) != key:
+                changed = str(image)
         return PreparedBatch(
-            block=batch.block,
-            num_rows=batch.num_rows,
-            failed=failed,
-            items=torch.tensor(items, dtype=torch.int64),
+            unit=batch.unit,
+            rows=torch.tensor(good, dtype=torch.int64),
+            failed=torch.tensor(failed, dtype=torch.int64),
+            causes=torch.tensor(causes, dtype=torch.uint8),
             pixels=torch.stack(pixels) if pixels else torch.empty(0),
+            changed=changed,
         )
 
 
-def num_blocks(table: ImageTable) -> int:
-    return -(-len(table.items) // BLOCK_ROWS)
+@dataclass(frozen=True)
+class ImageKeys:
+    """What the images of some rows of a table are found by; the others have none."""
+
+    keys: np.ndarray  # KEY [rows]
+    given: np.ndarray  # bool [rows]: the row's item is known, and its image has bytes
+    causes: Counter[str]  # why rows of known items have none
+
+    @classmethod
+    def read(cls, name: str, table: ImageTable, units: Collection[int]) -> ImageKeys:
+        """Read the images of all rows of ``units``, for feature ``name``: at the speed of the disk.
+
+        Raises:
+            UserError: the table cannot be read.
+        """
+        found = cls(np.zeros(len(table.items), KEY), np.zeros(len(table.items), np.bool_), Counter())
+        progress = Progress("image", sum(len(rows_of(table, unit)) for unit in units), name=f"{name}, looked up")
+        read = partial(_key_of_image, table.folder)
+        with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+            for unit, rows in _units(table, units):
+                low = unit * UNIT_ROWS
+                known = np.flatnonzero(rows.items >= 0)
+                for i, key in zip(known, pool.map(read, [rows.images[i] for i in known]), strict=True):
+                    if isinstance(key, bytes):
+                        found.keys[low + i], found.given[low + i] = key, True
+                    else:
+                        found.causes[key] += 1
+                progress.advance(len(rows.items))
+        progress.close()
+        return found
 
 
-def num_rows(table: ImageTable, blocks: Collection[int]) -> int:
-    """Rows of the table in ``blocks``."""
-    return sum(min(BLOCK_ROWS, len(table.items) - block * BLOCK_ROWS) for block in blocks)
+def _key_of_image(folder: Path, image: bytes | str | None) -> bytes | str:
+    """The key of an image, or the cause why it has no bytes."""
+    try:
+        return content_key(read_image(folder, image))
+    except UnreadableImageError as problem:
+        return problem.cause
+
+
+def num_units(table: ImageTable) -> int:
+    return -(-len(table.items) // UNIT_ROWS)
+
+
+def rows_of(table: ImageTable, unit: int) -> np.ndarray:
+    """The table's rows that form a unit, int64 [n]."""
+    return np.arange(unit * UNIT_ROWS, min((unit + 1) * UNIT_ROWS, len(table.items)))
 
 
 def prepared_batches(
-    images: PreparedImages, table: ImageTable, blocks: Collection[int], batch_images: int, workers: int
+    images: PreparedImages,
+    table: ImageTable,
+    keys: np.ndarray,
+    to_do: Callable[[int], np.ndarray],
+    units: Collection[int],
+    batch_images: int,
+    workers: int,
 ) -> Iterable[PreparedBatch]:
-    """The rows of ``blocks`` in order, at most ``batch_images`` at a time, prepared by ``workers`` processes (0: here).
+    """Rows of ``units`` in order, at most ``batch_images`` at a time, prepared by ``workers`` processes (0: here).
+
+    Args:
+        images: what the workers do.
+        table: of the images.
+        keys: KEY [rows], of the table's rows.
+        to_do: called when a unit's turn comes; gives the rows to prepare, int64 [n].
+        units: numbers of the units.
+        batch_images: images of a batch.
+        workers: number of processes.
 
     Raises:
         RuntimeError, ConnectionError, EOFError: a worker died; see :func:`is_dead_worker`.
     """
     return DataLoader(
         images,
-        sampler=_raw_batches(table, set(blocks), batch_images),
+        sampler=_raw_batches(table, keys, to_do, units, batch_images),
         batch_size=None,
         collate_fn=_unchanged,
         num_workers=workers,
@@ -125,15 +193,29 @@ def wait_for_notice(error: Exception) -> None:
             time.sleep(NOTICE_S)
 
 
-def _raw_batches(table: ImageTable, blocks: Collection[int], batch_images: int) -> Iterator[RawBatch]:
-    """The rows of ``blocks``. A block whose items are all unknown still has its batches."""
-    for block, rows in enumerate(table.rows(BLOCK_ROWS)):
-        if block in blocks:
-            for low in range(0, len(rows.items), batch_images):
-                items = rows.items[low : low + batch_images].tolist()
-                known = [i for i, item in enumerate(items) if item >= 0]
-                images = [rows.images[low + i] for i in known]
-                yield RawBatch(block, len(items), [items[i] for i in known], images)
+def _raw_batches(
+    table: ImageTable,
+    keys: np.ndarray,
+    to_do: Callable[[int], np.ndarray],
+    units: Collection[int],
+    batch_images: int,
+) -> Iterator[RawBatch]:
+    for unit, rows in _units(table, units):
+        chosen = to_do(unit).tolist()
+        for low in range(0, len(chosen), batch_images):
+            batch = chosen[low : low + batch_images]
+            images = [rows.images[row - unit * UNIT_ROWS] for row in batch]
+            yield RawBatch(unit, batch, [keys[row].tobytes() for row in batch], images)
+
+
+def _units(table: ImageTable, units: Collection[int]) -> Iterator[tuple[int, ImageRows]]:
+    """The rows of ``units``, in order; the table is read no further than the last of them."""
+    last = max(units, default=-1)
+    for unit, rows in enumerate(table.rows(UNIT_ROWS) if units else ()):
+        if unit in units:
+            yield unit, rows
+        if unit == last:
+            return
 
 
 def _unchanged(batch: Any) -> Any:

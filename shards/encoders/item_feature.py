@@ -1,7 +1,8 @@
 """One feature of all items, as every source of features returns it, and the libraries that its rows passed through.
 
 A recipe says how a row is made. Versions of libraries are recorded beside it, for somebody who compares two stores, but
-are no part of it: a library's next version may round differently, and seldom more.
+are no part of it: a library's next version may round differently, and seldom more. Kept rows are of one version all the
+same (``shards.encodings``), so that a store's record is true of every row.
 """
 
 from __future__ import annotations
@@ -73,8 +74,13 @@ class ItemFeature:
 
 def versions_of(*sources: str) -> dict[str, str]:
     """Python's version, and that of each package that these sources of features use."""
+    return {"python": platform.python_version()} | packages_of(*sources)
+
+
+def packages_of(*sources: str) -> dict[str, str]:
+    """The version of each package that these sources of features use."""
     packages = sorted({package for source in sources for package in PACKAGES[source]})
-    return {"python": platform.python_version()} | {package: _version(package) for package in packages}
+    return {package: _version(package) for package in packages}
 
 
 def _version(package: str) -> str:

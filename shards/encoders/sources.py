@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from fmrl_dist.base.errors import UserError
+from fmrl_dist.base.parts import Part
 from fmrl_dist.config.features import (
     FeatureConfig,
     NpyFeature,
@@ -38,7 +39,7 @@ def make_feature(
     data: DataConfig,
     items: pa.Table,
     ids: ItemIds,
-    encoding: Path,
+    encodings: Path,
     files: Mapping[str, str],
     may_lack: bool = False,
     source_rows: np.ndarray | None = None,
@@ -52,7 +53,7 @@ def make_feature(
         data: the config's section.
         items: the item table, with the columns of the texts.
         ids: the items' ids, in the same order.
-        encoding: folder in which an encoder keeps finished blocks.
+        encodings: folder in which the pretrained encoders keep rows (``shards.encodings``).
         files: hashes of the input files, by config key (``shards.store.inputs``).
         may_lack: whether all items may lack the feature; a catalogue's may not.
         source_rows: row of the whole item table of each item, see ``RawItems``; None: ``items`` is the whole table.
@@ -64,12 +65,12 @@ def make_feature(
     """
     config, root = data.features[name], Path(data.root)
     feature: ItemFeature
-    input_sha256 = files.get(f"data.features.{name}.path", "")
     template = template_of(config, data, items.column_names) if isinstance(config, TextFeature) else {}
     match config:
         case NpyFeature():
+            sha256 = files.get(f"data.features.{name}.path", "")
             num_rows = len(ids.external) if source_rows is None else num_source_rows
-            feature = read_precomputed(name, config, root, num_rows, input_sha256, source_rows)
+            feature = read_precomputed(name, config, root, num_rows, sha256, source_rows)
         case TfidfFeature():
             encoder = import_encoder("shards.encoders.tfidf", name, "shards")
             feature = encoder.encode_texts(name, config, _texts(template, items), template, fitted)
@@ -77,11 +78,11 @@ def make_feature(
             encoder = import_encoder("shards.encoders.pixels", name, "shards")
             feature = encoder.encode_images(name, config, root, ids)
         case TransformersFeature():
-            encoder = import_encoder("shards.encoders.text_encoder", name, "text")
-            feature = encoder.encode_texts(name, config, _texts(template, items), encoding)
+            encoder = import_encoder("shards.encoders.text_feature", name, "text")
+            feature = encoder.encode_texts(name, config, _texts(template, items), encodings)
         case OpenClipFeature():
             encoder = import_encoder("shards.encoders.image_encoder", name, "images")
-            feature = encoder.encode_images(name, config, root, ids, encoding, input_sha256)
+            feature = encoder.encode_images(name, config, root, ids, encodings)
     if feature.images is not None and not may_lack:
         feature.images.check(name, data.dirt.max_bad_images)
     if not feature.present.any() and not may_lack and not isinstance(config, NpyFeature):
@@ -89,6 +90,39 @@ def make_feature(
             f"feature {name!r}: no item has it; check its columns, and that its item ids are those of the item table"
         )
     return replace(feature, recipe={"source": config.source} | code_revision(name, config) | template | feature.recipe)
+
+
+def can_share(config: FeatureConfig) -> bool:
+    """Whether parts of a build share out the encoding: the other sources take minutes at most."""
+    return isinstance(config, TransformersFeature | OpenClipFeature)
+
+
+def encode_part_of_feature(
+    name: str, data: DataConfig, items: pa.Table, ids: ItemIds, encodings: Path, part: Part
+) -> None:
+    """Encode a part's share of feature ``name``, whose source can be shared out, into the folder ``encodings``.
+
+    Args:
+        name: of the feature.
+        data: the config's section.
+        items: the item table, with the columns of the texts.
+        ids: the items' ids, in the same order.
+        encodings: folder in which rows are kept.
+        part: of the build.
+
+    Raises:
+        UserError: as :func:`make_feature`.
+    """
+    match data.features[name]:
+        case TransformersFeature() as config:
+            texts = _texts(template_of(config, data, items.column_names), items)
+            import_encoder("shards.encoders.text_feature", name, "text").encode_part(
+                name, config, texts, encodings, part
+            )
+        case OpenClipFeature() as config:
+            import_encoder("shards.encoders.image_encoder", name, "images").encode_part(
+                name, config, Path(data.root), ids, encodings, part
+            )
 
 
 def code_revision(name: str, config: FeatureConfig) -> dict[str, Any]:

@@ -1,22 +1,20 @@
-"""Text features from a pretrained transformer (paper section 5.3: BGE-large, the [CLS] token).
+"""A pretrained transformer that makes rows of texts (paper section 5.3: BGE-large, the [CLS] token).
 
-Texts are sorted by length, longest first, and cut into blocks of a fixed number. A block is tokenized, encoded in
-batches under a token budget, and saved (``shards.encoders.encoded_blocks``) before the next begins, so a build that is
-killed loses at most one block. Memory holds only the texts, their order and one block's tensors. A row depends on its
-text alone, up to rounding: padding is masked.
+A row depends on its text alone. Padding is masked; and on a CPU every batch of one length has one shape, filled up with
+repeated texts, since a product rounds by its shape. On a GPU, whose batches are large, rows of texts that were encoded
+beside others can differ by rounding.
 
-``V`` items, ``n`` texts of a block, ``T`` tokens of a batch's longest text, ``dim`` the model's width.
+``n`` texts, ``T`` tokens of a batch's texts with padding, ``dim`` the model's width.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,13 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fmrl_dist.base.errors import UserError, require
-from fmrl_dist.base.progress import Progress
 from fmrl_dist.base.yaml_text import shown
 from fmrl_dist.config.features import TransformersFeature
 from shards.encoders.compute import Compute, choose_compute
-from shards.encoders.encoded_blocks import EncodedBlocks
-from shards.encoders.item_feature import ItemFeature, versions_of
-from shards.encoders.item_text import ItemTexts
 from shards.encoders.model_folder import find_text_model
 from shards.encoders.torchvision_import import make_torchvision_importable
 
@@ -39,7 +33,8 @@ from shards.encoders.torchvision_import import make_torchvision_importable
 IMPLEMENTATION_KEY = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 IMPLEMENTATIONS = {"eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm"}
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
-BLOCK_ITEMS = 1024  # at most a minute or so of BGE-large on a CPU core is lost; a GPU writes a file a second
+CPU_TOKENS = 256  # of one forward pass on a CPU: more are no faster, and a batch that is filled up wastes half of them
+LENGTH_STEP = 8  # padded lengths are multiples of it, so that a CPU's batches have few shapes
 
 
 @dataclass(frozen=True)
@@ -66,66 +61,27 @@ class TextEncoder:
         """
         tokens = self.tokenizer(list(texts), truncation=True, max_length=self.max_tokens)
         rows = np.empty((len(texts), self.dim), np.float16)
-        for batch in token_batches([len(ids) for ids in tokens["input_ids"]], self.batch_tokens):
-            chosen = {name: [values[i] for i in batch] for name, values in tokens.items()}
-            padded = self.tokenizer.pad(chosen, padding=True, return_tensors="pt").to(self.compute.device)
+        for batch in self._batches([len(ids) for ids in tokens["input_ids"]]):
+            filled = np.resize(batch.texts, batch.num_rows)
+            chosen = {name: [values[i] for i in filled] for name, values in tokens.items()}
+            padded = self.tokenizer.pad(
+                chosen, padding="max_length", max_length=batch.num_tokens, return_tensors="pt"
+            ).to(self.compute.device)
             with torch.inference_mode():
                 with self.compute.autocast():
                     hidden = self.model(**padded).last_hidden_state
                 pooled = pool(hidden, padded["attention_mask"], self.pooling)
-                rows[batch] = F.normalize(pooled, dim=1).half().cpu().numpy()
+                rows[batch.texts] = F.normalize(pooled, dim=1).half().cpu().numpy()[: len(batch.texts)]
         require(bool(np.isfinite(rows).all()), "the text encoder's output is not finite; try precision: fp32")
         return rows
 
-
-def encode_texts(name: str, config: TransformersFeature, items: ItemTexts, encoding: Path) -> ItemFeature:
-    """Rows of the texts, for feature ``name``; items without a text are absent.
-
-    Finished blocks are kept in the folder ``encoding``; those of an earlier build with the same recipe are reused.
-
-    Raises:
-        UserError: no item has a text, or the model cannot be found or is not a text encoder.
-    """
-    chosen = np.flatnonzero(items.present)
-    require(len(chosen) > 0, f"feature {name!r}: no item has a text; check data.text against the item table")
-    encoder = load_encoder(config)
-    described = f"transformers:{config.model} {encoder.pooling} {encoder.max_tokens}"
-    recipe = {
-        "encoder": described,
-        "revision": encoder.revision,
-        "precision": encoder.compute.precision,
-        "block_items": BLOCK_ITEMS,
-        "texts": _texts_sha256(items),
-        "made_with": versions_of(TransformersFeature.source) | {"device": encoder.compute.device.type},
-    }
-    order = _longest_first(items.texts, chosen)
-    blocks = EncodedBlocks(encoding, name, recipe, num_blocks=-(-len(order) // BLOCK_ITEMS))
-    blocks.announce(f"{described}, {encoder.compute}")
-    missing = {block: order[block * BLOCK_ITEMS : (block + 1) * BLOCK_ITEMS] for block in blocks.missing()}
-    progress = Progress("item", len(order), len(order) - sum(map(len, missing.values())), name=name)
-    for block, ids in missing.items():
-        blocks.save(block, ids, encoder.encode([items.texts[i] for i in ids]))
-        progress.advance(len(ids))
-    progress.close()
-    rows, present = blocks.gather(len(items.texts), encoder.dim)
-    require(
-        np.array_equal(present, items.present),
-        f"feature {name!r}: the blocks in {blocks.folder} do not hold the items that have a text; remove it and build "
-        "again",
-    )
-    return ItemFeature(
-        name,
-        rows,
-        present,
-        encoder=described,
-        revision=encoder.revision,
-        recipe={
-            "pooling": encoder.pooling,
-            "max_tokens": encoder.max_tokens,
-            "precision": encoder.compute.precision,
-        },
-        device=encoder.compute.device.type,
-    )
+    def _batches(self, lengths: Sequence[int]) -> Iterator[TokenBatch]:
+        """Batches of texts of so many tokens, each padded by at least one, unless it is as long as may be."""
+        padded = np.minimum((np.asarray(lengths) // LENGTH_STEP + 1) * LENGTH_STEP, self.max_tokens)
+        if self.compute.device.type == "cpu":
+            whole = np.asarray(lengths) == padded  # a model may leave the mask of a batch out, and round otherwise
+            return token_batches(padded, min(self.batch_tokens, CPU_TOKENS), whole)
+        return token_batches(padded, self.batch_tokens)
 
 
 def load_encoder(config: TransformersFeature) -> TextEncoder:
@@ -211,18 +167,36 @@ def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
     return (hidden.float() * weights).sum(1) / weights.sum(1)
 
 
-def token_batches(lengths: Sequence[int], budget: int) -> Iterator[np.ndarray]:
-    """Positions in ``lengths``, longest first, in batches of at most ``budget`` tokens: count times longest.
+class TokenBatch(NamedTuple):
+    """One forward pass."""
+
+    texts: np.ndarray  # int64 [n], their positions
+    num_tokens: int  # that each is padded to
+    num_rows: int  # of the batch; more than texts, if it is filled up
+
+
+def token_batches(padded: np.ndarray, budget: int, kinds: np.ndarray | None = None) -> Iterator[TokenBatch]:
+    """Batches of at most ``budget`` tokens, padding included, the longest texts first.
 
     A text that is longer than the budget is a batch by itself.
+
+    Args:
+        padded: int64 [n], lengths of the texts, each with its padding.
+        budget: tokens of a batch.
+        kinds: bool [n]; given, a batch holds texts of one length and kind, and has as many rows as any other of that
+            length, whatever texts there are.
     """
-    sizes = np.asarray(lengths)
-    order = np.argsort(-sizes, kind="stable")
+    shapes = padded * 2 + (0 if kinds is None else kinds)
+    order = np.argsort(-shapes, kind="stable")
     low = 0
     while low < len(order):
-        count = max(1, budget // max(1, int(sizes[order[low]])))
-        yield order[low : low + count]
-        low += count
+        longest = int(padded[order[low]])
+        count = max(1, budget // longest)
+        batch = order[low : low + count]
+        if kinds is not None:
+            batch = batch[shapes[batch] == shapes[batch[0]]]
+        yield TokenBatch(batch, longest, len(batch) if kinds is None else count)
+        low += len(batch)
 
 
 def _check_model(name: str, model: Any, tokenizer: Any, missing: Sequence[str]) -> None:
@@ -248,18 +222,3 @@ def _longest_input(model: nn.Module, tokenizer: Any) -> int:
             unused = 0 if module.padding_idx is None else module.padding_idx + 1
             limits.append(module.num_embeddings - unused)
     return min(limits)
-
-
-def _longest_first(texts: list[str], chosen: np.ndarray) -> np.ndarray:
-    """``chosen`` sorted by length in characters: close to the length in tokens, and no text is tokenized for it."""
-    lengths = np.fromiter((len(texts[i]) for i in chosen), np.int64, len(chosen))
-    return chosen[np.argsort(-lengths, kind="stable")]
-
-
-def _texts_sha256(items: ItemTexts) -> str:
-    total = hashlib.sha256(items.present.tobytes())
-    for text in items.texts:
-        encoded = text.encode()
-        total.update(len(encoded).to_bytes(8, "little"))
-        total.update(encoded)
-    return total.hexdigest()

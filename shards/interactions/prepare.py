@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.files import file_sha256, replaced_folder
+from fmrl_dist.base.locks import BeingWrittenError
 from fmrl_dist.base.yaml_text import shown
 from fmrl_dist.config.sections import DataConfig
 from fmrl_dist.config.tables import InteractionsConfig, SplitConfig
@@ -28,6 +30,7 @@ VERSION = 1  # raise it when the same input gives other histories
 HISTORIES, ITEMS, MADE_FROM = "histories.parquet", "items.parquet", "made-from.json"
 UNRECORDED = {"memory_gb", "threads"}  # change nothing of the result
 NOT_IN_TABLE = -1
+POLL_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,12 @@ def needs_engine(data: DataConfig) -> bool:
 
 
 def prepare(
-    data: DataConfig, folder: Path, downloads: Path | None, catalogue: pa.Array | None, files: Mapping[str, str]
+    data: DataConfig,
+    folder: Path,
+    downloads: Path | None,
+    catalogue: pa.Array | None,
+    files: Mapping[str, str],
+    patient: bool = False,
 ) -> Prepared:
     """Histories of a config, from ``folder`` if they were made from the same, else anew.
 
@@ -66,20 +74,27 @@ def prepare(
         downloads: folder for copies of tables from URLs; None: there may be none.
         catalogue: ids of the item table, int64 or text, in its order; None if there is none.
         files: hashes of the input files, by config key.
+        patient: wait for another process that is at it, rather than refuse.
 
     Raises:
         UserError: the tables are refused.
     """
     made_from = _made_from(data, catalogue, files)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    found = _read_record(folder)
-    if found is None or found["made_from"] != made_from:
-        if found is not None:
-            print(f"events are prepared anew: {_difference(found['made_from'], made_from)}", flush=True)
-        with replaced_folder(folder, is_kept=lambda _: False) as aside:
-            remove_scratch(folder.parent)
-            _make(data, aside, folder.parent, downloads, catalogue, made_from)
-    return _read(folder)
+    while True:
+        found = _read_record(folder)
+        if found is not None and found["made_from"] == made_from:
+            return _read(folder)
+        try:
+            with replaced_folder(folder, is_kept=lambda _: False) as aside:
+                if found is not None:
+                    print(f"events are prepared anew: {_difference(found['made_from'], made_from)}", flush=True)
+                remove_scratch(folder.parent)
+                _make(data, aside, folder.parent, downloads, catalogue, made_from)
+        except BeingWrittenError:
+            if not patient:
+                raise
+            time.sleep(POLL_S)
 
 
 def _made_from(data: DataConfig, catalogue: pa.Array | None, files: Mapping[str, str]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Building a shard store from the raw tables that a config names.
 
 Items, then features, then histories are written into a folder beside the store, which is renamed in the end. A build
-that fails leaves nothing but the blocks that its encoders have finished (``shards.encoders.encoded_blocks``); the next
-build reuses them. The same input gives the same shards and the same manifest hash.
+that fails leaves nothing but the rows that its pretrained encoders have finished, which are kept for all later builds
+(``shards.encodings``). The same input gives the same shards and the same manifest hash.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import pyarrow.parquet as pq
 
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import file_sha256, foreign_entries, replaced_folder
-from fmrl_dist.base.locks import only_writer
 from fmrl_dist.base.progress import Progress
 from fmrl_dist.base.urls import hide_credentials, is_url
 from fmrl_dist.config.sections import Config, DataConfig
@@ -39,9 +38,9 @@ from fmrl_dist.data.store.manifest import (
 )
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.store.tables import rows_sha256
-from shards.encoders.encoded_blocks import encoding_folder, remove_encodings
 from shards.encoders.item_feature import ItemFeature
 from shards.encoders.sources import make_feature
+from shards.encodings.kept_rows import encodings_folder
 from shards.store.block_writer import BlockWriter
 from shards.store.build_report import BuildReport, TableCounts
 from shards.store.inputs import record
@@ -65,25 +64,31 @@ def build_store(config: Config, overwrite: bool = False, config_name: str = "") 
     Raises:
         UserError: the raw data are refused, or something is already there and ``overwrite`` is off.
     """
+    target = store_folder(config)
+    _check_target(target, overwrite)
+    make_demo_data(config.data)
+    with replaced_folder(target) as aside:
+        _check_target(target, overwrite)  # another build may have ended since
+        features = _write_store(config, aside, encodings_folder(config.store), BuildReport(config=config_name))
+        if not overwrite:
+            _check_target(target, overwrite)  # or ends meanwhile, where there are no locks
+    return Store.open(target), features
+
+
+def store_folder(config: Config) -> Path:
+    """Where the store is built.
+
+    Raises:
+        UserError: it is a URL, or a circle of links.
+    """
     require(
         not is_url(config.store.path),
         f"store {hide_credentials(config.store.path)} is a URL; build into a folder (--store.path), then copy it",
     )
     try:
-        target = Path(config.store.path).resolve()
+        return Path(config.store.path).resolve()
     except RuntimeError:
         raise UserError(f"store {config.store.path} is a circle of links; choose another --store.path") from None
-    _check_target(target, overwrite)
-    make_demo_data(config.data)
-    encoding = encoding_folder(target)
-    with only_writer(encoding):
-        with replaced_folder(target) as aside:
-            _check_target(target, overwrite)  # another build may have ended since
-            features = _write_store(config, aside, encoding, BuildReport(config=config_name))
-            if not overwrite:
-                _check_target(target, overwrite)  # or ends meanwhile, where there are no locks
-        remove_encodings(encoding)
-    return Store.open(target), features
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
@@ -117,12 +122,12 @@ def make_demo_data(data: DataConfig) -> None:
         write_demo(Path(data.root), data.demo.users, data.demo.items, data.demo.seed)
 
 
-def _write_store(config: Config, folder: Path, encoding: Path, report: BuildReport) -> list[ItemFeature]:
-    """Write all files of the store into ``folder``; encoders keep finished blocks in the folder ``encoding``."""
+def _write_store(config: Config, folder: Path, encodings: Path, report: BuildReport) -> list[ItemFeature]:
+    """Write all files of the store into ``folder``; pretrained encoders keep rows in the folder ``encodings``."""
     with report.timed("raw tables"):
         raw = RawData.read(config)
         _report_items(report, raw)
-    features = _make_features(raw, encoding, report)
+    features = _make_features(raw, encodings, report)
     inline = config.store.feature_mode == "inline"
     with ExitStack() as stack:
         writers = {
@@ -130,7 +135,7 @@ def _write_store(config: Config, folder: Path, encoding: Path, report: BuildRepo
             for split in ("items", *SPLITS)
         }
         with report.timed("item blocks"):
-            _write_items(writers["items"], raw.ids, features, config.store.items_per_block, encoding)
+            _write_items(writers["items"], raw.ids, features, config.store.items_per_block, encodings)
         item_fields = partial(_inline_fields, features, _train_counts(raw)) if inline else None
         blocks = {split: UserBlocks(writers[split], config.store.users_per_block, item_fields) for split in SPLITS}
         with report.timed("histories"):
@@ -167,7 +172,7 @@ def _write_store(config: Config, folder: Path, encoding: Path, report: BuildRepo
     return features
 
 
-def _make_features(raw: RawData, encoding: Path, report: BuildReport) -> list[ItemFeature]:
+def _make_features(raw: RawData, encodings: Path, report: BuildReport) -> list[ItemFeature]:
     """All features that the config names."""
     features = []
     for name in raw.config.data.features:
@@ -177,7 +182,7 @@ def _make_features(raw: RawData, encoding: Path, report: BuildReport) -> list[It
                 raw.config.data,
                 raw.items.table,
                 raw.ids,
-                encoding,
+                encodings,
                 raw.files,
                 source_rows=raw.items.source_rows,
                 num_source_rows=raw.items.num_source_rows,
@@ -223,7 +228,7 @@ def _report_histories(report: BuildReport, raw: RawData, writer: SplitWriter, nu
 
 
 def _write_items(
-    writer: BlockWriter, ids: ItemIds, features: Sequence[ItemFeature], items_per_block: int, encoding: Path
+    writer: BlockWriter, ids: ItemIds, features: Sequence[ItemFeature], items_per_block: int, encodings: Path
 ) -> None:
     """Item blocks in permuted order, so that any run of them is a uniform sample of the catalogue.
 
@@ -243,7 +248,7 @@ def _write_items(
                 item = ids.external[int(rows[problem[1]])].as_py()
                 raise UserError(
                     f"feature {feature.name!r} ({feature.encoder}): the row of item {item!r} {problem[0]}; remove "
-                    f"what earlier builds left in {encoding}, and build again"
+                    f"what earlier builds left in {encodings}, and build again"
                 )
         writer.write(fields, count=len(rows), events=0)
         progress.advance(len(rows))

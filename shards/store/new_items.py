@@ -70,7 +70,7 @@ def encode_new_items(export: Path, new: NewItems, encoding: Path) -> EncodedFeat
     Args:
         export: folder of the export.
         new: the items.
-        encoding: folder in which an encoder keeps finished blocks.
+        encoding: folder in which the pretrained encoders keep rows (``shards.encodings``).
 
     Raises:
         UserError: the export does not record how; a table, file or model is missing, or is not the recorded one.

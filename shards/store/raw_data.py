@@ -34,8 +34,12 @@ class RawData:
     prepared: Prepared | None  # None: histories are read as they are
 
     @classmethod
-    def read(cls, config: Config) -> RawData:
+    def read(cls, config: Config, patient: bool = False) -> RawData:
         """Read the item table and prepare the events; refuse what can be seen to be wrong with anything else.
+
+        Args:
+            config: that names them.
+            patient: wait where another process prepares the events already.
 
         Raises:
             UserError: a table or feature cannot be read, or has columns that cannot serve.
@@ -55,7 +59,7 @@ class RawData:
             assert items is not None
             return cls(config, items, files, None)
         catalogue = items.ids.external if items else None
-        prepared = prepare(data, interactions_folder(config), downloads, catalogue, files)
+        prepared = prepare(data, interactions_folder(config), downloads, catalogue, files, patient)
         print("\n".join(prepared.funnel.lines()), flush=True)
         # What is fitted to items that only held-out events name would know of these events.
         fitted = None if prepared.split_rule == LEAVE_ONE_OUT else prepared.trained

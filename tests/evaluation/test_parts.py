@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from fmrl_dist import evaluate, export
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.files import json_sha256
+from fmrl_dist.base.parts import Part
 from fmrl_dist.checkpoint.folder import load_checkpoint
 from fmrl_dist.config.loading import load_config
 from fmrl_dist.data.store.reader import Store
-from fmrl_dist.evaluation.parts import ComputeSetting, EvaluationIdentity, Part, join_parts, write_part
+from fmrl_dist.evaluation.parts import ComputeSetting, EvaluationIdentity, join_parts, write_part
 from fmrl_dist.evaluation.rank_counts import RankCounts
 from tests.fixtures.processes import run_processes
 from tests.fixtures.ranking import CUTOFF

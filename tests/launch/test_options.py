@@ -29,14 +29,14 @@ def test_several_values_and_repeated_options_are_the_same() -> None:
     assert parser.parse_args([]).sbatch == []
 
 
-EXPECTED = "expected [STAGE:]OPTION[=VALUE] with a long option of sbatch, such as time=120 or shards:mem=8G; stages: "
+EXPECTED = "expected [STAGE:]OPTION[=VALUE] with a long option of sbatch, such as time=120 or encode:mem=8G; stages: "
 
 
 @pytest.mark.parametrize("argument", ["--time=3", "-p", "7", "time=", "tarin:time=3", ":time=3", "Time=3", ""])
 def test_malformed_arguments(argument: str) -> None:
     with pytest.raises(UserError) as error:
         parse_sbatch(["exclusive", argument], JOB_STAGES)
-    assert str(error.value) == f"--sbatch {argument}: {EXPECTED}shards, train, evaluate, join, export"
+    assert str(error.value) == f"--sbatch {argument}: {EXPECTED}encode, shards, train, evaluate, join, export"
 
 
 @pytest.mark.parametrize("argument", ["array=0-3", "train:array=0-3", "wrap=true", "nodes=2"])

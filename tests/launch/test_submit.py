@@ -38,6 +38,17 @@ def test_dry_run_prints_the_golden_batch_scripts(capsys: pytest.CaptureFixture[s
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_store_in_parts_is_an_array_and_the_job_that_builds(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["--config", "configs/demo.yaml", "--run.dir", str(tmp_path / "demo"), "--stages", "shards"]
+    main([*words, "--encode-parts", "4", "--sbatch", "encode:gpus-per-node=1", "--dry-run"])
+    encode, shards = capsys.readouterr().out.split("### shards, 1 job\n")
+    assert encode.startswith("### encode, 4 jobs\n### bash launch/shards.slurm configs/demo.yaml --run.dir ")
+    assert "#SBATCH --array=0-3%4\n" in encode and "#SBATCH --gpus-per-node=1\n" in encode
+    assert "#SBATCH --dependency=afterok:ENCODE_JOB\n" in shards and "--array" not in shards
+
+
 def test_options_of_the_scripts_are_the_golden_ones() -> None:
     found = {path.name: script_options(path) for path in sorted(Path("launch").glob("*.slurm"))}
     assert found == json.loads((GOLDEN / "script_options.json").read_text())
@@ -79,6 +90,8 @@ def test_local_dry_run_prints_commands(capsys: pytest.CaptureFixture[str]) -> No
         (["--sizes", "8,12"], "--sizes [12] are not trained; choose from [8, 16, 32, 64, 128]"),
         (["--sizes", "all"], "--sizes is 'all'; expected numbers such as 8,64"),
         (["--parts", "0"], "--parts is 0; expected at least 1"),
+        (["--encode-parts", "0"], "--encode-parts is 0; expected at least 1"),
+        (["--cluster", "local", "--encode-parts", "2"], "--encode-parts needs SLURM"),
         (["--sbatch", "tarin:time=3"], "--sbatch tarin:time=3: expected [STAGE:]OPTION[=VALUE]"),
         (["--cluster", "local", "--sbatch", "time=3"], "--sbatch needs SLURM"),
         (["--cluster", "local", "--cancel"], "--cancel needs SLURM"),

@@ -20,11 +20,11 @@ from tests.fixtures.optional import skip_module_without
 
 skip_module_without("open_clip", "make images")
 
+
 from fmrl_dist.config.loading import load_config
 from fmrl_dist.data.store.reader import Store
 from shards.build import main
 from shards.encoders import image_loader
-from shards.encoders.encoded_blocks import encoding_folder
 from shards.store.builder import build_store
 from tests.fixtures.image_model import MODEL, write_image_shop
 from tests.fixtures.images import photo
@@ -33,14 +33,14 @@ from tests.fixtures.stores import tiny_values
 from tests.fixtures.training import contents, refusal
 
 
-def num_blocks_done(store: Path) -> int:
-    return len(list(encoding_folder(store).rglob("0*.npz")))
+def num_units_done(store: Path) -> int:
+    return len(list(store.with_name(f"{store.name}.build").rglob("*.safetensors")))
 
 
 def write_config(tmp_path: Path, weights: Path, name: str, num_images: int, workers: int) -> Path:
     """The config of a build into the store ``name``; one of its images cannot be decoded."""
     photos = [photo(i, size=(160, 120), kind="JPEG") for i in range(20)]
-    images: list[bytes] = [photos[i % len(photos)] for i in range(num_images)]
+    images = [photos[i % len(photos)] + bytes([i // 256, i % 256]) for i in range(num_images)]  # no two are equal
     images[5] = b"bad"
     write_image_shop(tmp_path / "raw", pa.array(images), list(range(num_images)))
     values = tiny_values(tmp_path / "raw", tmp_path / name)
@@ -66,41 +66,41 @@ def test_a_build_killed_at_work_is_resumed_to_the_same_store(
     weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Killed with two workers; resumed, and compared with a whole one, in this process: bit for bit the same."""
-    num_images = 2 * image_loader.BLOCK_ROWS + 40
+    num_images = 2 * image_loader.UNIT_ROWS + 40
     config = write_config(tmp_path, weights, "store", num_images, workers=2)
     command = [sys.executable, "-m", "shards.build", "--config", str(config)]
     environment = clean_environment() | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(command, cwd=REPOSITORY, env=environment)
     try:
-        wait_for(lambda: num_blocks_done(tmp_path / "store") >= 1, lambda: process.poll() is None)
+        wait_for(lambda: num_units_done(tmp_path / "store") >= 1, lambda: process.poll() is None)
         workers = psutil.Process(process.pid).children(recursive=True)
     finally:
         process.kill()
         process.wait()
     assert not (tmp_path / "store").exists()
-    assert 1 <= num_blocks_done(tmp_path / "store") < 3
+    assert 1 <= num_units_done(tmp_path / "store") < 3
     _, alive = psutil.wait_procs(workers, timeout=3)  # by themselves they would notice after 5 s, if ever
     assert len(workers) >= 2 and not alive, "decoding processes outlive the build"
     capsys.readouterr()
     build_store(load_config(config, ["--data.features.image.workers", "0"]))
-    assert "of 3 blocks were done before" in capsys.readouterr().out
+    assert " 0 were kept" not in capsys.readouterr().out
     whole = write_config(tmp_path, weights, "whole", num_images, workers=0)
     _, (feature,) = build_store(load_config(whole))
     assert feature.note.startswith("1 images unreadable: 1 ")
-    assert "done before" not in capsys.readouterr().out
+    assert f"{num_images:,} images encoded, 0 were kept" in capsys.readouterr().out
     assert Store.open(tmp_path / "store").manifest.sha256 == Store.open(tmp_path / "whole").manifest.sha256
     assert contents(tmp_path / "store") == contents(tmp_path / "whole")
 
 
 @pytest.mark.alone
 def test_a_worker_that_dies_ends_the_build(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within seconds and with one line; finished blocks are kept."""
-    monkeypatch.setattr(image_loader, "BLOCK_ROWS", 64)
+    """Within seconds and with one line; finished units are kept."""
+    monkeypatch.setattr(image_loader, "UNIT_ROWS", 64)
     config = write_config(tmp_path, weights, "store", 1280, workers=1)
     killed: list[float] = []
 
     def kill_worker() -> None:
-        wait_for(lambda: num_blocks_done(tmp_path / "store") >= 1, lambda: True)
+        wait_for(lambda: num_units_done(tmp_path / "store") >= 1, lambda: True)
         children = psutil.Process().children()
         (worker,) = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
         os.kill(worker.pid, signal.SIGKILL)
@@ -113,4 +113,4 @@ def test_a_worker_that_dies_ends_the_build(weights: Path, tmp_path: Path, monkey
     assert time.monotonic() - killed[0] < 30
     assert "feature 'image': a process that decodes images died" in line and "build again" in line
     assert not (tmp_path / "store").exists()
-    assert 1 <= num_blocks_done(tmp_path / "store") < 20
+    assert 1 <= num_units_done(tmp_path / "store") < 20

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,12 +20,14 @@ from tests.fixtures.optional import skip_module_without
 skip_module_without("open_clip", "make images")
 
 from fmrl_dist.base.errors import UserError
+from fmrl_dist.base.parts import Part
 from shards.build import main as build_main
-from shards.encoders import image_loader
+from shards.encoders import image_encoder, image_loader
 from shards.encoders.open_clip_model import open_clip
 from shards.random_image_encoder import main as random_encoder_main
 from shards.store.builder import build_store
-from tests.fixtures.image_model import DIM, HALF, MODEL, encode, feature, write_image_shop
+from shards.tables.item_ids import ItemIds
+from tests.fixtures.image_model import DIM, HALF, MODEL, encode, feature, write_image_shop, write_images
 from tests.fixtures.images import BAD, CAUSE_OF, GOOD, grey_16_bit, photo
 from tests.fixtures.stores import tiny_config
 from tests.fixtures.training import refusal
@@ -73,7 +76,7 @@ def test_sixteen_bits_are_scaled(weights: Path, tmp_path: Path) -> None:
 
 
 def test_an_items_first_good_image_counts(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_loader, "BLOCK_ROWS", 3)
+    monkeypatch.setattr(image_loader, "UNIT_ROWS", 3)
     images = [b"bad", photo(1), photo(2), photo(3), photo(4), photo(5), photo(6), b"bad"]
     items = [
         0,
@@ -84,7 +87,7 @@ def test_an_items_first_good_image_counts(weights: Path, tmp_path: Path, monkeyp
         0,
         1,
         2,
-    ]  # items 0 and 1 have good images in two blocks; 99 is unknown
+    ]  # items 0 and 1 have good images in two units; 99 is unknown
     encoded = encode(tmp_path, images, feature(weights, batch_images=2), items)
     assert encoded.present[:3].tolist() == [True, True, False] and not encoded.present[3:].any()
     assert encoded.note == "2 images unreadable: 2 not an image; 1 of unknown items"
@@ -100,14 +103,13 @@ def test_the_manifest_names_the_encoder_and_its_weights(weights: Path, tmp_path:
     info = store.manifest.features[0]
     assert info.encoder == "open_clip:clip-random-small random.safetensors"
     assert (info.dim, info.present, info.masked, len(info.revision)) == (DIM, 4, False, 64)
-    assert not (tmp_path / "store.encoding").exists()
 
 
 def folders(root: Path) -> set[str]:
-    return {path.name for path in (root / "encoding").iterdir()}
+    return {path.name for path in (root / "encodings").iterdir()}
 
 
-def test_another_recipe_takes_over_no_block(weights: Path, tmp_path: Path) -> None:
+def test_another_recipe_takes_over_no_row(weights: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.safetensors"
     random_encoder_main(["--config", str(MODEL), "--seed", "1", "--output", str(other)])
     images = [photo(i) for i in range(3)]
@@ -115,13 +117,19 @@ def test_another_recipe_takes_over_no_block(weights: Path, tmp_path: Path) -> No
     assert len(folders(tmp_path)) == 1
     np.testing.assert_array_equal(encode(tmp_path, images, feature(weights)).rows, first.rows)
     assert len(folders(tmp_path)) == 1
-    changed = [
-        encode(tmp_path, images, feature(other)),
-        encode(tmp_path, images, feature(weights, precision="bf16")),
-        encode(tmp_path, images[::-1], feature(weights)),
-    ]
-    assert len(folders(tmp_path)) == 4
+    changed = [encode(tmp_path, images, feature(other)), encode(tmp_path, images, feature(weights, precision="bf16"))]
+    assert len(folders(tmp_path)) == 3
     assert all(not np.array_equal(one.rows, first.rows) for one in changed)
+
+
+def test_a_row_depends_on_its_image_alone(weights: Path, tmp_path: Path) -> None:
+    """Bit for bit, on a CPU: alone, in another order, of another item."""
+    images = [photo(i) for i in range(11)]
+    rows = encode(tmp_path / "first", images, feature(weights)).rows
+    order = np.random.default_rng(0).permutation(len(images))
+    shuffled = encode(tmp_path / "second", [images[i] for i in order], feature(weights, batch_images=32)).rows
+    np.testing.assert_array_equal(shuffled, rows[order])
+    np.testing.assert_array_equal(encode(tmp_path / "third", images[4:5], feature(weights)).rows[0], rows[4])
 
 
 @pytest.mark.parametrize("size", [(200, 100), (64, 64)])
@@ -177,25 +185,56 @@ def test_a_store_is_kept_if_the_encoder_is_the_same(
     assert "data.features.image.pretrained" in refusal(build_main, *keep, f"{of_image}.pretrained", "webli")
 
 
-def test_finished_blocks_are_not_encoded_again(
+def test_one_new_image_encodes_one_image(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(image_loader, "BLOCK_ROWS", 2)
-    images = [photo(0), b"bad", photo(2), photo(3), b"bad"]
+    """Neither those that are kept nor those that failed are tried again; equal images are encoded once."""
+    monkeypatch.setattr(image_loader, "UNIT_ROWS", 2)
+    images = [photo(0), b"bad", photo(2), photo(3), b"worse", photo(2), None]
     first = encode(tmp_path, images, feature(weights))
-    rows, present = np.array(first.rows), first.present
-    (folder,) = (tmp_path / "encoding").iterdir()
-    times = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.npz")}
-    assert len(times) == 3
-    (folder / "000001.npz").unlink()
+    assert "5 images encoded, 0 were kept\n" in capsys.readouterr().out
+    again = encode(tmp_path, [photo(9), *images[::-1]], feature(weights))
+    assert "1 images encoded, 5 were kept\n" in capsys.readouterr().out
+    assert again.note == first.note == "2 images unreadable: 2 not an image; 1 empty", (
+        "those that are known to fail count too"
+    )
+    np.testing.assert_array_equal(again.rows[:0:-1], first.rows)
+    np.testing.assert_array_equal(again.present[:0:-1], first.present)
+    np.testing.assert_array_equal(first.rows[5], first.rows[2])
+    assert again.rows[0].any()
+
+
+def test_parts_share_out_the_images(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(image_loader, "UNIT_ROWS", 4)
+    images = [photo(i) for i in range(10)] + [b"bad"]
+    whole = encode(tmp_path / "whole", images, feature(weights))
+    write_images(tmp_path / "parts", images)
+    ids = ItemIds(pa.array(range(len(images)), pa.int64()))
     capsys.readouterr()
-    again = encode(tmp_path, images, feature(weights))
-    assert "2 of 3 blocks were done before" in capsys.readouterr().out
-    assert again.note == "2 images unreadable: 2 not an image", "those of finished blocks count too"
-    np.testing.assert_array_equal(again.rows, rows)
-    np.testing.assert_array_equal(again.present, present)
-    changed = {path.name for path in folder.glob("*.npz") if times[path.name] != path.stat().st_mtime_ns}
-    assert changed == {"000001.npz"}
-    (folder / "000002.npz").write_bytes(b"PK\3\4 and then nothing")
-    with pytest.raises(UserError, match="000002.npz is damaged .* remove it and build again"):
-        encode(tmp_path, images, feature(weights))
+    for number in (2, 1):
+        part, encodings = Part(number, 2), tmp_path / "parts" / "encodings"
+        image_encoder.encode_part("image", feature(weights), tmp_path / "parts", ids, encodings, part)
+    assert "4 images encoded, 0 were kept" in (out := capsys.readouterr().out) and "7 images encoded, 0" in out
+    joined = encode(tmp_path / "parts", images, feature(weights))
+    assert "0 images encoded, 11 were kept" in capsys.readouterr().out
+    np.testing.assert_array_equal(joined.rows, whole.rows)
+    np.testing.assert_array_equal(joined.present, whole.present)
+
+
+def test_an_image_that_changes_while_it_is_encoded(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It must not get the row of another content."""
+    (tmp_path / "a.png").write_bytes(photo(0))
+    missing = image_encoder.ImageWork._missing
+
+    def change_then_look(self: image_encoder.ImageWork, *arguments: Any) -> np.ndarray:
+        (tmp_path / "a.png").write_bytes(photo(1))
+        return missing(self, *arguments)
+
+    monkeypatch.setattr(image_encoder.ImageWork, "_missing", change_then_look)
+    with pytest.raises(UserError, match="image a.png changed while it was encoded; build again"):
+        encode(tmp_path, ["a.png"], feature(weights))
+    assert not list((tmp_path / "encodings").rglob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""Text features through ``python -m shards.build``: killed and resumed, and refused."""
+"""Text features through ``python -m shards.build``: kept across builds, killed and resumed, and refused."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from fmrl_dist.data.store.reader import Store
 from shards.build import main
 from shards.encoders import compute
 from shards.encoders.compute import choose_compute
-from shards.encoders.encoded_blocks import encoding_folder
-from shards.encoders.text_encoder import BLOCK_ITEMS
+from shards.encoders.text_encoder import TextEncoder
+from shards.encoders.text_feature import UNIT_TEXTS
 from shards.store.builder import build_store
 from tests.fixtures.processes import REPOSITORY, clean_environment
 from tests.fixtures.stores import write_histories
 from tests.fixtures.text_model import random_texts, write_text_model
 from tests.fixtures.training import contents, refusal
 
-NUM_BLOCKS = 3
+NUM_UNITS = 3
 
 
 def write_config(root: Path, store: str, **feature: Any) -> Path:
@@ -47,7 +47,7 @@ def write_config(root: Path, store: str, **feature: Any) -> Path:
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("shop")
     write_text_model(root / "model")
-    titles = random_texts((NUM_BLOCKS - 1) * BLOCK_ITEMS + 7, longest=12)
+    titles = random_texts((NUM_UNITS - 1) * UNIT_TEXTS + 700, longest=12)  # some are equal
     pq.write_table(pa.table({"item_id": range(len(titles)), "title": titles}), root / "items.parquet")
     write_histories(root / "sequences.parquet", {"u": [1, 2, 3]})
     return root
@@ -61,38 +61,61 @@ def start_build(config: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
-def kill_when_blocks_are_done(config: Path, num_blocks: int) -> int:
-    """Start a build and kill it when it has saved ``num_blocks``; returns how many blocks there are."""
+def num_kept(store: Path) -> int:
+    """Segments that are kept for a store."""
+    return len(list(store.with_name(f"{store.name}.build").rglob("*.safetensors")))
+
+
+def kill_when_units_are_done(config: Path, num_units: int) -> int:
+    """Start a build and kill it when it has saved ``num_units``; returns how many units there are."""
     store = Path(load_config(config).store.path)
     with start_build(config) as process:
         try:
-            while len(list(encoding_folder(store).glob("*/*.npz"))) < num_blocks:
+            while num_kept(store) < num_units:
                 assert process.poll() is None, "the build ended before it was killed"
                 time.sleep(0.005)
         finally:
             process.kill()
     assert not store.exists()
-    return len(list(encoding_folder(store).glob("*/*.npz")))
+    return num_kept(store)
 
 
 def test_a_killed_build_is_resumed(shop: Path) -> None:
     undisturbed, _ = build_store(load_config(write_config(shop, "undisturbed")))
     config = write_config(shop, "killed")
-    done = kill_when_blocks_are_done(config, 1)
-    assert 1 <= done < NUM_BLOCKS
+    done = kill_when_units_are_done(config, 1)
+    assert 1 <= done < NUM_UNITS
     with start_build(config) as process:
         stdout, stderr = process.communicate()
     assert process.returncode == 0, stderr
-    assert f"feature 'text': {done} of {NUM_BLOCKS} blocks were done before\n" in stdout
+    (line,) = [line for line in stdout.splitlines() if "were kept" in line]
+    encoded, kept = (int(word.replace(",", "")) for word in line.split() if word[0].isdigit())
+    assert 0 < kept <= done * UNIT_TEXTS and encoded > 0
     # Only our own lines: neither bars nor warnings of the libraries.
-    words = ["feature", "feature", "text:", "item", "histories:", "built", "feature"]
+    words = ["feature", "text:", "feature", "item", "histories:", "built", "feature"]
     assert [line.split()[0] for line in stdout.splitlines()] == words
     assert stderr == ""
     assert undisturbed.manifest.sha256 == Store.open(shop / "killed").manifest.sha256
     assert contents(undisturbed.path) == contents(shop / "killed")
-    assert not encoding_folder(shop / "killed").exists()
     (info,) = undisturbed.manifest.features
     assert (info.encoder, len(info.revision)) == (f"transformers:{shop / 'model'} cls 40", 64)
+
+
+def test_one_new_item_is_the_only_one_that_is_encoded(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The store of the longer table is, bit for bit, one that is built from nothing."""
+    table = pq.read_table(shop / "items.parquet")
+    new = pa.table(
+        {"item_id": [-1, *table["item_id"].to_pylist()], "title": ["mint " * 20, *table["title"].to_pylist()]}
+    )
+    pq.write_table(new, shop / "longer.parquet")
+    config = write_config(shop, "kept")
+    main(["--config", str(config)])
+    capsys.readouterr()
+    main(["--config", str(config), "--overwrite", "--data.items.path", "longer.parquet"])
+    assert "feature 'text': 1 texts encoded, " in capsys.readouterr().out
+    main(["--config", str(write_config(shop, "fresh")), "--data.items.path", "longer.parquet"])
+    assert " texts encoded, 0 were kept\n" in capsys.readouterr().out
+    assert contents(shop / "kept") == contents(shop / "fresh")
 
 
 def test_a_store_is_kept_if_the_encoder_is_the_same(
@@ -133,19 +156,13 @@ def test_a_model_that_is_not_there_is_refused(shop: Path) -> None:
     assert not [path for path in shop.iterdir() if path.name.startswith("refused") and path != config]
 
 
-def test_rows_that_were_never_written_are_not_published(shop: Path) -> None:
-    """A finished block whose rows are zeros, or that lacks some, as a dead encoder may leave it."""
+def test_rows_that_are_no_rows_are_not_published(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An encoder that is broken may give zeros."""
     config = write_config(shop, "unwritten")
-    write_histories(shop / "unknown.parquet", {"u": [1, 10**6]})
-    refusal(main, "--config", config, "--data.sequences.path", "unknown.parquet")
-    (path,) = encoding_folder(shop / "unwritten").glob("*/000001.npz")
-    with np.load(path) as file:
-        block = dict(file)
-    np.savez(path, **block | {"rows": block["rows"] * (np.arange(len(block["ids"])) != 5)[:, None]})
+    encode = TextEncoder.encode
+    monkeypatch.setattr(
+        TextEncoder, "encode", lambda self, texts: encode(self, texts) * (np.arange(len(texts)) != 5)[:, None]
+    )
     line = refusal(main, "--config", config)
-    assert f"the row of item {block['ids'][5]} is all zero, though the item is said to have it" in line
-    np.savez(path, ids=block["ids"][1:], rows=block["rows"][1:], failed=0)
-    assert "do not hold the items that have a text; remove it and build again" in refusal(main, "--config", config)
-    np.savez(path, **block | {"ids": -block["ids"] - 1})
-    assert "it holds items outside 0 ... " in refusal(main, "--config", config)
+    assert "is all zero" in line and "; remove what earlier builds kept in" in line
     assert not (shop / "unwritten").exists()

@@ -17,11 +17,12 @@ from transformers import AutoModel, AutoTokenizer
 
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.config.features import TransformersFeature
-from shards.encoders import compute, text_encoder
+from shards.encoders import compute, text_feature
 from shards.encoders.compute import Compute
 from shards.encoders.item_feature import ItemFeature
 from shards.encoders.item_text import ItemTexts
-from shards.encoders.text_encoder import encode_texts, load_encoder, pool, token_batches
+from shards.encoders.text_encoder import load_encoder, pool, token_batches
+from shards.encoders.text_feature import encode_texts
 from tests.fixtures.text_model import DIM, MAX_POSITIONS, random_texts, write_text_model
 
 Pooling = Literal["cls", "mean"]
@@ -35,8 +36,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_encoder, "BLOCK_ITEMS", 16)
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_feature, "UNIT_TEXTS", 16)
 
 
 def config(model: Path, pooling: Pooling = "cls", max_tokens: int = 32, batch_tokens: int = 256) -> TransformersFeature:
@@ -65,9 +66,7 @@ def plain_rows(model: Path, texts: list[str], pooling: Pooling, max_tokens: int)
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 @pytest.mark.parametrize("max_tokens", [4, 32])
-def test_equals_a_plain_loop(
-    model: Path, small_blocks: None, tmp_path: Path, pooling: Pooling, max_tokens: int
-) -> None:
+def test_equals_a_plain_loop(model: Path, small_units: None, tmp_path: Path, pooling: Pooling, max_tokens: int) -> None:
     texts = random_texts(70)
     encoded = encode(config(model, pooling, max_tokens), texts, tmp_path)
     expected = plain_rows(model, texts, pooling, max_tokens)
@@ -86,18 +85,23 @@ def test_poolings_and_lengths_differ(model: Path, tmp_path: Path) -> None:
             assert np.abs(rows[i] - rows[j]).max() > 0.05
 
 
-def test_order_and_batches_change_nothing(model: Path, small_blocks: None, tmp_path: Path) -> None:
+def test_batch_sizes_change_nothing_but_the_last_digit(model: Path, small_units: None, tmp_path: Path) -> None:
     texts = random_texts(50)
+    first = encode(config(model, "mean"), texts, tmp_path / "first").rows
+    second = encode(config(model, "mean", batch_tokens=32), texts, tmp_path / "second").rows
+    np.testing.assert_allclose(second.astype(np.float32), first.astype(np.float32), rtol=0, atol=FLOAT16_STEP)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_a_row_depends_on_its_text_alone(model: Path, pooling: Pooling) -> None:
+    """Bit for bit, on a CPU: alone, among others, in another order, beside longer ones."""
+    encoder = load_encoder(config(model, pooling, batch_tokens=512))
+    texts = random_texts(60) + ["red " * 40, "rose " * 40, "red"]  # two are cut, and so have no padding
+    rows = encoder.encode(texts)
     shuffled = np.random.default_rng(1).permutation(len(texts))
-    first = encode(config(model, "mean"), texts, tmp_path).rows
-    second = encode(config(model, "mean", batch_tokens=32), [texts[i] for i in shuffled], tmp_path).rows
-    np.testing.assert_allclose(second.astype(np.float32), first[shuffled].astype(np.float32), rtol=0, atol=FLOAT16_STEP)
-
-
-def test_padding_changes_nothing(model: Path) -> None:
-    encoder = load_encoder(config(model, "mean", batch_tokens=4096))
-    alone, beside = encoder.encode(["red soap"]), encoder.encode(["red soap", random_texts(1, 30)[0] + " oil" * 20])
-    np.testing.assert_allclose(alone[0].astype(np.float32), beside[0].astype(np.float32), rtol=0, atol=FLOAT16_STEP)
+    np.testing.assert_array_equal(encoder.encode([texts[i] for i in shuffled]), rows[shuffled])
+    for i in range(0, len(texts), 5):
+        np.testing.assert_array_equal(encoder.encode([texts[i]])[0], rows[i])
 
 
 def test_pool_ignores_padding() -> None:
@@ -125,19 +129,18 @@ def test_items_without_text_are_absent(model: Path, tmp_path: Path) -> None:
     assert encoded.rows.shape == (6, DIM)
 
 
-def test_finished_blocks_are_taken_over(
-    model: Path, small_blocks: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_one_new_item_encodes_one_text(
+    model: Path, small_units: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Equal texts are encoded once, whatever the items are called and in whatever order they come."""
     texts = random_texts(40)
-    undisturbed = np.array(encode(config(model), texts, tmp_path).rows)
-    (folder,) = tmp_path.iterdir()
-    (folder / "000001.npz").unlink()
-    kept = (folder / "000000.npz").stat().st_mtime_ns
-    capsys.readouterr()
-    again = encode(config(model, batch_tokens=64), texts, tmp_path)  # a smaller batch helps when memory ran out
-    assert "2 of 3 blocks were done before" in capsys.readouterr().out
-    assert (folder / "000000.npz").stat().st_mtime_ns == kept
-    np.testing.assert_allclose(again.rows.astype(np.float32), undisturbed, rtol=0, atol=FLOAT16_STEP)
+    first = np.array(encode(config(model), [*texts, texts[0]], tmp_path).rows)
+    assert "40 texts encoded, 0 were kept\n" in capsys.readouterr().out
+    again = encode(config(model, batch_tokens=64), ["rose mint", *texts[::-1]], tmp_path).rows
+    assert "1 texts encoded, 40 were kept\n" in capsys.readouterr().out
+    np.testing.assert_array_equal(again[:0:-1], first[:-1])
+    np.testing.assert_array_equal(first[-1], first[0])
+    assert again[0].any()
 
 
 def test_another_recipe_starts_anew(model: Path, tmp_path: Path) -> None:
@@ -146,14 +149,13 @@ def test_another_recipe_starts_anew(model: Path, tmp_path: Path) -> None:
     encode(config(other), texts, tmp_path / "done")
     encode(config(other, "mean"), texts, tmp_path / "done")
     encode(config(other, max_tokens=5), texts, tmp_path / "done")
-    encode(config(other), [*texts[:4], "rose"], tmp_path / "done")
-    encode(config(other), texts, tmp_path / "done", np.array([True] * 4 + [False]))
+    encode(config(other), [*texts[:4], "rose"], tmp_path / "done")  # the recipe is the same
     bert = AutoModel.from_pretrained(other)
     with torch.no_grad():
         bert.embeddings.word_embeddings.weight[7, 0] += 1e-3
     bert.save_pretrained(other)
     encode(config(other), texts, tmp_path / "done")
-    assert len(list((tmp_path / "done").iterdir())) == 6
+    assert len(list((tmp_path / "done").iterdir())) == 4
 
 
 def test_bf16_is_near(model: Path, tmp_path: Path) -> None:
@@ -166,18 +168,17 @@ def test_bf16_is_near(model: Path, tmp_path: Path) -> None:
 
 
 def test_what_auto_chose_is_recorded_and_never_mixed(
-    model: Path, small_blocks: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, small_units: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A build that goes on where ``auto`` chooses something else starts anew: no store has rows of two precisions."""
     texts = random_texts(40)
     exact = encode(config(model), texts, tmp_path / "exact")
     feature = dataclasses.replace(config(model), precision="auto")
     monkeypatch.setattr(compute, "_multiplies_bf16", lambda device: True)
-    rough = encode(feature, texts, tmp_path / "blocks")
-    (folder,) = (tmp_path / "blocks").iterdir()
-    (folder / "000002.npz").unlink()  # as if it had been killed before its last block
+    rough = encode(feature, texts, tmp_path / "kept")
+    next((tmp_path / "kept").glob("*/*.safetensors")).unlink()  # as if it had been killed before its last unit
     monkeypatch.setattr(compute, "_multiplies_bf16", lambda device: False)
-    again = encode(feature, texts, tmp_path / "blocks")
+    again = encode(feature, texts, tmp_path / "kept")
     assert [one.recipe["precision"] for one in (exact, rough, again)] == ["fp32", "bf16", "fp32"]
     assert not np.array_equal(exact.rows, rough.rows)
     np.testing.assert_array_equal(again.rows, exact.rows)
@@ -192,16 +193,28 @@ def test_float32_is_float32_on_a_gpu_too() -> None:
     assert (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.enabled) == before
 
 
-@given(lengths=st.lists(st.integers(1, 50), max_size=60), budget=st.integers(1, 300))
-def test_batches_hold_every_text_once_under_the_budget(lengths: list[int], budget: int) -> None:
-    batches = [batch.tolist() for batch in token_batches(lengths, budget)]
-    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
-    ordered = [lengths[i] for batch in batches for i in batch]
-    assert ordered == sorted(lengths, reverse=True)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 50), st.booleans()), max_size=60),
+    budget=st.integers(1, 300),
+    fixed=st.booleans(),
+)
+def test_batches_hold_every_text_once_under_the_budget(
+    lengths: list[tuple[int, bool]], budget: int, fixed: bool
+) -> None:
+    padded, kinds = np.array([length for length, _ in lengths], int), np.array([kind for _, kind in lengths], bool)
+    batches = list(token_batches(padded, budget, kinds if fixed else None))
+    assert sorted(i for batch in batches for i in batch.texts.tolist()) == list(range(len(padded)))
+    ordered = [int(padded[i]) for batch in batches for i in batch.texts]
+    assert ordered == sorted(padded, reverse=True)
     for i, batch in enumerate(batches):
-        longest = max(lengths[i] for i in batch)
-        assert len(batch) == 1 or len(batch) * longest <= budget
-        assert i == len(batches) - 1 or (len(batch) + 1) * longest > budget  # as full as it may be
+        assert batch.num_tokens == max(padded[batch.texts])
+        assert batch.num_rows == 1 or batch.num_rows * batch.num_tokens <= budget
+        if fixed:
+            assert batch.num_rows == max(1, budget // batch.num_tokens) >= len(batch.texts)
+            assert len({(padded[i], kinds[i]) for i in batch.texts}) == 1
+        else:
+            assert batch.num_rows == len(batch.texts)
+            assert i == len(batches) - 1 or (batch.num_rows + 1) * batch.num_tokens > budget  # as full as it may be
 
 
 def test_no_text_at_all_is_refused(model: Path, tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.config.sections import StoreConfig
 from fmrl_dist.data.store.reader import Store
-from shards.encoders.encoded_blocks import EncodedBlocks
 from shards.store import builder
 from shards.store.builder import build_store
 from shards.store.problems import store_problems
@@ -147,29 +146,6 @@ def test_a_folder_of_others_is_never_replaced(files: dict[str, str], complaint: 
     with pytest.raises(UserError, match=complaint):
         build_store(tiny_config(tmp_path / "raw", tmp_path / "store"), overwrite=True)
     assert {path.name: path.read_text() for path in (tmp_path / "store").iterdir()} == files
-
-
-def test_a_build_removes_its_own_encodings_only(tmp_path: Path) -> None:
-    write_raw(tmp_path / "raw")
-    encoding = tmp_path / "store.encoding"
-    for feature in ("text", "image"):
-        EncodedBlocks(encoding, feature, {}, num_blocks=1).save(0, np.arange(2), np.ones((2, 3), np.float16))
-    (ours,) = encoding.glob("text-*")
-    (theirs,) = encoding.glob("image-*")
-    (ours / f".000001.npz.{'0' * 16}").touch()  # of a process that was killed
-    kept = {encoding / "thesis.txt", encoding / "words-0123456789ab" / "thesis.txt", theirs / "notes.txt"}
-    for path in kept:
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("mine")
-    build_store(tiny_config(tmp_path / "raw", tmp_path / "store"))
-    assert {path for path in encoding.rglob("*") if path.is_file()} == kept
-    assert not ours.exists()
-    for path in kept:
-        path.unlink()
-    (encoding / "words-0123456789ab").rmdir()
-    EncodedBlocks(encoding, "image", {}, num_blocks=1)
-    build_store(tiny_config(tmp_path / "raw", tmp_path / "store"), overwrite=True)
-    assert not encoding.exists()
 
 
 @pytest.mark.parametrize("moment", ["make_demo_data", "_write_store"])
