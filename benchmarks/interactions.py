@@ -132,7 +132,7 @@ def digest_of(path: Path) -> dict[str, Any]:
         owner = np.repeat(np.arange(len(batch.users)), np.diff(batch.starts))
         order = np.lexsort((batch.items, batch.times, owner))
         for values in (owner[order] + users, batch.times[order], batch.items[order]):
-            digest.update(np.ascontiguousarray(values, np.int64))
+            digest.update(np.ascontiguousarray(values, np.int64).tobytes())
         digest.update("\n".join(batch.users.to_pylist()).encode())
         users, events = users + len(batch.users), events + len(batch.items)
     return {"users": users, "events": events, "digest": digest.hexdigest()}

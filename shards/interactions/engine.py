@@ -28,7 +28,7 @@ def open_engine(settings: InteractionsConfig, folder: Path) -> Iterator[duckdb.D
         UserError: the memory or the disk does not suffice for a statement.
     """
     scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=folder))
-    options = {
+    options: dict[str, str | bool | int | float | list[str]] = {
         "memory_limit": f"{settings.memory_gb * 1000:.0f}MB",
         "threads": str(os.cpu_count() if settings.threads == "auto" else settings.threads),
         "temp_directory": str(scratch),

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class Step:
-    """What one step did."""
+class Removal:
+    """What one step took away."""
 
     name: str  # such as "below 5 events of a user or item"
     removed: int  # events
@@ -20,7 +20,7 @@ class Funnel:
 
     rows: int = 0
     bad: dict[str, int] = field(default_factory=dict)  # cause → rows that could not be used
-    steps: list[Step] = field(default_factory=list)
+    steps: list[Removal] = field(default_factory=list)
     users: int = 0
     items: int = 0  # with an event
     events: int = 0
@@ -34,7 +34,7 @@ class Funnel:
         """Note that a step left so many ``events``; one that removed nothing is not noted."""
         before = self.steps[-1].events if self.steps else self.rows - sum(self.bad.values())
         if events != before:
-            self.steps.append(Step(name, before - events, events))
+            self.steps.append(Removal(name, before - events, events))
 
     def lines(self) -> list[str]:
         """For people, one fact a line."""

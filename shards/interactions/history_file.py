@@ -45,8 +45,8 @@ def write_histories(
         max_events: latest training events of a user to keep; 0: all.
         funnel: takes the counts.
     """
-    users = "SELECT id FROM users WHERE u IN (SELECT u FROM kept) ORDER BY u"
-    external = _Ids(connection.cursor().sql(users).to_arrow_reader(USERS_AT_ONCE))
+    ids = "SELECT id FROM users WHERE u IN (SELECT u FROM kept) ORDER BY u"
+    external = _Ids(connection.cursor().sql(ids).to_arrow_reader(USERS_AT_ONCE))
     events = connection.sql("SELECT u, i, t, p FROM kept ORDER BY u, p, t, tie, i").to_arrow_reader(EVENTS_AT_ONCE)
     progress = Progress("event", funnel.events, name="histories")
     schema = _schema(external.type, has_times, has_periods)

@@ -21,7 +21,7 @@ from fmrl_dist.config.sections import DataConfig
 from fmrl_dist.config.tables import InteractionsConfig, SplitConfig
 from fmrl_dist.data.store.tables import rows_sha256
 from shards.interactions.engine import open_engine, remove_scratch
-from shards.interactions.funnel import Funnel, Step
+from shards.interactions.funnel import Funnel, Removal
 from shards.interactions.history_file import write_histories
 from shards.interactions.kept_events import KeptEvents, keep_events
 from shards.tables.events import load_events
@@ -200,7 +200,7 @@ def _read(folder: Path) -> Prepared:
     if record is None:
         raise UserError(f"{folder} was changed while it was read; build again")
     raw = record["funnel"]
-    funnel = Funnel(**{**raw, "steps": [Step(**step) for step in raw["steps"]]})
+    funnel = Funnel(**{**raw, "steps": [Removal(**step) for step in raw["steps"]]})
     items = pq.read_table(folder / ITEMS)
     return Prepared(
         histories=folder / HISTORIES,

@@ -94,7 +94,7 @@ def read_raw_items(data: DataConfig, downloads: Path | None = None) -> RawItems:
     return RawItems(table, ItemIds(external), titles, dict(sorted(bad.items())))
 
 
-def items_of_ids(ids: pa.Array, data: DataConfig, fitted: np.ndarray | None) -> RawItems:
+def items_of_ids(ids: pa.Array, data: DataConfig, fitted: np.ndarray | None = None) -> RawItems:
     """Items without a table: their ids, int64 or large_string, are all that is known of them.
 
     Raises:

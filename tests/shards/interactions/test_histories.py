@@ -144,7 +144,7 @@ def test_nothing_that_trains_depends_on_what_comes_after_the_cut(
     interactions = {"duplicates": duplicates, "min_user_events": core, "min_item_events": core}
     if duplicates in ("first", "last"):
         before += [Event("u1", item, DAY) for item in "xyz"] + [Event("u9", "a", 1), Event("u8", "a", 1)]
-    results = []
+    results: list[Prepared | str] = []
     for name, after in (("one", held_out), ("other", held_out + [row for row in later if row.time >= 20 * DAY])):
         try:
             results.append(prepared(folder / name, before + after, interactions=interactions, split=CUTS))

@@ -1,6 +1,6 @@
 """From one more event to a list of ten: a session of ours against the authors' model, on the same weights, one core.
 
-    python -m benchmarks.latency --reference CHECKOUT
+    python -m benchmarks.rivals.authors_latency --reference CHECKOUT
 
 Random features and weights; 12,101 items, two blocks, sizes 8 … 128 and 8 … 1024. The sides, each for ten users, one
 after the other, in every round: "session" observes the event and answers; "history" is ours over all 50 events anew;
@@ -46,7 +46,7 @@ BOUND = 1e-4
 def main(argv: list[str]) -> None:
     summary, _, rest = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
-        "python -m benchmarks.latency",
+        "python -m benchmarks.rivals.authors_latency",
         description=summary,
         epilog=rest,
         formatter_class=argparse.RawDescriptionHelpFormatter,
