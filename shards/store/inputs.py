@@ -54,8 +54,8 @@ def input_files(config: Config) -> dict[str, str]:
         "data.sequences.path": _table_sha256(event_source(data, data.sequences.path, downloads)[0]),
     }
     if data.split.by == "given" and data.split.valid:
-        for key, path in (("valid", data.split.valid), ("test", data.split.test)):
-            files[f"data.split.{key}"] = _table_sha256(event_source(data, path, downloads)[0])
+        for key, place in (("valid", data.split.valid), ("test", data.split.test)):
+            files[f"data.split.{key}"] = _table_sha256(event_source(data, place, downloads)[0])
     for name, feature in data.features.items():
         key = f"data.features.{name}"
         if isinstance(feature, NpyFeature):

@@ -182,9 +182,7 @@ def test_bad_rows_are_counted_by_their_cause(tmp_path: Path) -> None:
         read_events(data)
 
 
-@pytest.mark.parametrize(
-    "line", ["{", "[1]", "3", '{"u": "a", "i": "x", "t": 1} {', "{'u': 1}", '{"u": NaN}', "\x01", '"u"', "nul"]
-)
+@pytest.mark.parametrize("line", ["{", "[1]", "3", '{"u": "a", "i": "x", "t": 1} {', "{'u': 1}", "\x01", '"u"', "nul"])
 def test_lines_that_are_no_json_objects(line: str, tmp_path: Path) -> None:
     (tmp_path / "e.jsonl").write_text('{"u": "a", "i": "x", "t": 1}\n' + line + '\n\n  \n{"i": 5, "u": "b", "t": "2"}')
     data = data_config(tmp_path, sequences=interactions("e.jsonl"), dirt={"max_bad_rows": 0.4})
@@ -276,7 +274,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a quote without its pair": (
         'u,i,t\na,"x,1\n' + "b,y,2\n" * 2_000_000,
         {},
-        "has a row of more than .* bytes; is a quote without its pair",
+        "has a row of many lines that does not fit its columns; is a quote without its pair",
     ),
 }
 
