@@ -20,7 +20,8 @@ from fmrl_dist.base.errors import UserError
 
 DEFAULT_PARTS = ("Title: {title}", "Price: {price}", "Brand: {brand}", "Categories: {categories}")
 UNTITLED = "Untitled Item"
-COLUMN = re.compile(r"[^.\[\]]+(\.[^._\[\]][^.\[\]]*)*")  # a.b is a field, or a column of that name; no attribute is
+# of a column, or of the field of one by a dotted name: no attribute, as tables are asked for it
+COLUMN = re.compile(r"[^.\[\]]+|[^.\[\]\d][^.\[\]]*(\.[^._\[\]][^.\[\]]*)+")
 NO_TEXT = re.compile(r"[,_%+]|[bcdeEfFgGnoxX]$")  # a format that no text fits
 MAX_WIDTH = 1000  # of a format: a width of 10^9 would be a text of that many characters for each item
 

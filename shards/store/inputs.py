@@ -53,8 +53,8 @@ def input_files(config: Config) -> dict[str, str]:
     if data.items.path:
         files["data.items.path"] = _table_sha256(published_items(data, downloads))
     if data.split.by == "given" and data.split.valid:
-        for key, path in (("valid", data.split.valid), ("test", data.split.test)):
-            files[f"data.split.{key}"] = _table_sha256(event_source(data, path, downloads)[0])
+        for key, place in (("valid", data.split.valid), ("test", data.split.test)):
+            files[f"data.split.{key}"] = _table_sha256(event_source(data, place, downloads)[0])
     for name, feature in data.features.items():
         key = f"data.features.{name}"
         if isinstance(feature, NpyFeature):

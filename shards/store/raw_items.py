@@ -74,7 +74,7 @@ def read_raw_items(data: DataConfig, downloads: Path | None = None) -> RawItems:
     parts = _text_parts(data, source)
     columns = _columns(data, parts)
     as_written = [name for name in columns if name == title or name not in number_columns(parts)]
-    bad = Counter(bad_items_of(raw, data))
+    bad = Counter[str]()
     table = read_table(source, columns, text=as_written, ids=[data.items.id], bad=bad)
     kinds = dict(zip(table.column_names, table.schema.types, strict=True))
     _check_kinds(data, source, kinds, template_columns(parts))
@@ -91,6 +91,7 @@ def read_raw_items(data: DataConfig, downloads: Path | None = None) -> RawItems:
     require(len(external) > 0, f"table {source} has no row that can be used")
     check_unique(external, where)
     titles = as_titles(table[title]) if title else None
+    bad.update(bad_items_of(raw, data))
     return RawItems(table, ItemIds(external), titles, dict(sorted(bad.items())))
 
 

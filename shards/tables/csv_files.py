@@ -76,7 +76,9 @@ def csv_batches(file: Path, kind: str, csv: CsvConfig, columns: Sequence[str], b
         strings_can_be_null=True,
     )
 
-    def leave_out(_: pyarrow.csv.InvalidRow) -> str:
+    def leave_out(row: pyarrow.csv.InvalidRow) -> str:
+        if "\n" in row.text:  # a quote without its pair would take all rows that follow with it
+            return "error"
         bad[UNREADABLE] += 1
         return "skip"
 
@@ -98,9 +100,9 @@ def readable_csv(file: Path, csv: CsvConfig) -> Iterator[None]:
         what = " ".join(str(error).split())
         if "UTF8" in what or "codec can't decode" in what:
             raise _wrong_encoding(file, csv, what) from None
-        if "straddling" in what:
+        if "straddling" in what or "CSV parse error: Expected" in what:
             raise UserError(
-                f"table {file} has a row of more than {BLOCK_BYTES:,} bytes; is a quote without its pair? "
+                f"table {file} has a row of many lines that does not fit its columns; is a quote without its pair? "
                 "--data.sequences.csv.quote '' (or data.items) reads quotes as they are"
             ) from None
         raise UserError(f"table {file} cannot be read: {what}; is the file complete, and in that format?") from None

@@ -1,7 +1,8 @@
 """JSON Lines in batches: one object per line, columns as text, or as lists of text, as they are written.
 
 A line that is no JSON object is left out and counted. A column is a name of the objects, or a path ``a.b`` into nested
-ones; what a line lacks is null. Numbers keep the digits of the file. The engine parses, many lines at a time.
+ones; what a line lacks is null, and so is NaN, which Python writes. Whole numbers keep all of their digits. The engine
+parses, many lines at a time.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def json_batches(file: Path, columns: Sequence[str], ids: Sequence[str], bad: Co
             found = engine.sql(query).to_arrow_table()
             engine.unregister("lines")
             found = found.filter(found["is_row"])
-            bad[UNREADABLE] += len(lines) - len(found)
+            if len(found) < len(lines):
+                bad[UNREADABLE] += len(lines) - len(found)
             yield pa.table(
                 [
                     _column(found[f"kind{n}"], found[f"text{n}"], f"column {column!r} of {file}", column in ids)
@@ -171,11 +173,12 @@ def _add_names(value: dict[str, Any], prefix: str, names: dict[str, bool]) -> No
 def _column(kinds: pa.ChunkedArray, texts: pa.ChunkedArray, where: str, as_ids: bool) -> pa.Array:
     found = set(kinds.unique().to_pylist()) - {None, "NULL"}
     require("OBJECT" not in found, f"{where} holds objects; name one of their fields, such as a.b")
-    texts = pc.if_else(pc.equal(kinds, "NULL"), None, texts).cast(pa.large_string())
+    is_missing = pc.or_(pc.equal(kinds, "NULL"), pc.and_(pc.equal(kinds, "DOUBLE"), pc.equal(texts, "NaN")))
+    texts = pc.if_else(is_missing, None, texts).cast(pa.large_string())
     if "ARRAY" not in found:
-        if other := sorted(found - {TEXT, *INTEGERS}) if as_ids else []:
-            first = texts.filter(pc.equal(kinds, other[0]))[0].as_py()
-            raise UserError(f"{where} holds the id {first}; expected integers or text")
+        others = texts.filter(pc.invert(pc.is_in(kinds, pa.array([TEXT, *INTEGERS, None])))).drop_null()
+        if as_ids and len(others):
+            raise UserError(f"{where} holds the id {others[0].as_py()}; expected integers or text")
         return texts
     cells = [
         None if text is None else lists_of(text, where, as_ids) if kind == "ARRAY" else [text]

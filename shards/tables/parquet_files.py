@@ -16,7 +16,8 @@ from fmrl_dist.base.parquet import BoundedParquet, open_parquet
 def parquet_names(file: Path) -> list[str]:
     """Names of a file's columns, then those of nested ones with dots."""
     with opened_parquet(file) as opened:
-        return [*opened.names, *(path for name in opened.names for path in _paths(name, opened.types[name]))]
+        paths = (path for name in opened.names for path in _paths(name, opened.types[name]))
+        return [*opened.names, *(path for path in paths if path not in opened.names)]
 
 
 def type_of(opened: BoundedParquet, column: str) -> pa.DataType:

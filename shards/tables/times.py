@@ -18,7 +18,7 @@ from shards.tables.engine import private_engine
 
 # Since 1970: the largest time that is still taken for one of the unit. In seconds this is the year 5138, in
 # milliseconds 1973 to 5138, and so on.
-LIMITS = {"s": 10**11, "ms": 10**14, "us": 10**17}
+LIMITS: dict[TimeUnit, int] = {"s": 10**11, "ms": 10**14, "us": 10**17}
 UNITS = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
 PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 PER_UNIT = {"s": 10**6, "ms": 10**3, "us": 1}  # microseconds; of nanoseconds 1000 are one
@@ -113,7 +113,7 @@ def _parsed(column: pa.Array) -> dict[str, pa.Array]:
     return used or {"moment": found["moment"]}
 
 
-def unit_for(largest: float, chosen: TimeUnit) -> str:
+def unit_for(largest: float, chosen: TimeUnit) -> TimeUnit:
     """The unit of numbers of which the largest, without its sign, is ``largest``."""
     if chosen != "auto":
         return chosen

@@ -268,7 +268,7 @@ CASES: dict[str, tuple[Spoil, str]] = {
     ),
     "tfidf dim": (text_feature("{title}", dim=100), "dim is 100 but the texts give a matrix of 6 items"),
     "text column": (text_feature("{colour}"), "no column 'colour'; it has: item_id, title"),
-    "text attribute": (text_feature("{title.upper}"), "may hold only a column name"),
+    "text attribute": (text_feature("{title.__class__}"), "may hold only a column name"),
     "text format": (text_feature("{title:.2f}"), "does not fit the value"),
     "no words": (text_feature("{item_id}"), "hold no words"),
     "feature name": (data(features={"ids": {"source": "npy", "path": "vectors.npy"}}), "feature name 'ids'"),

@@ -107,7 +107,7 @@ def plain_items(name: str, files: list[Path], source: ItemSource, folder: Path, 
 def bad_rows_of(path: Path) -> dict[str, int]:
     """What :func:`plain_items` left out, by cause."""
     try:
-        return dict(json.loads((pq.read_schema(path).metadata or {}).get(BAD_KEY, b"{}")))
+        return dict(json.loads((pq.read_metadata(path).metadata or {}).get(BAD_KEY, b"{}")))
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"table {path} cannot be read ({error}); remove it, and run this again") from None
 

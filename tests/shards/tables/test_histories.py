@@ -182,7 +182,7 @@ def test_what_is_not_written_like_an_integer_id_is_unknown(word: str, tmp_path: 
     tables = write_csvs(tmp_path, items, [("u", "42"), ("u", "7"), ("u", word)])
     with pytest.raises(UserError, match=re.escape(f"not in the item table, the first is {word!r}")):
         build_store(tiny_config(tmp_path, tmp_path / "store", features={}, **tables))
-    tables = write_csvs(tmp_path, items, [("u", "42"), ("u", "7"), ("u", str(2**62))])
+    tables = write_csvs(tmp_path, items, [("9", "42"), ("9", "7"), ("9", str(2**62))])
     build_store(tiny_config(tmp_path, tmp_path / "store", features={}, ids="integer", **tables))
     vocabulary = pq.read_table(tmp_path / "store" / "vocab.parquet")["external_id"]
     assert vocabulary.type == pa.int64() and vocabulary.to_pylist() == [42, 7, -1, 2**62]

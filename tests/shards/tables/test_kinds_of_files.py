@@ -48,7 +48,7 @@ def test_every_kind_gives_the_same_store(kind: str, tmp_path: Path) -> None:
     expected, _ = build_store(tiny_config(tmp_path, tmp_path / "one", features=features, sequences=timed))
     parts(tmp_path / "i", "items", ITEMS, kind, TYPES)
     parts(tmp_path / "h", "part", HISTORIES, kind)
-    tables: dict[str, Any] = {"items": {"path": "i/*"}, "sequences": {"path": "h"} | timed}
+    tables: dict[str, Any] = {"items": {"path": "i/*", "title": "title"}, "sequences": {"path": "h"} | timed}
     config = tiny_config(tmp_path, tmp_path / "two", features=features, **tables)
     store, _ = build_store(config)
     assert store.manifest.sha256 == expected.manifest.sha256
