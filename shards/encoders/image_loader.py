@@ -90,6 +90,7 @@ class ImageKeys:
 
     keys: np.ndarray  # KEY [rows]
     given: np.ndarray  # bool [rows]: the row's item is known, and its image has bytes
+    first: np.ndarray  # bool [rows]: likewise, and no earlier row has the same image
 
     @classmethod
     def read(cls, name: str, table: ImageTable, units: Collection[int]) -> ImageKeys:
@@ -98,7 +99,8 @@ class ImageKeys:
         Raises:
             UserError: the table cannot be read.
         """
-        found = cls(np.zeros(len(table.items), KEY), np.zeros(len(table.items), np.bool_))
+        num_rows = len(table.items)
+        keys, given, first = np.zeros(num_rows, KEY), np.zeros(num_rows, np.bool_), np.zeros(num_rows, np.bool_)
         progress = Progress("image", sum(len(rows_of(table, unit)) for unit in units), name=f"{name}, looked up")
         read = partial(_key_of_image, table.folder)
         with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
@@ -107,10 +109,12 @@ class ImageKeys:
                 known = np.flatnonzero(rows.items >= 0)
                 for i, key in zip(known, pool.map(read, [rows.images[i] for i in known]), strict=True):
                     if key is not None:
-                        found.keys[low + i], found.given[low + i] = key, True
+                        keys[low + i], given[low + i] = key, True
                 progress.advance(len(rows.items))
         progress.close()
-        return found
+        rows_given = np.flatnonzero(given)
+        first[rows_given[np.unique(keys[rows_given], return_index=True)[1]]] = True
+        return cls(keys, given, first)
 
 
 def _key_of_image(folder: Path, image: bytes | str | None) -> bytes | None:
