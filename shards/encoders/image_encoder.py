@@ -130,17 +130,15 @@ class ImageWork:
                     f"finished units are kept: build again, with fewer data.features.{self.name}.workers or "
                     "batch_images if memory or shared memory ran out"
                 ) from None
-        total = len(np.unique(images.keys[images.given]))
+        total = int(images.first.sum())
         print(f"feature {self.name!r}: {num_encoded:,} images encoded, {total - num_encoded:,} were kept", flush=True)
         return images
 
     def _missing(self, images: image_loader.ImageKeys, unit: int) -> np.ndarray:
         """Rows of a unit whose image nobody has tried yet, each content once: int64 [n]."""
         rows = image_loader.rows_of(self.table, unit)
-        rows = rows[images.given[rows]]
-        rows = rows[self.kept.missing(images.keys[rows])]
-        _, first = np.unique(images.keys[rows], return_index=True)
-        return rows[np.sort(first)]
+        rows = rows[images.first[rows]]
+        return rows[self.kept.missing(images.keys[rows])]
 
     def _encode_units(self, images: image_loader.ImageKeys, units: list[int]) -> int:
         """Encode and save what is missing in ``units``; returns the number of images."""

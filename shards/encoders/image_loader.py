@@ -98,6 +98,7 @@ class ImageKeys:
 
     keys: np.ndarray  # KEY [rows]
     given: np.ndarray  # bool [rows]: the row's item is known, and its image has bytes
+    first: np.ndarray  # bool [rows]: likewise, and no earlier row has the same image
     causes: Counter[str]  # why rows of known items have none
 
     @classmethod
@@ -107,7 +108,8 @@ class ImageKeys:
         Raises:
             UserError: the table cannot be read.
         """
-        found = cls(np.zeros(len(table.items), KEY), np.zeros(len(table.items), np.bool_), Counter())
+        num_rows, causes = len(table.items), Counter[str]()
+        keys, given, first = np.zeros(num_rows, KEY), np.zeros(num_rows, np.bool_), np.zeros(num_rows, np.bool_)
         progress = Progress("image", sum(len(rows_of(table, unit)) for unit in units), name=f"{name}, looked up")
         read = partial(_key_of_image, table.folder)
         with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
@@ -116,12 +118,14 @@ class ImageKeys:
                 known = np.flatnonzero(rows.items >= 0)
                 for i, key in zip(known, pool.map(read, [rows.images[i] for i in known]), strict=True):
                     if isinstance(key, bytes):
-                        found.keys[low + i], found.given[low + i] = key, True
+                        keys[low + i], given[low + i] = key, True
                     else:
-                        found.causes[key] += 1
+                        causes[key] += 1
                 progress.advance(len(rows.items))
         progress.close()
-        return found
+        rows_given = np.flatnonzero(given)
+        first[rows_given[np.unique(keys[rows_given], return_index=True)[1]]] = True
+        return cls(keys, given, first, causes)
 
 
 def _key_of_image(folder: Path, image: bytes | str | None) -> bytes | str:

@@ -60,7 +60,7 @@ def encoders_of(part: str) -> list[psutil.Process]:
 
 def test_an_array_whose_task_is_killed(slurm: SlurmCluster, config: Path, folder: Path) -> None:
     """With KILL, in the middle of its work; the store is that of a build in one piece."""
-    command = [sys.executable, "-m", "shards.build", "--config", config, "--store.path", folder / "whole"]
+    command = [sys.executable, "-m", "shards.build", "--config", str(config), "--store.path", str(folder / "whole")]
     environment = clean_environment() | ONE_THREAD | {"CUDA_VISIBLE_DEVICES": ""}
     subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, timeout=240)
     array = submit(slurm, folder, "--array=4-5", "--exclusive", SCRIPT, config)
