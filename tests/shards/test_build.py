@@ -227,7 +227,7 @@ def test_what_the_manifest_records(built: Path) -> None:
     assert recipes == {
         "vector": {"source": "npy"},
         "words": {"source": "tfidf", "tfidf": 1, "text": text, "text_separator": "\n"},
-        "image": {"source": "pixels", "pixels": "2", "decoding": 2},
+        "image": {"source": "pixels", "pixels": "2", "decoding": 3},
     }
 
 

@@ -210,7 +210,7 @@ CASES: dict[str, tuple[Spoil, str]] = {
         "features.image.source is 'pixel'; expected one of: npy, tfidf, pixels, transformers, open_clip",
     ),
     "images that are numbers": (image_table(pa.array(range(6))), "is of type int64; expected encoded image bytes"),
-    "images that are not there": (image_table(pa.array(ITEMS)), "no item has it"),
+    "images that are not there": (image_table(pa.array(ITEMS)), r"6 of 6 images cannot be used \(6 missing\)"),
     "no image at all": (image_table(pa.array([b""] * 6)), "no item has it"),
     "title of lists": (
         column("items.parquet", "title", pa.array([[["a"]]] * N)),

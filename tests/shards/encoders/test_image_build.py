@@ -29,8 +29,8 @@ from shards.store.builder import build_store
 from tests.fixtures.image_model import MODEL, write_image_shop
 from tests.fixtures.images import photo
 from tests.fixtures.processes import REPOSITORY, clean_environment
-from tests.fixtures.stores import tiny_values
-from tests.fixtures.training import contents, refusal
+from tests.fixtures.stores import store_contents, tiny_values
+from tests.fixtures.training import refusal
 
 
 def num_units_done(store: Path) -> int:
@@ -89,7 +89,7 @@ def test_a_build_killed_at_work_is_resumed_to_the_same_store(
     assert feature.note.startswith("1 images unreadable: 1 ")
     assert f"{num_images:,} images encoded, 0 were kept" in capsys.readouterr().out
     assert Store.open(tmp_path / "store").manifest.sha256 == Store.open(tmp_path / "whole").manifest.sha256
-    assert contents(tmp_path / "store") == contents(tmp_path / "whole")
+    assert store_contents(tmp_path / "store") == store_contents(tmp_path / "whole")
 
 
 @pytest.mark.alone

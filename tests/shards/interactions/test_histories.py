@@ -150,17 +150,18 @@ def test_nothing_that_trains_depends_on_what_comes_after_the_cut(
             results.append(prepared(folder / name, before + after, interactions=interactions, split=CUTS))
         except UserError as error:
             results.append(str(error))
-    if isinstance(results[0], str) or isinstance(results[1], str):
-        assert all(isinstance(result, str) for result in results)
+    one, other = results
+    if isinstance(one, str) or isinstance(other, str):
+        assert isinstance(one, str) and isinstance(other, str)
         return
-    num_trained = int(results[0].trained.sum())
+    num_trained = int(one.trained.sum())
     trains = [
         {user: (h.items[: h.train], h.times[: h.train]) for user, h in histories_of(result).items() if h.train}
-        for result in results
+        for result in (one, other)
     ]
     assert trains[0] == trains[1]
-    ids = [result.item_ids.to_pylist() for result in results]
-    assert all(result.trained[:num_trained].all() and not result.trained[num_trained:].any() for result in results)
+    ids = [result.item_ids.to_pylist() for result in (one, other)]
+    assert all(result.trained[:num_trained].all() and not result.trained[num_trained:].any() for result in (one, other))
     assert ids[0][:num_trained] == ids[1][:num_trained]
 
 
