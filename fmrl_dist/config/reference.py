@@ -106,9 +106,17 @@ def _section_of(annotation: Any) -> type | None:
 
 def _default(field: Field[Any]) -> str:
     value = field.default if field.default_factory is MISSING else field.default_factory()
-    if isinstance(value, str) and value.isprintable() and yaml.safe_load(value) == value:
+    if isinstance(value, str) and value.isprintable() and _reads_as_itself(value):
         return value
     return json.dumps(value)
+
+
+def _reads_as_itself(text: str) -> bool:
+    """Whether YAML reads an unquoted ``text`` as this text."""
+    try:
+        return bool(yaml.safe_load(text) == text)
+    except yaml.YAMLError:
+        return False
 
 
 def field_comments(kind: type) -> dict[str, str]:

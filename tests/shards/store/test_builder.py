@@ -78,8 +78,10 @@ def test_any_histories_come_back(histories: list[list[int]], users_per_block: in
         times = {user: [50 + i for i in range(len(items))] for user, items in raw.items()}
         write_histories(root / "sequences.parquet", raw, times)
         config = tiny_config(root, root / "store", features={}, ids="integer", sequences={"times": "times"})
-        sizes = {"users_per_block": users_per_block, "items_per_block": 2, "blocks_per_shard": blocks_per_shard}
-        store, _ = build_store(dataclasses.replace(config, store=dataclasses.replace(config.store, **sizes)))
+        blocks = dataclasses.replace(
+            config.store, users_per_block=users_per_block, items_per_block=2, blocks_per_shard=blocks_per_shard
+        )
+        store, _ = build_store(dataclasses.replace(config, store=blocks))
         assert list(store_problems(store)) == []
         kept = [i for i, history in enumerate(histories) if len(history) >= 2]
         assert read_columns(store, "users.parquet")["external_id"] == [10 * i for i in kept]
