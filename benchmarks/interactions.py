@@ -35,6 +35,7 @@ from fmrl_dist.config.parsing import build
 from fmrl_dist.config.sections import Config
 from shards.interactions.history_file import read_prepared
 from shards.interactions.prepare import prepare
+from shards.tables.engine import quiet
 
 CORE = 5
 MIN_RATING = 2
@@ -51,7 +52,7 @@ def make_events(folder: Path, num_events: int, seed: int = 0) -> Path:
     aside = folder / f"{target.name}.part"
     aside.mkdir(parents=True, exist_ok=True)
     users, items, rows = num_events // 10, num_events // 25, num_events // PARTS
-    with duckdb.connect() as connection:
+    with quiet(duckdb.connect()) as connection:
         connection.execute("SET memory_limit = '2GB'; SET threads = 1; SET preserve_insertion_order = false")
         for part in range(PARTS):
             connection.execute(f"SELECT setseed({(seed + part + 1) / 1000})")

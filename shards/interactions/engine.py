@@ -13,7 +13,7 @@ import duckdb
 
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.config.tables import InteractionsConfig
-from shards.tables.engine import OFFLINE
+from shards.tables.engine import OFFLINE, quiet
 
 SCRATCH = ".scratch-"  # begins the name of a folder that a killed process may leave
 
@@ -36,8 +36,7 @@ def open_engine(settings: InteractionsConfig, folder: Path) -> Iterator[duckdb.D
     }
     try:
         with duckdb.connect(":memory:", config=options) as connection:
-            connection.execute("SET TimeZone = 'UTC'")
-            yield connection
+            yield quiet(connection)
     except duckdb.OutOfMemoryException as error:
         raise UserError(
             f"the events do not fit into data.interactions.memory_gb {settings.memory_gb:g} and the free space of "

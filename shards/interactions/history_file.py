@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from fmrl_dist.base.files import written_aside
 from fmrl_dist.base.progress import Progress
 from shards.interactions.funnel import Funnel
+from shards.tables.engine import quiet
 from shards.tables.histories import Histories, HistoryBatches, num_repeated_events
 
 EVENTS_AT_ONCE = 1 << 20
@@ -46,7 +47,7 @@ def write_histories(
         funnel: takes the counts.
     """
     ids = "SELECT id FROM users WHERE u IN (SELECT u FROM kept) ORDER BY u"
-    external = _Ids(connection.cursor().sql(ids).to_arrow_reader(USERS_AT_ONCE))
+    external = _Ids(quiet(connection.cursor()).sql(ids).to_arrow_reader(USERS_AT_ONCE))
     events = connection.sql("SELECT u, i, t, p FROM kept ORDER BY u, p, t, tie, i").to_arrow_reader(EVENTS_AT_ONCE)
     progress = Progress("event", funnel.events, name="histories")
     schema = _schema(external.type, has_times, has_periods)

@@ -26,7 +26,13 @@ def private_engine(**settings: Any) -> DuckDBPyConnection:
     except ImportError:
         raise UserError("reading these tables needs DuckDB; pip install 'fmrl-dist[shards]'") from None
     connection = duckdb.connect(":memory:", config=OFFLINE | settings)
+    return quiet(connection)
+
+
+def quiet(connection: DuckDBPyConnection) -> DuckDBPyConnection:
+    """``connection`` with times in UTC and without a progress bar, which would be drawn into logs, too."""
     connection.execute("SET TimeZone = 'UTC'")
+    connection.execute("SET enable_progress_bar = false")
     return connection
 
 
