@@ -53,7 +53,9 @@ def _copy(system: Any, path: str, folder: Path) -> Path:
     if target.is_file():
         return target
     print(f"copying {hide_credentials(system.unstrip_protocol(path))} to {target}", flush=True)
-    with system.open(path, "rb", compression=None) as source, written_aside(target) as copy:
+    # a web server that knows no ranges gives a file from its beginning only
+    options = {"block_size": 0} if "http" in system.protocol else {}
+    with system.open(path, "rb", **options) as source, written_aside(target) as copy:
         while chunk := source.read(CHUNK_BYTES):
             copy.write(chunk)
         size = copy.tell()

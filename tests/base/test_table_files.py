@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import fsspec
 import pytest
@@ -82,3 +86,26 @@ def test_urls_that_cannot_be_read(url: str, message: str, tmp_path: Path) -> Non
         table_files([url], downloads=tmp_path / "d")
     assert "secret" not in str(caught.value)
     assert not (tmp_path / "d").exists() or not list((tmp_path / "d").iterdir())
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """Address of a plain web server, which knows no ranges, and of its folder ``web``."""
+    (tmp_path / "web").mkdir()
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path / "web")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        thread = Thread(target=running.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+        thread.join()
+
+
+def test_a_file_of_a_web_server(server: str, tmp_path: Path) -> None:
+    data = bytes(range(256)) * 50_000
+    (tmp_path / "web" / "e.csv.gz").write_bytes(data)
+    [copy] = table_files([f"{server}/e.csv.gz?token=secret"], downloads=tmp_path / "d")
+    assert copy.read_bytes() == data and copy.name.endswith("-e.csv.gz")
+    with pytest.raises(UserError, match=rf"{server}/none.csv cannot be read"):
+        table_files([f"{server}/none.csv"], downloads=tmp_path / "d")
+    assert list((tmp_path / "d").iterdir()) == [copy]

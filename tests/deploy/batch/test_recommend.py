@@ -370,7 +370,7 @@ def test_a_bad_row_is_named(export: Path, tmp_path: Path) -> None:
     )
     assert f"{path}, row 1 has no value in column 'user_id'" in refusal([None, 2, 3, 4], good, "--overwrite")
     assert "is of type int64; expected lists" in refusal(users, users, "--overwrite")
-    assert "holds item '1', which the export does not have" in refusal(users, [[1], [], [2], [3]], "--overwrite")
+    assert "holds item 1, which the export does not have" in refusal(users, [[1], [], [2], [3]], "--overwrite")
     assert "holds ids of type double" in refusal([1.0, 2.0, 3.0, 4.0], good, "--overwrite")
     assert "has no column 'who', or several; it has: user_id, item_ids" in refusal(
         users, good, "--user", "who", "--overwrite"

@@ -338,7 +338,7 @@ def test_refusals(shop: Path, tmp_path: Path) -> None:
         (("--remove", tmp_path / "ids.txt"), "1 items to remove are not in the catalogue: 'none'"),
         (("--remove", tmp_path / "all.txt"), "no item would be left"),
         (("--remove", tmp_path / "nothing.txt"), "nothing.txt does not exist"),
-        (("--remove", tmp_path / "numbers.parquet"), "are integers, such as 3; those of the export are text"),
+        (("--remove", tmp_path / "numbers.parquet"), "1 items to remove are not in the catalogue: '3'"),
         (("--remove", tmp_path / "numbers.parquet", "--id", "x"), "has no column 'x'"),
         (("--encoded", tmp_path), "does not hold new items of this model"),
         (("--encoded", shop / "encoded", "--update"), "9 of 9 items to update are not in the catalogue: 'i31'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +146,23 @@ def test_times_of_histories(kind: str, times: list[list[Any]], stored: list[int]
     [block] = store.manifest.splits["test"]
     arrays = store.read_block(block)
     assert arrays["items"].tolist() == [0, 1, 2] and arrays["times"].tolist() == stored
+
+
+def test_gzip_of_several_members_and_line_ends_of_windows(tmp_path: Path) -> None:
+    """As ``cat a.gz b.gz`` and parallel packers write it."""
+    data = gzip.compress(b"a,b\r\n1,x\r\n") + gzip.compress(b'2,"y\r\nz"\r\n') + gzip.compress(b"3,w")
+    (tmp_path / "t.csv.gz").write_bytes(data)
+    table = read_table(tmp_path / "t.csv.gz", ["a", "b"], text=["a", "b"])
+    assert table.to_pydict() == {"a": ["1", "2", "3"], "b": ["x", "y\r\nz", "w"]}
+
+
+@pytest.mark.parametrize("kind", [".csv.gz", ".jsonl.gz", ".csv.zst", ".jsonl.zst"])
+def test_compressed_files_that_are_cut(kind: str, tmp_path: Path) -> None:
+    """Nothing of them is taken for the whole."""
+    path = write_columns(tmp_path / f"t{kind}", {"a": [f"{row * 7919 % 100_003}" for row in range(100_000)]})
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(UserError, match="cannot be read"):
+        read_table(path, ["a"])
+    path.write_bytes(b"no such thing")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_table(path, ["a"])
