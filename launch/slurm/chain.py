@@ -18,6 +18,7 @@ from launch.slurm.jobs import BatchJob, BatchScript, batch_script
 STAGES = ("shards", "train", "evaluate", "export")
 ENCODE = "encode"  # precedes the shards of a store in parts
 JOIN = "join"  # follows an evaluation in parts
+MAX_PARTS = 10_000  # more units than that are those of ten million texts
 JOB_STAGES = (ENCODE, "shards", "train", "evaluate", JOIN, "export")
 
 
@@ -54,7 +55,10 @@ class JobChain:
 
     def __post_init__(self) -> None:
         run = self.config.run.dir
-        require(self.encode_parts >= 1, f"--encode-parts is {self.encode_parts}; expected at least 1")
+        require(
+            1 <= self.encode_parts <= MAX_PARTS,
+            f"--encode-parts is {self.encode_parts}; expected a number from 1 to {MAX_PARTS}",
+        )
         require(self.parts >= 1, f"--parts is {self.parts}; expected at least 1")
         require(self.processes >= 1, f"--processes is {self.processes}; expected at least 1")
         untrained = [size for size in self.sizes if size not in self.config.model.sizes]

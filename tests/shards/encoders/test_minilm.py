@@ -13,6 +13,7 @@ from fmrl_dist.config.loading import load_config
 from shards.encoders.item_text import item_texts, template_columns
 from shards.encoders.text_encoder import TextEncoder, load_encoder
 from tests.fixtures.processes import REPOSITORY
+from tests.fixtures.text_model import random_texts
 
 NUM_ITEMS = 64  # from the shortest text to the longest
 MINILM = TransformersFeature(
@@ -43,6 +44,17 @@ def test_rows_equal_the_precomputed_ones(folder: str, minilm: TextEncoder, share
     expected = np.load(shared_data / folder / "text_minilm_384.npy")[items].astype(np.float32)
     norms = np.linalg.norm(rows, axis=1) * np.linalg.norm(expected, axis=1)
     assert ((rows * expected).sum(1) / norms).min() >= 0.999
+
+
+def test_a_row_depends_on_its_text_alone(minilm: TextEncoder) -> None:
+    """Bit for bit, on a CPU: alone, in other company, in another order; a small model would hide what batches do."""
+    assert minilm.compute.device.type == "cpu"
+    texts = random_texts(48)
+    rows = minilm.encode(texts)
+    some = np.random.default_rng(0).permutation(len(texts))[:24]
+    np.testing.assert_array_equal(minilm.encode([texts[i] for i in some]), rows[some])
+    for i in some[:8]:
+        np.testing.assert_array_equal(minilm.encode([texts[i]])[0], rows[i])
 
 
 def test_beauty_text_differs_from_beauty_text_npy_in_the_features_alone() -> None:

@@ -21,7 +21,7 @@ from shards.encoders import compute, text_feature
 from shards.encoders.compute import Compute
 from shards.encoders.item_feature import ItemFeature
 from shards.encoders.item_text import ItemTexts
-from shards.encoders.text_encoder import load_encoder, pool, token_batches
+from shards.encoders.text_encoder import CPU_TOKENS, load_encoder, pool, token_batches
 from shards.encoders.text_feature import encode_texts
 from tests.fixtures.text_model import DIM, MAX_POSITIONS, random_texts, write_text_model
 
@@ -102,6 +102,19 @@ def test_a_row_depends_on_its_text_alone(model: Path, pooling: Pooling) -> None:
     np.testing.assert_array_equal(encoder.encode([texts[i] for i in shuffled]), rows[shuffled])
     for i in range(0, len(texts), 5):
         np.testing.assert_array_equal(encoder.encode([texts[i]])[0], rows[i])
+
+
+def test_forward_passes_of_a_length_have_one_shape(model: Path) -> None:
+    """On a CPU, however many texts there are: a product rounds by its shape."""
+    encoder = load_encoder(config(model, batch_tokens=512))
+    shapes: list[torch.Size] = []
+    encoder.model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    for count in (60, 3, 1):
+        encoder.encode(random_texts(count))
+    assert len(set(shapes)) == len({length for _, length in shapes}) > 2
+    assert max(rows * length for rows, length in shapes) <= CPU_TOKENS
 
 
 def test_pool_ignores_padding() -> None:
