@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -18,6 +20,7 @@ def test_counts_equal_plain_loops(tmp_path: Path) -> None:
     write_raw(tmp_path)
     generator = np.random.default_rng(1)
     histories = {f"u{n}": generator.choice(ITEMS, n % 23).tolist() for n in range(60)}
+    histories |= {f"v{n}": ["c"] * 3 for n in range(5)}  # what one ends with, the next begins with
     times = {user: sorted(generator.integers(0, 9, len(items)).tolist()) for user, items in histories.items()}
     write_histories(tmp_path / "sequences.parquet", histories, times)
     store, _ = build_store(tiny_config(tmp_path, tmp_path / "store", sequences={"times": "times"}))
@@ -77,3 +80,20 @@ def test_length_bins_hold_every_length(longest: int) -> None:
     counts = np.zeros(5000, np.int64)
     counts[1 : longest + 1] = 1
     assert _binned(counts, edges).sum() == longest
+
+
+def test_memory_does_not_grow_with_users(tmp_path: Path) -> None:
+    peaks = []
+    for num_users in (300, 6000):
+        root = tmp_path / str(num_users)
+        write_raw(root)
+        histories = {user: [ITEMS[(user + n) % 6] for n in range(user % 40)] for user in range(num_users)}
+        write_histories(root / "sequences.parquet", histories, {user: list(range(user % 40)) for user in histories})
+        config = tiny_config(root, root / "store", sequences={"times": "times"})
+        blocks = dataclasses.replace(config.store, users_per_block=100)
+        store, _ = build_store(dataclasses.replace(config, store=blocks))
+        tracemalloc.start()
+        survey(store)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.1 * peaks[0], "a twentieth of the users takes as much"
