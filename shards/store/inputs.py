@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from fmrl_dist import __version__
 from fmrl_dist.base.errors import UserError, require
@@ -28,7 +29,7 @@ from fmrl_dist.config.features import (
 )
 from fmrl_dist.config.sections import Config
 from fmrl_dist.data.store.built_from import OPEN_CHOICES, BuiltFrom, list_differences, recorded_keys
-from fmrl_dist.data.store.manifest import Manifest
+from fmrl_dist.data.store.manifest import VOCAB_FILE, Manifest
 from fmrl_dist.data.store.reader import Store
 from shards.encoders.item_feature import ItemFeature, versions_of
 from shards.encoders.item_text import parts_for
@@ -38,6 +39,8 @@ from shards.encoders.stored_fit import fit_sha256
 from shards.store.raw_items import item_table
 from shards.tables.formats.choice import event_source, published_items
 from shards.tables.raw_tables import RawTable, table_columns
+
+IDS_KEY = "data.ids"
 
 
 def input_files(config: Config) -> dict[str, str]:
@@ -49,9 +52,10 @@ def input_files(config: Config) -> dict[str, str]:
         UserError: a file does not exist or cannot be read.
     """
     data, root, downloads = config.data, Path(config.data.root), downloads_folder(config)
-    files = {"data.sequences.path": _table_sha256(event_source(data, data.sequences.path, downloads)[0])}
+    files = {}
     if data.items.path:
         files["data.items.path"] = _table_sha256(published_items(data, downloads))
+    files["data.sequences.path"] = _table_sha256(event_source(data, data.sequences.path, downloads)[0])
     if data.split.by == "given" and data.split.valid:
         for key, place in (("valid", data.split.valid), ("test", data.split.test)):
             files[f"data.split.{key}"] = _table_sha256(event_source(data, place, downloads)[0])
@@ -150,11 +154,19 @@ def check_built_from(store: Store, config: Config, mend: str) -> bool:
         differences = _older_differences(store.manifest, config, files)
     else:
         differences = built_from.differences(_keys_of(config), files) + _code_differences(store.manifest, config)
+        differences += [] if IDS_KEY in built_from.keys else _id_differences(store, config)
     require(
         not differences,
         f"store {store.location} was built from something else: {list_differences(differences)}; {mend}",
     )
     return built_from is not None
+
+
+def _id_differences(store: Store, config: Config) -> list[str]:
+    """Whether the ids of a store that does not record it are of another kind."""
+    column = pq.read_schema(pa.BufferReader(store.read_table(VOCAB_FILE))).field("external_id")
+    kind = "integer" if pa.types.is_integer(column.type) else "text"
+    return [] if kind == config.data.ids else [f"{IDS_KEY} is {kind!r}, the config's {config.data.ids!r}"]
 
 
 def _code_differences(manifest: Manifest, config: Config) -> list[str]:

@@ -213,8 +213,14 @@ def test_what_the_manifest_records(built: Path) -> None:
     assert {key: record.files[key] for key in expected} == expected
     assert set(record.files) - set(expected) == {"data.features.image.path"}
     assert set(record.keys) == {
-        *("data.demo", "data.features", "data.items.id", "data.items.title"),
-        *(f"data.sequences.{key}" for key in ("layout", "user", "items", "times")),
+        *("data.demo", "data.features", "data.format", "data.ids"),
+        *(f"data.items.{key}" for key in ("id", "title", "csv", "keep")),
+        *(f"data.sequences.{key}" for key in ("layout", "user", "items", "times", "time_unit", "csv")),
+        *(f"data.sequences.{key}" for key in ("rating", "event", "split")),
+        *(f"data.interactions.{key}" for key in ("min_rating", "events", "duplicates", "ties", "max_events")),
+        *(f"data.interactions.{key}" for key in ("min_user_events", "min_item_events")),
+        *(f"data.split.{key}" for key in ("by", "valid_from", "test_from", "valid_quantile", "test_quantile")),
+        *(f"data.split.{key}" for key in ("valid", "test", "target")),
         *(f"data.features.vector.{key}" for key in ("source", "dim")),
         *(f"data.features.words.{key}" for key in ("source", "dim", "fit", "text", "text_separator")),
         *(f"data.features.image.{key}" for key in ("source", "id", "image")),

@@ -25,6 +25,7 @@ UNRECORDED = {
     "store": {"path", "build_dir", "timeout_s", "retries", "cache_dir", "cache_gb", "on_bad_shard", "max_lost_share"},
     "feature": {"workers", "batch_tokens", "batch_images"},
 }
+UNRECORDED_PARTS = {"data.interactions.memory_gb", "data.interactions.threads", "data.dirt"}
 OPEN_CHOICES = {"precision": "auto", "dim": 0}  # of a feature: values that leave the choice to the build
 SHOWN = 6  # differences in a message
 
@@ -72,8 +73,10 @@ class BuiltFrom:
         # Contents say more than the arguments of the generated demo; an inline store can be read as a table too.
         skipped = ("data.demo",) if files is not None else ("store.feature_mode",)
         compared = {key for key in self.keys.keys() | keys.keys() if not key.startswith(skipped)}
-        found = []
+        found, defaults = [], {} if self.keys.keys() >= keys.keys() else recorded_keys(Config())
         for key in sorted(_of_both(compared - named, keys, self.keys)):
+            if key not in self.keys and key in defaults and keys[key] == defaults[key]:
+                continue  # a key that the version which built the store did not have
             here, there = keys.get(key), self.keys.get(key)
             needs_table = files is None and key.endswith(".text") and here == []  # the default template
             if here != there and not needs_table and not _is_left_open(key, here):
@@ -101,6 +104,8 @@ def recorded_keys(config: Config) -> dict[str, Any]:
                 continue
             inner = value if isinstance(value, dict) else {}
             keys |= {f"{section}.{key}.{name}": leaf for name, leaf in inner.items()} or {f"{section}.{key}": value}
+    for part in UNRECORDED_PARTS:
+        keys = {key: value for key, value in keys.items() if key != part and not key.startswith(f"{part}.")}
     keys = {key: value for key, value in keys.items() if not key.startswith("data.features")}
     keys["data.features"] = list(config.data.features)  # in their order, which is that of the columns
     for name, feature in config.data.features.items():

@@ -90,7 +90,7 @@ def write_manifest(store: Store, **changes: object) -> None:
 
 def test_another_schema_version_names_both(store: Store) -> None:
     write_manifest(store, schema_version=7)
-    with pytest.raises(UserError, match="version 7.*versions 2 and 3.*--overwrite"):
+    with pytest.raises(UserError, match="version 7.*versions 2 to 4.*--overwrite"):
         Store.open(store.path)
 
 

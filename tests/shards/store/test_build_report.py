@@ -59,7 +59,7 @@ def test_a_build_says_what_it_left_out(config: Any) -> None:
         "unknown_items": 1,
     }
     assert report.features["words"].images is None
-    assert set(report.seconds) == {"items", "hashes", "feature image", "feature words", "item blocks", "histories"}
+    assert set(report.seconds) == {"raw tables", "feature image", "feature words", "item blocks", "histories"}
     assert report.made_with["pillow"] == store.manifest.built_from.made_with["pillow"]  # type: ignore[union-attr]
 
 

@@ -44,12 +44,13 @@ def test_csv_equals_parquet(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ending", ["parquet", "csv"])
 @pytest.mark.parametrize("timestamps", [False, True])
 def test_interactions_equal_sequences(tmp_path: Path, ending: str, timestamps: bool) -> None:
-    """Integer ids; events of one time keep the table's order; users come in order of their first row."""
-    histories = {7: [30, 10, 20], 3: [20], 9: [10, 10, 30, 20], 1: [40, 30]}
-    times = {7: [5, 5, 8], 3: [1], 9: [2, 4, 4, 4], 1: [0, 9]}
+    """Integer ids; events of one time keep the table's order, if asked to; users come in order of their ids."""
+    histories = {1: [40, 30], 3: [20], 7: [30, 10, 20], 19: [10, 10, 30, 20]}
+    times = {1: [0, 9], 3: [1], 7: [5, 5, 8], 19: [2, 4, 4, 4]}
     write_items(tmp_path / "items.parquet", [10, 20, 30, 40])
     write_histories(tmp_path / "sequences.parquet", histories, times)
-    store, _ = build_store(tiny_config(tmp_path, tmp_path / "one", features={}, sequences={"times": "times"}))
+    sequences = {"times": "times"}
+    store, _ = build_store(tiny_config(tmp_path, tmp_path / "one", features={}, ids="integer", sequences=sequences))
     events = [(user, item, time) for user in histories for item, time in zip(histories[user], times[user], strict=True)]
     late = [event for event in events if event[2] >= 5 and event[0] != 7]  # interleaved: these come last
     events = [event for event in events if event not in late] + late
@@ -60,9 +61,10 @@ def test_interactions_equal_sequences(tmp_path: Path, ending: str, timestamps: b
     path = tmp_path / f"events.{ending}"
     pq.write_table(table, path) if ending == "parquet" else pyarrow.csv.write_csv(table, path)
     sequences = {"path": path.name, "layout": "interactions", "user": "who", "items": "what", "times": "when"}
-    again, _ = build_store(tiny_config(tmp_path, tmp_path / "two", features={}, sequences=sequences))
+    data = {"sequences": sequences, "interactions": {"ties": "table"}, "ids": "integer"}
+    again, _ = build_store(tiny_config(tmp_path, tmp_path / "two", features={}, **data))
     assert again.manifest.sha256 == store.manifest.sha256
-    assert read_split(again, "test", "times")[1] == [2, 4, 4, 4]
+    assert read_split(again, "test", "times")[2] == [2, 4, 4, 4]
 
 
 def test_shuffled_interactions_are_ordered_by_time(tmp_path: Path) -> None:
@@ -111,7 +113,7 @@ def test_events_that_stand_twice_are_kept_and_counted(
     sequences = {"path": path, "layout": layout, "times": "times"}
     store, _ = build_store(tiny_config(tmp_path, tmp_path / "store", features={}, sequences=sequences))
     assert store.manifest.num_events == 12
-    said = "histories: 3 events stand twice (same user, item and time): kept as they are"
+    said = "3 events stand twice (same user, item and time): kept as they are"
     assert said in capsys.readouterr().out
     build_store(tiny_config(tmp_path, tmp_path / "as-is", features={}, sequences=sequences | {"times": ""}))
     assert "stand twice" not in capsys.readouterr().out
@@ -131,8 +133,8 @@ def test_ids_of_a_csv_stay_what_they_are(tmp_path: Path) -> None:
     tables = write_csvs(tmp_path, items, events)
     store, _ = build_store(tiny_config(tmp_path, tmp_path / "store", features={}, **tables))
     assert pq.read_table(tmp_path / "store" / "vocab.parquet")["external_id"].to_pylist() == items
-    assert pq.read_table(tmp_path / "store" / "users.parquet")["external_id"].to_pylist() == ["7", "007"]
-    assert read_split(store, "test") == {0: [0, 1, 2, 3, 4, 5], 1: [5, 4, 3, 2, 1, 0]}
+    assert pq.read_table(tmp_path / "store" / "users.parquet")["external_id"].to_pylist() == ["007", "7"]
+    assert read_split(store, "test") == {0: [5, 4, 3, 2, 1, 0], 1: [0, 1, 2, 3, 4, 5]}
 
 
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
