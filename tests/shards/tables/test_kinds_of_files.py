@@ -166,3 +166,16 @@ def test_compressed_files_that_are_cut(kind: str, tmp_path: Path) -> None:
     path.write_bytes(b"no such thing")
     with pytest.raises(UserError, match="cannot be read"):
         read_table(path, ["a"])
+
+
+@pytest.mark.parametrize("kind", [".csv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize(("ids", "expected"), [("text", ["42", "7"]), ("integer", [42, 7])])
+def test_columns_of_integers_are_what_the_config_says(
+    kind: str, ids: str, expected: list[object], tmp_path: Path
+) -> None:
+    write_columns(tmp_path / f"items{kind}", {"item_id": [42, 7]})
+    write_columns(tmp_path / f"h{kind}", {"user_id": [5], "item_ids": [[7, 42, 7]]})
+    tables: dict[str, Any] = {"items": {"path": f"items{kind}"}, "sequences": {"path": f"h{kind}"}, "ids": ids}
+    store, _ = build_store(tiny_config(tmp_path, tmp_path / "store", features={}, **tables))
+    assert read_columns(store, "vocab.parquet")["external_id"] == expected
+    assert store.manifest.num_events == 3
