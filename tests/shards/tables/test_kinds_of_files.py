@@ -86,6 +86,16 @@ def test_json_lines_may_mix_texts_and_lists(tmp_path: Path) -> None:
     assert table.to_pydict() == {"id": ["1", "2", "3", "4"], "x": [["a", "2", "true"], ["b"], None, None]}
 
 
+def test_json_lines_may_lack_a_column_in_one_of_the_files(tmp_path: Path) -> None:
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "1.jsonl").write_text('{"id": "a"}')
+    (tmp_path / "t" / "2.jsonl").write_text('{"id": "b", "meta": {"x": 5}}')
+    table = read_table(tmp_path / "t", ["id", "meta.x"], ids=["id"])
+    assert table.to_pydict() == {"id": ["a", "b"], "meta.x": [None, 5]}
+    with pytest.raises(UserError, match="has no column 'y'; it has: id, meta, meta.x"):
+        read_table(tmp_path / "t", ["y"])
+
+
 def test_rows_of_items_that_cannot_be_used(tmp_path: Path) -> None:
     lines = ['{"item_id": "a"}', "{", '{"title": "no id"}', '{"item_id": ""}', '{"item_id": "b"}']
     (tmp_path / "i.jsonl").write_text("\n".join(lines))
