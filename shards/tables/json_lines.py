@@ -12,6 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from shards.tables.engine import literal, private_engine
 from shards.tables.text_streams import opened_text
 
 BLOCK_BYTES = 1 << 24  # that are parsed at once; a line is no longer
-SAMPLE_BYTES = 1 << 22  # from which the names of a file's columns are known
+SAMPLE_LINES, SAMPLE_BYTES = 10_000, 1 << 22  # of a file, from which the names of its columns are known
 INTEGERS, TEXT = ("BIGINT", "UBIGINT", "HUGEINT", "UHUGEINT"), "VARCHAR"  # the engine's names of JSON types
 NO_JSON = "\x01"  # no line of JSON holds it, so it parts nothing
 
@@ -139,6 +140,14 @@ def _line_batches(file: Path, bad: Counter[str]) -> Iterator[pa.Table]:
 
 def _names(file: Path) -> dict[str, bool]:
     """Each name, and whether it is an object's own key: not a path into one, but one that may hold a dot."""
+    with readable_json(file):
+        status = file.stat()
+    return _names_at(file, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=1024)
+def _names_at(file: Path, _modified_ns: int, _size: int) -> dict[str, bool]:
+    """Of a file as it was then: names are asked for several times before its rows are read."""
     with readable_json(file), opened_text(file, "utf-8", ",") as stream:
         start = stream.read(SAMPLE_BYTES).removeprefix(codecs.BOM_UTF8)
     require(
@@ -146,7 +155,7 @@ def _names(file: Path) -> dict[str, bool]:
         f"table {file} is one JSON array; expected JSON Lines, an object on each line (jq -c '.[]' FILE makes them)",
     )
     names: dict[str, bool] = {}
-    for line in start.split(b"\n"):
+    for line in start.split(b"\n", SAMPLE_LINES)[:SAMPLE_LINES]:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):  # counted when the rows are read; the last one may be cut

@@ -120,8 +120,7 @@ def read_batches(
     if table.file_kind == PARQUET:
         num_rows = _check_parts(table, columns)
         return TableBatches(num_rows, parquet_batches(table.files, columns, rows_at_once))
-    for file in table.files:
-        _check_columns(table, file, _names(table, file), columns)
+    _check_text(table, columns)
     return TableBatches(None, _text_batches(table, columns, ids, bad))
 
 
@@ -133,8 +132,7 @@ def table_types(table: RawTable | Path, columns: Sequence[str]) -> dict[str, pa.
     """
     table = as_table(table)
     if table.file_kind != PARQUET:
-        for file in table.files:
-            _check_columns(table, file, _names(table, file), columns)
+        _check_text(table, columns)
         return {}
     _check_parts(table, columns)
     with opened_parquet(table.files[0]) as opened:
@@ -170,6 +168,16 @@ def _check_parts(table: RawTable, columns: Sequence[str]) -> int:
     if num_rows == 0:
         raise UserError(f"table {table} is empty; expected at least one row")
     return num_rows
+
+
+def _check_text(table: RawTable, columns: Sequence[str]) -> None:
+    """Each file of a CSV must have the columns; of JSON Lines one of them, as objects may lack what they do not know."""
+    if table.file_kind == JSON:
+        names = list(dict.fromkeys(name for file in table.files for name in _names(table, file)))
+        _check_columns(table, table.files[0], names, columns)
+        return
+    for file in table.files:
+        _check_columns(table, file, _names(table, file), columns)
 
 
 def _text_batches(

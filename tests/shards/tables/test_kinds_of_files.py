@@ -86,6 +86,16 @@ def test_json_lines_may_mix_texts_and_lists(tmp_path: Path) -> None:
     assert table.to_pydict() == {"id": ["1", "2", "3", "4"], "x": [["a", "2", "true"], ["b"], None, None]}
 
 
+def test_json_lines_may_lack_a_column_in_one_of_the_files(tmp_path: Path) -> None:
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "1.jsonl").write_text('{"id": "a"}')
+    (tmp_path / "t" / "2.jsonl").write_text('{"id": "b", "meta": {"x": 5}}')
+    table = read_table(tmp_path / "t", ["id", "meta.x"], ids=["id"])
+    assert table.to_pydict() == {"id": ["a", "b"], "meta.x": [None, 5]}
+    with pytest.raises(UserError, match="has no column 'y'; it has: id, meta, meta.x"):
+        read_table(tmp_path / "t", ["y"])
+
+
 def test_rows_of_items_that_cannot_be_used(tmp_path: Path) -> None:
     lines = ['{"item_id": "a"}', "{", '{"title": "no id"}', '{"item_id": ""}', '{"item_id": "b"}']
     (tmp_path / "i.jsonl").write_text("\n".join(lines))
@@ -166,3 +176,16 @@ def test_compressed_files_that_are_cut(kind: str, tmp_path: Path) -> None:
     path.write_bytes(b"no such thing")
     with pytest.raises(UserError, match="cannot be read"):
         read_table(path, ["a"])
+
+
+@pytest.mark.parametrize("kind", [".csv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize(("ids", "expected"), [("text", ["42", "7"]), ("integer", [42, 7])])
+def test_columns_of_integers_are_what_the_config_says(
+    kind: str, ids: str, expected: list[object], tmp_path: Path
+) -> None:
+    write_columns(tmp_path / f"items{kind}", {"item_id": [42, 7]})
+    write_columns(tmp_path / f"h{kind}", {"user_id": [5], "item_ids": [[7, 42, 7]]})
+    tables: dict[str, Any] = {"items": {"path": f"items{kind}"}, "sequences": {"path": f"h{kind}"}, "ids": ids}
+    store, _ = build_store(tiny_config(tmp_path, tmp_path / "store", features={}, **tables))
+    assert read_columns(store, "vocab.parquet")["external_id"] == expected
+    assert store.manifest.num_events == 3
