@@ -12,6 +12,7 @@ from PIL import Image
 
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.parquet import open_parquet
+from fmrl_dist.base.progress import Progress
 from fmrl_dist.config.features import ImageFeature
 from fmrl_dist.config.sections import DataConfig
 from shards.encoders.item_images import ImageTable, read_image
@@ -44,19 +45,21 @@ def item_thumbnails(data: DataConfig, ids: pa.Array, wanted: Collection[int]) ->
     table = ImageTable.open(features[0], Path(data.root), ItemIds(ids))
     is_wanted = np.isin(table.items, list(wanted))
     found: dict[int, bytes] = {}
+    progress = Progress("row", len(table.items), name="pictures")
     try:
         with open_parquet(table.path, f"table {table.path}") as file:
             start = 0
             for group, num_rows in enumerate(file.group_rows):
                 row, start = start, start + num_rows
-                if not is_wanted[row:start].any():
-                    continue
-                for batch in file.batches([table.column], ROWS_AT_ONCE, groups=[group]):
-                    for place in np.flatnonzero(is_wanted[row : row + len(batch)]).tolist():
-                        _add(found, int(table.items[row + place]), table.folder, batch[table.column][place].as_py())
-                    row += len(batch)
+                if is_wanted[row:start].any():
+                    for batch in file.batches([table.column], ROWS_AT_ONCE, groups=[group]):
+                        for place in np.flatnonzero(is_wanted[row : row + len(batch)]).tolist():
+                            _add(found, int(table.items[row + place]), table.folder, batch[table.column][place].as_py())
+                        row += len(batch)
+                        progress.update(row)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"table {table.path} cannot be read ({' '.join(str(error).split())[:200]})") from None
+    progress.close()
     return found
 
 

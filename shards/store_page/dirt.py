@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fmrl_dist.base.pages.markup import Markup, element, facts, joined, paragraph, table
-from shards.images.causes import CAUSES
 from shards.store.build_report import BUILD_REPORT_FILE, BuildReport, FeatureCounts
 
 EFFECTS = {"remain": "remain", "removed": "taken away", "noted": "noted, kept"}
@@ -74,7 +73,7 @@ def _images(features: Mapping[str, FeatureCounts]) -> Markup | None:
     of_images = {name: one.images for name, one in features.items() if one.images is not None}
     if not of_images:
         return None
-    causes = [cause for cause in CAUSES if any(one.bad.get(cause) for one in of_images.values())]
+    causes = dict.fromkeys(cause for one in of_images.values() for cause, count in one.bad.items() if count)
     rows = []
     for name, one in of_images.items():
         counts = [one.given, *(one.bad.get(cause, 0) for cause in causes), one.empty, one.unknown_items]

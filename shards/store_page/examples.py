@@ -70,7 +70,12 @@ def near_pairs(found: Sequence[NearDuplicates], items: ShownItems) -> Markup:
         for one in found
     ]
     head = ["feature", "items compared", f"pairs with cosine > {NEAR:g}", "items in such pairs", "share"]
-    parts = [table("Items that a feature can hardly tell apart", head, rows)]
+    about = paragraph(
+        "Such a pair may be one product twice, two products with one picture or text by mistake, or a text that says "
+        "nothing. A model that reads only this feature ranks both alike.",
+        class_="note",
+    )
+    parts = [table("Items that a feature can hardly tell apart", head, rows), about]
     for one in found:
         if one.examples:
             pairs = [[_named(items, a), _named(items, b), f"{cosine:.5f}"] for a, b, cosine in one.examples]

@@ -16,6 +16,7 @@ from typing import Any
 from fmrl_dist.base.files import file_sha256
 from fmrl_dist.checkpoint.folder import TENSOR_FILES
 from fmrl_dist.checkpoint.run_folder import FINISHED_FILE, REPORT_FILE
+from shards.store.build_report import BUILD_REPORT_FILE
 from tests.fixtures.training import evaluation, figures
 from tests.fuzz.seeds import IS_LARGE
 
@@ -60,8 +61,10 @@ def output(folder: Path, stdout: str) -> str:
 
 
 def files_of(name: str) -> Result:
-    """Hashes of all files of a subfolder."""
-    return lambda folder, stdout: {path.name: file_sha256(path) for path in sorted((folder / name).iterdir())}
+    """Hashes of all files of a subfolder, but for a build report: it has times."""
+    return lambda folder, stdout: {
+        path.name: file_sha256(path) for path in sorted((folder / name).iterdir()) if path.name != BUILD_REPORT_FILE
+    }
 
 
 def tables(folder: Path, stdout: str) -> dict[str, str]:

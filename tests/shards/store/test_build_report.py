@@ -96,6 +96,7 @@ def test_the_report_is_no_part_of_the_store(config: Any) -> None:
         ({"schema_version": True}, "is of version 'True'"),
         ({"tables": None}, "tables is None; expected a mapping"),
         ({"funnel": [{"effect": "eaten"}]}, "eaten"),
+        ({"funnel": [{"events": -1}]}, r"funnel\[0\].events is -1; expected at least 0"),
         ({"features": {"image": {"present": -1}}}, "features.image.present is -1; expected at least 0"),
         ({"seconds": {"items": float("nan")}}, "expected a finite number"),
         ({"password": "x"}, "password"),
