@@ -14,7 +14,7 @@ from fmrl_dist.base.urls import is_url
 from fmrl_dist.config.command_line import command_parser, parse_command
 from fmrl_dist.config.loading import DEMO_CONFIG
 from fmrl_dist.config.sections import Config
-from fmrl_dist.data.store.manifest import MANIFEST_FILE
+from fmrl_dist.data.store.manifest import MANIFEST_FILE, dropped_why
 from fmrl_dist.data.store.reader import Store
 from shards.encoders.item_feature import ItemFeature
 from shards.store.build_report import read_report
@@ -84,7 +84,8 @@ def _print_summary(store: Store, features: list[ItemFeature], seconds: float) ->
     manifest = store.manifest
     print(
         f"built {store.location} in {seconds:.1f} s: {manifest.num_users:,} users, {manifest.num_items:,} items, "
-        f"{manifest.num_events:,} events, {manifest.num_dropped_users:,} users dropped (fewer than 2 events), "
+        f"{manifest.num_events:,} events, {manifest.num_dropped_users:,} users dropped "
+        f"({dropped_why(manifest.split_rule)}), "
         f"{sum(shard.num_bytes for shard in manifest.shards):,} bytes in {len(manifest.shards)} shards"
     )
     for feature in features:

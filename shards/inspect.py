@@ -11,7 +11,7 @@ from pathlib import Path
 from fmrl_dist.base.errors import require, run_command
 from fmrl_dist.config.command_line import CommandParser
 from fmrl_dist.config.loading import load_config
-from fmrl_dist.data.store.manifest import SPLITS
+from fmrl_dist.data.store.manifest import SPLITS, dropped_why
 from fmrl_dist.data.store.reader import Store
 from shards.store.build_report import BUILD_REPORT_FILE, read_report
 from shards.store.report_text import report_lines
@@ -40,7 +40,8 @@ def describe(store: Store) -> str:
         f"store   {store.location}",
         f"schema  {manifest.schema_version}   sha256 {manifest.sha256}",
         f"items   {manifest.num_items:,}{' (inline: their features ride with the users)' if manifest.inline else ''}",
-        f"users   {manifest.num_users:,} (and {manifest.num_dropped_users:,} dropped: fewer than 2 events)",
+        f"users   {manifest.num_users:,} "
+        f"(and {manifest.num_dropped_users:,} dropped: {dropped_why(manifest.split_rule)})",
         f"events  {manifest.num_events:,} ({manifest.num_events / manifest.num_users:.2f} a user)",
         f"built   from {_built_from(store)}",
         "",

@@ -34,6 +34,7 @@ from fmrl_dist.data.store.manifest import (
     VOCAB_FILE,
     WITH_SPLIT_RULE,
     Manifest,
+    dropped_why,
     fit_file,
 )
 from fmrl_dist.data.store.reader import Store
@@ -218,7 +219,7 @@ def _report_histories(report: BuildReport, raw: RawData, writer: SplitWriter, nu
         report.add_step("histories", "remain", funnel.users, funnel.items, funnel.events)
         report.add_step("events with the time of a neighbour", "noted", events=funnel.tied_events)
         report.add_step("users whose ties decide what is held out", "noted", funnel.users_tied_at_split)
-    dropped = "users with fewer than 2 events" if raw.split_rule == LEAVE_ONE_OUT else "users in no split"
+    dropped = f"users with {dropped_why(raw.split_rule)}"
     report.add_step(dropped, "removed", writer.num_dropped_users, events=num_read - writer.num_events)
     report.add_step("in the store", "remain", writer.num_users, raw.num_items, writer.num_events)
     sorted_users = writer.num_sorted_users if raw.prepared is None else raw.prepared.funnel.sorted_users

@@ -173,6 +173,11 @@ def manifest_sha256(raw: dict[str, Any]) -> str:
     return json_sha256({key: value for key, value in raw.items() if key not in UNHASHED})
 
 
+def dropped_why(split_rule: str) -> str:
+    """Why a split leaves users out of a store."""
+    return "fewer than 2 events" if split_rule == LEAVE_ONE_OUT else "no event to train on or to predict"
+
+
 def fit_file(feature: str) -> str:
     """Name of the file that holds what a feature was fitted to."""
     return f"fit-{feature}.safetensors"

@@ -14,6 +14,7 @@ from fmrl_dist.base.pages.charts import NETWORK, Axis, Series, line_chart, ramp
 from fmrl_dist.base.pages.markup import Markup, element, facts, joined, paragraph, table
 from fmrl_dist.base.pages.numbers import number_of_bytes, percent
 from fmrl_dist.config.sections import Config
+from fmrl_dist.data.store.manifest import dropped_why
 from fmrl_dist.deploy.report_page.run_facts import RunFacts
 from fmrl_dist.deploy.report_page.words import short
 
@@ -131,7 +132,7 @@ def data(run: RunFacts) -> Markup:
     pairs: list[tuple[str, str | Markup]] = []
     if run.store is not None:
         manifest = run.store.manifest
-        dropped = f" ({manifest.num_dropped_users:,} with fewer than 2 events were left out)"
+        dropped = f" ({manifest.num_dropped_users:,} were left out: {dropped_why(manifest.split_rule)})"
         pairs += [
             ("store", run.store.location),
             ("users", f"{manifest.num_users:,}{dropped if manifest.num_dropped_users else ''}"),

@@ -1,4 +1,4 @@
-"""Raw files as publishers write them, made of real histories, give the stores of the ready tables, and so all figures."""
+"""Raw files as publishers write them, made of real histories, give the ready tables' stores, and so all figures."""
 
 from __future__ import annotations
 
