@@ -106,7 +106,7 @@ def readable_csv(file: Path, csv: CsvConfig) -> Iterator[None]:
         what = " ".join(str(error).split())
         if "UTF8" in what or "codec can't decode" in what:
             raise _wrong_encoding(file, csv, what) from None
-        if "straddling" in what or "CSV parse error: Expected" in what:
+        if "straddling" in what or "columns, got" in what:  # with the row's number or without
             raise UserError(
                 f"table {file} has a row of many lines that does not fit its columns; is a quote without its pair? "
                 "--data.sequences.csv.quote '' (or data.items) reads quotes as they are"
