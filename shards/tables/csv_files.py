@@ -32,8 +32,13 @@ def csv_names(file: Path, kind: str, csv: CsvConfig) -> list[str]:
     Raises:
         UserError: it cannot be read, or is empty.
     """
+    return _header(file, kind, csv)[0]
+
+
+def _header(file: Path, kind: str, csv: CsvConfig) -> tuple[list[str], int]:
+    """Names of the columns, and how many rows come before the first of data: the header, and blank lines before it."""
     if csv.names:
-        return list(csv.names)
+        return list(csv.names), 0
     delimiter = _delimiter(kind, csv)
     sign = _sign(delimiter, csv)
     with readable_csv(file, csv), opened_text(file, csv.encoding, delimiter) as stream:
@@ -42,11 +47,11 @@ def csv_names(file: Path, kind: str, csv: CsvConfig) -> list[str]:
     quoting = {"quotechar": csv.quote} if csv.quote else {"quoting": python_csv.QUOTE_NONE}
     rows = python_csv.reader(io.StringIO(text, newline=""), delimiter=sign, **quoting)
     try:
-        names = next(filter(None, rows), [])
+        num_blank, names = next(((number, row) for number, row in enumerate(rows) if row), (0, []))
     except python_csv.Error as error:
         raise UserError(f"table {file} has no line with the names of its columns: {error}") from None
     require(bool(names), f"table {file} is empty; expected a line with the names of its columns")
-    return [name.replace(sign, delimiter) for name in names]
+    return [name.replace(sign, delimiter) for name in names], num_blank + 1
 
 
 def csv_batches(file: Path, kind: str, csv: CsvConfig, columns: Sequence[str], bad: Counter[str]) -> Iterator[pa.Table]:
@@ -62,11 +67,12 @@ def csv_batches(file: Path, kind: str, csv: CsvConfig, columns: Sequence[str], b
     Raises:
         UserError: it cannot be read, or is not of its encoding.
     """
-    delimiter, names = _delimiter(kind, csv), csv_names(file, kind, csv)
+    delimiter = _delimiter(kind, csv)
+    names, num_before = _header(file, kind, csv)
     options = pyarrow.csv.ReadOptions(
         block_size=BLOCK_BYTES,
         column_names=[str(number) for number in range(len(names))],  # which differ, whatever the names do
-        skip_rows_after_names=int(csv.header),
+        skip_rows_after_names=num_before,
     )
     wanted = [str(names.index(column)) for column in columns]
     convert = pyarrow.csv.ConvertOptions(
@@ -100,7 +106,7 @@ def readable_csv(file: Path, csv: CsvConfig) -> Iterator[None]:
         what = " ".join(str(error).split())
         if "UTF8" in what or "codec can't decode" in what:
             raise _wrong_encoding(file, csv, what) from None
-        if "straddling" in what or "CSV parse error: Expected" in what:
+        if "straddling" in what or "columns, got" in what:  # with the row's number or without
             raise UserError(
                 f"table {file} has a row of many lines that does not fit its columns; is a quote without its pair? "
                 "--data.sequences.csv.quote '' (or data.items) reads quotes as they are"

@@ -171,7 +171,7 @@ def _check_parts(table: RawTable, columns: Sequence[str]) -> int:
 
 
 def _check_text(table: RawTable, columns: Sequence[str]) -> None:
-    """Each file of a CSV must have the columns; of JSON Lines one, as objects may lack what they do not know."""
+    """Each file of a CSV must have the columns; of JSON Lines one of them: objects may lack what they do not know."""
     if table.file_kind == JSON:
         names = list(dict.fromkeys(name for file in table.files for name in _names(table, file)))
         _check_columns(table, table.files[0], names, columns)

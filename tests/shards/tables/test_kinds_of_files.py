@@ -166,6 +166,14 @@ def test_gzip_of_several_members_and_line_ends_of_windows(tmp_path: Path) -> Non
     assert table.to_pydict() == {"a": ["1", "2", "3"], "b": ["x", "y\r\nz", "w"]}
 
 
+@pytest.mark.parametrize("start", [b"", b"\n", b"\r\n\r\n", b"\xef\xbb\xbf\n\n"])
+def test_blank_lines_are_no_rows(start: bytes, tmp_path: Path) -> None:
+    """Before the header, too: it is not a row itself."""
+    (tmp_path / "t.csv").write_bytes(start + b'"a\nb",c\n\n1,x\n\n\n2,y\n\n')
+    table = read_table(tmp_path / "t.csv", ["a\nb", "c"], text=["c"])
+    assert table.to_pydict() == {"a\nb": [1, 2], "c": ["x", "y"]}
+
+
 @pytest.mark.parametrize("kind", [".csv.gz", ".jsonl.gz", ".csv.zst", ".jsonl.zst"])
 def test_compressed_files_that_are_cut(kind: str, tmp_path: Path) -> None:
     """Nothing of them is taken for the whole."""
