@@ -49,8 +49,8 @@ class Funnel:
         lines.append(f"{self.users:,} users, {self.items:,} items, {self.events:,} events")
         if self.tied_events:
             lines.append(
-                f"{100 * self.tied_events / self.events:.1f} % of the events have the time of a neighbour, so that "
-                f"ties orders them; for {self.users_tied_at_split:,} users it decides the targets"
+                f"{100 * self.tied_events / self.events:.1f} % of the events have the time of a neighbour "
+                f"(data.interactions.ties); for {self.users_tied_at_split:,} users that may decide the target"
             )
         if self.repeated_events:
             lines.append(
