@@ -34,7 +34,7 @@ IMPLEMENTATION_KEY = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 IMPLEMENTATIONS = {"eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm"}
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 CPU_TOKENS = 256  # of one forward pass on a CPU: more are no faster, and a batch that is filled up wastes half of them
-LENGTH_STEP = 8  # padded lengths are multiples of it, so that a CPU's batches have few shapes
+LENGTH_STEP = 4  # padded lengths are multiples of it, so that a CPU's batches have few shapes
 
 
 @dataclass(frozen=True)
