@@ -92,6 +92,9 @@ class DataConfig:
     items: ItemTableConfig = field(default_factory=ItemTableConfig)
     interactions: InteractionsConfig = field(default_factory=InteractionsConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
+    # events of an item that the item table lacks: stop: refuse | drop: leave them out | add: the item joins the
+    # catalogue, without text or image
+    on_unknown_item: Literal["stop", "drop", "add"] = "stop"
     dirt: DirtConfig = field(default_factory=DirtConfig)
     # item features by name; each has a source, and that source's keys
     features: dict[str, FeatureConfig] = field(default_factory=dict)

@@ -131,8 +131,5 @@ class SplitConfig:
 class DirtConfig:
     """What happens to rows that cannot be used. All are counted by their cause in ``build-report.json``."""
 
-    # an event of an item that the item table lacks: stop: refuse | drop: leave the event out | add: the item joins the
-    # catalogue, without text or image
-    unknown_items: Literal["stop", "drop", "add"] = "stop"
     max_bad_rows: Fraction = 0.01  # largest share of a table's rows that may be unreadable; with more the build stops
     max_bad_images: Fraction = 0.5  # largest share of the images that may be unreadable; with more the build stops

@@ -138,18 +138,18 @@ def _code_ids(
     connection.unregister("catalogue")
     num_unknown, events = connection.execute("SELECT count(*), coalesce(sum(n), 0) FROM unknown").fetchall()[0]
     if num_unknown and catalogue is not None:
-        if data.dirt.unknown_items == "stop":
+        if data.on_unknown_item == "stop":
             first = connection.execute("SELECT id FROM unknown ORDER BY i LIMIT 1").fetchall()[0][0]
             raise UserError(
                 f"{events:,} events name {num_unknown:,} items that are not in the item table, the first is {first!r}; "
-                "add them there, or set data.dirt.unknown_items to drop or add"
+                "add them there, or set data.on_unknown_item to drop or add"
             )
-        if data.dirt.unknown_items == "drop":
+        if data.on_unknown_item == "drop":
             left = _num_raw(connection, [wanted]) - int(events)
             funnel.add(f"of {num_unknown:,} items that the item table lacks", left)
         else:
             funnel.notes.append(f"{num_unknown:,} items of {events:,} events joined the catalogue as ids alone")
-    if catalogue is None or data.dirt.unknown_items == "add":
+    if catalogue is None or data.on_unknown_item == "add":
         connection.execute(f"INSERT INTO items SELECT id, i, {BITS.format('id')} FROM unknown")
     ids = connection.sql("SELECT id FROM items ORDER BY i").to_arrow_table()["id"].combine_chunks()
     return len(known), ids

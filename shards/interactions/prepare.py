@@ -54,7 +54,7 @@ def needs_engine(data: DataConfig) -> bool:
         or _settings(data.interactions) != _settings(InteractionsConfig())
         or not data.items.path
         or data.items.keep == "with_events"
-        or data.dirt.unknown_items != "stop"
+        or data.on_unknown_item != "stop"
     )
 
 
@@ -109,7 +109,7 @@ def _made_from(data: DataConfig, catalogue: pa.Array | None, files: Mapping[str,
         **{f"data.sequences.{key}": value for key, value in sequences.items()},
         **{f"data.interactions.{key}": value for key, value in _settings(data.interactions).items()},
         **{f"data.split.{key}": value for key, value in split.items()},
-        "data.dirt.unknown_items": data.dirt.unknown_items,
+        "data.on_unknown_item": data.on_unknown_item,
         "data.items.keep": data.items.keep,
         "the ids of the item table": catalogue_sha256,
         **{key: value for key, value in files.items() if key.startswith(("data.sequences.", "data.split."))},

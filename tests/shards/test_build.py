@@ -213,7 +213,7 @@ def test_what_the_manifest_records(built: Path) -> None:
     assert {key: record.files[key] for key in expected} == expected
     assert set(record.files) - set(expected) == {"data.features.image.path"}
     assert set(record.keys) == {
-        *("data.demo", "data.features", "data.format", "data.ids"),
+        *("data.demo", "data.features", "data.format", "data.ids", "data.on_unknown_item"),
         *(f"data.items.{key}" for key in ("id", "title", "csv", "keep")),
         *(f"data.sequences.{key}" for key in ("layout", "user", "items", "times", "time_unit", "csv")),
         *(f"data.sequences.{key}" for key in ("rating", "event", "split")),

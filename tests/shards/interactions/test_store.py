@@ -156,7 +156,7 @@ def test_rows_of_a_feature_follow_their_items(tmp_path: Path) -> None:
     assert "6 events name 1 items that are not in the item table, the first is 'new'" in refusal(
         main, "--config", config
     )
-    words = ["--data.interactions.min_item_events", "6", "--data.dirt.unknown_items", "add"]
+    words = ["--data.interactions.min_item_events", "6", "--data.on_unknown_item", "add"]
     main(["--config", str(config), *words])
     store = Store.open(tmp_path / "store")
     vocabulary = pq.read_table(pa.BufferReader(store.read_table(VOCAB_FILE)))["external_id"].to_pylist()
