@@ -1,8 +1,8 @@
 """A pretrained transformer that makes rows of texts (paper section 5.3: BGE-large, the [CLS] token).
 
 A row depends on its text alone. On a CPU nothing is padded: a batch has texts of one length, and one shape for it,
-filled up with repeated texts, since a product rounds by its shape. On a GPU, whose batches are large, padding is masked,
-and rows of texts that were encoded beside others can differ by rounding.
+filled up with repeated texts, since a product rounds by its shape. On a GPU, whose batches are large, padding is
+masked, and rows of texts that were encoded beside others can differ by rounding.
 
 ``n`` texts, ``T`` tokens of a batch's texts with padding, ``dim`` the model's width.
 """
