@@ -1,7 +1,7 @@
 """Speed of the text encoder against a plain loop: the same model, texts and machine, interleaved in one run.
 
 The plain loop takes the texts as they come, 32 at a time, padded to the longest of the batch. Ours sorts them by length
-and, on a CPU, pads them to multiples of a few tokens and fills each batch up, so that a row depends on its text alone;
+and, on a CPU, pads none and fills each batch of one length up to one shape, so that a row depends on its text alone;
 on a GPU, batches are as large as a number of tokens permits. Each repetition measures both, in turns first, after one
 unmeasured pass; tokenizing counts for both. Nothing is reported if a row of one is not a row of the other.
 """

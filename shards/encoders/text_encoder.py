@@ -1,8 +1,8 @@
 """A pretrained transformer that makes rows of texts (paper section 5.3: BGE-large, the [CLS] token).
 
-A row depends on its text alone. Padding is masked; and on a CPU every batch of one length has one shape, filled up with
-repeated texts, since a product rounds by its shape. On a GPU, whose batches are large, rows of texts that were encoded
-beside others can differ by rounding.
+A row depends on its text alone. On a CPU nothing is padded: a batch has texts of one length, and one shape for it,
+filled up with repeated texts, since a product rounds by its shape. On a GPU, whose batches are large, padding is
+masked, and rows of texts that were encoded beside others can differ by rounding.
 
 ``n`` texts, ``T`` tokens of a batch's texts with padding, ``dim`` the model's width.
 """
@@ -33,8 +33,7 @@ from shards.encoders.torchvision_import import make_torchvision_importable
 IMPLEMENTATION_KEY = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 IMPLEMENTATIONS = {"eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm"}
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
-CPU_TOKENS = 256  # of one forward pass on a CPU: more are no faster, and a batch that is filled up wastes half of them
-LENGTH_STEP = 4  # padded lengths are multiples of it, so that a CPU's batches have few shapes
+CPU_TOKENS = 128  # of one forward pass on a CPU: more are hardly faster, and what fills a batch up is wasted
 
 
 @dataclass(frozen=True)
@@ -76,12 +75,9 @@ class TextEncoder:
         return rows
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[TokenBatch]:
-        """Batches of texts of so many tokens, each padded by at least one, unless it is as long as may be."""
-        padded = np.minimum((np.asarray(lengths) // LENGTH_STEP + 1) * LENGTH_STEP, self.max_tokens)
         if self.compute.device.type == "cpu":
-            whole = np.asarray(lengths) == padded  # a model may leave the mask of a batch out, and round otherwise
-            return token_batches(padded, min(self.batch_tokens, CPU_TOKENS), whole)
-        return token_batches(padded, self.batch_tokens)
+            return token_batches(np.asarray(lengths), min(self.batch_tokens, CPU_TOKENS), one_shape=True)
+        return token_batches(np.asarray(lengths), self.batch_tokens, one_shape=False)
 
 
 def load_encoder(config: TransformersFeature) -> TextEncoder:
@@ -175,27 +171,26 @@ class TokenBatch(NamedTuple):
     num_rows: int  # of the batch; more than texts, if it is filled up
 
 
-def token_batches(padded: np.ndarray, budget: int, kinds: np.ndarray | None = None) -> Iterator[TokenBatch]:
+def token_batches(lengths: np.ndarray, budget: int, one_shape: bool) -> Iterator[TokenBatch]:
     """Batches of at most ``budget`` tokens, padding included, the longest texts first.
 
     A text that is longer than the budget is a batch by itself.
 
     Args:
-        padded: int64 [n], lengths of the texts, each with its padding.
+        lengths: int64 [n], tokens of the texts.
         budget: tokens of a batch.
-        kinds: bool [n]; given, a batch holds texts of one length and kind, and has as many rows as any other of that
-            length, whatever texts there are.
+        one_shape: a batch holds texts of one length, without padding, and has as many rows as any other of that length,
+            whatever texts there are.
     """
-    shapes = padded * 2 + (0 if kinds is None else kinds)
-    order = np.argsort(-shapes, kind="stable")
+    order = np.argsort(-lengths, kind="stable")
     low = 0
     while low < len(order):
-        longest = int(padded[order[low]])
+        longest = max(1, int(lengths[order[low]]))
         count = max(1, budget // longest)
         batch = order[low : low + count]
-        if kinds is not None:
-            batch = batch[shapes[batch] == shapes[batch[0]]]
-        yield TokenBatch(batch, longest, len(batch) if kinds is None else count)
+        if one_shape:
+            batch = batch[lengths[batch] == lengths[batch[0]]]
+        yield TokenBatch(batch, longest, count if one_shape else len(batch))
         low += len(batch)
 
 
