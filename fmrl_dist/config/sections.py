@@ -15,6 +15,7 @@ import json
 import re
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -149,6 +150,12 @@ class StoreConfig:
             not is_url(self.path) or not re.search(r"\s", self.path),
             "store.path is a URL with a blank in it; write it as %20",
         )
+
+    @property
+    def build_folder(self) -> Path:
+        """What builds of the store can use again. A store at a URL has none."""
+        target = Path(self.path).resolve()
+        return Path(self.build_dir).resolve() if self.build_dir else target.with_name(f"{target.name}.build")
 
 
 @dataclass(frozen=True)

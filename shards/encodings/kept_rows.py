@@ -36,8 +36,7 @@ NO_FAILURES = np.empty(0, KEY), np.empty(0, np.uint8)
 
 def encodings_folder(store: StoreConfig) -> Path:
     """Where the encodings of a store are kept: below ``store.build_dir``, or ``<store.path>.build``."""
-    path = Path(store.path).resolve()
-    return Path(store.build_dir or path.with_name(f"{path.name}.build")).resolve() / "encodings"
+    return store.build_folder / "encodings"
 
 
 class KeptRows:

@@ -77,15 +77,9 @@ def input_files(config: Config) -> dict[str, str]:
     return files
 
 
-def build_folder(config: Config) -> Path:
-    """What builds of a store can use again. A store at a URL has none."""
-    store = config.store
-    return Path(store.build_dir) if store.build_dir else Path(f"{store.path.rstrip('/')}.build")
-
-
 def downloads_folder(config: Config) -> Path | None:
     """Where copies of tables from URLs, and what is made of a data set's items, are kept; None for a store at a URL."""
-    return None if not config.store.build_dir and is_url(config.store.path) else build_folder(config) / "tables"
+    return None if not config.store.build_dir and is_url(config.store.path) else config.store.build_folder / "tables"
 
 
 def _table_sha256(table: RawTable) -> str:

@@ -13,7 +13,7 @@ from fmrl_dist.data.store.manifest import LEAVE_ONE_OUT
 from shards.encoders.sources import check_source
 from shards.interactions.history_file import read_prepared
 from shards.interactions.prepare import Prepared, needs_engine, prepare
-from shards.store.inputs import build_folder, downloads_folder, input_files
+from shards.store.inputs import downloads_folder, input_files
 from shards.store.raw_items import RawItems, check_raw_items, items_of_ids, read_raw_items
 from shards.tables.histories import Histories, check_histories, read_histories
 from shards.tables.item_ids import ItemIds
@@ -21,7 +21,7 @@ from shards.tables.item_ids import ItemIds
 
 def interactions_folder(config: Config) -> Path:
     """Where prepared histories are kept."""
-    return build_folder(config) / "interactions"
+    return config.store.build_folder / "interactions"
 
 
 @dataclass(frozen=True)
