@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 SHELL_SCRIPTS := .ci/run .ci/install-slurm .ci/install-chromium $(wildcard launch/*.sh launch/*.slurm)
-BENCHMARKS := $(filter-out benchmarks/__init__.py benchmarks/timing.py benchmarks/http_load.py,$(wildcard benchmarks/*.py)) benchmarks/gpu/__main__.py \
+BENCHMARKS := $(filter-out benchmarks/__init__.py benchmarks/timing.py,$(wildcard benchmarks/*.py)) benchmarks/gpu/__main__.py \
 	benchmarks/rivals/setup.py benchmarks/rivals/judge.py
 
 EXTRAS := shards,text,minilm,deepspeed,triton,slurm,sweep,onnx,ann,serve,dev

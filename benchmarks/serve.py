@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import REPOSITORY
-from benchmarks.http_load import LoadReport, load_report, start_load
+from benchmarks.clients.http_load import LoadReport, load_report, start_load
 from fmrl_dist.deploy.recommender import Recommender
 
 EVENTS = 20  # of a history

@@ -39,7 +39,7 @@ SUBFOLDERS = {
         *("interactions", "store", "store_page", "demo"),
     },
     "launch": {"slurm", "sweeps", "local"},
-    "benchmarks": {"gpu", "rivals"},
+    "benchmarks": {"clients", "gpu", "rivals"},
 }
 COMMANDS = {
     "fmrl_dist": {

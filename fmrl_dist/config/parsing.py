@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import difflib
 import math
 import types
@@ -162,6 +163,8 @@ def build(kind: Any, value: Any, where: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         with contextlib.suppress(OverflowError):  # more than a float holds: refused below
             value = float(value)
+    if kind is str and isinstance(value, datetime.date):  # YAML reads an unquoted date as one
+        value = value.isoformat()
     matches = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
     require(matches, f"{where} is {shown(value)}; expected {kind.__name__}")
     require(

@@ -145,6 +145,10 @@ class StoreConfig:
         check_fields(self, "store")
         check_path("store.path", self.path)
         check_path("store.build_dir", self.build_dir)
+        require(
+            not self.build_dir or Path(self.build_dir).resolve() != Path(self.path).resolve(),
+            f"store.build_dir is store.path, {self.path}; choose another folder: the store is replaced as a whole",
+        )
         check_path("store.cache_dir", self.cache_dir)
         require(
             not is_url(self.path) or not re.search(r"\s", self.path),

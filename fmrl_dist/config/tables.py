@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from fmrl_dist.base.errors import require
-from fmrl_dist.config.parsing import Fraction, Limits, NonNegativeInt, PositiveFloat, PositiveInt, check_fields
+from fmrl_dist.config.parsing import Fraction, Limits, NonNegativeInt, check_fields
 
 # A file, a folder of parts, a pattern with * or ?, a URL, or a list of these.
 TablePath = str | tuple[str, ...]
@@ -88,12 +88,15 @@ class InteractionsConfig:
     # order of a user's events of one time: hash: by a hash of their ids, so that neither the files' order nor that of
     # the ids can be learnt | table: as they stand in the files
     ties: Literal["hash", "table"] = "hash"
-    max_events: NonNegativeInt = 0  # latest events of a user to keep; 0: all
-    memory_gb: PositiveFloat = 2.0  # 10^9 bytes that sorting and grouping may take; the rest goes to the build folder
-    threads: PositiveInt | Literal["auto"] = "auto"  # of the engine; auto: as many as there are cores
+    max_events: NonNegativeInt = 0  # latest events of a user that train, at least 2; 0: all
+    # 10^9 bytes that sorting and grouping may take; the rest goes to the build folder
+    memory_gb: Annotated[float, Limits(0.05, 1e6)] = 2.0
+    # of the engine; auto: as many as there are cores
+    threads: Annotated[int, Limits(1, 1024)] | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         check_fields(self, "data.interactions")
+        require(self.max_events != 1, "data.interactions.max_events is 1; expected 0 for all, or at least 2")
 
 
 @dataclass(frozen=True)
@@ -103,8 +106,9 @@ class SplitConfig:
     # leave_one_out: each user's last event is for the test, the one before it for validation | time: what happens from
     # a time on is held out, for all users alike | given: column data.sequences.split, or valid and test below
     by: Literal["leave_one_out", "time", "given"] = "leave_one_out"
-    valid_from: str = ""  # time: first moment of validation, a date, an ISO time or a number as in the table
-    test_from: str = ""  # time: first moment of the test
+    # time: first moment of validation, a date, an ISO time or a number as in the table
+    valid_from: str | int | float = ""
+    test_from: str | int | float = ""  # time: first moment of the test
     # time: shares of the events that lie before these two moments, where they are not given
     valid_quantile: Annotated[float, Limits(0, 1, without_low=True, without_high=True)] = 0.8
     test_quantile: Annotated[float, Limits(0, 1, without_low=True, without_high=True)] = 0.9  # see valid_quantile
@@ -116,7 +120,7 @@ class SplitConfig:
         check_fields(self, "data.split")
         if self.by == "time":
             require(
-                bool(self.valid_from) == bool(self.test_from),
+                (self.valid_from == "") == (self.test_from == ""),
                 "data.split has one of valid_from and test_from; expected both, or neither (then quantiles)",
             )
             require(

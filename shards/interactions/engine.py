@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,23 +13,20 @@ from fmrl_dist.base.errors import UserError
 from fmrl_dist.config.tables import InteractionsConfig
 from shards.tables.engine import OFFLINE, quiet
 
-SCRATCH = ".scratch-"  # begins the name of a folder that a killed process may leave
-
 
 @contextmanager
 def open_engine(settings: InteractionsConfig, folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A connection in memory; what exceeds its limit goes to a scratch folder in ``folder``, removed in the end.
+    """A connection in memory; what exceeds its limit goes to ``folder``, which is for this alone.
 
     Nothing is fetched or loaded at run time: the engine has all that it needs.
 
     Raises:
         UserError: the memory or the disk does not suffice for a statement.
     """
-    scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=folder))
     options: dict[str, str | bool | int | float | list[str]] = {
         "memory_limit": f"{settings.memory_gb * 1000:.0f}MB",
         "threads": str(os.cpu_count() if settings.threads == "auto" else settings.threads),
-        "temp_directory": str(scratch),
+        "temp_directory": str(folder),
         **OFFLINE,
     }
     try:
@@ -40,18 +35,10 @@ def open_engine(settings: InteractionsConfig, folder: Path) -> Iterator[duckdb.D
     except duckdb.OutOfMemoryException as error:
         raise UserError(
             f"the events do not fit into data.interactions.memory_gb {settings.memory_gb:g} and the free space of "
-            f"{folder} ({_first_line(error)}); raise it, or choose a larger --store.build_dir"
+            f"{folder} ({_first_line(error)}); raise it, or make room"
         ) from None
     except duckdb.IOException as error:
         raise UserError(f"the engine cannot read or write ({_first_line(error)}); has {folder} free space?") from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def remove_scratch(folder: Path) -> None:
-    """Remove what killed processes have left. Only the holder of the folder's lock may call this."""
-    for left in folder.glob(f"{SCRATCH}*"):
-        shutil.rmtree(left, ignore_errors=True)
 
 
 def count(connection: duckdb.DuckDBPyConnection, query: str) -> int:

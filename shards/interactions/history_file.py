@@ -28,7 +28,6 @@ def write_histories(
     new_items: np.ndarray,
     has_times: bool,
     has_periods: bool,
-    max_events: int,
     funnel: Funnel,
 ) -> None:
     """Sort the table ``kept`` and write it.
@@ -43,7 +42,6 @@ def write_histories(
         new_items: internal id of each item code, int64 [items].
         has_times: whether ``t`` is a time.
         has_periods: whether ``p`` says more than that all events are the history's.
-        max_events: latest training events of a user to keep; 0: all.
         funnel: takes the counts.
     """
     ids = "SELECT id FROM users WHERE u IN (SELECT u FROM kept) ORDER BY u"
@@ -51,28 +49,22 @@ def write_histories(
     events = connection.sql("SELECT u, i, t, p FROM kept ORDER BY u, p, t, tie, i").to_arrow_reader(EVENTS_AT_ONCE)
     progress = Progress("event", funnel.events, name="histories")
     schema = _schema(external.type, has_times, has_periods)
-    num_cut = 0
     with written_aside(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for users, item_codes, times, periods in _whole_users(events):
             starts = np.concatenate(([0], np.flatnonzero(np.diff(users)) + 1, [len(users)]))
             if has_times:
                 _count_ties(funnel, starts, times, periods, has_periods)
                 funnel.repeated_events += num_repeated_events(users, times, item_codes)
-            keep = _latest(starts, periods, max_events) if max_events else np.ones(len(users), np.bool_)
-            num_cut += int((~keep).sum())
-            lengths = np.add.reduceat(keep, starts[:-1], dtype=np.int64)
-            columns = [external.take(len(lengths)), _lists(lengths, new_items[item_codes[keep]].astype(np.int32))]
+            columns = [external.take(len(starts) - 1), _lists(starts, new_items[item_codes].astype(np.int32))]
             if has_times:
-                columns.append(_lists(lengths, times[keep] // MICROSECONDS))
+                columns.append(_lists(starts, times // MICROSECONDS))
             if has_periods:
                 for period in (0, 1):
-                    of_period = np.add.reduceat(keep & (periods == period), starts[:-1], dtype=np.int32)
+                    of_period = np.add.reduceat(periods == period, starts[:-1], dtype=np.int32)
                     columns.append(pa.array(of_period))
             writer.write_table(pa.table(columns, schema=schema), row_group_size=USERS_AT_ONCE)
             progress.advance(len(users))
     progress.close()
-    funnel.events -= num_cut
-    funnel.add(f"before the latest {max_events} of a user", funnel.events)
 
 
 class _Ids:
@@ -119,17 +111,8 @@ def _whole_users(batches: pa.RecordBatchReader) -> Iterator[list[np.ndarray]]:
         yield [np.concatenate(parts) for parts in zip(*pending, strict=True)]
 
 
-def _lists(lengths: np.ndarray, values: np.ndarray) -> pa.Array:
-    offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
-
-
-def _latest(starts: np.ndarray, periods: np.ndarray, max_events: int) -> np.ndarray:
-    """Which events are among the latest ``max_events`` of training, or held out."""
-    training = periods == 0
-    ends = starts[:-1] + np.add.reduceat(training, starts[:-1], dtype=np.int64)
-    owner = np.repeat(np.arange(len(ends)), np.diff(starts))
-    return ~training | (np.arange(len(periods)) >= ends[owner] - max_events)
+def _lists(starts: np.ndarray, values: np.ndarray) -> pa.Array:
+    return pa.ListArray.from_arrays(pa.array(starts.astype(np.int32)), pa.array(values))
 
 
 def _count_ties(funnel: Funnel, starts: np.ndarray, times: np.ndarray, periods: np.ndarray, has_periods: bool) -> None:

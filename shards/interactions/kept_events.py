@@ -6,7 +6,7 @@ Tables in the engine, one after the other:
     users, items                                                 codes of ids: users by id, items as in the catalogue
     placed, coded  u, i, t, p, tie                               what the filters keep, with codes
     unique_events  likewise                                      without duplicates
-    kept           likewise                                      in the k-core
+    in_core, kept  likewise                                      in the k-core, and the latest of each user
 
 ``t`` is in microseconds, or the row where there are no times; ``p`` is the period; ``tie`` orders events of one user
 and time. A training event is kept whatever happens after the cut: only training events count for the core, and a
@@ -79,8 +79,11 @@ def keep_events(
     num_codes = {"u": count(connection, "SELECT count(*) FROM users"), "i": len(item_ids)}
     least = {"u": settings.min_user_events, "i": settings.min_item_events}
     _drop_below_core(connection, least, num_codes)
+    in_core = count(connection, "SELECT count(*) FROM in_core")
+    funnel.add(f"users below {least['u']} or items below {least['i']} events", in_core)
+    _drop_earlier(connection, settings.max_events)
     funnel.events = count(connection, "SELECT count(*) FROM kept")
-    funnel.add(f"users below {least['u']} or items below {least['i']} events", funnel.events)
+    funnel.add(f"before the latest {settings.max_events} of a user", funnel.events)
     funnel.users = count(connection, "SELECT count(DISTINCT u) FROM kept")
     trained, used = (_items_of(connection, where, len(item_ids)) for where in ("p = 0", "true"))
     funnel.items = int(used.sum())
@@ -174,18 +177,27 @@ def _drop_duplicates(
 
 
 def _drop_below_core(connection: duckdb.DuckDBPyConnection, least: dict[str, int], num_codes: dict[str, int]) -> None:
-    """Make ``kept``, a table or view, of ``unique_events``."""
+    """Make ``in_core``, a table or view, of ``unique_events``."""
     if max(least.values()) <= 1:
-        connection.execute("CREATE VIEW kept AS SELECT * FROM unique_events")
+        connection.execute("CREATE VIEW in_core AS SELECT * FROM unique_events")
         return
     alive = k_core(connection, "unique_events", least, num_codes)
     for side in ("u", "i"):
         connection.register(f"core_{side}", pa.table({"code": np.flatnonzero(alive[side]).astype(np.int32)}))
     connection.execute("""
-        CREATE TABLE kept AS SELECT u, i, t, p, tie FROM unique_events
+        CREATE TABLE in_core AS SELECT u, i, t, p, tie FROM unique_events
         WHERE u IN (SELECT code FROM core_u) AND i IN (SELECT code FROM core_i)""")
     for side in ("u", "i"):
         connection.unregister(f"core_{side}")
+
+
+def _drop_earlier(connection: duckdb.DuckDBPyConnection, max_events: int) -> None:
+    """Make ``kept``, a table or view, of ``in_core``: of each user's training events the latest, 0 for all."""
+    if not max_events:
+        connection.execute("CREATE VIEW kept AS SELECT * FROM in_core")
+        return
+    latest = "row_number() OVER (PARTITION BY u, p ORDER BY t DESC, tie DESC, i DESC)"
+    connection.execute(f"CREATE TABLE kept AS SELECT * FROM in_core QUALIFY p > 0 OR {latest} <= {max_events}")
 
 
 def _items_of(connection: duckdb.DuckDBPyConnection, where: str, num_items: int) -> np.ndarray:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+import math
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal, InvalidOperation
 
 import duckdb
 
@@ -11,7 +13,9 @@ from fmrl_dist.config.tables import SplitConfig
 from fmrl_dist.data.store.manifest import LEAVE_ONE_OUT
 from shards.interactions.engine import count
 
-MICROSECONDS = {"s": 1_000_000, "ms": 1000, "us": 1}
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+PER_UNIT = {"s": Decimal(1_000_000), "ms": Decimal(1000), "us": Decimal(1), "ns": Decimal("0.001")}  # microseconds
+MAX_TIME = 2**63
 
 
 def period_of(
@@ -51,7 +55,7 @@ def period_of(
 
 def _cuts(connection: duckdb.DuckDBPyConnection, split: SplitConfig, events: str, time_unit: str) -> tuple[int, int]:
     """First moments of validation and test, in microseconds."""
-    if split.valid_from:
+    if split.valid_from != "":
         cuts = tuple(
             parse_moment(getattr(split, name), time_unit, f"data.split.{name}") for name in ("valid_from", "test_from")
         )
@@ -72,30 +76,34 @@ def _cuts(connection: duckdb.DuckDBPyConnection, split: SplitConfig, events: str
     return cuts[0], cuts[1]
 
 
-def parse_moment(text: str, time_unit: str, key: str) -> int:
+def parse_moment(text: str | int | float, time_unit: str, key: str) -> int:
     """Microseconds since 1970 of a date, an ISO time (UTC unless it says otherwise) or a number in the table's unit.
 
     Raises:
-        UserError: it is none; the message begins with ``key``.
+        UserError: it is none, or out of range; the message begins with ``key``.
     """
     try:
-        number = float(text)
-    except ValueError:
+        number = Decimal(str(text))
+    except InvalidOperation:
         try:
-            moment = datetime.fromisoformat(text)
+            moment = datetime.fromisoformat(str(text))
         except ValueError:
             raise UserError(
                 f"{key} is {text!r}; expected a date (2014-05-01), an ISO time or a number as in the table"
             ) from None
         moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-        return round((moment - datetime(1970, 1, 1, tzinfo=UTC)).total_seconds() * 1_000_000)
-    if time_unit == "ns":
-        return int(number // 1000)
+        return (moment - EPOCH) // timedelta(microseconds=1)
+    require(time_unit in PER_UNIT, f"{key} is the number {text}, but the table's times are {time_unit}; write a date")
+    microseconds = number * PER_UNIT[time_unit] if number.is_finite() else number
     require(
-        time_unit in MICROSECONDS, f"{key} is the number {text}, but the table's times are {time_unit}; write a date"
+        number.is_finite() and abs(microseconds) < MAX_TIME,
+        f"{key} is {text}; expected a number of {time_unit} since 1970 that a calendar has",
     )
-    return round(number * MICROSECONDS[time_unit])
+    return math.ceil(microseconds)  # events before it are those of smaller whole microseconds
 
 
 def _shown(microseconds: int) -> str:
-    return datetime.fromtimestamp(microseconds / 1_000_000, UTC).isoformat()
+    try:
+        return (EPOCH + timedelta(microseconds=microseconds)).isoformat()
+    except OverflowError:
+        return f"{microseconds:,} microseconds after 1970"

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fmrl_dist.base.errors import UserError
-from fmrl_dist.base.files import file_sha256, replaced_folder
-from fmrl_dist.base.locks import BeingWrittenError
+from fmrl_dist.base.files import file_sha256, json_sha256, replaced_folder
+from fmrl_dist.base.locks import BeingWrittenError, only_writer
 from fmrl_dist.base.yaml_text import shown
 from fmrl_dist.config.sections import DataConfig
 from fmrl_dist.config.tables import InteractionsConfig, SplitConfig
 from fmrl_dist.data.store.tables import rows_sha256
-from shards.interactions.engine import open_engine, remove_scratch
+from shards.interactions.engine import open_engine
 from shards.interactions.funnel import Funnel, Removal
 from shards.interactions.history_file import write_histories
 from shards.interactions.kept_events import KeptEvents, keep_events
+from shards.tables.bad_rows import check_bad_rows
 from shards.tables.events import load_events
 
 VERSION = 1  # raise it when the same input gives other histories
@@ -31,6 +35,9 @@ HISTORIES, ITEMS, MADE_FROM = "histories.parquet", "items.parquet", "made-from.j
 UNRECORDED = {"memory_gb", "threads"}  # change nothing of the result
 NOT_IN_TABLE = -1
 POLL_S = 1.0
+RESULT = re.compile("[0-9a-f]{16}")
+KEPT_RESULTS = 3  # the others are removed
+SPILL = "spill"
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ def prepare(
 
     Args:
         data: the config's section.
-        folder: that keeps the result.
+        folder: that keeps results, each under a name of its own: other builds may be using theirs.
         downloads: folder for copies of tables from URLs; None: there may be none.
         catalogue: ids of the item table, int64 or text, in its order; None if there is none.
         files: hashes of the input files, by config key.
@@ -80,21 +87,24 @@ def prepare(
         UserError: the tables are refused.
     """
     made_from = _made_from(data, catalogue, files)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    result = folder / json_sha256(made_from)[:16]
+    folder.mkdir(parents=True, exist_ok=True)
     while True:
-        found = _read_record(folder)
-        if found is not None and found["made_from"] == made_from:
-            return _read(folder)
+        record = _read_record(result)
+        if record is not None and record["made_from"] == made_from:
+            prepared = _as_prepared(result, record)
+            check_bad_rows(Counter(prepared.funnel.bad), prepared.funnel.rows, "of events", data.dirt.max_bad_rows)
+            result.touch()
+            return prepared
         try:
-            with replaced_folder(folder, is_kept=lambda _: False) as aside:
-                if found is not None:
-                    print(f"events are prepared anew: {_difference(found['made_from'], made_from)}", flush=True)
-                remove_scratch(folder.parent)
-                _make(data, aside, folder.parent, downloads, catalogue, made_from)
+            with replaced_folder(result, is_kept=lambda _: False) as aside, _scratch(folder) as scratch:
+                _say_what_changed(folder, made_from)
+                _make(data, aside, scratch, downloads, catalogue, made_from)
         except BeingWrittenError:
             if not patient:
                 raise
             time.sleep(POLL_S)
+        _remove_oldest(folder)
 
 
 def _made_from(data: DataConfig, catalogue: pa.Array | None, files: Mapping[str, str]) -> dict[str, Any]:
@@ -111,19 +121,53 @@ def _made_from(data: DataConfig, catalogue: pa.Array | None, files: Mapping[str,
         **{f"data.split.{key}": value for key, value in split.items()},
         "data.on_unknown_item": data.on_unknown_item,
         "data.items.keep": data.items.keep,
+        "the kind of file": [PurePath(path).suffixes[-2:] for path in _paths(data)],
         "the ids of the item table": catalogue_sha256,
         **{key: value for key, value in files.items() if key.startswith(("data.sequences.", "data.split."))},
     }
     return dict(json.loads(json.dumps(raw)))
 
 
+def _paths(data: DataConfig) -> list[str]:
+    given = [data.sequences.path, data.split.valid, data.split.test]
+    return [path for one in given for path in ((one,) if isinstance(one, str) else one)]
+
+
 def _settings(settings: InteractionsConfig) -> dict[str, Any]:
     return {key: value for key, value in asdict(settings).items() if key not in UNRECORDED}
 
 
-def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
-    changed = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
-    return ", ".join(f"{key} was {shown(there.get(key))}, is {shown(here.get(key))}" for key in changed[:3])
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """A folder for what the engine spills, which no other process touches; what killed ones left is removed."""
+    with only_writer(folder / SPILL):
+        shutil.rmtree(folder / SPILL, ignore_errors=True)
+        (folder / SPILL).mkdir()
+        try:
+            yield folder / SPILL
+        finally:
+            shutil.rmtree(folder / SPILL, ignore_errors=True)
+
+
+def _results(folder: Path) -> list[Path]:
+    """The results in a folder, those used last first."""
+    found = [path for path in folder.iterdir() if RESULT.fullmatch(path.name)]
+    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def _remove_oldest(folder: Path) -> None:
+    for path in _results(folder)[KEPT_RESULTS:]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _say_what_changed(folder: Path, made_from: dict[str, Any]) -> None:
+    """Compare with the result that was used last."""
+    for path in _results(folder)[:1]:
+        record = _read_record(path)
+        if record is not None and (there := record["made_from"]) != made_from:
+            changed = [key for key in sorted(there.keys() | made_from.keys()) if there.get(key) != made_from.get(key)]
+            words = [f"{key} was {shown(there.get(key))}, is {shown(made_from.get(key))}" for key in changed[:3]]
+            print(f"events are prepared anew: {', '.join(words)}", flush=True)
 
 
 def _make(
@@ -155,7 +199,6 @@ def _make(
             new_items,
             kept.has_times,
             has_periods=data.split.by != "leave_one_out",
-            max_events=data.interactions.max_events,
             funnel=funnel,
         )
     rows = np.where(order < kept.num_catalogue, order, NOT_IN_TABLE)
@@ -195,10 +238,7 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _read(folder: Path) -> Prepared:
-    record = _read_record(folder)
-    if record is None:
-        raise UserError(f"{folder} was changed while it was read; build again")
+def _as_prepared(folder: Path, record: dict[str, Any]) -> Prepared:
     raw = record["funnel"]
     funnel = Funnel(**{**raw, "steps": [Removal(**step) for step in raw["steps"]]})
     items = pq.read_table(folder / ITEMS)

@@ -12,11 +12,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from fmrl_dist.base.errors import require
 from fmrl_dist.config.sections import DataConfig
 from shards.tables.bad_rows import check_bad_rows
 from shards.tables.event_batches import SPLIT_NAMES, EventTable, event_batches, event_tables
-from shards.tables.times import TEXT_TIMES, UNITS, microseconds, unit_for
+from shards.tables.times import LIMITS, TEXT_TIMES, UNIT_NAMES, UNITS, microseconds, unit_of
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -116,15 +118,21 @@ def _time_unit(connection: DuckDBPyConnection, table: EventTable, is_text: bool)
     """What the times are; where there are numbers and dates, the fewer of the two become bad."""
     if not table.sequences.times:
         return "none"
-    num_numbers, num_moments, largest = connection.execute(
-        "SELECT count(coalesce(whole, part)), count(moment), max(greatest(abs(whole::DOUBLE), abs(part))) "
-        f"FROM {STAGED} WHERE cause IS NULL"
+    size = "greatest(abs(whole::DOUBLE), abs(part))"
+    below = ", ".join(f"count(CASE WHEN {size} < {limit} THEN 1 END)" for limit in LIMITS.values())
+    num_numbers, num_moments, *smaller = connection.execute(
+        f"SELECT count(coalesce(whole, part)), count(moment), {below} FROM {STAGED} WHERE cause IS NULL"
     ).fetchall()[0]
     if num_numbers and num_moments:
         fewer = "moment" if num_moments < num_numbers else "coalesce(whole, part)"
         connection.execute(f"UPDATE {STAGED} SET cause = 'time' WHERE cause IS NULL AND {fewer} IS NOT NULL")
     if num_numbers > num_moments:
-        return unit_for(largest, table.sequences.time_unit)
+        unit = unit_of(np.diff([0, *smaller, num_numbers]), table.sequences.time_unit)
+        place = UNIT_NAMES.index(unit)
+        if table.sequences.time_unit == "auto" and place < len(smaller) and smaller[place] < num_numbers:
+            too_large = f"{size} >= {LIMITS[unit]}"  # no time of this unit: of a clock that was never set
+            connection.execute(f"UPDATE {STAGED} SET cause = 'time' WHERE cause IS NULL AND {too_large}")
+        return unit
     return "text" if is_text else "timestamp"
 
 

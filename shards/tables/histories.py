@@ -24,7 +24,7 @@ from shards.tables.formats.choice import event_source
 from shards.tables.item_ids import ItemIds
 from shards.tables.list_columns import starts_and_values
 from shards.tables.raw_tables import RawTable, TableBatches, read_batches
-from shards.tables.times import largest_number, ticks_of, unit_for
+from shards.tables.times import UNIT_NAMES, UNITS, ticks_of, unit_counts, unit_of
 
 
 @dataclass(frozen=True)
@@ -104,16 +104,26 @@ def _parse_sequences(
 
 
 def _list_unit(table: RawTable, names: SequenceTableConfig) -> TimeUnit:
-    """The unit of times that are numbers: as chosen, or from the largest of all lists."""
+    """The unit of times that are numbers: as chosen, or told by the sizes of all.
+
+    Raises:
+        UserError: they are told by their sizes, and some are too large for the unit of the others.
+    """
     if names.time_unit != "auto":
         return names.time_unit
-    largest = 0.0
+    counts = np.zeros(len(UNITS), np.int64)
     for batch in read_batches(table, [names.times], text=[names.times]).batches:
         _, values = starts_and_values(batch[names.times], f"column {names.times!r} of {table}")
         if pa.types.is_timestamp(values.type):
             break
-        largest = max(largest, largest_number(values))
-    return unit_for(largest, "auto")
+        counts += unit_counts(values)
+    unit = unit_of(counts, "auto")
+    if too_large := int(counts[UNIT_NAMES.index(unit) + 1 :].sum()):
+        raise UserError(
+            f"column {names.times!r} of {table}: {too_large:,} of {counts.sum():,} times are too large for "
+            f"{UNITS[unit]}, which the others are; mend them, or set data.sequences.time_unit"
+        )
+    return unit
 
 
 def num_repeated_events(rows: np.ndarray, ticks: np.ndarray, items: np.ndarray) -> int:

@@ -7,6 +7,8 @@ three: ``whole`` BIGINT and ``part`` DOUBLE, of that unit, or ``moment`` BIGINT,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,6 +22,7 @@ from shards.tables.engine import private_engine
 # milliseconds 1973 to 5138, and so on.
 LIMITS: dict[TimeUnit, int] = {"s": 10**11, "ms": 10**14, "us": 10**17}
 UNITS = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
+UNIT_NAMES: tuple[TimeUnit, ...] = ("s", "ms", "us", "ns")
 PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 PER_UNIT = {"s": 10**6, "ms": 10**3, "us": 1}  # microseconds; of nanoseconds 1000 are one
 MOST_SECONDS = 2.0**63  # that a store's int64 holds
@@ -48,13 +51,17 @@ def time_columns(column: pa.Array | pa.ChunkedArray) -> dict[str, pa.Array | pa.
         numbers = column.cast(pa.float64(), safe=False)
         return {"part": pc.if_else(pc.is_finite(numbers), numbers, None)}
     if pa.types.is_date(kind):
-        column = column.cast(pa.timestamp("ms"))
+        days = column.cast(pa.date32()).cast(pa.int32()).cast(pa.int64())
+        return {"moment": pc.multiply(days, 86_400_000_000)}
     if pa.types.is_timestamp(column.type) and column.type.unit == "ns":
         thousands = column.cast(pa.int64())
         rest = pc.subtract(thousands, pc.multiply(pc.divide(thousands, 1000), 1000))
         floor = pc.subtract(pc.divide(thousands, 1000), pc.less(rest, 0).cast(pa.int64()))
         return {"moment": floor}
-    return {"moment": column.cast(pa.timestamp("us", column.type.tz)).cast(pa.int64())}
+    per_tick = PER_SECOND["us"] // PER_SECOND[column.type.unit]
+    ticks = column.cast(pa.int64())
+    fits = pc.less_equal(pc.abs_checked(pc.max_element_wise(ticks, -(2**63) + 1)), (2**63 - 1) // per_tick)
+    return {"moment": pc.multiply(pc.if_else(fits, ticks, None), per_tick)}
 
 
 def ticks_of(column: pa.Array, unit: TimeUnit, where: str) -> tuple[np.ndarray, int]:
@@ -91,13 +98,18 @@ def ticks_of(column: pa.Array, unit: TimeUnit, where: str) -> tuple[np.ndarray, 
     return np.zeros(0, np.int64), 1
 
 
-def largest_number(column: pa.Array) -> float:
-    """The largest time that is a number, without its sign; 0 where there is none."""
+def unit_counts(column: pa.Array) -> np.ndarray:
+    """How many of the times that are numbers have the size of each of :data:`UNITS`, int64 [4]."""
     found = time_columns(column)
     if "time" in found:
         found = _parsed(column)
-    columns = [found[name].cast(pa.float64(), safe=False) for name in ("whole", "part") if name in found]
-    return max((pc.max(pc.abs(column)).as_py() or 0.0 for column in columns), default=0.0)
+    counts = np.zeros(len(UNITS), np.int64)
+    for name in ("whole", "part"):
+        if name in found:
+            numbers = np.abs(found[name].cast(pa.float64(), safe=False).drop_null().to_numpy(zero_copy_only=False))
+            sizes = np.searchsorted(list(LIMITS.values()), numbers, side="right")
+            counts += np.bincount(sizes, minlength=len(UNITS))
+    return counts
 
 
 def _parsed(column: pa.Array) -> dict[str, pa.Array]:
@@ -113,11 +125,19 @@ def _parsed(column: pa.Array) -> dict[str, pa.Array]:
     return used or {"moment": found["moment"]}
 
 
-def unit_for(largest: float, chosen: TimeUnit) -> TimeUnit:
-    """The unit of numbers of which the largest, without its sign, is ``largest``."""
+def unit_of(counts: Sequence[int] | np.ndarray, chosen: TimeUnit) -> TimeUnit:
+    """The unit of times that are numbers: as chosen, or the largest whose size at least a tenth of them have.
+
+    A few that are far too large, as clocks that were never set leave them, do not change the unit of the others.
+
+    Args:
+        counts: how many have the size of each of :data:`UNITS`, [4].
+        chosen: ``data.sequences.time_unit``.
+    """
     if chosen != "auto":
         return chosen
-    return next((unit for unit, limit in LIMITS.items() if largest < limit), "ns")
+    total = sum(counts)
+    return next((UNIT_NAMES[size] for size in (3, 2, 1) if 0 < total <= counts[size] * 10), "s")
 
 
 def microseconds(unit: str) -> str:

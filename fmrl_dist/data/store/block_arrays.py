@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from fmrl_dist.base.errors import UserError, require
-from fmrl_dist.data.store.manifest import Block, Manifest
+from fmrl_dist.data.store.manifest import LEAVE_ONE_OUT, Block, Manifest
 
 MEMBER_NAME = re.compile(r"(\d{6,})\.([a-z][a-z0-9_]*(?:\.mask)?)\.npy", re.ASCII)
 NPY_HEADER = re.compile(  # what np.save writes for the dtypes that a store may hold; no general parser is needed
@@ -24,7 +24,8 @@ NPY_HEADER = re.compile(  # what np.save writes for the dtypes that a store may 
     re.DOTALL,
 )
 SIGN_BIT, INFINITY_BITS = np.uint16(0x8000), np.uint16(0x7C00)  # of a float16; NaN has more bits than infinity
-MIN_EVENTS = {"train": 1, "valid": 2, "test": 3}  # of each user's slice
+MIN_EVENTS = {"train": 1, "valid": 2, "test": 2}  # of each user's slice: a target, and a history before it
+MIN_TEST_EVENTS = 3  # with leave-one-out, where the history has the validation target
 
 Expected = Mapping[str, tuple[str, tuple[int, ...]]]  # dtype and shape by field
 
@@ -107,8 +108,10 @@ def user_problems(arrays: Mapping[str, np.ndarray], block: Block, manifest: Mani
     if problems:
         return
     starts, items, users = arrays["starts"], arrays["items"], arrays["users"]
-    if starts[0] != 0 or starts[-1] != events or (np.diff(starts) < MIN_EVENTS[split]).any():
-        yield f"starts do not rise from 0 to {events} by at least {MIN_EVENTS[split]}"
+    is_whole_test = split == "test" and manifest.split_rule == LEAVE_ONE_OUT
+    least = MIN_TEST_EVENTS if is_whole_test else MIN_EVENTS[split]
+    if starts[0] != 0 or starts[-1] != events or (np.diff(starts) < least).any():
+        yield f"starts do not rise from 0 to {events} by at least {least}"
     if ((items < 0) | (items >= manifest.num_items)).any():
         yield f"item ids outside 0 ... {manifest.num_items - 1}"
     if ((users < 0) | (users >= manifest.num_users)).any():

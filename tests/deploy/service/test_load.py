@@ -18,7 +18,7 @@ pytest.importorskip("fastapi", reason="the serve extra is not installed")
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.http_load import load_report, start_load
+from benchmarks.clients.http_load import load_report, start_load
 from fmrl_dist.deploy.recommender import Recommender
 from tests.fixtures.exports import random_export, write_random_export
 from tests.fixtures.services import RunningService, running_service

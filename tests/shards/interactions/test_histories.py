@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from shards.interactions.prepare import Prepared, needs_engine, prepare
 from tests.fixtures.plain_interactions import Event, PlainHistory, plain_histories
 
 DAY = 86_400
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 CUTS = {"by": "time", "valid_from": str(20 * DAY), "test_from": "1970-02-01"}  # days 20 and 31
 FAST = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -194,10 +196,40 @@ def test_a_result_is_used_again_and_made_anew_when_a_setting_changes(
     assert "anew" not in capsys.readouterr().out
     assert prepared(tmp_path, rows, interactions={"max_events": 2}).funnel.events == 6
     assert "data.interactions.max_events was 0, is 2" in capsys.readouterr().out
+    assert first.histories.exists(), "another build may be reading it"
     damaged = first.histories.read_bytes()
     first.histories.write_bytes(damaged[:-1])
-    assert prepared(tmp_path, rows, interactions={"max_events": 2}).funnel.events == 6
+    assert prepared(tmp_path, rows).histories.read_bytes() == damaged
+    for number in range(3, 6):
+        prepared(tmp_path, rows, interactions={"max_events": number})
+    assert len(list((tmp_path / "build" / "interactions").iterdir())) == 3
     assert sorted(path.name for path in (tmp_path / "build").iterdir()) == ["interactions"]
+
+
+def test_a_kept_result_does_not_pass_the_limit_of_bad_rows(tmp_path: Path) -> None:
+    rows = [Event(f"u{user}", item, time) for user in range(3) for time, item in enumerate("abc")]
+    rows += [Event("", "a", 1)] * 3
+    assert prepared(tmp_path, rows, dirt={"max_bad_rows": 0.5}).funnel.bad == {"no user": 3}
+    for _ in range(2):
+        with pytest.raises(UserError, match="3 of 12 rows cannot be used"):
+            prepared(tmp_path, rows)
+
+
+@pytest.mark.parametrize("number", range(0, 100, 7))
+def test_a_cut_is_exact_to_the_microsecond(number: int, tmp_path: Path) -> None:
+    first = 1_700_000_000_123_400 + number
+    rows = [Event("u", item, first + step) for step, item in enumerate("abcd")]
+    for text in (str(first + 2), str((EPOCH + timedelta(microseconds=first + 2)).isoformat())):
+        split = {"by": "time", "valid_from": text, "test_from": str(first + 3)}
+        (history,) = histories_of(prepared(tmp_path / text, rows, split=split, sequences={"time_unit": "us"})).values()
+        assert (history.train, history.valid, history.items) == (2, 1, list("abcd"))
+
+
+def test_one_clock_that_was_never_set_does_not_change_the_unit(tmp_path: Path) -> None:
+    rows = [Event(f"u{user}", item, 10**9 + time) for user in range(60) for time, item in enumerate("abc")]
+    result = prepared(tmp_path, [*rows, Event("u1", "d", 2**62)])
+    assert result.funnel.bad == {"time": 1} and result.funnel.tied_events == 0
+    assert histories_of(result)["u1"].times == [10**9, 10**9 + 1, 10**9 + 2]
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -219,6 +251,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"split": {"by": "time", "valid_quantile": 0.5, "test_quantile": 0.51}},
         "are the same moment, 1970-01-01T00:00:0",
     ),
+    "a cut beyond the calendar": (
+        {"split": {"by": "time", "valid_from": "1e30", "test_from": "inf"}},
+        "data.split.valid_from is 1e+30; expected a number of s since 1970",
+    ),
     "no times": ({"split": {"by": "time"}, "sequences": {"times": ""}}, "data.sequences.times names no column"),
 }
 
@@ -230,4 +266,4 @@ def test_refusals(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
         prepared(tmp_path, rows, **data)
     assert message in str(refused.value) and "\n" not in str(refused.value)
-    assert not list((tmp_path / "build").iterdir())
+    assert not list((tmp_path / "build" / "interactions").iterdir())

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from fmrl_dist import train
+from fmrl_dist import baselines, train
 from fmrl_dist.config.loading import load_config
 from fmrl_dist.data.item_table import load_item_table
 from fmrl_dist.data.store.manifest import VOCAB_FILE
@@ -29,7 +29,7 @@ from shards.interactions.__main__ import main as show_interactions
 from shards.store.problems import store_problems
 from tests.fixtures.processes import REPOSITORY, clean_environment
 from tests.fixtures.stores import tiny_config, write_items, write_raw
-from tests.fixtures.training import contents, refusal, shop_values
+from tests.fixtures.training import contents, refusal, run_here, shop_values
 
 DAY = 86_400
 NUM_ITEMS, NUM_USERS, DIM = 30, 80, 6
@@ -122,7 +122,7 @@ def test_a_split_by_time(target: str, tmp_path: Path) -> None:
 def test_training_and_evaluation_say_the_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_shop(tmp_path)
     main(["--config", str(config)])
-    train.main(["--config", str(config), "--train.epochs", "1"])
+    run_here(train.main, ["--config", str(config), "--train.epochs", "1"])
     figures = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     store = Store.open(tmp_path / "store")
     assert figures["split_rule"] == store.manifest.split_rule
@@ -184,6 +184,20 @@ def test_whole_histories_need_no_engine(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(tiny_config(tmp_path / "raw", tmp_path / "store").to_yaml())
     assert "there is nothing to prepare; run python -m shards.build" in refusal(show_interactions, "--config", config)
+
+
+def test_a_held_out_event_needs_one_event_before_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A user with one training event and one for the test is verified, read and ranked; dates need no quotes."""
+    config = write_shop(tmp_path)
+    events = pq.read_table(tmp_path / "raw" / "events.parquet")
+    extra = pa.table({"user": ["v1", "v1", "v2"], "item": ["i1", "i2", "i3"], "time": [0, 55 * DAY, 55 * DAY]})
+    pq.write_table(pa.concat_tables([events, extra.cast(events.schema)]), tmp_path / "raw" / "events.parquet")
+    main(["--config", str(config), "--data.split.valid_from", "1970-02-10", "--data.split.test_from", "1970-02-20"])
+    store = Store.open(tmp_path / "store")
+    assert slices(store, "test")["v1"] == ["i1", "i2"] and "v2" not in slices(store, "test")
+    assert list(store_problems(store)) == []
+    baselines.main(["--store", str(tmp_path / "store"), "--split", "test"])
+    assert "by time: validation from 1970-02-10" in capsys.readouterr().out
 
 
 @pytest.mark.slow

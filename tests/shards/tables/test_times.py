@@ -10,7 +10,7 @@ import pytest
 
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.config.tables import TimeUnit
-from shards.tables.times import largest_number, ticks_of, unit_for
+from shards.tables.times import ticks_of, unit_counts, unit_of
 from tests.fixtures.tables import data_config, interactions, read_events, write_columns
 
 
@@ -27,19 +27,27 @@ from tests.fixtures.tables import data_config, interactions, read_events, write_
         (9e18, "ns"),
     ],
 )
-def test_the_largest_number_tells_the_unit(largest: float, unit: str) -> None:
-    assert unit_for(largest, "auto") == unit
-    assert unit_for(largest, "us") == "us"
+def test_the_size_of_numbers_tells_the_unit(largest: float, unit: str) -> None:
+    counts = unit_counts(pa.array([largest, -largest, None]))
+    assert counts.sum() == 2 and unit_of(counts, "auto") == unit
+    assert unit_of(counts, "us") == "us"
 
 
 @pytest.mark.parametrize("column", [pa.array([-7, 5, None]), pa.array(["5", "-7", "x"]), pa.array([5.0, -7.0])])
-def test_the_largest_counts_without_its_sign(column: pa.Array) -> None:
-    assert largest_number(column) == 7
+def test_numbers_count_without_their_sign(column: pa.Array) -> None:
+    assert unit_counts(column).tolist() == [2, 0, 0, 0]
 
 
-def test_dates_have_no_largest_number() -> None:
-    assert largest_number(pa.array(["2014-07-23"])) == 0
-    assert largest_number(pa.array([5], pa.timestamp("s"))) == 0
+def test_a_few_that_are_too_large_do_not_change_the_unit() -> None:
+    assert unit_of([91, 0, 0, 9], "auto") == "s"
+    assert unit_of([90, 0, 0, 10], "auto") == "ns"
+    assert unit_of([50, 43, 7, 0], "auto") == "ms"
+    assert unit_of([0, 0, 0, 0], "auto") == "s"
+
+
+def test_dates_are_no_numbers() -> None:
+    assert unit_counts(pa.array(["2014-07-23"])).sum() == 0
+    assert unit_counts(pa.array([5], pa.timestamp("s"))).sum() == 0
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def request_bytes(method: str, path: str, body: Any = None) -> bytes:
 def start_load(address: str, requests: Sequence[tuple[str, str, Any]], clients: int, count: int, keep: int = 0) -> Any:
     """A process whose clients send ``count`` of the requests, in turn; :func:`load_report` waits for it."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.http_load", address, str(clients), str(count), str(keep)],
+        [sys.executable, "-m", "benchmarks.clients.http_load", address, str(clients), str(count), str(keep)],
         cwd=REPOSITORY,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
