@@ -33,7 +33,7 @@ from shards.encoders.torchvision_import import make_torchvision_importable
 IMPLEMENTATION_KEY = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 IMPLEMENTATIONS = {"eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm"}
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
-CPU_TOKENS = 128  # of one forward pass on a CPU: more are hardly faster, and what fills a batch up is wasted
+CPU_TOKENS = 512  # of one forward pass on a CPU: more are hardly faster, and what fills a batch up is wasted
 
 
 @dataclass(frozen=True)

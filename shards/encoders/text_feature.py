@@ -25,7 +25,7 @@ from shards.encoders.text_encoder import TextEncoder, load_encoder
 from shards.encodings.content_keys import KEY, as_keys, content_key
 from shards.encodings.kept_rows import KeptRows
 
-UNIT_TEXTS = 1024  # at most a minute or so of BGE-large on a CPU core is lost; a GPU writes a file a second
+UNIT_TEXTS = 4096  # so that few batches are filled up; some minutes of BGE-large on a CPU core are lost
 
 
 @dataclass(frozen=True)

@@ -249,7 +249,7 @@ def _write_items(
                 item = ids.external[int(rows[problem[1]])].as_py()
                 raise UserError(
                     f"feature {feature.name!r} ({feature.encoder}): the row of item {item!r} {problem[0]}; remove "
-                    f"what earlier builds left in {encodings}, and build again"
+                    f"what earlier builds kept in {encodings}, and build again"
                 )
         writer.write(fields, count=len(rows), events=0)
         progress.advance(len(rows))

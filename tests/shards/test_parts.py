@@ -17,9 +17,9 @@ from fmrl_dist.data.store.reader import Store
 from shards.build import main
 from shards.encoders import text_feature
 from tests.fixtures.processes import REPOSITORY, clean_environment
-from tests.fixtures.stores import tiny_values, write_histories, write_raw
+from tests.fixtures.stores import store_contents, tiny_values, write_histories, write_raw
 from tests.fixtures.text_model import random_texts, write_text_model
-from tests.fixtures.training import contents, refusal, run_here
+from tests.fixtures.training import refusal, run_here
 
 NUM_ITEMS = 3000
 
@@ -64,7 +64,7 @@ def test_any_number_of_parts_gives_one_store(
     """The build that follows finds every row. Parts that run again encode nothing."""
     monkeypatch.setattr(text_feature, "UNIT_TEXTS", 256)
     main(words_of(shop, "whole"))
-    expected = contents(shop / "whole")
+    expected = store_contents(shop / "whole")
     for count in (1, 2, 3, 5):
         store = f"parts-{count}"
         capsys.readouterr()
@@ -79,7 +79,7 @@ def test_any_number_of_parts_gives_one_store(
         assert "feature 'text': 0 texts encoded, " in capsys.readouterr().out
         main(words_of(shop, store))
         assert f"feature 'text': 0 texts encoded, {sum(encoded):,} were kept" in capsys.readouterr().out
-        assert contents(shop / store) == expected
+        assert store_contents(shop / store) == expected
 
 
 def test_parts_at_once_that_are_killed(shop: Path, undisturbed: Store) -> None:
@@ -101,7 +101,7 @@ def test_parts_at_once_that_are_killed(shop: Path, undisturbed: Store) -> None:
         stdout, _ = process.communicate()
     assert process.returncode == 0 and "feature 'text': 0 texts encoded" in stdout
     assert Store.open(shop / "killed").manifest.sha256 == undisturbed.manifest.sha256
-    assert contents(shop / "killed") == contents(undisturbed.path)
+    assert store_contents(shop / "killed") == store_contents(undisturbed.path)
 
 
 def test_several_stores_may_share_a_build_folder(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,7 +110,7 @@ def test_several_stores_may_share_a_build_folder(shop: Path, capsys: pytest.Capt
     capsys.readouterr()
     main([*words_of(shop, "second"), *shared])
     assert "feature 'text': 0 texts encoded, " in capsys.readouterr().out
-    assert contents(shop / "first") == contents(shop / "second")
+    assert store_contents(shop / "first") == store_contents(shop / "second")
     assert not (shop / "first.build").exists() and not (shop / "second.build").exists()
 
 

@@ -19,9 +19,8 @@ from fmrl_dist.data.store.reader import Store
 from tests.fixtures.demo_runs import VENV, wait_for
 from tests.fixtures.processes import REPOSITORY, clean_environment
 from tests.fixtures.slurm_cluster import SlurmCluster
-from tests.fixtures.stores import write_histories
+from tests.fixtures.stores import store_contents, write_histories
 from tests.fixtures.text_model import random_texts, write_text_model
-from tests.fixtures.training import contents
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.multiproc, pytest.mark.timeout(600)]
 
@@ -78,7 +77,7 @@ def test_an_array_whose_task_is_killed(slurm: SlurmCluster, config: Path, folder
     join = slurm.wait(int(join_id))
     assert join.state == "COMPLETED" and "feature 'text': 0 texts encoded, " in join.log, join.log
     assert Store.open(folder / "texts-store").manifest.sha256 == Store.open(folder / "whole").manifest.sha256
-    assert contents(folder / "texts-store") == contents(folder / "whole")
+    assert store_contents(folder / "texts-store") == store_contents(folder / "whole")
 
     again = submit(slurm, folder, SCRIPT, config)
     assert slurm.wait(again).log.startswith(f"kept {folder / 'texts-store'}: ")
