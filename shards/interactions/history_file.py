@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.files import written_aside
 from fmrl_dist.base.progress import Progress
 from shards.interactions.funnel import Funnel
@@ -133,8 +134,15 @@ def _count_ties(funnel: Funnel, starts: np.ndarray, times: np.ndarray, periods: 
 
 
 def read_prepared(path: Path) -> HistoryBatches:
-    """What :func:`write_histories` wrote, some users at a time."""
-    return HistoryBatches(pq.read_metadata(path).num_rows, _read(path))
+    """What :func:`write_histories` wrote, some users at a time.
+
+    Raises:
+        UserError: it was removed meanwhile.
+    """
+    try:
+        return HistoryBatches(pq.read_metadata(path).num_rows, _read(path))
+    except FileNotFoundError:
+        raise UserError(f"{path} was removed while it was needed; build again") from None
 
 
 def _read(path: Path) -> Iterator[Histories]:
