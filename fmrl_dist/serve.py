@@ -22,6 +22,7 @@ from fmrl_dist.deploy.approximate.choice import METHODS
 from fmrl_dist.deploy.download import export_at
 from fmrl_dist.deploy.item_vocabulary import ItemVocabulary
 from fmrl_dist.deploy.service.settings import MIB, ServiceSettings
+from fmrl_dist.deploy.web.api_page import figures_beside
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 MIN_TOKEN_CHARACTERS = 16
@@ -48,7 +49,8 @@ def main(argv: list[str]) -> None:
         exported = read_export(folder)
         vocabulary = ItemVocabulary(read_export_vocabulary(folder), str(folder / VOCAB_FILE))
         sizes = arguments.sizes or exported.model.sizes
-        service = Service(exported, vocabulary, sizes, settings, arguments.retrieval, arguments.recall)
+        figures = figures_beside(folder, exported)
+        service = Service(exported, vocabulary, sizes, settings, arguments.retrieval, arguments.recall, figures)
         gate = build_service_app(service)
         address = _address(arguments.host, listener)
 

@@ -267,7 +267,8 @@ def _add_page(app: FastAPI, service: Service) -> None:
     largest = service.recommenders[service.default_size]
     if service.settings.token is not None or not can_show(largest.item_ids):
         return
-    files = api_page("fmrl-dist", list(service.recommenders), largest.num_items, largest.max_length, "../")
+    sizes = list(service.recommenders)
+    files = api_page("fmrl-dist", sizes, largest.num_items, largest.max_length, "../", service.figures)
 
     @app.get("/page", include_in_schema=False)
     async def to_page() -> Response:

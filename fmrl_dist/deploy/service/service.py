@@ -10,7 +10,7 @@ import base64
 import binascii
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -48,6 +48,7 @@ class Service:
         sizes: those to serve; the largest answers where a request names none.
         settings: limits.
         retrieval, recall: how lists are found, see :meth:`Recommender.retrieve_by`.
+        figures: quality of each size, for the page (:func:`fmrl_dist.deploy.web.api_page.figures_beside`).
 
     Raises:
         UserError: there is no such size; or as :meth:`Recommender.retrieve_by`.
@@ -61,7 +62,9 @@ class Service:
         settings: ServiceSettings,
         retrieval: str = "exact",
         recall: float = 0.99,
+        figures: dict[str, Any] | None = None,
     ) -> None:
+        self.figures = figures
         self.settings, self.metrics = settings, ServiceMetrics()
         self.recommenders = {size: Recommender(exported, vocabulary, size) for size in sorted(set(sizes))}
         for recommender in self.recommenders.values():

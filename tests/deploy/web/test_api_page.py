@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +13,13 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the serve extra is not installed")
 
+from fmrl_dist.checkpoint.export_folder import read_export
 from fmrl_dist.deploy.recommender import Recommender
-from fmrl_dist.deploy.web.api_page import can_show
+from fmrl_dist.deploy.web.api_page import can_show, figures_beside
 from tests.fixtures.exports import write_random_export
 from tests.fixtures.page_acts import choose_size, shown, wait_for_picked
 from tests.fixtures.services import RunningService, running_service
+from tests.fixtures.web_exports import evaluation_of
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +105,30 @@ def test_a_service_with_a_token_has_no_page(export: Path) -> None:
 def test_integers_that_javascript_would_confuse_are_not_shown() -> None:
     assert can_show(["a", "b"]) and can_show([1, 2**53 - 1, -5])
     assert not can_show([2**53]) and not can_show([1, -(2**60)])
+
+
+def test_quality_is_that_of_the_exports_evaluation(browser: Any, export: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(export, tmp_path / "export")
+    exported = read_export(folder)
+    evaluation = evaluation_of(exported.model.sizes, exported.origin.step)
+    evaluation["manifest_sha256"] = exported.origin.manifest_sha256
+    file = folder / "evaluation.json"
+    for step, expected in ((exported.origin.step, "Quality: test split, 300 users"), (-1, "has not been measured")):
+        file.write_text(json.dumps(evaluation | {"checkpoint": {"step": step}}))
+        with running_service(folder) as service:
+            page = browser.new_page()
+            page.goto(f"{service.address}/page/")
+            page.wait_for_selector("html[data-ready]")
+            assert expected in page.locator("body").text_content()
+            page.close()
+
+
+def test_an_evaluation_that_cannot_serve_is_said(
+    export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(export, tmp_path / "export")
+    exported = read_export(folder)
+    assert figures_beside(folder, exported) is None and capsys.readouterr().out == ""
+    (folder / "evaluation.json").write_text("[")
+    assert figures_beside(folder, exported) is None
+    assert "the page shows no quality: " in capsys.readouterr().out
