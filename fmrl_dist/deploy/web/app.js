@@ -302,10 +302,10 @@ function buildSizes() {
 }
 
 function conditions() {
-  if (manifest.api) return "Lists and times are a service's.";
-  const { figures, dtype, dtype_costs: costs } = manifest;
-  const moved = costs === null ? "" : `, which moves NDCG@10 on validation by at most ${costs.toFixed(4)}`;
-  const kept = dtype === "float32" ? "" : ` Here it is stored as ${dtype}${moved}.`;
+  const { api, figures, dtype, dtype_costs: costs } = manifest;
+  const moved = costs === null ? "" : `, which moves NDCG@10 on validation by at most ${costs?.toFixed(4)}`;
+  const stored = dtype === "float32" ? "" : ` Here it is stored as ${dtype}${moved}.`;
+  const kept = api ? " Lists and times are a service's." : stored;
   if (!figures) return `Quality has not been measured.${kept}`;
   return (
     `Quality: ${figures.split} split, ${plural(figures.users, "user")}, masked (items already in a history do not ` +
