@@ -114,6 +114,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
 
 
 def by_user(events: list[tuple[str, str, str]], timed: bool) -> dict[str, list[tuple[str, int | None]]]:
+    """Histories in the order of the users' ids; events of one time keep the table's order."""
     histories: dict[str, list[tuple[str, int | None]]] = {}
     whole = all(re.fullmatch(r"\s*[+-]?[0-9]+\s*", time) for _, _, time in events)
     for user, item, time in events:
@@ -121,7 +122,7 @@ def by_user(events: list[tuple[str, str, str]], timed: bool) -> dict[str, list[t
         histories.setdefault(user, []).append((item, seconds))
     if timed:
         histories = {user: sorted(found, key=lambda event: event[1] or 0) for user, found in histories.items()}
-    return histories
+    return dict(sorted(histories.items()))
 
 
 @REPEATABLE
@@ -143,7 +144,8 @@ def test_csv_interactions(
     (folder / "events.csv").write_bytes(csv_bytes([["user_id", "item_id", "time"], *map(list, written)], *style))
     sequences = {"path": "events.csv", "layout": "interactions", "items": "item_id", "times": "time" if timed else ""}
     sequences["time_unit"] = "s"
-    store = store_of(folder, items={"path": "items.csv"}, sequences=sequences)
+    ties = {"ties": "table"}
+    store = store_of(folder, items={"path": "items.csv"}, sequences=sequences, interactions=ties)
     if store is not None:
         assert noise in (b"", b"\x00"), "what is no row was read"
         check(store, items, by_user(written, timed))

@@ -138,7 +138,7 @@ def test_store_of_another_schema_version(shop: Path, copied_store: Path, tmp_pat
     manifest = json.loads((copied_store / "manifest.json").read_text())
     (copied_store / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 99}))
     line = refusal(train.main, "--config", shop, "--run.dir", tmp_path / "run", "--store.path", copied_store)
-    assert f"store {copied_store}: the store has schema version 99, this program reads versions 2 and 3" in line
+    assert f"store {copied_store}: the store has schema version 99, this program reads versions 2 to 4" in line
     assert not (tmp_path / "run").exists()
 
 
