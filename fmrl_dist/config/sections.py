@@ -109,6 +109,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "data")
+        self._check_event_columns()
         reserved = ", ".join(sorted(RESERVED_NAMES))
         for name, feature in self.features.items():
             require(
@@ -117,6 +118,20 @@ class DataConfig:
             )
             check_fields(feature, f"data.features.{name}")
             feature.check(f"data.features.{name}")
+
+    def _check_event_columns(self) -> None:
+        """A filter or split of events needs the column that it is about; a published format has its own ratings."""
+        columns = self.sequences
+        has_rating = bool(columns.rating) or self.format != "tables"
+        for key, is_set, has_column, name in (
+            ("data.interactions.min_rating", self.interactions.min_rating is not None, has_rating, "rating"),
+            ("data.interactions.events", bool(self.interactions.events), bool(columns.event), "event"),
+            ("data.split.by: given", self.split.by == "given" and not self.split.valid, bool(columns.split), "split"),
+        ):
+            require(
+                not is_set or has_column,
+                f"{key} is set, but data.sequences.{name} names no column; name it, or leave {key} out",
+            )
 
 
 @dataclass(frozen=True)

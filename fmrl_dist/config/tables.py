@@ -42,7 +42,7 @@ class SequenceTableConfig:
     user: str = "user_id"  # column of user ids; a.b is field b of column a, here and below
     items: str = "item_ids"  # column of item ids: lists of them, or single ones for interactions
     times: str = ""  # column of times, "" for none: numbers, ISO dates or timestamps
-    time_unit: TimeUnit = "auto"  # of times that are numbers; auto: from the size of the largest, and said
+    time_unit: TimeUnit = "auto"  # of times that are numbers; auto: from their size, and said
     rating: str = ""  # column of ratings, "" for none; data.interactions.min_rating needs it
     event: str = ""  # column of what kind each event is, "" for none; data.interactions.events needs it
     split: str = ""  # column of train, valid or test, "" for none; data.split.by: given needs it, or paths

@@ -85,7 +85,7 @@ class SplitWriter:
             end = getattr(slices, name)
             chosen = np.flatnonzero(end)
             getattr(self._blocks, name).add(users[chosen], low[chosen], low[chosen] + end[chosen], events)
-        self.train_count += train_counts(histories, len(self.train_count), self._target)
+        self.train_count += _counts(histories.items, low, low + slices.train, len(self.train_count))
 
     def finish(self) -> pa.Array:
         """Write the last blocks; returns the external ids of the users kept, row = internal id."""
@@ -96,8 +96,12 @@ class SplitWriter:
 
 def train_counts(histories: Histories, num_items: int, target: str) -> np.ndarray:
     """How often each item occurs in the training slices of these histories, int64 [V]."""
-    low, items = histories.starts[:-1], histories.items
-    high = low + slices_of(histories, target).train
+    low = histories.starts[:-1]
+    return _counts(histories.items, low, low + slices_of(histories, target).train, num_items)
+
+
+def _counts(items: np.ndarray, low: np.ndarray, high: np.ndarray, num_items: int) -> np.ndarray:
+    """How often each item occurs in the slices ``low:high`` of ``items``, which do not overlap: int64 [V]."""
     edges = np.bincount(low, minlength=len(items) + 1) - np.bincount(high, minlength=len(items) + 1)
     inside = np.cumsum(edges)[: len(items)] > 0
     return np.bincount(items[inside], minlength=num_items)

@@ -17,6 +17,7 @@ import numpy as np
 from fmrl_dist.base.errors import require
 from fmrl_dist.config.sections import DataConfig
 from shards.tables.bad_rows import check_bad_rows
+from shards.tables.engine import quiet
 from shards.tables.event_batches import SPLIT_NAMES, EventTable, event_batches, event_tables
 from shards.tables.times import LIMITS, TEXT_TIMES, UNIT_NAMES, UNITS, microseconds, unit_of
 
@@ -54,8 +55,7 @@ def load_events(connection: DuckDBPyConnection, data: DataConfig, downloads: Pat
         UserError: a table cannot be read, an id is not of its kind, or more rows than ``data.dirt.max_bad_rows`` allows
             cannot be used.
     """
-    for setting in ("autoinstall_known_extensions = false", "autoload_known_extensions = false", "TimeZone = 'UTC'"):
-        connection.execute(f"SET {setting}")
+    quiet(connection)
     id_type = "BIGINT" if data.ids == "integer" else "VARCHAR"
     connection.execute(
         f'CREATE OR REPLACE TABLE {STAGED} ("user" {id_type}, "item" {id_type}, whole BIGINT, part DOUBLE, '

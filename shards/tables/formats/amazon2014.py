@@ -8,7 +8,7 @@ a header: user, item, rating, time. ``meta_<category>.json.gz``: on each line a 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from shards.tables.formats.item_rows import (
 from shards.tables.text_streams import lines_of
 
 MOST_BYTES = 1_000_000  # of a line of items, before it is parsed
+KEYS = ("asin", "brand", "categories")
 COLUMNS = ("item_id", "title", "price", "brand", "categories", "image_url")
 
 
@@ -45,20 +46,36 @@ def ratings(plain: SequenceTableConfig, names: tuple[str, ...]) -> SequenceTable
 
 def read_items(file: Path) -> Iterator[ItemRow | str]:
     """Items of ``meta_<category>.json.gz``; nothing is evaluated: a line must be a literal."""
-    for line in lines_of(file, most_bytes=MOST_BYTES):
-        value = _literal(line)
+    lines = map(_literal, lines_of(file, most_bytes=MOST_BYTES))
+    return item_rows(lines, KEYS, lambda value: first_text(value.get("imUrl")))
+
+
+def item_rows(
+    values: Iterable[dict[str, Any] | None],
+    keys: tuple[str, str, str],
+    image_url: Callable[[dict[str, Any]], str | None],
+) -> Iterator[ItemRow | str]:
+    """Items from the objects on lines, and why a line gives none.
+
+    Args:
+        values: by line; None where it holds no object.
+        keys: of the id, the brand and the categories; title and price have one name in all years.
+        image_url: of an object.
+    """
+    item_id, brand, categories = keys
+    for value in values:
         if value is None:
             yield "unreadable line"
-        elif (asin := text_or_none(value.get("asin"))) is None:
+        elif (asin := text_or_none(value.get(item_id))) is None:
             yield "no id"
         else:
             yield ItemRow(
                 asin,
                 title=text_or_none(value.get("title")),
                 price=price_or_none(value.get("price")),
-                brand=text_or_none(value.get("brand")),
-                categories=words_or_none(value.get("categories")),
-                image_url=first_text(value.get("imUrl")),
+                brand=text_or_none(value.get(brand)),
+                categories=words_or_none(value.get(categories)),
+                image_url=image_url(value),
             )
 
 

@@ -15,16 +15,11 @@ from typing import Any
 
 from fmrl_dist.base.table_files import table_kind
 from fmrl_dist.config.tables import SequenceTableConfig
-from shards.tables.formats.amazon2014 import COLUMNS, ratings
-from shards.tables.formats.item_rows import (
-    ItemRow,
-    ItemSource,
-    first_text,
-    price_or_none,
-    text_or_none,
-    words_or_none,
-)
+from shards.tables.formats.amazon2014 import COLUMNS, item_rows, ratings
+from shards.tables.formats.item_rows import ItemRow, ItemSource, first_text
 from shards.tables.text_streams import lines_of
+
+KEYS = ("asin", "brand", "category")
 
 
 def event_columns(given: SequenceTableConfig, file: Path) -> SequenceTableConfig:
@@ -37,21 +32,11 @@ def event_columns(given: SequenceTableConfig, file: Path) -> SequenceTableConfig
 
 def read_items(file: Path) -> Iterator[ItemRow | str]:
     """Items of ``meta_<category>.json.gz``."""
-    for line in lines_of(file):
-        value = json_object(line)
-        if value is None:
-            yield "unreadable line"
-        elif (asin := text_or_none(value.get("asin"))) is None:
-            yield "no id"
-        else:
-            yield ItemRow(
-                asin,
-                title=text_or_none(value.get("title")),
-                price=price_or_none(value.get("price")),
-                brand=text_or_none(value.get("brand")),
-                categories=words_or_none(value.get("category")),
-                image_url=first_text(value.get("imageURLHighRes")) or first_text(value.get("imageURL")),
-            )
+    return item_rows(map(json_object, lines_of(file)), KEYS, _image_url)
+
+
+def _image_url(value: dict[str, Any]) -> str | None:
+    return first_text(value.get("imageURLHighRes")) or first_text(value.get("imageURL"))
 
 
 def json_object(line: str | None) -> dict[str, Any] | None:

@@ -13,17 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from fmrl_dist.config.tables import CsvConfig, SequenceTableConfig
-from shards.tables.formats.amazon2014 import COLUMNS
+from shards.tables.formats.amazon2014 import COLUMNS, item_rows
 from shards.tables.formats.amazon2018 import json_object
-from shards.tables.formats.item_rows import (
-    ItemRow,
-    ItemSource,
-    price_or_none,
-    text_or_none,
-    words_or_none,
-)
+from shards.tables.formats.item_rows import ItemRow, ItemSource, text_or_none
 from shards.tables.text_streams import lines_of
 
+KEYS = ("parent_asin", "store", "categories")
 IMAGE_SIZES = ("large", "hi_res", "thumb")  # the first that there is
 
 
@@ -45,21 +40,7 @@ def event_columns(given: SequenceTableConfig, _: Path) -> SequenceTableConfig:
 
 def read_items(file: Path) -> Iterator[ItemRow | str]:
     """Items of ``meta_<category>.jsonl``."""
-    for line in lines_of(file):
-        value = json_object(line)
-        if value is None:
-            yield "unreadable line"
-        elif (asin := text_or_none(value.get("parent_asin"))) is None:
-            yield "no id"
-        else:
-            yield ItemRow(
-                asin,
-                title=text_or_none(value.get("title")),
-                price=price_or_none(value.get("price")),
-                brand=text_or_none(value.get("store")),
-                categories=words_or_none(value.get("categories")),
-                image_url=_image_url(value.get("images")),
-            )
+    return item_rows(map(json_object, lines_of(file)), KEYS, lambda value: _image_url(value.get("images")))
 
 
 def _image_url(images: Any) -> str | None:

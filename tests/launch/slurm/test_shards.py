@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from fmrl_dist.data.store.reader import Store
+from shards.encoders.text_feature import UNIT_TEXTS
 from tests.fixtures.demo_runs import VENV, wait_for
 from tests.fixtures.processes import REPOSITORY, clean_environment
 from tests.fixtures.slurm_cluster import SlurmCluster
@@ -26,7 +27,8 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.multiproc, pytest
 
 SCRIPT = "launch/shards.slurm"
 ONE_THREAD = VENV | {"OMP_NUM_THREADS": "1"}
-NUM_ITEMS = 3000
+PARTS = 4
+NUM_ITEMS = PARTS * UNIT_TEXTS + 1000  # so that no part is without work
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +64,18 @@ def test_an_array_whose_task_is_killed(slurm: SlurmCluster, config: Path, folder
     command = [sys.executable, "-m", "shards.build", "--config", str(config), "--store.path", str(folder / "whole")]
     environment = clean_environment() | ONE_THREAD | {"CUDA_VISIBLE_DEVICES": ""}
     subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, timeout=240)
-    array = submit(slurm, folder, "--array=4-5", "--exclusive", SCRIPT, config)
+    array = submit(slurm, folder, "--array=4-7", "--exclusive", SCRIPT, config)
+    ids = range(4, 4 + PARTS)
     encodings = folder / "texts-store.build" / "encodings"
-    wait_for("a part at work", lambda: encodings.is_dir() and len(encoders_of("2/2")) == 1)
-    os.kill(encoders_of("2/2")[0].pid, signal.SIGKILL)
-    tasks = [slurm.wait(f"{array}_{task}") for task in (4, 5)]
-    assert [task.state for task in tasks] == ["COMPLETED"] * 2, tasks
-    assert [slurm.restarts(f"{array}_{task}") for task in (4, 5)] == [0, 1]
-    assert f"part 2/2 ended with exit code 137; job {array}_5 is requeued" in tasks[1].log
-    assert {slurm.facts(f"{array}_{task}")["NodeList"] for task in (4, 5)} <= {"node1", "node2"}
+    wait_for("a part at work", lambda: encodings.is_dir() and len(encoders_of("2/4")) == 1)
+    os.kill(encoders_of("2/4")[0].pid, signal.SIGKILL)
+    tasks = [slurm.wait(f"{array}_{task}") for task in ids]
+    assert [task.state for task in tasks] == ["COMPLETED"] * PARTS, tasks
+    assert [slurm.restarts(f"{array}_{task}") for task in ids] == [0, 1, 0, 0]
+    assert f"part 2/4 ended with exit code 137; job {array}_5 is requeued" in tasks[1].log
+    assert {slurm.facts(f"{array}_{task}")["NodeList"] for task in ids} <= {"node1", "node2"}
     for number, task in enumerate(tasks, 1):
-        assert f"part {number}/2: encoded its share of text" in task.log
+        assert f"part {number}/4: encoded its share of text" in task.log
     (join_id,) = set(re.findall(r"^job (\d+) joins the parts", tasks[0].log, re.MULTILINE))
     join = slurm.wait(int(join_id))
     assert join.state == "COMPLETED" and "feature 'text': 0 texts encoded, " in join.log, join.log
