@@ -134,6 +134,12 @@ def test_wrong_type(raw: Any, message: str, tmp_path: Path) -> None:
         ({"data": {"features": {"text": {}}}}, "data.features.text has no path; source 'npy' needs one"),
         ({"data": {"features": {"text": {"source": "tfidf"}}}}, "data.features.text has no dim; source 'tfidf'"),
         ({"data": {"sequences": {"layout": "rows"}}}, "data.sequences.layout is 'rows'"),
+        (
+            {"data": {"interactions": {"min_rating": 3}}},
+            "data.interactions.min_rating is set, but data.sequences.rating",
+        ),
+        ({"data": {"interactions": {"events": ["buy"]}}}, "data.interactions.events is set, but data.sequences.event"),
+        ({"data": {"split": {"by": "given"}}}, "data.split.by: given is set, but data.sequences.split names no column"),
     ],
 )
 def test_impossible_value(raw: Any, message: str, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from tests.fixtures.stores import store_contents, tiny_values, write_histories, 
 from tests.fixtures.text_model import random_texts, write_text_model
 from tests.fixtures.training import refusal, run_here
 
-NUM_ITEMS = 3000
+NUM_ITEMS = 2 * text_feature.UNIT_TEXTS + 1000  # three units: no part is without work
 
 
 @pytest.fixture(scope="module")
