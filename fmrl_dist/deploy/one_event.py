@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from fmrl_dist.model.fmrlrec import FMRLRec, ResidualBlock
+from fmrl_dist.model.block import ResidualBlock
+from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.model.nested import LAYER_NORM_EPS, NestedLayerNorm, chunks, nested_mask
 
 HISTORIES_IN_STEP = 256

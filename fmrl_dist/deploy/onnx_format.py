@@ -40,7 +40,10 @@ from fmrl_dist.checkpoint.export_folder import (
     folder_of_export,
     stored_or_refused,
 )
-from fmrl_dist.model.fmrlrec import LRU, FeedForward, FMRLRec, ItemEncoder, ResidualBlock
+from fmrl_dist.model.block import FeedForward, ResidualBlock
+from fmrl_dist.model.fmrlrec import FMRLRec
+from fmrl_dist.model.item_encoder import ItemEncoder
+from fmrl_dist.model.lru import LRU
 from fmrl_dist.model.nested import LAYER_NORM_EPS, NestedLayerNorm, chunks, nested_mask
 from fmrl_dist.model.stored_tensors import SCALE
 

@@ -107,7 +107,7 @@ class EmbeddedCatalogue:
 
 
 class FeatureEncoder(Protocol):
-    """What embeds items, such as :class:`~fmrl_dist.model.fmrlrec.ItemEncoder`."""
+    """What embeds items, such as :class:`~fmrl_dist.model.item_encoder.ItemEncoder`."""
 
     @property
     def weight(self) -> Tensor:

@@ -17,7 +17,6 @@ gives the model of size m (``truncate``).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,208 +28,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fmrl_dist.base.errors import UserError
+from fmrl_dist.model.block import ResidualBlock
 from fmrl_dist.model.export_config import CONFIG_FILE, check_export_file, check_is_readable, read_export_config
-from fmrl_dist.model.nested import (
-    MatmulModule,
-    NestedLayerNorm,
-    NestedLinear,
-    add_prefix,
-    init_nested,
-    matmul_linear,
-    nested_linear,
-)
-from fmrl_dist.model.scan import packed_scan, scan_step
+from fmrl_dist.model.item_encoder import ItemEncoder
+from fmrl_dist.model.nested import NestedLayerNorm
 from fmrl_dist.model.stored_tensors import restored
 
 MAX_SIZES, MAX_DEPTH = 64, 1000  # far more than anyone trains
 MODEL_FILE = "model.safetensors"
-COLUMN_MULTIPLE = 16  # widths of which matrix products are fastest
-RING_MARGIN = 1e-3  # keeps |Λ| off the ring's edges: at 0 the gradient of ν is NaN
-
-
-class ItemEncoder(MatmulModule):
-    """Item embeddings from frozen features (eq. 7), a stand-in for each missing one, and an optional id table.
-
-    Args:
-        width: D.
-        feature_dims: name → dim of each feature, in the order of the feature matrix's columns.
-        num_items: rows of the trained id table; 0 for no table.
-        matmul_dtype: of the projection's inputs in training; None keeps float32.
-        id_width: w, the first channels of an embedding that the table's rows are added to; 0 for all.
-        id_init: standard deviation of the table's initial rows; None for 1/√D.
-    """
-
-    feature_shift: Tensor
-    feature_scale: Tensor
-
-    id_table: Tensor | None  # [V, w]
-    first_id_row: int = 0  # the item of the table's first row, where it holds a run of items
-
-    def __init__(
-        self,
-        width: int,
-        feature_dims: Mapping[str, int],
-        num_items: int = 0,
-        matmul_dtype: torch.dtype | None = None,
-        id_width: int = 0,
-        id_init: float | None = None,
-    ) -> None:
-        super().__init__(matmul_dtype)
-        self.feature_dims = dict(feature_dims)
-        total = sum(self.feature_dims.values())
-        bound = 1 / math.sqrt(max(total, 1))
-        self.weight = nn.Parameter(torch.empty(width, total).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(width).uniform_(-bound, bound))
-        self.stand_ins = nn.Parameter(torch.zeros(len(self.feature_dims), width))
-        self.id_table = None
-        if num_items:
-            deviation = 1 / math.sqrt(width) if id_init is None else id_init
-            self.id_table = nn.Parameter(torch.randn(num_items, id_width or width) * deviation)
-        self.register_buffer("feature_shift", torch.zeros(total))
-        self.register_buffer("feature_scale", torch.ones(total))
-
-    def normalize(self, values: Tensor, present: Tensor) -> Tensor:
-        """Scale raw features; absent ones stay zero. values [n, F] of any float dtype, present bool [n, M] → [n, F]."""
-        dims = torch.tensor(list(self.feature_dims.values()), dtype=torch.int64, device=values.device)
-        scaled = (values.to(self.feature_shift.dtype) - self.feature_shift) * self.feature_scale
-        return torch.where(present.repeat_interleave(dims, dim=1), scaled, 0.0)
-
-    @property
-    def num_columns(self) -> int:
-        """C, the columns of :meth:`columns`."""
-        needed = self.weight.shape[1] + len(self.feature_dims) + 1
-        return -(-needed // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
-
-    def columns(self, features: Tensor, present: Tensor) -> Tensor:
-        """What :meth:`projection` maps to embeddings, [n, C]: features, which of them are absent, a one, zeros."""
-        result = F.pad(features, (0, self.num_columns - features.shape[1]))
-        width = self.weight.shape[1]
-        result[:, width : width + len(self.feature_dims)] = ~present
-        result[:, width + len(self.feature_dims)] = 1
-        return result
-
-    def projection(self) -> Tensor:
-        """Weight, stand-ins and bias as one matrix [D, C]: eq. 7 is ``columns · projectionᵀ``, plus the id table."""
-        whole = torch.cat((self.weight, self.stand_ins.T, self.bias[:, None]), 1)
-        return F.pad(whole, (0, self.num_columns - whole.shape[1]))
-
-    def forward(self, features: Tensor, present: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Embeddings [n, D] of n items.
-
-        Args:
-            features: [n, F], from :meth:`normalize`.
-            present: bool [n, M], which features each item has.
-            ids: int64 [n], rows of the id table; None for the whole catalogue in order. Unused without an id table.
-        """
-        embeddings = self.without_ids(features, present)
-        if self.id_table is not None:
-            rows = self.id_table if ids is None else self.id_table[ids - self.first_id_row]
-            embeddings = add_prefix(embeddings, rows)
-        return embeddings
-
-    def without_ids(self, features: Tensor, present: Tensor) -> Tensor:
-        """:meth:`forward` of items that have no row in the id table."""
-        embeddings = matmul_linear(features, self.weight, self.product_dtype) + self.bias
-        return embeddings + (~present).to(embeddings.dtype) @ self.stand_ins
-
-
-class LRU(MatmulModule):
-    """Linear recurrent unit (eq. 8-9): h_k = Λ h_{k-1} + γ⊙(B x_k + b), y_k = Re(C h_k + c).
-
-    ``B``, ``C`` [2, D, D] and ``b`` [2, D] hold real and imaginary parts; Λ = exp(-exp(ν) + i·exp(θ)) on a ring
-    r_min ≤ |Λ| ≤ r_max at initialisation; γ starts at sqrt(1 - |Λ|²) and is free from then on. Λ and the states are
-    float32 at any dtype of the products. ``scan`` is an implementation of :func:`packed_scan`.
-    """
-
-    def __init__(
-        self,
-        sizes: Sequence[int],
-        r_min: float,
-        r_max: float,
-        matmul_dtype: torch.dtype | None = None,
-        scan: str = "auto",
-    ) -> None:
-        super().__init__(matmul_dtype)
-        width = sizes[-1]
-        self.sizes, self.scan = tuple(sizes), scan
-        self.B = nn.Parameter(init_nested(2, width, width, sizes=sizes))
-        self.C = nn.Parameter(init_nested(2, width, width, sizes=sizes))
-        self.b = nn.Parameter(init_nested(2, width, sizes=sizes))
-        self.c = nn.Parameter(init_nested(width, sizes=sizes))
-        u = torch.rand(width).clamp(RING_MARGIN, 1 - RING_MARGIN)
-        modulus_squared = u * (r_max**2 - r_min**2) + r_min**2
-        self.nu = nn.Parameter(torch.log(-0.5 * torch.log(modulus_squared)))
-        self.theta = nn.Parameter(torch.log(2 * math.pi * torch.rand(width).clamp(RING_MARGIN, 1)))
-        self.gamma_log = nn.Parameter(0.5 * torch.log(1 - modulus_squared))
-
-    def decay(self) -> Tensor:
-        """Λ [2, D]."""
-        modulus, phase = torch.exp(-torch.exp(self.nu)), torch.exp(self.theta)
-        return torch.stack((modulus * torch.cos(phase), modulus * torch.sin(phase)))
-
-    def forward(self, x: Tensor, starts: Tensor) -> Tensor:
-        """x [P, D] packed rows, starts int64 [·+1] → y [P, D]."""
-        return self._read(packed_scan(self.decay(), self._drive(x), starts, self.scan))
-
-    def step(self, state: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """One event: state [B, 2, D], x [B, D] → new state, y [B, D]."""
-        state = scan_step(self.decay(), state, self._drive(x))
-        return state, self._read(state)
-
-    def _drive(self, x: Tensor) -> Tensor:
-        """γ⊙(B x + b), [P, 2, D]."""
-        driven = nested_linear(x[:, None], self.B[:, None], self.b, self.sizes, self.product_dtype)
-        return driven * torch.exp(self.gamma_log)
-
-    def _read(self, states: Tensor) -> Tensor:
-        """Re(C h + c), [P, D]."""
-        conjugate = states * states.new_tensor((1.0, -1.0))[:, None]  # Re(C h) = Re C · Re h - Im C · Im h
-        return nested_linear(conjugate, self.C[None], self.c[None], self.sizes, self.product_dtype)[:, 0]
-
-
-class FeedForward(nn.Module):
-    """Gated FFN (SiLU(x W_g + b_g) ⊙ (x W_1 + b_1)) W_2 + b_2, dropout after W_1 and after W_2."""
-
-    def __init__(self, sizes: Sequence[int], dropout: float, matmul_dtype: torch.dtype | None) -> None:
-        super().__init__()
-        self.gate = NestedLinear(sizes, matmul_dtype)
-        self.w_1 = NestedLinear(sizes, matmul_dtype)
-        self.w_2 = NestedLinear(sizes, matmul_dtype)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden: Tensor = F.silu(self.gate(x)) * self.dropout(self.w_1(x))
-        return self.dropout(self.w_2(hidden))
-
-
-class ResidualBlock(nn.Module):
-    """Sequence mixer, then FFN, each behind its own nested layer-norm and a residual."""
-
-    def __init__(
-        self,
-        sizes: Sequence[int],
-        dropout: float,
-        lru_dropout: float,
-        r_min: float,
-        r_max: float,
-        matmul_dtype: torch.dtype | None = None,
-        scan: str = "auto",
-    ) -> None:
-        super().__init__()
-        self.lru_norm = NestedLayerNorm(sizes)
-        self.lru = LRU(sizes, r_min, r_max, matmul_dtype, scan)
-        self.lru_dropout = nn.Dropout(lru_dropout)
-        self.ffn_norm = NestedLayerNorm(sizes)
-        self.ffn = FeedForward(sizes, dropout, matmul_dtype)
-
-    def forward(self, x: Tensor, starts: Tensor) -> Tensor:
-        x = x + self.lru_dropout(self.lru(self.lru_norm(x), starts))
-        return x + self.ffn(self.ffn_norm(x))
-
-    def step(self, state: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        state, mixed = self.lru.step(state, self.lru_norm(x))
-        x = x + self.lru_dropout(mixed)
-        return state, x + self.ffn(self.ffn_norm(x))
 
 
 class FMRLRec(nn.Module):

@@ -17,7 +17,7 @@ from torch import Tensor
 from fmrl_dist.data.item_table import ItemTable
 from fmrl_dist.losses.item_tiles import RowMatrix
 from fmrl_dist.losses.split_catalogue import CatalogueSlice
-from fmrl_dist.model.fmrlrec import ItemEncoder
+from fmrl_dist.model.item_encoder import ItemEncoder
 
 RESIDENT_BYTES = 2 * 2**30  # on the CPU, for each process
 RESIDENT_SHARE = 0.25  # of a GPU's memory

@@ -15,7 +15,7 @@ from fmrl_dist.losses.log_sum_exp import catalogue_log_sum_exp
 from fmrl_dist.losses.nested_cross_entropy import catalogue_cross_entropy, nested_cross_entropy
 from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.losses.tiled_log_sum_exp import TILE_ITEMS, TILE_POSITIONS
-from fmrl_dist.model.fmrlrec import ItemEncoder
+from fmrl_dist.model.item_encoder import ItemEncoder
 from fmrl_dist.training.item_columns import TableColumns, catalogue_columns
 from tests.fixtures.normalizers import DISTILLED, values_and_gradients
 from tests.fixtures.numerics import TOLERANCE, assert_relatively_close

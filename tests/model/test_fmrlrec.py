@@ -15,7 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fmrl_dist.model.fmrlrec import LRU, FeedForward, FMRLRec, ItemEncoder, ResidualBlock
+from fmrl_dist.model.block import FeedForward, ResidualBlock
+from fmrl_dist.model.fmrlrec import FMRLRec
+from fmrl_dist.model.item_encoder import ItemEncoder
+from fmrl_dist.model.lru import LRU
 from fmrl_dist.model.scan import packed_scan
 from tests.fixtures.numerics import assert_relatively_close
 
@@ -474,7 +477,7 @@ def test_the_model_passes_its_scan_on(impl: str, monkeypatch: pytest.MonkeyPatch
         called.append(impl)
         return packed_scan(decay, x, starts, impl)
 
-    monkeypatch.setattr("fmrl_dist.model.fmrlrec.packed_scan", note)
+    monkeypatch.setattr("fmrl_dist.model.lru.packed_scan", note)
     FMRLRec((8, 16), 2, FEATURES, scan=impl)(torch.randn(5, 16), torch.tensor([0, 5]), torch.tensor([True]))
     assert called == [impl, impl]
 

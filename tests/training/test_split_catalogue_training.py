@@ -9,7 +9,7 @@ import torch
 
 from fmrl_dist import train
 from fmrl_dist.data.item_table import ItemTable
-from fmrl_dist.model.fmrlrec import ItemEncoder
+from fmrl_dist.model.item_encoder import ItemEncoder
 from fmrl_dist.training.item_columns import catalogue_columns, catalogue_slice
 from tests.fixtures.engines import refused_on_each_rank, train_under, zero
 from tests.fixtures.processes import run_processes

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fmrl_dist.checkpoint.export_folder import ITEMS_TENSOR, ExportedModel, stored_or_refused
-from fmrl_dist.model.fmrlrec import ResidualBlock
+from fmrl_dist.model.block import ResidualBlock
 from fmrl_dist.model.nested import chunks
 from fmrl_dist.model.stored_tensors import SCALE
 
