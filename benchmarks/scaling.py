@@ -41,6 +41,7 @@ from fmrl_dist.losses.nested_cross_entropy import catalogue_cross_entropy
 from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.losses.split_catalogue import CatalogueSlice, exchanged_bytes
 from fmrl_dist.model.fmrlrec import FMRLRec
+from fmrl_dist.model.item_encoders.projection import ProjectionEncoder
 from fmrl_dist.training.item_columns import TableColumns, catalogue_columns, catalogue_slice
 from fmrl_dist.training.module import TrainingModule
 from fmrl_dist.training.optimizer import build_optimizer
@@ -153,6 +154,7 @@ class Side:
         self._scored: RowMatrix | CatalogueSlice = columns if part is None else part
         self._wrapped = DistributedDataParallel(self.module) if split else self.module
         self._optimizer = build_optimizer(model, 0.0, (0.9, 0.999), 1e-8, 0.01)  # all rounds have the same weights
+        assert isinstance(model.encoder, ProjectionEncoder)
         self._projection = model.encoder.projection().detach().requires_grad_()
 
     def loss(self, batch: Packed) -> Tensor:

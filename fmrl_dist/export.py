@@ -30,7 +30,7 @@ from fmrl_dist.config.command_line import CommandParser
 from fmrl_dist.config.credentials import warn_of_credentials
 from fmrl_dist.config.loading import config_from_dict
 from fmrl_dist.config.sections import Config
-from fmrl_dist.data.feature_identity import feature_encoders
+from fmrl_dist.data.feature_identity import feature_encoders, with_origins
 from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.deploy.dtype_loss import MEASURED_USERS, describe_quality, measure_quality
@@ -89,10 +89,11 @@ def main(argv: list[str]) -> None:
         on_hub=arguments.push_to_hub is not None,
         licence=arguments.licence,
     )
+    described = with_origins(checkpoint.features, store)
     parts = ExportParts(
         vocab=store.read_table(VOCAB_FILE),
-        encoders={name: by for name, by in feature_encoders(store).items() if name in checkpoint.features},
-        fits={name: store.read_fit(name) for name in store.manifest.fits if name in checkpoint.features},
+        encoders={name: by for name, by in feature_encoders(store).items() if name in described},
+        fits={name: store.read_fit(name) for name in store.manifest.fits if name in described},
         vectors=arguments.vectors,
         dtype=arguments.dtype,
         quality=quality,

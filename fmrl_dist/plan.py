@@ -323,6 +323,11 @@ def main(argv: list[str]) -> None:
     require(
         not config.loss.normalize, "loss.normalize is on, whose cost is not predicted; turn it off to plan without it"
     )
+    require(
+        config.model.item_encoder == "projection",
+        f"model.item_encoder is {config.model.item_encoder}, whose cost is not predicted; choose projection to plan "
+        "without it",
+    )
     memory_bytes = int(arguments.memory_gib * 2**30)
     step = step_of(
         config,

@@ -61,6 +61,7 @@ from fmrl_dist.evaluation.results.report import EvaluatedModel, report
 from fmrl_dist.training.agreement import StepResult, agree, count_targets, stop_if_not_finite
 from fmrl_dist.training.checks import (
     check_inline,
+    check_item_encoder,
     check_something_tells_items_apart,
     check_targets,
     note_on_other_config,
@@ -120,6 +121,7 @@ def train_and_evaluate(config: Config, runtime: Runtime, resume: str | None, sto
     check_inline(config, store)
     check_targets(config, store)
     check_something_tells_items_apart(config, store)
+    check_item_encoder(config, store)
     if note := note_on_other_config(config, store):
         runtime.say(note)
     runtime.require_same("store", store.manifest.sha256)

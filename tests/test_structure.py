@@ -23,6 +23,7 @@ SUBFOLDERS = {
         *FOLDERS,
         *(
             "base/pages",
+            "model/item_encoders",
             "data/store",
             "evaluation/results",
             "deploy/approximate",
@@ -35,7 +36,7 @@ SUBFOLDERS = {
         ),
     },
     "shards": {
-        *("tables", "tables/formats", "encoders", "encodings", "images"),
+        *("tables", "tables/formats", "encoders", "encoders/fitted", "encodings", "images"),
         *("interactions", "store", "store_page", "demo"),
     },
     "launch": {"slurm", "sweeps", "local"},

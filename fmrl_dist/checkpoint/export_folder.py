@@ -157,7 +157,7 @@ class ExportParts:
     """What an export's folder holds beside the model and its catalogue."""
 
     vocab: bytes  # the store's vocabulary file
-    encoders: Mapping[str, MadeBy]  # what made each feature that the model reads
+    encoders: Mapping[str, MadeBy]  # what made each feature that the model reads, and what it is codes of
     fits: Mapping[str, bytes]  # file of each of those that was fitted to its items
     vectors: int = 0  # also write item vectors cut to so many channels; 0 for none
     dtype: str = "float32"  # of matrices, one of ``DTYPES``

@@ -184,4 +184,7 @@ def construct_model(
         scan=scan,
         id_width=config.id_width,
         id_init=config.id_init,
+        item_encoder=config.item_encoder,
+        experts=config.experts,
+        codes=config.codes,
     )

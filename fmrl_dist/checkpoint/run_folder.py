@@ -27,6 +27,7 @@ from fmrl_dist.checkpoint.folder import (
 from fmrl_dist.checkpoint.fresh_start import check_nothing_is_lost, check_own_folder
 from fmrl_dist.config.loading import config_from_dict
 from fmrl_dist.config.sections import Config
+from fmrl_dist.data.feature_identity import with_origins
 from fmrl_dist.data.store.manifest import VOCAB_FILE, fit_file
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.distributed.processes import Runtime
@@ -55,6 +56,9 @@ FIXED = {
         "id_init",
         "id_dropout",
         "feature_scale",
+        "item_encoder",
+        "experts",
+        "codes",
     ),
     "loss": (
         "predict_first",
@@ -253,13 +257,14 @@ def files_of_store(store: Store, features: Iterable[str], has_id_table: bool) ->
 
     Args:
         store: that it trains on.
-        features: that its model reads; the fits of those that were fitted.
+        features: that its model reads; the fits of those that were fitted, and of what they are codes of.
         has_id_table: then also the vocabulary, which says whose rows it has.
 
     Raises:
         UserError: one of them is missing or damaged.
     """
-    files = {fit_file(name): store.read_fit(name) for name in features if name in store.manifest.fits}
+    kept = [name for name in with_origins(features, store) if name in store.manifest.fits]
+    files = {fit_file(name): store.read_fit(name) for name in kept}
     return files | ({VOCAB_FILE: store.read_table(VOCAB_FILE)} if has_id_table else {})
 
 

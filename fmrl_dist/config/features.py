@@ -1,7 +1,7 @@
 """Where a frozen item feature comes from: one dataclass per ``data.features.<name>.source``.
 
-The three sources without pretrained weights (``npy``, ``tfidf``, ``pixels``) and the two encoders (``transformers``,
-``open_clip``) each have the keys that they read and no others.
+The three sources without pretrained weights (``npy``, ``tfidf``, ``pixels``), the two encoders (``transformers``,
+``open_clip``) and the codes of another feature (``pq``) each have the keys that they read and no others.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from fmrl_dist.base.errors import require
 from fmrl_dist.config.parsing import Limits, NonNegativeInt, PositiveInt
 
+MAX_CODES = 2048  # whole numbers up to there are exact in float16, in which a store keeps them
 Precision = Literal["auto", "fp32", "bf16"]
 
 
@@ -96,9 +97,29 @@ class OpenClipFeature:
             require(bool(getattr(self, name)), f"{key}.{name} is empty; expected a name that open_clip knows or a file")
 
 
+@dataclass(frozen=True)
+class PqFeature:
+    """Codes of another feature, by optimised product quantisation, for ``model.item_encoder: vqrec``."""
+
+    source: Literal["pq"] = "pq"  # product quantisation
+    of: str = ""  # the feature whose vectors are quantised; required
+    parts: PositiveInt = 32  # equal parts that a rotated vector is cut into, a code each; they divide its dim
+    codes: Annotated[int, Limits(2, MAX_CODES)] = 256  # numbers that a code can be: a power of 2
+    # store (folder or URL), run or export whose fit of this feature is taken, so that its codes mean the same; "": fit
+    # anew, which needs as many items as codes
+    fit: str = ""
+
+    def check(self, key: str) -> None:
+        require(bool(self.of), f"{key}.of is empty; source 'pq' needs the feature that it quantises")
+        require(
+            self.codes & (self.codes - 1) == 0,
+            f"{key}.codes is {self.codes}; expected a power of 2, at most {MAX_CODES}",
+        )
+
+
 TextFeature = TfidfFeature | TransformersFeature
 ImageFeature = PixelsFeature | OpenClipFeature
-FeatureConfig = NpyFeature | TfidfFeature | PixelsFeature | TransformersFeature | OpenClipFeature
+FeatureConfig = NpyFeature | TfidfFeature | PixelsFeature | TransformersFeature | OpenClipFeature | PqFeature
 
 
 def _require_path(feature: NpyFeature | ImageFeature, key: str, path: str) -> None:

@@ -23,7 +23,7 @@ import yaml
 from fmrl_dist.base.errors import require
 from fmrl_dist.base.urls import hide_credentials, is_url
 from fmrl_dist.base.yaml_text import shown
-from fmrl_dist.config.features import FeatureConfig
+from fmrl_dist.config.features import MAX_CODES, FeatureConfig, PqFeature
 from fmrl_dist.config.parsing import (
     Fraction,
     Limits,
@@ -118,6 +118,16 @@ class DataConfig:
             )
             check_fields(feature, f"data.features.{name}")
             feature.check(f"data.features.{name}")
+            if isinstance(feature, PqFeature):
+                self._check_quantised(name, feature)
+
+    def _check_quantised(self, name: str, feature: PqFeature) -> None:
+        vectors = [other for other, source in self.features.items() if not isinstance(source, PqFeature)]
+        require(
+            feature.of in vectors,
+            f"data.features.{name}.of is {feature.of!r}; expected another feature that holds vectors: "
+            f"{', '.join(vectors) or 'there is none'}",
+        )
 
     def _check_event_columns(self) -> None:
         """A filter or split of events needs the column that it is about; a published format has its own ratings."""
@@ -200,8 +210,13 @@ class ModelConfig:
     id_dropout: Fraction | Literal["auto"] = "auto"
     # how the recurrence is computed in training: auto: by device | doubling | triton | plain: one event at a time
     scan: Literal["auto", "doubling", "triton", "plain"] = "auto"
+    # projection: features become embeddings by one matrix, as in the paper | unisrec: by UniSRec's whitening and
+    # mixture of experts | vqrec: by VQRec's tables, which codes look up (features of source pq alone)
+    item_encoder: Literal["projection", "unisrec", "vqrec"] = "projection"
+    experts: Annotated[int, Limits(1, 1000)] = 8  # of unisrec
+    codes: Annotated[int, Limits(2, MAX_CODES)] = 256  # of vqrec: numbers that a code can be, as the features have them
     # none: features as they are | a number: features times it | standardize: mean 0, and mean variance 1 | length: mean
-    # 0, and mean squared length 9, whatever the dim
+    # 0, and mean squared length 9, whatever the dim; codes are never scaled
     feature_scale: Literal["none", "standardize", "length"] | PositiveFloat = "length"
 
     def __post_init__(self) -> None:
@@ -220,6 +235,11 @@ class ModelConfig:
         require(
             self.id_width in (0, *self.sizes),
             f"model.id_width is {self.id_width}; expected 0 or one of model.sizes {list(self.sizes)}",
+        )
+        require(
+            self.features != () or self.item_encoder == "projection",
+            f"model.item_encoder is {self.item_encoder}, which embeds features, and model.features is empty; name "
+            "some, or choose projection",
         )
         require(
             self.features != () or self.id_dropout in ("auto", 0),
@@ -472,6 +492,11 @@ class Config:
         require(
             self.eval.size in ("mean", 0, *self.model.sizes),
             f"eval.size is {self.eval.size}, which is not trained; choose one of {list(self.model.sizes)}, or mean",
+        )
+        require(
+            self.model.item_encoder == "projection" or self.loss.catalogue == "whole",
+            f"loss.catalogue is split, which needs items that are projected, and model.item_encoder is "
+            f"{self.model.item_encoder}; choose whole, or projection",
         )
         for key in ("size_weights", "temperatures", "distillation"):
             values = getattr(self.loss, key)

@@ -6,6 +6,7 @@ else, and nothing would fail. Rows of the same recipe differ by rounding at most
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from fmrl_dist.base.yaml_text import shown
@@ -23,6 +24,13 @@ def feature_encoders(store: Store) -> dict[str, MadeBy]:
         | ({} if feature.recipe is None else {"recipe": feature.recipe})
         for feature in store.manifest.features
     }
+
+
+def with_origins(names: Iterable[str], store: Store) -> list[str]:
+    """Some features of a store, and those that they are codes of: what a new item's are made by."""
+    origins = {feature.name: (feature.recipe or {})["of"] for feature in store.manifest.features if feature.num_codes}
+    chosen = list(names)
+    return list(dict.fromkeys([*chosen, *(origins[name] for name in chosen if name in origins)]))
 
 
 def encoder_differences(trained_on: MadeBy, found: MadeBy) -> list[str]:

@@ -42,7 +42,10 @@ from fmrl_dist.checkpoint.export_folder import (
 )
 from fmrl_dist.model.block import FeedForward, ResidualBlock
 from fmrl_dist.model.fmrlrec import FMRLRec
-from fmrl_dist.model.item_encoder import ItemEncoder
+from fmrl_dist.model.item_encoders.item_encoder import DenseItemEncoder, ItemEncoder
+from fmrl_dist.model.item_encoders.projection import ProjectionEncoder
+from fmrl_dist.model.item_encoders.unisrec import UniSRecEncoder
+from fmrl_dist.model.item_encoders.vqrec import VQRecEncoder
 from fmrl_dist.model.lru import LRU
 from fmrl_dist.model.nested import LAYER_NORM_EPS, NestedLayerNorm, chunks, nested_mask
 from fmrl_dist.model.stored_tensors import SCALE
@@ -231,22 +234,64 @@ def encoder_graph(encoder: ItemEncoder, dtype: str) -> Any:
     from onnx import TensorProto, helper
 
     graph, dims = GraphBuilder(dtype), list(encoder.feature_dims.values())
-    width, total = encoder.weight.shape
     feature_of = graph.constant(np.repeat(np.arange(len(dims)), dims), "feature_of")
-    shifted = graph.add("Sub", "features", graph.constant(encoder.feature_shift, "shift"))
-    scaled = graph.add("Mul", shifted, graph.constant(encoder.feature_scale, "scale"))
     there = graph.add("Gather", "present", feature_of, axis=1)
-    kept = graph.add("Where", there, scaled, graph.constant(np.zeros((), np.float32), "zero"))
-    projected = graph.product(kept, graph.matrix(encoder.weight, "weight"), graph.constant(encoder.bias, "bias"))
+    match encoder:
+        case ProjectionEncoder():
+            kept, weight = _scaled(graph, encoder, there), graph.matrix(encoder.weight, "weight")
+            embedded = graph.product(kept, weight, graph.constant(encoder.bias, "bias"))
+        case UniSRecEncoder():
+            embedded = _of_experts(graph, encoder, _scaled(graph, encoder, there))
+        case VQRecEncoder():
+            embedded = _looked_up(graph, encoder, there)
     absent = graph.add("Cast", graph.add("Not", "present"), to=TensorProto.FLOAT)
     stand_ins = graph.add("MatMul", absent, graph.constant(encoder.stand_ins, "stand_ins"))
-    graph.add("Add", projected, stand_ins, name="embeddings")
+    graph.add("Add", embedded, stand_ins, name="embeddings")
     inputs = [
-        helper.make_tensor_value_info("features", TensorProto.FLOAT, ["N", total]),
+        helper.make_tensor_value_info("features", TensorProto.FLOAT, ["N", encoder.total]),
         helper.make_tensor_value_info("present", TensorProto.BOOL, ["N", len(dims)]),
     ]
-    outputs = [helper.make_tensor_value_info("embeddings", TensorProto.FLOAT, ["N", width])]
+    outputs = [helper.make_tensor_value_info("embeddings", TensorProto.FLOAT, ["N", encoder.width])]
     return graph.model("item_encoder", inputs, outputs)
+
+
+def _scaled(graph: GraphBuilder, encoder: DenseItemEncoder, there: str) -> str:
+    """Features as the encoder takes them, [N, F]."""
+    shifted = graph.add("Sub", "features", graph.constant(encoder.feature_shift, "shift"))
+    scaled = graph.add("Mul", shifted, graph.constant(encoder.feature_scale, "scale"))
+    return str(graph.add("Where", there, scaled, graph.constant(np.zeros((), np.float32), "zero")))
+
+
+def _of_experts(graph: GraphBuilder, encoder: UniSRecEncoder, kept: str) -> str:
+    """Σ_g softmax(x·W_gate)_g · ((x - b_g)·W_g), [N, M], of G experts: one product of G·F columns."""
+    experts, width, total = encoder.weight.shape
+    middle, last = (graph.constant(np.array([axis], np.int64), f"axis.{axis}") for axis in (1, 2))
+    scores = graph.add("Gemm", kept, graph.constant(encoder.gate, "gate"), transB=1)
+    gates = graph.add("Unsqueeze", graph.add("Softmax", scores, axis=1), last)  # [N, G, 1]
+    moved = graph.add("Sub", graph.add("Unsqueeze", kept, middle), graph.constant(encoder.offsets, "offsets"))
+    shape = graph.constant(np.array([-1, experts * total], np.int64), "shape")
+    weighted = graph.add("Reshape", graph.add("Mul", moved, gates), shape)
+    matrices = [graph.matrix(weight, f"weight.{number}") for number, weight in enumerate(encoder.weight)]
+    return graph.product(
+        weighted, graph.add("Concat", *matrices, axis=1), graph.constant(np.zeros(width, np.float32), "no_bias")
+    )
+
+
+def _looked_up(graph: GraphBuilder, encoder: VQRecEncoder, there: str) -> str:
+    """Mean of the rows of the codes that are there, [N, M], of P parts."""
+    from onnx import TensorProto
+
+    parts, codes, _ = encoder.code_table.shape
+    middle, last = (graph.constant(np.array([axis], np.int64), f"axis.{axis}") for axis in (1, 2))
+    first_rows = graph.constant(np.arange(parts) * codes - 1, "first_rows")  # codes count from 1
+    rows = graph.add("Add", graph.add("Cast", "features", to=TensorProto.INT64), first_rows)
+    kept = graph.add("Where", there, rows, graph.constant(np.zeros((), np.int64), "any_row"))
+    table = graph.matrix(encoder.code_table.flatten(0, 1), "code_table")
+    found = graph.add("Gather", table, kept, axis=0)  # [N, P, M]
+    share = graph.constant(np.array(1 / parts, np.float32), "share")
+    weights = graph.add("Mul", graph.add("Cast", there, to=TensorProto.FLOAT), share)
+    weighted = graph.add("Mul", found, graph.add("Unsqueeze", weights, last))
+    return str(graph.add("ReduceSum", weighted, middle, keepdims=0))
 
 
 def _write_graph(model: Any, path: Path) -> None:
@@ -290,16 +335,22 @@ def check_encoder(path: Path, encoder: ItemEncoder) -> None:
     """
     session = _session(path)
     generator = torch.Generator().manual_seed(0)
-    total, num_features = encoder.weight.shape[1], len(encoder.feature_dims)
+    num_features = len(encoder.feature_dims)
     for batch in CHECKED_BATCHES:
-        noise = torch.randn(batch, total, generator=generator)
-        features = encoder.feature_shift + noise / encoder.feature_scale.where(
-            encoder.feature_scale != 0, torch.ones(())
-        )
+        features = _some_features(encoder, batch, generator)
         present = torch.rand(batch, num_features, generator=generator) < 0.7
         (found,) = session.run(None, {"features": features.numpy(), "present": present.numpy()})
-        wanted = encoder.normalize(features, present) @ encoder.weight.T + encoder.bias
-        _check_equal(path, found, wanted + (~present).float() @ encoder.stand_ins)
+        _check_equal(path, found, encoder.without_ids(encoder.normalize(features, present), present))
+
+
+def _some_features(encoder: ItemEncoder, batch: int, generator: torch.Generator) -> Tensor:
+    """Raw features [batch, F] such as an item may have."""
+    if isinstance(encoder, VQRecEncoder):
+        codes = encoder.code_table.shape[1]
+        return torch.randint(1, codes + 1, (batch, encoder.total), generator=generator).float()
+    assert isinstance(encoder, DenseItemEncoder)
+    noise = torch.randn(batch, encoder.total, generator=generator)
+    return encoder.feature_shift + noise / encoder.feature_scale.where(encoder.feature_scale != 0, torch.ones(()))
 
 
 def _session(path: Path) -> Any:

@@ -1,7 +1,8 @@
 """Free baselines: what can be had without training, so that a reader knows what a figure is worth.
 
     popularity   training events of an item, the same list for everyone
-    cosine       cosine of an item's features with those of the user's last item; of several features, the mean
+    cosine       cosine of an item's features with those of the user's last item; of several features, the mean; codes
+                 are left out
     item_knn     see :mod:`fmrl_dist.evaluation.item_knn`
 
 They are ranked as the model is: same users, all items, ties counting half. Their histograms cost once per store and
@@ -77,11 +78,16 @@ def baseline_histograms(
 
 def possible_baselines(store: Store, each_feature: bool = False) -> tuple[str, ...]:
     """Names of the baselines that a store allows: a cosine needs features; ``cosine:NAME`` is that of one feature."""
-    features = [feature.name for feature in store.manifest.features]
+    features = vectors_of(store)
     cosines = ["cosine"] if features else []
     if each_feature and len(features) > 1:
         cosines += [f"cosine:{name}" for name in features]
     return ("popularity", *cosines, "item_knn")
+
+
+def vectors_of(store: Store) -> list[str]:
+    """Names of the features that are vectors."""
+    return [feature.name for feature in store.manifest.features if not feature.num_codes]
 
 
 def count_baseline(name: str, protocol: EvaluationProtocol, runtime: Runtime, stop: StopRequest) -> RankCounts:
@@ -92,7 +98,7 @@ def count_baseline(name: str, protocol: EvaluationProtocol, runtime: Runtime, st
         ranked = rank_by_popularity(train_counts(protocol.store), stop.until_requested(blocks))
     elif name.startswith("cosine"):
         feature = name.partition(":")[2]
-        ranker = cosine_ranker(protocol.store, [feature] if feature else None, runtime)
+        ranker = cosine_ranker(protocol.store, [feature] if feature else vectors_of(protocol.store), runtime)
         dims = ranker.catalogue.inline_dims
         ranked = rank_users(ranker, blocks_of(protocol, my_blocks(protocol, runtime), LAST_EVENT, dims), stop)
     else:
@@ -172,7 +178,7 @@ class UnitFeatures:
     """Like an item encoder; its embeddings are :func:`unit_features`."""
 
     def __init__(self, dims: Mapping[str, int], device: torch.device) -> None:
-        self.dims, self.weight = dims, torch.empty(0, device=device)
+        self.dims, self.bias = dims, torch.empty(0, device=device)
 
     def normalize(self, values: Tensor, present: Tensor) -> Tensor:
         return values
@@ -181,8 +187,8 @@ class UnitFeatures:
         return unit_features(values, self.dims)
 
 
-def cosine_ranker(store: Store, features: Sequence[str] | None, runtime: Runtime) -> Ranker:
-    """Ranks by some features of the last item (None: all), from the item table, or from an inline store's shards."""
+def cosine_ranker(store: Store, features: Sequence[str], runtime: Runtime) -> Ranker:
+    """Ranks by some features of the last item, from the item table, or from an inline store's shards."""
     dims = feature_dims(store, features)
     catalogue: Catalogue
     if store.manifest.inline:

@@ -107,10 +107,10 @@ class EmbeddedCatalogue:
 
 
 class FeatureEncoder(Protocol):
-    """What embeds items, such as :class:`~fmrl_dist.model.item_encoder.ItemEncoder`."""
+    """What embeds items, such as :class:`~fmrl_dist.model.item_encoders.item_encoder.ItemEncoder`."""
 
     @property
-    def weight(self) -> Tensor:
+    def bias(self) -> Tensor:
         """On the device of the embeddings."""
 
     def normalize(self, values: Tensor, present: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ class StreamedCatalogue:
         return embeddings[torch.searchsorted(block.feature_ids, ids)]
 
     def _tiles(self) -> Iterator[tuple[Tensor, Tensor]]:
-        device = self.encoder.weight.device
+        device = self.encoder.bias.device
         for block in self.store.manifest.items:
             rows = block_rows(self.store.read_block(block), "ids", self.inline_dims)
             values, present = torch.from_numpy(rows.values).to(device), torch.from_numpy(rows.present).to(device)

@@ -20,7 +20,7 @@ from fmrl_dist.evaluation.catalogue import Catalogue, EmbeddedCatalogue, Streame
 from fmrl_dist.evaluation.split_catalogue import SplitCatalogue, is_shared, tile_bounds
 from fmrl_dist.model.embed_catalogue import check_rankable, embed_catalogue
 from fmrl_dist.model.fmrlrec import FMRLRec
-from fmrl_dist.model.item_encoder import ItemEncoder
+from fmrl_dist.model.item_encoders.item_encoder import ItemEncoder
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fmrl_dist.base.errors import require
-from fmrl_dist.model.item_encoder import ItemEncoder
+from fmrl_dist.model.item_encoders.item_encoder import ItemEncoder
 
 EMBEDDED_AT_ONCE = 4096  # items
 

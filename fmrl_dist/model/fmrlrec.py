@@ -4,7 +4,7 @@ B histories, N packed items, P positions (items and start positions), V items, D
 features. The model knows plain tensors and values only: no rank, no config object, no file but the two that
 ``from_pretrained`` reads.
 
-    item encoder   E = X·W_proj + b_proj (+ stand-ins + id table)          eq. 7
+    item encoder   E = X·W_proj + b_proj (+ stand-ins + id table)          eq. 7, or another of item_encoders
     block          x + Dropout(LRU(LayerNorm(x))), x + FFN(LayerNorm(x))    eq. 8-12
     scores         z·Eᵀ, cut to the first m channels for size m             eq. 13
 
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.model.block import ResidualBlock
 from fmrl_dist.model.export_config import CONFIG_FILE, check_export_file, check_is_readable, read_export_config
-from fmrl_dist.model.item_encoder import ItemEncoder
+from fmrl_dist.model.item_encoders.choice import make_item_encoder
 from fmrl_dist.model.nested import NestedLayerNorm
 from fmrl_dist.model.stored_tensors import restored
 
@@ -54,6 +54,9 @@ class FMRLRec(nn.Module):
         scan: an implementation of :func:`fmrl_dist.model.scan.packed_scan`.
         id_width: w, the first channels that the id table is added to, one of ``sizes``; 0 for all.
         id_init: standard deviation of the id table's initial rows; None for 1/√D.
+        item_encoder: projection, unisrec or vqrec (:mod:`fmrl_dist.model.item_encoders`).
+        experts: of unisrec.
+        codes: numbers that a code of vqrec can be.
     """
 
     def __init__(
@@ -72,6 +75,9 @@ class FMRLRec(nn.Module):
         scan: str = "auto",
         id_width: int = 0,
         id_init: float | None = None,
+        item_encoder: str = "projection",
+        experts: int = 8,
+        codes: int = 256,
     ) -> None:
         super().__init__()
         self.sizes = tuple(sizes)
@@ -79,7 +85,9 @@ class FMRLRec(nn.Module):
         self.rates = {"dropout": dropout, "lru_dropout": lru_dropout}
         self.ring = {"r_min": r_min, "r_max": r_max}
         self.matmul_dtype, self.scan = matmul_dtype, scan
-        self.encoder = ItemEncoder(self.width, feature_dims, num_items, matmul_dtype, id_width, id_init)
+        self.encoder = make_item_encoder(
+            item_encoder, self.width, feature_dims, num_items, matmul_dtype, id_width, id_init, experts, codes
+        )
         self.input_norm = NestedLayerNorm(self.sizes) if input_norm else nn.Identity()
         self.input_dropout = nn.Dropout(dropout)
         self.output_norm = NestedLayerNorm(self.sizes) if output_norm else nn.Identity()
@@ -149,6 +157,7 @@ class FMRLRec(nn.Module):
             **self.ring,
             "input_norm": isinstance(self.input_norm, NestedLayerNorm),
             "output_norm": isinstance(self.output_norm, NestedLayerNorm),
+            **self.encoder.arguments,
         }
 
     def truncate(self, size: int) -> FMRLRec:
@@ -162,7 +171,7 @@ class FMRLRec(nn.Module):
         sizes = self.sizes[: self.sizes.index(size) + 1]
         computed = {"matmul_dtype": self.matmul_dtype, "scan": self.scan}
         nested = {"sizes": sizes, "id_width": min(self.id_width, size)}
-        small = FMRLRec(**self.arguments | nested | computed).to(self.encoder.weight)
+        small = FMRLRec(**self.arguments | nested | computed).to(self.encoder.bias)
         full = self.state_dict()
         small.load_state_dict({k: full[k][tuple(map(slice, v.shape))] for k, v in small.state_dict().items()})
         return small.train(self.training)

@@ -1,8 +1,8 @@
 """How an export stores its matrices: float32, float16, or int8 with a float32 scale per row (docs/format.md).
 
-A row is an output channel of a weight, or an item of the catalogue. It keeps its scale when it is cut to its first
-channels, so a slice of a stored model is a stored model. A scale per row and chunk between two sizes was measured and
-loses no less (docs/decisions.md, 75).
+A row is an output channel of a weight, an item of the catalogue, or a code. It keeps its scale when it is cut to its
+first channels, so a slice of a stored model is a stored model. A scale per row and chunk between two sizes was measured
+and loses no less (docs/decisions.md, 75).
 
 What is not a product's matrix stays float32: norms, biases, stand-ins, Λ, γ and how features are scaled.
 """
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 DTYPES = ("float32", "float16", "int8")
-MATRICES = ("weight", "B", "C", "id_table", "item_embeddings", "item_vectors")  # last words of their names
+# Last words of their names.
+MATRICES = ("weight", "B", "C", "id_table", "code_table", "item_embeddings", "item_vectors")
 SCALE = ".scale"  # ends the name of an int8 matrix' scales
 LARGEST = 127  # of int8: symmetric, so -128 is not used
 

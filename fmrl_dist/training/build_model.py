@@ -15,13 +15,14 @@ from fmrl_dist.data.store.manifest import LEAVE_ONE_OUT
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.distributed.processes import Runtime
 from fmrl_dist.model.fmrlrec import FMRLRec
+from fmrl_dist.model.item_encoders.item_encoder import DenseItemEncoder
 
 
 def build_model(
     config: ModelConfig, table: ItemTable, matmul_dtype: torch.dtype | None = None, fitted: Tensor | None = None
 ) -> FMRLRec:
     """A freshly initialised model for the items of ``table``; ``fitted``: see :func:`fitted_items`."""
-    sums = feature_sums(table.dims, table_parts(table, fitted)) if config.feature_scale in FITTED else None
+    sums = feature_sums(table.dims, table_parts(table, fitted)) if _has_fitted_scale(config) else None
     model = construct_model(config, dict(table.dims), len(table.values), matmul_dtype, config.scan)
     return _with_scale(model, config, sums)
 
@@ -35,7 +36,7 @@ def build_inline_model(
         UserError: a feature is not in the store, or an item shard is damaged.
     """
     dims, blocks, sums = feature_dims(store, config.features), store.manifest.items, None
-    if config.feature_scale in FITTED:
+    if _has_fitted_scale(config):
         mine = [blocks[number] for number in runtime.my_share(len(blocks))]
         parts = block_parts(store, mine, dims, fitted_items(store))
         sums = runtime.sum(feature_sums(dims, parts).to(runtime.device)).cpu()
@@ -54,7 +55,13 @@ def fitted_items(store: Store) -> Tensor | None:
     return torch.from_numpy(np.asarray(train_counts(store)) > 0)
 
 
+def _has_fitted_scale(config: ModelConfig) -> bool:
+    return config.item_encoder != "vqrec" and config.feature_scale in FITTED
+
+
 def _with_scale(model: FMRLRec, config: ModelConfig, sums: Tensor | None) -> FMRLRec:
+    if not isinstance(model.encoder, DenseItemEncoder):  # codes have no scale
+        return model
     shift, scale = feature_affine(model.encoder.feature_dims, sums, config.feature_scale)
     model.encoder.feature_shift.copy_(shift)
     model.encoder.feature_scale.copy_(scale)

@@ -97,6 +97,35 @@ def check_something_tells_items_apart(config: Config, store: Store) -> None:
     )
 
 
+def check_item_encoder(config: Config, store: Store) -> None:
+    """Refuse an item encoder whose features are not what it reads: codes are no vector, and a vector is no codes."""
+    kind, named = config.model.item_encoder, config.model.features
+    features = [one for one in store.manifest.features if named is None or one.name in named]
+    require(
+        kind == "projection" or len(features) > 0,
+        f"model.item_encoder is {kind}, which embeds features, and store {store.location} has none; build it with "
+        "data.features, or choose projection",
+    )
+    for one in features:
+        if kind == "vqrec":
+            codes = [other.name for other in store.manifest.features if other.num_codes]
+            require(
+                one.num_codes > 0,
+                f"model.item_encoder is vqrec, which reads codes, and feature {one.name!r} holds vectors; give "
+                f"model.features those of source pq: {', '.join(codes) or 'the store has none'}",
+            )
+            require(
+                one.num_codes == config.model.codes,
+                f"model.codes is {config.model.codes}, and feature {one.name!r} has {one.num_codes} codes; make them "
+                "the same",
+            )
+        require(
+            kind == "vqrec" or not one.num_codes,
+            f"feature {one.name!r} holds codes, which model.item_encoder {kind} would read as a vector; leave it out "
+            "of model.features, or choose vqrec",
+        )
+
+
 def note_on_other_config(config: Config, store: Store) -> str:
     """How the store differs from the one that this config would build; "" if it does not, or nobody recorded it.
 

@@ -17,18 +17,23 @@ from torch import Tensor
 from fmrl_dist.data.item_table import ItemTable
 from fmrl_dist.losses.item_tiles import RowMatrix
 from fmrl_dist.losses.split_catalogue import CatalogueSlice
-from fmrl_dist.model.item_encoder import ItemEncoder
+from fmrl_dist.model.item_encoders.item_encoder import ItemEncoder
 
 RESIDENT_BYTES = 2 * 2**30  # on the CPU, for each process
 RESIDENT_SHARE = 0.25  # of a GPU's memory
 MADE_AT_ONCE = 4096  # items
 
 
+def columns_dtype(encoder: ItemEncoder, matmul_dtype: torch.dtype | None) -> torch.dtype:
+    """Of an encoder's columns: that of the products' inputs, or float32 where these are None or would round codes."""
+    return torch.float32 if encoder.has_whole_numbers or matmul_dtype is None else matmul_dtype
+
+
 class TableColumns:
     """Columns computed from the table's rows when they are requested.
 
     Args:
-        encoder: on the device of the products; its feature scale normalises the columns.
+        encoder: on the device of the products; normalises the columns.
         table: float16 values and masks, on the CPU.
         dtype: of the columns.
     """
@@ -41,7 +46,7 @@ class TableColumns:
         return len(self._table.values), self._encoder.num_columns
 
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
-        device = self._encoder.feature_shift.device
+        device = self._encoder.bias.device
         rows = rows if isinstance(rows, slice) else rows.to(self._table.values.device)
         values, present = self._table.values[rows].to(device), self._table.present[rows].to(device)
         return self._encoder.columns(self._encoder.normalize(values, present), present).to(self._dtype)
@@ -64,7 +69,7 @@ class SomeRows:
 def catalogue_columns(encoder: ItemEncoder, table: ItemTable, dtype: torch.dtype) -> RowMatrix:
     """All items' columns [V, C] on the encoder's device, resident if the device has room for them."""
     made = TableColumns(encoder, table, dtype)
-    device = encoder.feature_shift.device
+    device = encoder.bias.device
     num_items, num_columns = made.shape
     num_bytes = num_items * num_columns * dtype.itemsize
     on_gpu = device.type == "cuda"

@@ -32,13 +32,13 @@ from fmrl_dist.training.checks import check_scan_impl, resolve_loss_impl, splits
 from fmrl_dist.training.engine import Engine, prepare_engine
 from fmrl_dist.training.id_table.prepare import prepare_id_table
 from fmrl_dist.training.id_table.rows import SeparateIdTable
-from fmrl_dist.training.item_columns import TableColumns, catalogue_columns, catalogue_slice
+from fmrl_dist.training.item_columns import TableColumns, catalogue_columns, catalogue_slice, columns_dtype
 from fmrl_dist.training.module import TrainingModule
 from fmrl_dist.training.optimizer import ID_TABLE, build_optimizer
 from fmrl_dist.training.run import Run
 
 # Keys of the model that say what its tensors mean, whatever their shapes; where |Λ| began, and dropout, may change.
-MEANING = ("sizes", "depth", "input_norm", "output_norm", "feature_scale", "id_table")
+MEANING = ("sizes", "depth", "input_norm", "output_norm", "feature_scale", "id_table", "item_encoder")
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
     split = table is not None and splits_catalogue(config, runtime)
     id_rows, id_table = prepare_id_table(model, run, split)
     model.to(runtime.device)
-    dtype = runtime.matmul_dtype or torch.float32
+    dtype = columns_dtype(model.encoder, runtime.matmul_dtype)
     columns: RowMatrix | None = None
     part = None
     if table is not None and split:

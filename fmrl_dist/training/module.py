@@ -1,7 +1,8 @@
 """What Accelerate prepares: the model, the item table and the loss behind one ``forward(batch) → losses``.
 
-The model stays ignorant of ranks, and an engine wraps exactly one module. Items are projected where they are needed:
-those of the batch here, those of the catalogue tile by tile in the loss.
+The model stays ignorant of ranks, and an engine wraps exactly one module. Items are embedded where they are needed:
+those of the batch here, those of the catalogue tile by tile in the loss. Where the item encoder is no projection, or
+scores are cosines, those of the catalogue are embedded here, too, and held whole for the backward pass.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from fmrl_dist.losses.nested_cross_entropy import (
 from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.losses.split_catalogue import CatalogueSlice
 from fmrl_dist.model.fmrlrec import FMRLRec
+from fmrl_dist.model.item_encoders.projection import ProjectionEncoder
 from fmrl_dist.model.nested import add_prefix, matmul_linear
 from fmrl_dist.training.id_table.rows import IdRows
-from fmrl_dist.training.item_columns import SomeRows
+from fmrl_dist.training.item_columns import SomeRows, columns_dtype
 
 
 class TrainingModule(nn.Module):
@@ -33,13 +35,12 @@ class TrainingModule(nn.Module):
 
     Args:
         model: the model.
-        columns: [V, C], the catalogue as the model's item encoder takes it, of the products' dtype; None where
-            batches bring the features of their items.
+        columns: [V, C], the catalogue as the model's item encoder takes it, of :func:`~.item_columns.columns_dtype`;
+            None where batches bring the features of their items.
         settings: of the loss; its sizes are the model's.
-        normalize: score by cosines, of each size's prefixes; the catalogue's embeddings are then held whole. Needs
-            temperatures.
-        part: the items that this rank scores for all ranks; None for all items, for its own positions. Not with
-            ``normalize``.
+        normalize: score by cosines, of each size's prefixes. Needs temperatures.
+        part: the items that this rank scores for all ranks; None for all items, for its own positions. Only with a
+            projection, and not with ``normalize``.
         id_rows: the model's id table as a step reads it; None for a model without one.
         scored: int64, the rows of ``columns`` (of ``part``, if there is one) that the full softmax scores, every target
             among them; None for all.
@@ -66,7 +67,8 @@ class TrainingModule(nn.Module):
 
     def forward(self, batch: Packed) -> Tensor:
         """Loss of each size, summed over the batch's targets, [S]; zero for an empty batch."""
-        projection = self.model.encoder.projection()
+        encoder = self.model.encoder
+        projection = encoder.projection() if isinstance(encoder, ProjectionEncoder) else None
         needed = [batch.items, batch.targets]
         if isinstance(batch, SampledBatch):
             needed.append(batch.negatives)
@@ -79,7 +81,7 @@ class TrainingModule(nn.Module):
             return self._sampled(batch, z, items[targets], items[negatives[0]])
         assert self.columns is not None, "the full softmax reads a table"
         catalogue, table = self._scored_catalogue(self.columns)
-        if self.normalize:
+        if self.normalize or projection is None:
             assert not isinstance(catalogue, CatalogueSlice), "the configuration refuses it"
             right = batch.targets if self.scored is None else torch.searchsorted(self.scored, batch.targets)
             return self._of_every_size(
@@ -104,7 +106,8 @@ class TrainingModule(nn.Module):
             return self.columns[ids]
         encoder, values, present = self.model.encoder, batch.feature_values, batch.feature_present
         assert values is not None and present is not None and len(values) == len(ids), "the stream brings just these"
-        return encoder.columns(encoder.normalize(values, present), present).to(self.settings.dtype or torch.float32)
+        columns = encoder.columns(encoder.normalize(values, present), present)
+        return columns.to(columns_dtype(encoder, self.settings.dtype))
 
     def _sampled(self, batch: SampledBatch, z: Tensor, target_items: Tensor, negative_items: Tensor) -> Tensor:
         """Sum over the groups, each against its own negatives."""
@@ -142,6 +145,10 @@ class TrainingModule(nn.Module):
             return cosine_per_size(loss, embeddings, self.settings)
         return loss(embeddings, self.settings)
 
-    def _embed(self, columns: Tensor, projection: Tensor, table_rows: Tensor | None) -> Tensor:
-        embeddings = matmul_linear(columns.to(projection.dtype), projection, self.settings.dtype)
+    def _embed(self, columns: Tensor, projection: Tensor | None, table_rows: Tensor | None) -> Tensor:
+        columns = columns.to(self.model.encoder.bias.dtype)
+        if projection is None:
+            embeddings = self.model.encoder.of_columns(columns)
+        else:
+            embeddings = matmul_linear(columns, projection, self.settings.dtype)
         return embeddings if table_rows is None else add_prefix(embeddings, table_rows)

@@ -25,6 +25,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "pixels": ("numpy", "pillow"),
     "transformers": ("torch", "transformers", "tokenizers"),
     "open_clip": ("torch", "open_clip_torch", "pillow"),
+    "pq": ("numpy", "faiss-cpu"),
 }
 
 

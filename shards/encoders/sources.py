@@ -1,7 +1,7 @@
 """From ``data.features.<name>`` to the rows of all items: each source has a module here.
 
 Precomputed arrays and the rows of the pretrained encoders stay on disk, memory-mapped. The two light encoders
-(``tfidf``, ``pixels``) hold float16 [V, dim] in memory.
+(``tfidf``, ``pixels``) and the codes (``pq``) hold float16 [V, dim] in memory.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from fmrl_dist.config.features import (
     NpyFeature,
     OpenClipFeature,
     PixelsFeature,
+    PqFeature,
     TextFeature,
     TfidfFeature,
     TransformersFeature,
 )
 from fmrl_dist.config.sections import DataConfig
+from shards.encoders.fitted import product_codes
 from shards.encoders.item_feature import ItemFeature
 from shards.encoders.item_text import ItemTexts, item_texts, parts_for
 from shards.encoders.precomputed import open_precomputed, read_precomputed
@@ -45,6 +47,7 @@ def make_feature(
     source_rows: np.ndarray | None = None,
     num_source_rows: int = 0,
     fitted: np.ndarray | None = None,
+    made: Mapping[str, ItemFeature] | None = None,
 ) -> ItemFeature:
     """Feature ``name`` of all items, from the source that the config names.
 
@@ -59,6 +62,7 @@ def make_feature(
         source_rows: row of the whole item table of each item, see ``RawItems``; None: ``items`` is the whole table.
         num_source_rows: of that table.
         fitted: which items a feature may be fitted to, bool [V]; None: all.
+        made: the features of these items that exist already, among them the one that a feature of codes quantises.
 
     Raises:
         UserError: the source cannot be read, does not fit the items, or no item has the feature.
@@ -72,7 +76,7 @@ def make_feature(
             num_rows = len(ids.external) if source_rows is None else num_source_rows
             feature = read_precomputed(name, config, root, num_rows, sha256, source_rows)
         case TfidfFeature():
-            encoder = import_encoder("shards.encoders.tfidf", name, "shards")
+            encoder = import_encoder("shards.encoders.fitted.tfidf", name, "shards")
             feature = encoder.encode_texts(name, config, _texts(template, items), template, fitted)
         case PixelsFeature():
             encoder = import_encoder("shards.encoders.pixels", name, "shards")
@@ -83,6 +87,8 @@ def make_feature(
         case OpenClipFeature():
             encoder = import_encoder("shards.encoders.image_encoder", name, "images")
             feature = encoder.encode_images(name, config, root, ids, encodings)
+        case PqFeature():
+            feature = product_codes.encode_rows(name, config, (made or {})[config.of], fitted)
     if feature.images is not None and not may_lack:
         feature.images.check(name, data.dirt.max_bad_images)
     if not feature.present.any() and not may_lack and not isinstance(config, NpyFeature):
@@ -90,6 +96,11 @@ def make_feature(
             f"feature {name!r}: no item has it; check its columns, and that its item ids are those of the item table"
         )
     return replace(feature, recipe={"source": config.source} | code_revision(name, config) | template | feature.recipe)
+
+
+def in_order(data: DataConfig) -> list[str]:
+    """Names of the features, each after the one that it is made of."""
+    return sorted(data.features, key=lambda name: isinstance(data.features[name], PqFeature))
 
 
 def can_share(config: FeatureConfig) -> bool:
@@ -129,13 +140,15 @@ def code_revision(name: str, config: FeatureConfig) -> dict[str, Any]:
     """The part of a feature's recipe that is in our code: it is raised when the same settings give other rows."""
     match config:
         case TfidfFeature():
-            return {"tfidf": import_encoder("shards.encoders.tfidf", name, "shards").FIT_VERSION}
+            return {"tfidf": import_encoder("shards.encoders.fitted.tfidf", name, "shards").FIT_VERSION}
         case PixelsFeature():
             images = import_encoder("shards.images.decoding", name, "shards")
             pixels = import_encoder("shards.encoders.pixels", name, "shards")
             return {"pixels": pixels.REVISION, "decoding": images.DECODING}
         case OpenClipFeature():
             return {"decoding": import_encoder("shards.images.decoding", name, "images").DECODING}
+        case PqFeature():
+            return {"pq": product_codes.FIT_VERSION}
     return {}
 
 

@@ -40,7 +40,7 @@ from fmrl_dist.data.store.manifest import (
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.store.tables import rows_sha256
 from shards.encoders.item_feature import ItemFeature
-from shards.encoders.sources import make_feature
+from shards.encoders.sources import in_order, make_feature
 from shards.encodings.kept_rows import encodings_folder
 from shards.store.block_writer import BlockWriter
 from shards.store.build_report import BuildReport, TableCounts
@@ -175,8 +175,8 @@ def _write_store(config: Config, folder: Path, encodings: Path, report: BuildRep
 
 def _make_features(raw: RawData, encodings: Path, report: BuildReport) -> list[ItemFeature]:
     """All features that the config names."""
-    features = []
-    for name in raw.config.data.features:
+    made: dict[str, ItemFeature] = {}
+    for name in in_order(raw.config.data):
         with report.timed(f"feature {name}"):
             feature = make_feature(
                 name,
@@ -188,9 +188,12 @@ def _make_features(raw: RawData, encodings: Path, report: BuildReport) -> list[I
                 source_rows=raw.items.source_rows,
                 num_source_rows=raw.items.num_source_rows,
                 fitted=raw.items.fitted,
+                made=made,
             )
+        made[name] = feature
+    features = [made[name] for name in raw.config.data.features]
+    for feature in features:
         report.add_feature(feature)
-        features.append(feature)
     return features
 
 

@@ -23,6 +23,7 @@ from fmrl_dist.config.features import (
     ImageFeature,
     NpyFeature,
     OpenClipFeature,
+    PqFeature,
     TextFeature,
     TfidfFeature,
     TransformersFeature,
@@ -31,11 +32,11 @@ from fmrl_dist.config.sections import Config
 from fmrl_dist.data.store.built_from import OPEN_CHOICES, BuiltFrom, list_differences, recorded_keys
 from fmrl_dist.data.store.manifest import VOCAB_FILE, Manifest
 from fmrl_dist.data.store.reader import Store
+from shards.encoders.fitted.stored_fit import fit_sha256
 from shards.encoders.item_feature import ItemFeature, versions_of
 from shards.encoders.item_text import parts_for
 from shards.encoders.model_folder import local_model_sha256
 from shards.encoders.sources import code_revision, import_encoder
-from shards.encoders.stored_fit import fit_sha256
 from shards.store.raw_items import item_table
 from shards.tables.formats.choice import event_source, published_items
 from shards.tables.raw_tables import RawTable, table_columns
@@ -66,7 +67,7 @@ def input_files(config: Config) -> dict[str, str]:
         if isinstance(feature, ImageFeature):
             images = import_encoder("shards.encoders.item_images", name, "shards")
             files[f"{key}.path"] = images.images_sha256(feature, root)
-        if isinstance(feature, TfidfFeature) and feature.fit:
+        if isinstance(feature, TfidfFeature | PqFeature) and feature.fit:
             files[f"{key}.fit"] = fit_sha256(name, feature.fit)
         if isinstance(feature, TransformersFeature) and (sha256 := local_model_sha256(feature.model)):
             files[f"{key}.model"] = sha256

@@ -24,16 +24,18 @@ from fmrl_dist.config.features import (
     NpyFeature,
     OpenClipFeature,
     PixelsFeature,
+    PqFeature,
     TextFeature,
     TfidfFeature,
     TransformersFeature,
 )
 from fmrl_dist.config.sections import DataConfig, ItemTableConfig
 from fmrl_dist.data.store.block_arrays import row_problem
+from fmrl_dist.data.store.manifest import CODES
 from shards.encoders.item_feature import ItemFeature
 from shards.encoders.item_text import item_texts
 from shards.encoders.model_folder import local_model_sha256
-from shards.encoders.sources import code_revision, import_encoder, make_feature
+from shards.encoders.sources import code_revision, import_encoder, in_order, make_feature
 from shards.store.raw_items import RawItems, check_raw_items, read_raw_items
 
 COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)  # revision of a hub's model; that of a folder is a sha256
@@ -76,33 +78,39 @@ def encode_new_items(export: Path, new: NewItems, encoding: Path) -> EncodedFeat
         UserError: the export does not record how; a table, file or model is missing, or is not the recorded one.
     """
     dims, recorded = _record(export)
+    origins = {name: str(by["recipe"]["of"]) for name, by in recorded.items() if by["recipe"].get("source") == CODES}
     for name in (*new.files, *new.lacking, *new.models):
         require(
-            name in dims,
-            f"the model of {export} reads no feature {name!r}; it reads: {', '.join(dims) or 'none'}",
+            name in recorded,
+            f"the model of {export} reads no feature {name!r}; it reads: {', '.join(recorded) or 'none'}",
         )
-    sources = {name: _source(name, recorded[name], dims[name], export, new) for name in dims if name not in new.lacking}
+    lacking = new.lacking | {name for name, of in origins.items() if of in new.lacking}
+    read = [name for name in dims if name not in lacking]
+    needed = dict.fromkeys([*read, *(origins[name] for name in read if name in origins)])
+    all_dims = {of: int(recorded[name]["recipe"]["dim"]) for name, of in origins.items()} | dims
+    sources = {name: _source(name, recorded[name], all_dims[name], export, new) for name in needed}
     data = replace(new.table, features=sources)
     check_raw_items(data)
     items = read_raw_items(data)
-    features = []
-    for name, dim in dims.items():
-        made_by = recorded[name]
-        if name in new.lacking or _has_no_text(sources[name], made_by["recipe"], items):
-            feature = _absent(name, dim, made_by, len(items.ids.external))
+    made: dict[str, ItemFeature] = {}
+    for name in [*in_order(data), *(name for name in dims if name in lacking)]:
+        made_by, dim = recorded[name], all_dims[name]
+        lacks_origin = name in origins and name in needed and not made[origins[name]].present.any()
+        if name in lacking or lacks_origin or _has_no_text(sources[name], made_by["recipe"], items):
+            made[name] = _absent(name, dim, made_by, len(items.ids.external))
         else:
-            feature = _encode(name, data, made_by["recipe"], items, encoding)
+            made[name] = _encode(name, data, made_by["recipe"], items, encoding, made)
+        found = made[name].rows.shape[1]
         require(
-            feature.rows.shape[1] == dim,
-            f"feature {name!r} of the new items has {feature.rows.shape[1]} channels, the model reads {dim}; "
-            "encode them as those of the training store were",
+            found == dim,
+            f"feature {name!r} of the new items has {found} channels, the model reads {dim}; encode them as those of "
+            "the training store were",
         )
-        features.append(feature)
-    return EncodedFeatures(items, features)
+    return EncodedFeatures(items, [made[name] for name in dims])
 
 
 def _record(export: Path) -> tuple[dict[str, int], dict[str, dict[str, Any]]]:
-    """Dims of the features that an export's model reads, and what made each."""
+    """Dims of the features that an export's model reads, and what made each of them, and what they are codes of."""
     mend = "export the run again"
     require((export / "config.json").is_file(), f"{export} is not an export: it has no config.json")
     config = read_object(export / "config.json", "the export's", mend)
@@ -112,7 +120,8 @@ def _record(export: Path) -> tuple[dict[str, int], dict[str, dict[str, Any]]]:
         raise UserError(f"{export / 'config.json'} is not that of an export; {mend}") from None
     encoders = config.get("feature_encoders")
     found = {}
-    for name in dims:
+    names = list(dims)
+    for name in names:
         made_by = encoders.get(name) if isinstance(encoders, dict) else None
         if isinstance(made_by, dict) and made_by.get("encoder") == "npy":
             made_by = made_by | {"recipe": {"source": "npy"}}  # older ones have no recipe, and need none
@@ -124,6 +133,9 @@ def _record(export: Path) -> tuple[dict[str, int], dict[str, dict[str, Any]]]:
         )
         assert isinstance(made_by, dict)
         found[name] = made_by
+        of = made_by["recipe"].get("of")
+        if isinstance(of, str) and of not in names:
+            names.append(of)
     return dims, found
 
 
@@ -153,6 +165,8 @@ def _source(name: str, made_by: Mapping[str, Any], dim: int, export: Path, new: 
                     pretrained=pretrained,
                     precision=recipe["precision"],
                 )
+            case "pq":
+                source = PqFeature(of=recipe["of"], parts=dim, codes=recipe["codes"], fit=str(export))
             case other:
                 raise UserError(f"feature {name!r} of {export} is from a source {other!r}, which this version has not")
     except (LookupError, TypeError, ValueError) as error:
@@ -227,7 +241,14 @@ def _has_no_text(source: FeatureConfig, recipe: Mapping[str, Any], items: RawIte
     return not item_texts(items.table, source.text, recipe["text_separator"]).present.any()
 
 
-def _encode(name: str, data: DataConfig, recipe: Mapping[str, Any], items: RawItems, encoding: Path) -> ItemFeature:
+def _encode(
+    name: str,
+    data: DataConfig,
+    recipe: Mapping[str, Any],
+    items: RawItems,
+    encoding: Path,
+    made: Mapping[str, ItemFeature],
+) -> ItemFeature:
     source = data.features[name]
     files = {}
     if isinstance(source, NpyFeature):
@@ -237,7 +258,7 @@ def _encode(name: str, data: DataConfig, recipe: Mapping[str, Any], items: RawIt
         images = import_encoder("shards.encoders.item_images", name, "shards")
         files[f"data.features.{name}.path"] = images.images_sha256(source, Path())
     data = replace(data, text_separator=recipe.get("text_separator", data.text_separator))
-    feature = make_feature(name, data, items.table, items.ids, encoding, files, may_lack=True)
+    feature = make_feature(name, data, items.table, items.ids, encoding, files, may_lack=True, made=made)
     rows = np.ascontiguousarray(feature.rows, np.float16)
     problem = row_problem(rows, feature.present)
     if problem is not None:

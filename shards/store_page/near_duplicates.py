@@ -6,7 +6,7 @@ catalogue in a permuted order, so the items of the first blocks are a uniform sa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,14 +39,14 @@ class NearDuplicates:
 
 
 def near_duplicates(store: Store) -> list[NearDuplicates]:
-    """For each feature of the store.
+    """For each feature of the store that holds vectors.
 
     Raises:
         UserError: a block is damaged.
     """
-    features = store.manifest.features
+    features = [feature for feature in store.manifest.features if not feature.num_codes]
     limits = {one.name: min(MOST_ITEMS, one.present, MOST_ROW_BYTES // (4 * one.dim)) for one in features}
-    rows = _item_rows(store, limits)
+    rows = _item_rows(store, features, limits)
     progress = Progress("item", sum(limits.values()), name="near-duplicates")
     found = []
     for feature in features:
@@ -56,7 +56,9 @@ def near_duplicates(store: Store) -> list[NearDuplicates]:
     return found
 
 
-def _item_rows(store: Store, limits: dict[str, int]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _item_rows(
+    store: Store, features: Sequence[Feature], limits: dict[str, int]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Ids int64 [n] and rows float16 [n, dim] of the first ``limits`` items that have each feature."""
     kept: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in limits}
     missing = dict(limits)
@@ -72,7 +74,7 @@ def _item_rows(store: Store, limits: dict[str, int]) -> dict[str, tuple[np.ndarr
         if not any(missing.values()):
             break
     found = {}
-    for one in store.manifest.features:
+    for one in features:
         ids, rows = [np.empty(0, np.int64)], [np.empty((0, one.dim), np.float16)]
         for part_ids, part_rows in kept[one.name]:
             ids.append(part_ids)

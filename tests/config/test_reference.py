@@ -46,6 +46,7 @@ def test_every_source_of_features_is_there() -> None:
     sources = {group.title: {key.name.rpartition(".")[2] for key in group.keys} for group in reference()}
     assert sources["data.features, source npy"] == {"source", "path", "dim"}
     assert sources["data.features, source tfidf"] == {"source", "dim", "text", "fit"}
+    assert sources["data.features, source pq"] == {"source", "of", "parts", "codes", "fit"}
     assert sources["data.features, source pixels"] == {"source", "path", "id", "image"}
     assert {"model", "pooling", "batch_tokens"} < sources["data.features, source transformers"]
     assert {"model", "pretrained", "batch_images"} < sources["data.features, source open_clip"]
@@ -110,7 +111,7 @@ def test_every_command_tells_where_keys_are_described(command: str, capsys: pyte
 def test_help_config() -> None:
     assert [line.split()[0] for line in help_config(None).splitlines()[1:]] == list(vars(Config()))
     assert help_config("train.lr").count("\n") == 3  # the section, the key and its meaning
-    assert help_config("data.features").count("  --data.features.<name>.source") == 5
+    assert help_config("data.features").count("  --data.features.<name>.source") == 6
     assert "train.lr" not in help_config("model")
     for word, message in [("modle", "did you mean 'model'?"), ("zzz", "sections: data, store"), ("trai", "'train'")]:
         with pytest.raises(UserError, match=message):

@@ -49,6 +49,7 @@ from fmrl_dist.training.module import TrainingModule
 from shards.inspect import describe
 from shards.store.builder import build_store
 from shards.store.problems import store_problems
+from tests.fixtures.item_encoders import projection_of
 from tests.fixtures.processes import run_processes
 from tests.fixtures.ranking import histograms
 from tests.fixtures.training import (
@@ -325,9 +326,10 @@ def test_statistics_are_those_of_a_table(shop: Path, store: Store) -> None:
     table = load_item_table(store, None)
     from_table = build_model(config.model, table)
     streamed = build_inline_model(config.model, store, start_runtime(1, lanes=None))
-    torch.testing.assert_close(streamed.encoder.feature_shift, from_table.encoder.feature_shift, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(streamed.encoder.feature_scale, from_table.encoder.feature_scale, rtol=1e-6, atol=0)
-    assert streamed.encoder.feature_scale.std() > 0
+    found, expected = projection_of(streamed), projection_of(from_table)
+    torch.testing.assert_close(found.feature_shift, expected.feature_shift, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(found.feature_scale, expected.feature_scale, rtol=1e-6, atol=0)
+    assert found.feature_scale.std() > 0
 
 
 @pytest.mark.parametrize("mask_seen", [False, True])

@@ -21,6 +21,7 @@ from fmrl_dist.deploy.onnx_format import OPSET, write_onnx_export
 from fmrl_dist.model.export_config import CONFIG_FILE
 from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.model.nested import nested_mask
+from tests.fixtures.item_encoders import projection_of
 from tests.fixtures.training import contents, make_shop, refusal, run_here, train_here
 
 onnx = pytest.importorskip("onnx")
@@ -39,7 +40,7 @@ def make_exported(size: int, depth: int = 2, dims: dict[str, int] | None = None,
         values.normal_(0, 0.5)
         if name.rpartition(".")[2] in ("B", "C") or ".ffn." in name and values.ndim == 2:
             values.mul_(nested_mask(SIZES))
-    model.encoder.feature_scale.abs_()
+    projection_of(model).feature_scale.abs_()
     model = model.truncate(size)
     return ExportedModel(
         model, torch.randn(30, size), 50, True, Origin("0", 1, "a", "b", "c"), rotation=torch.eye(size)

@@ -15,7 +15,7 @@ from fmrl_dist.losses.log_sum_exp import catalogue_log_sum_exp
 from fmrl_dist.losses.nested_cross_entropy import catalogue_cross_entropy, nested_cross_entropy
 from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.losses.tiled_log_sum_exp import TILE_ITEMS, TILE_POSITIONS
-from fmrl_dist.model.item_encoder import ItemEncoder
+from fmrl_dist.model.item_encoders.projection import ProjectionEncoder
 from fmrl_dist.training.item_columns import TableColumns, catalogue_columns
 from tests.fixtures.normalizers import DISTILLED, values_and_gradients
 from tests.fixtures.numerics import TOLERANCE, assert_relatively_close
@@ -102,9 +102,9 @@ def test_bfloat16_errs_no_more_than_the_plain_twin_in_bfloat16(id_width: int) ->
             assert 0 < (result - truth).norm() <= 1.5 * (budget - truth).norm()
 
 
-def make_table(num_items: int) -> tuple[ItemEncoder, ItemTable]:
+def make_table(num_items: int) -> tuple[ProjectionEncoder, ItemTable]:
     generator = torch.Generator().manual_seed(num_items)
-    encoder = ItemEncoder(SIZES[-1], {"text": 5, "image": 7})
+    encoder = ProjectionEncoder(SIZES[-1], {"text": 5, "image": 7})
     for parameter in encoder.parameters():
         torch.nn.init.normal_(parameter, generator=generator)
     encoder.feature_shift.uniform_(-1, 1, generator=generator)

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from fmrl_dist.model.block import FeedForward, ResidualBlock
 from fmrl_dist.model.fmrlrec import FMRLRec
-from fmrl_dist.model.item_encoder import ItemEncoder
+from fmrl_dist.model.item_encoders.projection import ProjectionEncoder
 from fmrl_dist.model.lru import LRU
 from fmrl_dist.model.scan import packed_scan
+from tests.fixtures.item_encoders import projection_of
 from tests.fixtures.numerics import assert_relatively_close
 
 NUM_ITEMS = 11
@@ -77,8 +78,9 @@ def make_case(
     num_table_rows, (input_norm, output_norm) = NUM_ITEMS if id_table else 0, norms
     options: dict[str, Any] = {"input_norm": input_norm, "output_norm": output_norm, "id_width": id_width}
     model = FMRLRec(sizes, depth, feature_dims, num_table_rows, dropout, lru_dropout, **options).double()
+    encoder = projection_of(model)
     with torch.no_grad():
-        for values in itertools.chain(model.parameters(), [model.encoder.feature_shift, model.encoder.feature_scale]):
+        for values in itertools.chain(model.parameters(), [encoder.feature_shift, encoder.feature_scale]):
             values.normal_(0, 0.5)  # masked entries too: the mask, not their value, must keep them out
     return Case(
         model=model,
@@ -270,7 +272,7 @@ def test_a_pack_of_nothing_gives_nothing() -> None:
 
 def test_a_missing_feature_is_a_zero_row_and_its_stand_in() -> None:
     case = make_case(id_table=True)
-    encoder = case.model.encoder
+    encoder = projection_of(case.model)
     text, image = torch.randn(5, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
     rows = torch.stack([torch.cat((text, image)), torch.cat((text, 0 * image)), torch.cat((0 * text, 0 * image))])
     present = torch.tensor([[True, True], [True, False], [False, False]])
@@ -288,7 +290,7 @@ def test_a_missing_feature_is_a_zero_row_and_its_stand_in() -> None:
 
 
 def test_scaling_touches_present_rows_only() -> None:
-    encoder = make_case().model.encoder
+    encoder = projection_of(make_case().model)
     with torch.no_grad():
         encoder.feature_shift.copy_(torch.arange(8.0))
         encoder.feature_scale.copy_(torch.arange(1.0, 9.0))
@@ -505,7 +507,7 @@ def test_ids_start_at_the_given_deviation() -> None:
 def test_an_encoder_without_features_is_its_id_table() -> None:
     """The paper's ablation without language and image."""
     torch.manual_seed(0)
-    encoder = ItemEncoder(16, {}, NUM_ITEMS)
+    encoder = ProjectionEncoder(16, {}, NUM_ITEMS)
     no_features, none_present = torch.zeros(NUM_ITEMS, 0), torch.zeros(NUM_ITEMS, 0, dtype=torch.bool)
     assert encoder.id_table is not None
     found = encoder(encoder.normalize(no_features, none_present), none_present)

@@ -207,7 +207,7 @@ CASES: dict[str, tuple[Spoil, str]] = {
     ),
     "unknown source": (
         data(features={"image": {"source": "pixel"}}),
-        "features.image.source is 'pixel'; expected one of: npy, tfidf, pixels, transformers, open_clip",
+        "features.image.source is 'pixel'; expected one of: npy, tfidf, pixels, transformers, open_clip, pq",
     ),
     "images that are numbers": (image_table(pa.array(range(6))), "is of type int64; expected encoded image bytes"),
     "images that are not there": (image_table(pa.array(ITEMS)), r"6 of 6 images cannot be used \(6 missing\)"),

@@ -23,6 +23,7 @@ from fmrl_dist.training.id_table.rows import IdDropout, SeparateIdTable
 from fmrl_dist.training.item_columns import TableColumns, slice_bounds
 from fmrl_dist.training.module import TrainingModule
 from fmrl_dist.training.optimizer import build_optimizer
+from tests.fixtures.item_encoders import projection_of
 from tests.fixtures.processes import run_processes
 
 NUM_ITEMS, WIDTH = 53, 4
@@ -251,7 +252,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
         assert engine.clip_and_step().isfinite()
         before = state_of(module, table)
         engine.add_gradients(batch, lambda sums: sums.sum(), last=True)
-        rows = table._read[0][1] if broken == "ids" else module.model.encoder.weight  # type: ignore[attr-defined]
+        rows = table._read[0][1] if broken == "ids" else projection_of(module.model).weight  # type: ignore[attr-defined]
         assert rows.grad is not None
         rows.grad[0] = torch.nan
         assert not engine.clip_and_step().isfinite()

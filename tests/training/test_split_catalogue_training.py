@@ -9,7 +9,7 @@ import torch
 
 from fmrl_dist import train
 from fmrl_dist.data.item_table import ItemTable
-from fmrl_dist.model.item_encoder import ItemEncoder
+from fmrl_dist.model.item_encoders.projection import ProjectionEncoder
 from fmrl_dist.training.item_columns import catalogue_columns, catalogue_slice
 from tests.fixtures.engines import refused_on_each_rank, train_under, zero
 from tests.fixtures.processes import run_processes
@@ -102,7 +102,7 @@ def test_one_process_splits_nothing(shop: Path, one: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 7])
 def test_slices_hold_each_item_once(num_ranks: int) -> None:
-    encoder = ItemEncoder(8, {"text": 5})
+    encoder = ProjectionEncoder(8, {"text": 5})
     table = ItemTable({"text": 5}, torch.randn(5, 5).half(), torch.rand(5, 1) < 0.5)
     parts = [catalogue_slice(encoder, table, torch.float32, rank, num_ranks) for rank in range(num_ranks)]
     assert torch.equal(

@@ -34,6 +34,7 @@ SPLITS = ("train", "valid", "test")
 ROW_BYTES = 8  # of an id: every item, user or event takes at least as many
 SHARD_NAME = re.compile(r"[a-z]+-\d{6}\.tar", re.ASCII)
 
+CODES = "pq"  # source of features that are codes
 UNHASHED = ("sha256", "built_from", "table_files")  # what names no store
 
 T = TypeVar("T")
@@ -81,6 +82,12 @@ class Feature:
     masked: bool  # blocks carry "<name>.mask", because some items lack it
     # with the revision, all that makes a row of an item's text or image: source, settings, precision; None: unrecorded
     recipe: dict[str, Any] | None = None
+
+    @property
+    def num_codes(self) -> int:
+        """Of a feature of codes (source ``pq``), how many a code can be; 0 for vectors."""
+        recipe = self.recipe or {}
+        return int(recipe["codes"]) if recipe.get("source") == CODES else 0
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from fmrl_dist.checkpoint.export_folder import (
 from fmrl_dist.deploy.onnx_format import check_installed
 from fmrl_dist.model.embed_catalogue import check_rankable
 from fmrl_dist.model.fmrlrec import FMRLRec
-from fmrl_dist.model.item_encoder import ItemEncoder
+from fmrl_dist.model.item_encoders.item_encoder import ItemEncoder
 from fmrl_dist.model.nested import add_prefix
 from fmrl_dist.model.rotation import rotate_tiles
 from fmrl_dist.model.stored_tensors import SCALE, stored

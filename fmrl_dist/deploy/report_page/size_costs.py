@@ -19,7 +19,7 @@ ITEMSIZE = dict(zip(DTYPES, (4, 2, 1), strict=True))
 FLOAT = 4
 SEEN_ITEM_BYTES = FLOAT * ROW_PARTS  # of a user's state, for each item that the user has seen
 MOMENTS = 2  # that AdamW keeps of each parameter
-OF_ITEMS = ("encoder.weight", "encoder.stand_ins", "encoder.id_table")  # needed to embed items, not to serve them
+START_ROW = "encoder.bias"  # what is needed of the item encoder to serve, not to embed items
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def _cost(config: ModelConfig, feature_dims: Mapping[str, int], num_items: int, 
     model = construct_model(without_ids, dict(feature_dims), 0, None)
     named = dict(model.named_parameters())
     id_table = num_items * min(config.id_width or size, size) if config.has_ids else 0
-    served = named.keys() - set(OF_ITEMS)
+    served = {name for name in named if not name.startswith("encoder.") or name == START_ROW}
     zeros = int((nested_mask(sizes) == 0).sum())
     masked = sum(
         parameter.numel() // size**2 * zeros

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from fmrl_dist.model.fmrlrec import FMRLRec
-from fmrl_dist.model.item_encoder import ItemEncoder
+from fmrl_dist.model.item_encoders.item_encoder import ItemEncoder
 
 STREAM = 0x69640064  # "id d": a separate random stream
 LOW_BITS = 2**32 - 1

@@ -32,6 +32,7 @@ from fmrl_dist.model.stored_tensors import stored
 from shards import encode
 from tests.fixtures.catalogues import NUM_ITEMS, NUM_KNOWN, make_growing_shop
 from tests.fixtures.exports import ids_of, random_export, random_model, vocabulary_bytes, write_random_export
+from tests.fixtures.item_encoders import projection_of
 from tests.fixtures.processes import REPOSITORY, clean_environment
 from tests.fixtures.stores import read_items
 from tests.fixtures.training import evaluate_here, evaluation, run_here, run_module
@@ -495,7 +496,7 @@ def test_learned_ids_stay(tmp_path: Path) -> None:
     run_here(add_items.main, [*words, first, "--title", ""])
     values = torch.tensor([[1.0, -2.0, 0.5], [0.0, 0.0, 0.0]])
     run_here(add_items.main, [*words, write_encoded(tmp_path / "second", ["newer", "i7"], values), "--update"])
-    after, encoder = read_export(tmp_path / "export").items, model.encoder
+    after, encoder = read_export(tmp_path / "export").items, projection_of(model)
     with torch.no_grad():
         moved = encoder.normalize(values[:1], present[:1]) @ encoder.weight.T + encoder.bias
         of_seven = (encoder.bias + encoder.stand_ins[0]).clone()
@@ -510,7 +511,7 @@ def test_learned_ids_stay(tmp_path: Path) -> None:
 def test_an_item_that_does_not_fit_the_dtype(tmp_path: Path) -> None:
     model = random_model(num_items=30)
     with torch.no_grad():
-        model.encoder.weight.fill_(60.0)
+        projection_of(model).weight.fill_(60.0)
     made_by = {"text": {"encoder": "npy", "revision": "a", "recipe": {"source": "npy"}}}
     parts = ExportParts(vocabulary_bytes(ids_of(30), titles=False), made_by, {}, dtype="float16")
     write_export(random_export(model), tmp_path / "export", parts, False)

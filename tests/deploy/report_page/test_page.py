@@ -27,7 +27,7 @@ from fmrl_dist.deploy.report_page.choice import frontier
 from fmrl_dist.deploy.report_page.measures import Cut, cuts_of, measure
 from fmrl_dist.deploy.report_page.page import write_final_page, write_page
 from fmrl_dist.deploy.report_page.run_facts import read_run
-from fmrl_dist.deploy.report_page.size_costs import OF_ITEMS, SEEN_ITEM_BYTES, size_costs
+from fmrl_dist.deploy.report_page.size_costs import SEEN_ITEM_BYTES, size_costs
 from fmrl_dist.evaluation.target_ranks import ALL, UNSEEN
 from fmrl_dist.model.stored_tensors import DTYPES, stored
 from tests.fixtures.training import contents, evaluation, make_shop, refusal, run_here, train_here
@@ -181,7 +181,8 @@ def test_parameters_are_those_of_the_cut_model(trained: Path) -> None:
         assert cost.parameters == sum(parameter.numel() for parameter in cut.parameters())
         nested = [p for name, p in cut.named_parameters() if name.startswith("blocks.")]
         assert cost.masked == sum(int((p == 0).sum()) for p in nested)
-        served = {name: p for name, p in cut.named_parameters() if name not in OF_ITEMS}
+        of_items = ("encoder.weight", "encoder.stand_ins", "encoder.id_table")
+        served = {name: p for name, p in cut.named_parameters() if name not in of_items}
         items = torch.randn(40, size)
         for dtype in DTYPES:
             assert cost.network_bytes[dtype] == sum(t.nbytes for t in stored(served, dtype).values())

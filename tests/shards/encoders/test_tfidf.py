@@ -22,8 +22,8 @@ from fmrl_dist.config.sections import Config
 from fmrl_dist.data.store.manifest import fit_file
 from fmrl_dist.data.store.reader import Store
 from shards.build import main
-from shards.encoders import tfidf
-from shards.encoders.tfidf import TfidfFit
+from shards.encoders.fitted import tfidf
+from shards.encoders.fitted.tfidf import TfidfFit
 from shards.store.builder import build_store
 from shards.store.problems import store_problems
 from tests.fixtures.stores import ITEMS, as_older_version, read_items, tiny_config, tiny_values, write_raw

@@ -52,7 +52,7 @@ def _store_with_fit(feature: str, place: str) -> Store:
     require(
         feature in store.manifest.fits,
         f"data.features.{feature}.fit names store {store.location}, which keeps no fit of a feature {feature!r}; name "
-        "one that does, such as a store that this version built with source tfidf",
+        "one that does, such as a store that this version built with source tfidf or pq",
     )
     return store
 

@@ -30,9 +30,9 @@ from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.urls import hide_credentials
 from fmrl_dist.base.yaml_text import shown
 from fmrl_dist.config.features import TfidfFeature
+from shards.encoders.fitted.stored_fit import read_fit
 from shards.encoders.item_feature import ItemFeature
 from shards.encoders.item_text import ItemTexts
-from shards.encoders.stored_fit import read_fit
 
 FIT_VERSION = 1  # raise it when a text gives other rows: neither fits nor stores of another version are taken
 SVD_SEED = 0

@@ -1,0 +1,1 @@
+"""Items to embeddings: one projection (the paper's), UniSRec's adaptor, or VQRec's codes."""
