@@ -101,6 +101,25 @@ def test_as_if_they_had_been_there(shop: Path, tmp_path: Path) -> None:
     assert "9 items were added, 0 updated and 0 removed" in (tmp_path / "more" / "README.md").read_text()
 
 
+def test_by_codes_of_another_feature(shop: Path, tmp_path: Path) -> None:
+    """The export keeps what the codes are of, and its fit too; an item without it has the stand-in."""
+    plain, whole = (
+        export_of(shop, tmp_path / name, "--store", shop / f"{store}-store", run="codes-run")
+        for name, store in (("plain", "known"), ("whole", "raw"))
+    )
+    assert {path.name for path in plain.glob("fit-*")} == {"fit-terms.safetensors", "fit-codes.safetensors"}
+    words = ["--items", shop / "new" / "items.parquet", "--title", "title"]
+    run_here(encode.main, [plain, *words, "--output", tmp_path / "encoded"])
+    rows = load_file(tmp_path / "encoded" / "features.safetensors")
+    assert set(rows) == {"codes", "codes.mask"} and rows["codes.mask"].tolist() == [i != 4 for i in range(9)]
+    run_here(add_items.main, [plain, "--encoded", tmp_path / "encoded", "--output", tmp_path / "more"])
+    assert torch.equal(read_export(tmp_path / "more").items, read_export(whole).items)
+    run_here(encode.main, [plain, *words, "--without", "terms", "--output", tmp_path / "none"])
+    assert not load_file(tmp_path / "none" / "features.safetensors")["codes.mask"].any()
+    with pytest.raises(UserError, match="reads no feature 'image'; it reads: codes, terms"):
+        run_here(encode.main, [plain, *words, "--without", "image", "--output", tmp_path / "other"])
+
+
 def test_by_a_text_encoder(shop: Path, tmp_path: Path) -> None:
     """Its rows round by the batch that a text is in; a model that has moved is found, another one refused."""
     plain, whole = (

@@ -147,6 +147,18 @@ def test_statistics_know_nothing_of_what_comes_after_the_cut(tmp_path: Path) -> 
     assert all(one.equal(other) for one, other in zip(*scales, strict=True))
 
 
+def test_codes_are_fitted_to_items_of_training(tmp_path: Path) -> None:
+    """In a catalogue that grows with held-out events, as all that is fitted."""
+    pytest.importorskip("faiss")
+    codes = "{vector: {source: npy, path: vector.npy}, codes: {source: pq, of: vector, parts: 2, codes: 4}}"
+    fits = []
+    for name, until_day in (("less", 52), ("more", 60)):
+        config = write_shop(tmp_path / name, until_day=until_day)
+        main(["--config", str(config), "--data.items.keep", "with_events", "--data.features", codes])
+        fits.append((tmp_path / name / "store" / "fit-codes.safetensors").read_bytes())
+    assert fits[0] == fits[1]
+
+
 def test_rows_of_a_feature_follow_their_items(tmp_path: Path) -> None:
     """A catalogue of fewer items, in another order than the item table, and one that the table lacks."""
     config = write_shop(tmp_path)
