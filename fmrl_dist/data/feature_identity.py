@@ -28,9 +28,9 @@ def feature_encoders(store: Store) -> dict[str, MadeBy]:
 
 def with_origins(names: Iterable[str], store: Store) -> list[str]:
     """Some features of a store, and those that they are codes of: what a new item's are made by."""
-    origins = {feature.name: (feature.recipe or {})["of"] for feature in store.manifest.features if feature.num_codes}
     chosen = list(names)
-    return list(dict.fromkeys([*chosen, *(origins[name] for name in chosen if name in origins)]))
+    origins = [feature.codes_of for feature in store.manifest.features if feature.name in chosen and feature.codes_of]
+    return list(dict.fromkeys([*chosen, *origins]))
 
 
 def encoder_differences(trained_on: MadeBy, found: MadeBy) -> list[str]:

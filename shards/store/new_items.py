@@ -78,7 +78,7 @@ def encode_new_items(export: Path, new: NewItems, encoding: Path) -> EncodedFeat
         UserError: the export does not record how; a table, file or model is missing, or is not the recorded one.
     """
     dims, recorded = _record(export)
-    origins = {name: str(by["recipe"]["of"]) for name, by in recorded.items() if by["recipe"].get("source") == CODES}
+    origins = {name: by["recipe"]["of"] for name, by in recorded.items() if by["recipe"].get("source") == CODES}
     for name in (*new.files, *new.lacking, *new.models):
         require(
             name in recorded,
@@ -87,7 +87,7 @@ def encode_new_items(export: Path, new: NewItems, encoding: Path) -> EncodedFeat
     lacking = new.lacking | {name for name, of in origins.items() if of in new.lacking}
     read = [name for name in dims if name not in lacking]
     needed = dict.fromkeys([*read, *(origins[name] for name in read if name in origins)])
-    all_dims = {of: int(recorded[name]["recipe"]["dim"]) for name, of in origins.items()} | dims
+    all_dims = {of: recorded[name]["recipe"]["dim"] for name, of in origins.items()} | dims
     sources = {name: _source(name, recorded[name], all_dims[name], export, new) for name in needed}
     data = replace(new.table, features=sources)
     check_raw_items(data)
@@ -132,10 +132,13 @@ def _record(export: Path) -> tuple[dict[str, int], dict[str, dict[str, Any]]]:
             "build the store again and export the run on it with --store",
         )
         assert isinstance(made_by, dict)
-        found[name] = made_by
-        of = made_by["recipe"].get("of")
-        if isinstance(of, str) and of not in names:
-            names.append(of)
+        found[name], recipe = made_by, made_by["recipe"]
+        if recipe.get("source") == CODES:
+            of, dim = recipe.get("of"), recipe.get("dim")
+            is_sound = isinstance(of, str) and type(dim) is int and dim > 0
+            require(is_sound, f"the recipe of feature {name!r} in {export} is damaged; {mend}")
+            if of not in names:
+                names.append(of)
     return dims, found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,15 @@ from fmrl_dist.base.errors import UserError
 from fmrl_dist.checkpoint.export_folder import read_export
 from fmrl_dist.checkpoint.folder import load_checkpoint
 from fmrl_dist.config.loading import config_from_dict, load_config
+from fmrl_dist.data.batches import Packed, SampledBatch
+from fmrl_dist.data.item_table import ItemTable
 from fmrl_dist.deploy.recommender import Recommender
+from fmrl_dist.losses.nested_cross_entropy import Negatives, nested_cross_entropy, sampled_cross_entropy
+from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.model.fmrlrec import FMRLRec
+from fmrl_dist.training.id_table.rows import IdDropout, ModelIdTable
+from fmrl_dist.training.item_columns import catalogue_columns
+from fmrl_dist.training.module import TrainingModule
 from shards.store.builder import build_store
 from tests.fixtures.engines import DDP, train_under, zero
 from tests.fixtures.optional import skip_module_without
@@ -161,6 +169,59 @@ def test_graphs_of_every_dtype(kind: str, dtype: str, shop: Path, tmp_path: Path
     run_here(export.main, [*words, "--format", "onnx", "--dtype", dtype])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("loss", ["full", "some", "sampled"])
+def test_the_loss_is_a_softmax_over_embeddings(kind: str, loss: str) -> None:
+    """Values and every gradient, of all items, of those that are scored, or of negatives."""
+    torch.manual_seed(0)
+    dims = {"codes": 3, "shades": 1}
+    model = FMRLRec((4, 8), 1, dims, 20, item_encoder=kind, experts=3, codes=8).eval()
+    encoder = model.encoder
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    table = ItemTable(dims, torch.randint(1, 9, (20, 4)).half(), torch.rand(20, 2) < 0.8)
+    scored = torch.tensor([0, 1, 2, 4, 7, 9, 19]) if loss == "some" else None
+    settings = LossSettings(sizes=(4, 8), temperatures=None, impl="tiled", dtype=None)
+    columns = catalogue_columns(encoder, table, torch.float32)
+    id_rows = ModelIdTable(encoder, IdDropout(0.0, seed=0))
+    module = TrainingModule(model, columns, settings, id_rows=id_rows, scored=scored)
+    batch = Packed(
+        users=torch.tensor([0, 1]),
+        items=torch.tensor([1, 4, 9]),
+        starts=torch.tensor([0, 2, 3]),
+        from_start=torch.tensor([True, False]),
+        targets=torch.tensor([1, 4, 9, 7]),
+    )
+    negatives = Negatives(torch.tensor([3, 4, 4, 17]), torch.tensor([0.5, -1.0, -1.0, 0.0]))
+    if loss == "sampled":
+        starts = {"position_starts": torch.tensor([0, 4]), "negative_starts": torch.tensor([0, 4])}
+        drawn = {"negatives": negatives.ids, "log_expected": negatives.log_expected}
+        batch = SampledBatch(**batch.tensors, **starts, **drawn)
+
+    items = encoder(encoder.normalize(table.values, table.present), table.present)
+    z = model(items[batch.items], batch.starts, batch.from_start)
+    plain = replace(settings, impl="plain")
+    if loss == "sampled":
+        own, others = items[batch.targets], items[negatives.ids]
+        expected = sampled_cross_entropy(z, own, batch.targets, others, negatives, plain)
+    else:
+        rows = items if scored is None else items[scored]
+        right = batch.targets if scored is None else torch.searchsorted(scored, batch.targets)
+        expected = nested_cross_entropy(z, rows, right, plain)
+    found = module(batch)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    named = {name: p for name, p in model.named_parameters() if name != "encoder.gate_noise"}
+    pairs = zip(
+        torch.autograd.grad(found.sum(), list(named.values())),
+        torch.autograd.grad(expected.sum(), list(named.values())),
+        strict=True,
+    )
+    for own_grad, wanted in pairs:
+        torch.testing.assert_close(
+            own_grad, wanted, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
 def assert_nearly_equal(run: Path, expected: Path) -> None:
     for found, wanted in zip(records(run), records(expected), strict=True):
         for name in ("loss", "loss@4", "loss@8", "grad_norm"):
@@ -219,9 +280,9 @@ def test_what_cannot_train_is_refused(words: list[str], message: str, shop: Path
 def test_the_encoder_of_a_run_is_fixed(shop: Path, tmp_path: Path) -> None:
     run = train_here(shop, tmp_path / "run", *UNISREC, "--train.max_steps", 2)
     for key, value in (("item_encoder", "projection"), ("experts", 4), ("codes", 16)):
-        words = [*UNISREC, f"--model.{key}", value, "--resume", "auto"]
+        words = [*UNISREC, f"--model.{key}", str(value), "--resume", "auto"]
         assert f"has model.{key} " in refusal(train.main, "--config", shop, "--run.dir", run, *words)
-    words = ["--train.init", run, "--model.features", "[vector, colour]"]
+    words = ["--train.init", str(run), "--model.features", "[vector, colour]"]
     line = refusal(train.main, "--config", shop, "--run.dir", tmp_path / "other", *words)
     assert "has model.item_encoder 'unisrec', this run 'projection': its weights mean something else" in line
     again = train_here(shop, tmp_path / "again", *UNISREC, "--train.init", run, "--train.max_steps", 1)

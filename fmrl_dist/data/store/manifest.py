@@ -87,7 +87,13 @@ class Feature:
     def num_codes(self) -> int:
         """Of a feature of codes (source ``pq``), how many a code can be; 0 for vectors."""
         recipe = self.recipe or {}
-        return int(recipe["codes"]) if recipe.get("source") == CODES else 0
+        codes = recipe.get("codes")
+        return codes if recipe.get("source") == CODES and isinstance(codes, int) else 0
+
+    @property
+    def codes_of(self) -> str:
+        """The feature that it is codes of; "" for vectors."""
+        return str((self.recipe or {}).get("of", "")) if self.num_codes else ""
 
 
 @dataclass(frozen=True)
