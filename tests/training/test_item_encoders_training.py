@@ -217,9 +217,7 @@ def test_the_loss_is_a_softmax_over_embeddings(kind: str, loss: str) -> None:
         strict=True,
     )
     for own_grad, wanted in pairs:
-        torch.testing.assert_close(
-            own_grad, wanted, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        torch.testing.assert_close(own_grad, wanted, rtol=1e-4, atol=1e-5)
 
 
 def assert_nearly_equal(run: Path, expected: Path) -> None:
