@@ -14,13 +14,13 @@ from safetensors.numpy import load_file
 
 from fmrl_dist import export
 from fmrl_dist.checkpoint.export_folder import ITEMS_FILE, read_export
-from fmrl_dist.model.fmrlrec import MODEL_FILE
+from fmrl_dist.model.fmrlrec import MODEL_FILE, FMRLRec
 from tests.fixtures.processes import REPOSITORY
 from tests.fixtures.training import FEATURE_DIMS, NUM_ITEMS, make_shop, run_here, train_here
 
 DEPTH, SIZE, ID_WIDTH = 2, 8, 4
 DIMENSIONS = {"M": SIZE, "F": sum(FEATURE_DIMS.values()), "V": NUM_ITEMS, "features": len(FEATURE_DIMS), "2": 2}
-DIMENSIONS |= {"w": ID_WIDTH}
+DIMENSIONS |= {"w": ID_WIDTH, "G": 3, "P": DIMENSIONS["F"], "K": 16}
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,15 @@ def test_every_tensor_is_documented_with_its_shape(section: str, exported: Path)
     assert documented_shapes(section) == {name: tensor.shape for name, tensor in tensors.items()}
     assert f"`{ITEMS_FILE}` | `item_embeddings` [V, M]" in section
     assert load_file(exported / ITEMS_FILE)["item_embeddings"].shape == (NUM_ITEMS, SIZE)
+
+
+@pytest.mark.parametrize("kind", ["unisrec", "vqrec"])
+def test_tensors_of_other_item_encoders(kind: str) -> None:
+    page = (REPOSITORY / "docs" / "format.md").read_text().partition("\n## Other item encoders\n")[2]
+    of_kind = page.partition(f"\n### {kind}\n")[2].partition("\n### ")[0]
+    model = FMRLRec((4, SIZE), 1, FEATURE_DIMS, item_encoder=kind, experts=DIMENSIONS["G"], codes=DIMENSIONS["K"])
+    own = {f"encoder.{name}": tensor.shape for name, tensor in model.encoder.state_dict().items()}
+    assert documented_shapes(of_kind) | {"encoder.bias": (SIZE,), "encoder.stand_ins": (len(FEATURE_DIMS), SIZE)} == own
 
 
 def test_the_documented_code_scores_as_the_model(section: str, exported: Path) -> None:
