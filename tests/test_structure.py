@@ -25,6 +25,7 @@ SUBFOLDERS = {
             "base/pages",
             "data/store",
             "evaluation/results",
+            "model/mixers",
             "deploy/approximate",
             "deploy/catalogue",
             "deploy/report_page",

@@ -184,4 +184,8 @@ def construct_model(
         scan=scan,
         id_width=config.id_width,
         id_init=config.id_init,
+        mixer=config.mixer,
+        head_width=config.head_width,
+        positions=config.positions,
+        window=config.num_window_events,
     )

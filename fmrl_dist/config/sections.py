@@ -184,9 +184,18 @@ class ModelConfig:
     sizes: tuple[int, ...] = (8, 16, 32, 64, 128)  # Matryoshka sizes, increasing by at least 4; the last is the width
     depth: Annotated[int, Limits(1, 1000)] = 2  # number of blocks
     dropout: Fraction = 0.4  # rate on the input embeddings and in the feed-forward network
-    lru_dropout: Fraction = 0.4  # rate after the LRU
+    # what lets the events of a history see each other: lru: the paper's linear recurrence | attention: causal, as
+    # SASRec's | filter: FMLP-Rec's learned filter, causal | circular: the same as published, over all of a window |
+    # bidirectional: attention to all of a history, trained to fill in masked items, as BERT4Rec
+    mixer: Literal["lru", "attention", "filter", "circular", "bidirectional"] = "lru"
+    lru_dropout: Fraction = 0.4  # rate after the mixer
     r_min: float = 0.5  # inner radius of the ring on which |Λ| starts, below r_max
     r_max: float = 0.99  # outer radius of that ring, at most 1
+    head_width: PositiveInt = 32  # channels of an attention head, at most; each lies within one of sizes' chunks
+    # how attention knows where an event stands: rotary: distances | learned: a row per position | none: it does not
+    positions: Literal["rotary", "learned", "none"] = "rotary"
+    # events that attention and filters read of a history; auto: data.max_length, and one for bidirectional's mask
+    window: PositiveInt | Literal["auto"] = "auto"
     input_norm: bool = True  # a layer-norm per chunk before the first block (not in the paper)
     output_norm: bool = True  # and one after the last block, before scoring
     features: tuple[str, ...] | None = None  # names of features to read; null: every feature of the store
@@ -240,6 +249,12 @@ class ModelConfig:
         return self.id_dropout
 
     @property
+    def num_window_events(self) -> int:
+        """Events that the mixer reads, likewise; 1 for the LRU, which has no limit."""
+        assert self.mixer == "lru" or isinstance(self.window, int), "resolved"
+        return 1 if isinstance(self.window, str) else self.window
+
+    @property
     def width(self) -> int:
         """D, the largest size."""
         return self.sizes[-1]
@@ -284,6 +299,7 @@ class LossConfig:
     negatives: Literal["uniform", "popularity", "in_batch", "mixed", "stratified"] = "stratified"
     num_negatives: PositiveInt = 64  # negatives drawn per lane; in_batch draws none
     popularity_power: Annotated[float, Limits(0, 2)] = 0.75  # popularity is (train_count + 1)^power; 0 is uniform
+    mask_rate: Annotated[float, Limits(0, 1)] = 0.2  # share of a history's items that mixer bidirectional fills in
     # whether items without a training event are scored, too: never right, they would only learn to rank low
     score_untrained: bool = False
     # lane: a position's negatives are those of its lane | batch: those of the whole global batch
@@ -473,6 +489,12 @@ class Config:
             self.eval.size in ("mean", 0, *self.model.sizes),
             f"eval.size is {self.eval.size}, which is not trained; choose one of {list(self.model.sizes)}, or mean",
         )
+        window, needed = self.model.window, self.data.max_length + (self.model.mixer == "bidirectional")
+        require(
+            self.model.mixer == "lru" or window == "auto" or window >= needed,
+            f"model.window is {window}, less than the {needed} events that data.max_length {self.data.max_length} lets "
+            f"mixer {self.model.mixer} read; leave model.window out, or shorten data.max_length",
+        )
         for key in ("size_weights", "temperatures", "distillation"):
             values = getattr(self.loss, key)
             if isinstance(values, tuple):
@@ -520,9 +542,12 @@ class Config:
             softmax = "sampled" if samples else "full"
         if epochs == "auto":
             epochs = max(AUTO_EPOCHS, -(-AUTO_STEPS // steps_per_epoch))
+        window = self.model.window
+        if window == "auto" and self.model.mixer != "lru":
+            window = self.data.max_length + (self.model.mixer == "bidirectional")
         return dataclasses.replace(
             self,
-            model=dataclasses.replace(self.model, id_table=ids, id_dropout=id_dropout),
+            model=dataclasses.replace(self.model, id_table=ids, id_dropout=id_dropout, window=window),
             loss=dataclasses.replace(self.loss, softmax=softmax),
             train=dataclasses.replace(self.train, epochs=epochs),
         )

@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fmrl_dist.model.packing import places_in_sequences
+
 SCAN_IMPLS = ("auto", "doubling", "triton", "plain")
 ScanRows = Callable[[Tensor, Tensor, Tensor, bool], Tensor]  # decay, x, starts, whether newest first → states
 
@@ -89,18 +91,12 @@ class _Scan(torch.autograd.Function):
         decay, states, starts = ctx.saved_tensors
         conjugate = torch.stack((decay[0], -decay[1]))
         grad_x = ctx.scan_rows(conjugate, grad_states, starts, True)
-        has_previous = _rows_before(starts, len(states)).ge(1)[1:, None]
+        has_previous = places_in_sequences(starts, len(states)).ge(1)[1:, None]
         g_re, g_im = grad_x[1:].unbind(1)
         h_re, h_im = states[:-1].unbind(1)
         grads = (g_re * h_re + g_im * h_im, g_im * h_re - g_re * h_im)  # a masked row may hold a neighbour's NaN
         grad_decay = torch.stack([torch.where(has_previous, grad, 0.0).sum(0) for grad in grads])
         return grad_decay.to(decay.dtype), grad_x, None, None
-
-
-def _rows_before(starts: Tensor, num_rows: int) -> Tensor:
-    """Of each row, how many of its sequence stand before it, int64 [N]."""
-    firsts = starts[:-1].repeat_interleave(starts.diff(), output_size=num_rows)
-    return torch.arange(num_rows, device=starts.device) - firsts
 
 
 def _walk_rows(decay: Tensor, x: Tensor, starts: Tensor, newest_first: bool) -> Tensor:
@@ -111,7 +107,7 @@ def _walk_rows(decay: Tensor, x: Tensor, starts: Tensor, newest_first: bool) -> 
 
 def _double_rows(decay: Tensor, x: Tensor, starts: Tensor, newest_first: bool) -> Tensor:
     """Doubling scan; a row may use as many neighbours, earlier or later ones, as its sequence has there."""
-    reach = _rows_before(starts, len(x))
+    reach = places_in_sequences(starts, len(x))
     if newest_first:
         lengths = starts.diff()
         reach = lengths.repeat_interleave(lengths, output_size=len(x)) - 1 - reach

@@ -9,7 +9,12 @@ from torch import nn
 
 ID_TABLE = "encoder.id_table"
 LR_FACTOR = "lr_factor"  # key of a group: its learning rate as a multiple of the schedule's
-DECAYED = ("encoder.weight", "lru.B", "lru.C", "ffn.gate.weight", "ffn.w_1.weight", "ffn.w_2.weight")
+DECAYED = (
+    "encoder.weight",
+    *("lru.B", "lru.C"),
+    *("attention.qkv", "attention.out", "bidirectional.qkv", "bidirectional.out"),
+    *("ffn.gate.weight", "ffn.w_1.weight", "ffn.w_2.weight"),
+)
 
 
 def build_optimizer(
@@ -21,7 +26,7 @@ def build_optimizer(
     id_lr_factor: float = 1.0,
     id_weight_decay: float = 0.0,
 ) -> torch.optim.AdamW:
-    """AdamW that decays nested and projection matrices; never Λ, γ, norms, biases or stand-ins.
+    """AdamW that decays nested and projection matrices; never Λ, γ, filters, norms, biases or stand-ins.
 
     An id table that is a parameter of the model has a group of its own, with its own decay and learning rate.
     """
