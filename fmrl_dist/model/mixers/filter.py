@@ -51,7 +51,7 @@ def _plain(x: Tensor, kernel: Tensor, starts: Tensor, causal: bool) -> Tensor:
 
 
 def _by_spectrum(x: Tensor, kernel: Tensor, starts: Tensor, causal: bool) -> Tensor:
-    found, places = [x[:0]], [starts[:0]]
+    found, places = [x[:0] * kernel[:1]], [starts[:0]]  # a gradient of both, also where there is no row
     for group in padded_groups(starts):
         longest = group.rows.shape[1]
         padded = torch.where(group.is_row[..., None], x[group.rows], 0.0)  # [b, L, D]
