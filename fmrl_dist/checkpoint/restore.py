@@ -188,4 +188,6 @@ def construct_model(
         head_width=config.head_width,
         positions=config.positions,
         window=config.num_window_events,
+        low_pass=config.low_pass,
+        low_pass_share=config.low_pass_share,
     )

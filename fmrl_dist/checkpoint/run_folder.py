@@ -51,6 +51,8 @@ FIXED = {
         "head_width",
         "positions",
         "window",
+        "low_pass",
+        "low_pass_share",
         "input_norm",
         "output_norm",
         "features",

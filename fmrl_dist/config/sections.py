@@ -186,8 +186,9 @@ class ModelConfig:
     dropout: Fraction = 0.4  # rate on the input embeddings and in the feed-forward network
     # what lets the events of a history see each other: lru: the paper's linear recurrence | attention: causal, as
     # SASRec's | filter: FMLP-Rec's learned filter, causal | circular: the same as published, over all of a window |
-    # bidirectional: attention to all of a history, trained to fill in masked items, as BERT4Rec
-    mixer: Literal["lru", "attention", "filter", "circular", "bidirectional"] = "lru"
+    # bsarec: causal attention beside a rescaling of high frequencies | bidirectional: attention to all of a history,
+    # trained to fill in masked items, as BERT4Rec
+    mixer: Literal["lru", "attention", "filter", "circular", "bsarec", "bidirectional"] = "lru"
     lru_dropout: Fraction = 0.4  # rate after the mixer
     r_min: float = 0.5  # inner radius of the ring on which |Λ| starts, below r_max
     r_max: float = 0.99  # outer radius of that ring, at most 1
@@ -196,6 +197,8 @@ class ModelConfig:
     positions: Literal["rotary", "learned", "none"] = "rotary"
     # events that attention and filters read of a history; auto: data.max_length, and one for bidirectional's mask
     window: PositiveInt | Literal["auto"] = "auto"
+    low_pass: PositiveInt = 5  # low frequencies that bsarec keeps as they are
+    low_pass_share: Fraction = 0.7  # share of bsarec's rescaled frequencies in the mix, the rest is attention's
     input_norm: bool = True  # a layer-norm per chunk before the first block (not in the paper)
     output_norm: bool = True  # and one after the last block, before scoring
     features: tuple[str, ...] | None = None  # names of features to read; null: every feature of the store

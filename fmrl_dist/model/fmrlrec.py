@@ -57,7 +57,8 @@ class FMRLRec(nn.Module):
         scan: an implementation of :func:`fmrl_dist.model.scan.packed_scan`; "plain" is any mixer's specification.
         id_width: w, the first channels that the id table is added to, one of ``sizes``; 0 for all.
         id_init: standard deviation of the id table's initial rows; None for 1/√D.
-        mixer, head_width, positions, window: see :class:`~fmrl_dist.model.mixers.mixing.Mixing`.
+        mixer, head_width, positions, window, low_pass, low_pass_share: of
+            :class:`~fmrl_dist.model.mixers.mixing.Mixing`.
     """
 
     def __init__(
@@ -80,12 +81,14 @@ class FMRLRec(nn.Module):
         head_width: int = 32,
         positions: str = "rotary",
         window: int = 50,
+        low_pass: int = 5,
+        low_pass_share: float = 0.7,
     ) -> None:
         super().__init__()
         self.sizes = tuple(sizes)
         self.depth, self.num_items, self.id_width = depth, num_items, id_width
         self.rates = {"dropout": dropout, "lru_dropout": lru_dropout}
-        self.mixing = Mixing(mixer, r_min, r_max, head_width, positions, window)
+        self.mixing = Mixing(mixer, r_min, r_max, head_width, positions, window, low_pass, low_pass_share)
         self.matmul_dtype, self.scan = matmul_dtype, scan
         self.encoder = ItemEncoder(self.width, feature_dims, num_items, matmul_dtype, id_width, id_init)
         self.input_norm = NestedLayerNorm(self.sizes) if input_norm else nn.Identity()

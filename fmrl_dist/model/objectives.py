@@ -1,7 +1,7 @@
 """Which outputs a mixer learns from: those of all positions, of all prefixes, or of masked items.
 
     lru, attention, filter   each position's output predicts its target: nothing has seen it
-    circular                 outputs have seen their future: each target is predicted from a prefix of its own
+    circular, bsarec         outputs have seen their future: each target is predicted from a prefix of its own
     bidirectional            likewise: a share of a window's items is masked, and filled in (BERT4Rec's Cloze)
 
 P positions of the batch, T of them learned from, D width, N items of the windows.
@@ -44,7 +44,7 @@ def outputs_to_learn(
         starts, from_start: of the windows, as :meth:`FMRLRec.forward` takes them.
         mask_rate: share of a window's items that are masked.
     """
-    if model.mixing.mixer == "circular":
+    if model.mixing.mixer in ("circular", "bsarec"):
         return Outputs(model.of_prefixes(inputs, starts, from_start))
     if model.mixing.mixer != "bidirectional":
         return Outputs(model(inputs, starts, from_start))

@@ -45,6 +45,8 @@ MEANING = (
     "head_width",
     "positions",
     "window",
+    "low_pass",
+    "low_pass_share",
     "input_norm",
     "output_norm",
     "feature_scale",

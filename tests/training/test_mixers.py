@@ -53,7 +53,7 @@ def test_it_learns_and_every_size_is_evaluated(mixer: str, runs: dict[str, Path]
     losses = [record["loss"] for record in records(runs[mixer])]
     assert np.mean(losses[-STEPS_PER_EPOCH:]) < 0.95 * np.mean(losses[:STEPS_PER_EPOCH])
     assert evaluation(runs[mixer])["sizes"].keys() == {"4", "8"}
-    assert evaluation(runs[mixer])["sizes"]["8"]["recall@10"] > 0.4  # 0.25 by chance
+    assert evaluation(runs[mixer])["sizes"]["8"]["recall@10"] > 0.33  # 0.25 by chance
 
 
 @pytest.mark.parametrize("mixer", OTHERS)
@@ -139,7 +139,7 @@ def assert_same_losses(found: Path, expected: Path) -> None:
 def test_two_ranks_learn_as_one(shop: Path, tmp_path: Path) -> None:
     """But for masks, which each rank draws for itself, as dropout: there, both learn."""
     run_processes(2, train_on_each_rank, str(shop), str(tmp_path), timeout_s=200)
-    for mixer in ("attention", "filter", "circular"):
+    for mixer in ("attention", "filter", "circular", "bsarec"):
         one = train_here(shop, tmp_path / f"{mixer}-one", *NO_DROPOUT, "--model.mixer", mixer)
         assert_same_losses(tmp_path / mixer, one)
     assert_same_losses(tmp_path / "split", tmp_path / "attention-one")

@@ -136,7 +136,7 @@ def test_no_output_has_seen_a_later_event(case: Case, data: st.DataObject) -> No
     assert (other[after] != z[after]).any(1).all()
 
 
-@pytest.mark.parametrize("mixer", ["circular", "bidirectional"])
+@pytest.mark.parametrize("mixer", ["circular", "bsarec", "bidirectional"])
 def test_the_others_do_see_later_events(mixer: str) -> None:
     """So that the test above can fail: the first event's output depends on the last one."""
     case = make_case(mixer, lengths=(5,), flags=(False,))
@@ -191,7 +191,7 @@ def test_a_step_remembers_no_more_than_its_window(mixer: str) -> None:
     assert_relatively_close(after(events[-WINDOW:])[1], output, NOT_EXACT)
 
 
-@pytest.mark.parametrize("mixer", ["circular", "bidirectional"])
+@pytest.mark.parametrize("mixer", ["circular", "bsarec", "bidirectional"])
 def test_a_mixer_without_a_step_says_so(mixer: str) -> None:
     with pytest.raises(UserError, match=f"mixer {mixer} reads a history as a whole"):
         make_case(mixer).model.initial_state(1)
@@ -209,9 +209,10 @@ def test_a_pack_of_nothing_gives_nothing(mixer: str) -> None:
 # What each learns from
 
 
-def test_the_published_filter_learns_from_prefixes_alone() -> None:
+@pytest.mark.parametrize("mixer", ["circular", "bsarec"])
+def test_the_published_filter_learns_from_prefixes_alone(mixer: str) -> None:
     """Each target's output is the last one of its prefix by itself, so no target is seen."""
-    case = make_case("circular")
+    case = make_case(mixer)
     learned = outputs_to_learn(case.model, case.rows, case.rows[:0], case.starts, case.from_start, 0.2)
     assert learned.positions is None and len(learned.z) == len(case.outputs())
     for (low, _), (_, items) in zip(itertools.pairwise(case.starts.tolist()), case.positions(), strict=True):
