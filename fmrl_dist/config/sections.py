@@ -210,8 +210,9 @@ class ModelConfig:
     # share of the items whose ids a training step leaves out, wherever these items occur, so that features learn to
     # carry new items; auto: 0.1 if there are features
     id_dropout: Fraction | Literal["auto"] = "auto"
-    # how the recurrence is computed in training: auto: by device | doubling | triton | plain: one event at a time
-    scan: Literal["auto", "doubling", "triton", "plain"] = "auto"
+    # how the recurrence is computed in training: auto: by device and shape | stepwise: one event of all histories at a
+    # time | doubling | triton | plain: one event of one history at a time
+    scan: Literal["auto", "stepwise", "doubling", "triton", "plain"] = "auto"
     # none: features as they are | a number: features times it | standardize: mean 0, and mean variance 1 | length: mean
     # 0, and mean squared length 9, whatever the dim
     feature_scale: Literal["none", "standardize", "length"] | PositiveFloat = "length"

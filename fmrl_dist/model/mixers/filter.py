@@ -57,7 +57,7 @@ def _by_spectrum(x: Tensor, kernel: Tensor, starts: Tensor, causal: bool) -> Ten
         padded = torch.where(group.is_row[..., None], x[group.rows], 0.0)  # [b, L, D]
         if causal:
             taps = kernel[:longest]
-            period = longest + len(taps) - 1  # what wraps around meets zeros
+            period = fast_period(longest + len(taps) - 1)  # what wraps around meets zeros
         else:
             assert longest <= len(kernel), "a circular filter knows its window only"
             taps, period = kernel, len(kernel)
@@ -67,6 +67,19 @@ def _by_spectrum(x: Tensor, kernel: Tensor, starts: Tensor, causal: bool) -> Ten
         places.append(group.rows[group.is_row])
     order = torch.cat(places).argsort()
     return torch.cat(found)[order]
+
+
+def fast_period(at_least: int) -> int:
+    """The smallest length of a fast FFT that is no less: a product of 2, 3 and 5."""
+    period = at_least
+    while True:
+        rest = period
+        for factor in (2, 3, 5):
+            while rest % factor == 0:
+                rest //= factor
+        if rest == 1:
+            return period
+        period += 1
 
 
 class Filter(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fmrl_dist.model.mixers.attention import chunk_heads, packed_attention, rotate
 from fmrl_dist.model.mixers.bsarec import low_pass_kernel
-from fmrl_dist.model.mixers.filter import Filter, packed_filter
+from fmrl_dist.model.mixers.filter import Filter, fast_period, packed_filter
 from fmrl_dist.model.packing import padded_groups, places_in_sequences, prefixes
 from tests.fixtures.numerics import assert_relatively_close
 
@@ -115,6 +115,11 @@ def test_a_causal_filter_forgets_what_is_older_than_its_window() -> None:
     torch.testing.assert_close(
         packed_filter(older, kernel, starts, True)[-1], packed_filter(x, kernel, starts, True)[-1], rtol=0, atol=1e-12
     )
+
+
+@pytest.mark.parametrize(("at_least", "period"), [(1, 1), (7, 8), (15, 15), (99, 100), (399, 400), (9999, 10000)])
+def test_fast_periods(at_least: int, period: int) -> None:
+    assert fast_period(at_least) == period
 
 
 @pytest.mark.parametrize("window", [11, 12])
