@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import describe_setting
-from benchmarks.timing import forget_peak, in_child, interleave, peak_resident_bytes
+from benchmarks.measuring.timing import forget_peak, in_child, interleave, peak_resident_bytes
 from fmrl_dist.base.errors import require, run_command
 from fmrl_dist.model.mixers.attention import Attention, rotate
 from fmrl_dist.model.mixers.bsarec import BSARec, low_pass_kernel

@@ -40,7 +40,7 @@ SUBFOLDERS = {
         *("interactions", "store", "store_page", "demo"),
     },
     "launch": {"slurm", "sweeps", "local"},
-    "benchmarks": {"clients", "gpu", "rivals"},
+    "benchmarks": {"clients", "gpu", "measuring", "paper", "rivals"},
 }
 COMMANDS = {
     "fmrl_dist": {

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.timing import forget_peak, peak_resident_bytes
+from benchmarks.measuring.timing import forget_peak, peak_resident_bytes
 from fmrl_dist import plan
 from fmrl_dist.config.loading import load_config
 from fmrl_dist.config.sections import TrainConfig
