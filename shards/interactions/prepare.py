@@ -30,7 +30,7 @@ from shards.interactions.kept_events import KeptEvents, keep_events
 from shards.tables.bad_rows import check_bad_rows
 from shards.tables.events import load_events
 
-VERSION = 1  # raise it when the same input gives other histories
+VERSION = 2  # raise it when the same input gives other histories
 HISTORIES, ITEMS, MADE_FROM = "histories.parquet", "items.parquet", "made-from.json"
 UNRECORDED = {"memory_gb", "threads"}  # change nothing of the result
 NOT_IN_TABLE = -1
@@ -189,7 +189,7 @@ def _make(
         if counts.sorted_users:
             funnel.notes.append(f"{counts.sorted_users:,} users' events were out of order: sorted by time")
         connection.execute("SET preserve_insertion_order = false")  # from here on, rows have numbers
-        kept = keep_events(connection, data, catalogue, counts.time_unit, funnel)
+        kept = keep_events(connection, data, catalogue, counts, funnel)
         order = _item_order(data, kept)
         new_items = np.full(len(kept.item_ids), -1, np.int64)
         new_items[order] = np.arange(len(order))
@@ -197,7 +197,7 @@ def _make(
             connection,
             aside / HISTORIES,
             new_items,
-            kept.has_times,
+            counts.per_second if kept.has_times else None,
             has_periods=data.split.by != "leave_one_out",
             funnel=funnel,
         )

@@ -74,7 +74,7 @@ def event_batches(table: EventTable, data: DataConfig, first_row: int, bad: Coun
     """Events of a table in order.
 
     Columns: ``user`` and ``item``, int64 or large_string, null where there is none; ``time``, or some of ``whole``,
-    ``part`` and ``moment`` (:mod:`shards.tables.times`); ``rating``, or ``rating_text``; ``event`` and ``split``; those
+    ``part``, ``moment`` and ``nanos`` (:mod:`shards.tables.times`); ``rating``, or ``rating_text``; ``event`` and ``split``; those
     that the table lacks are absent; ``row`` int64, counted from ``first_row``; ``cause``, why a row gives no event.
 
     Args:

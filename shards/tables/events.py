@@ -1,6 +1,6 @@
 """All events of the tables of histories as one table of the engine, ``raw_events``, with what cannot be used counted.
 
-Batches of rows come from the files in their order; ids become what ``data.ids`` says, times microseconds since 1970.
+Batches of rows come from the files in their order; ids become what ``data.ids`` says, times ticks since 1970.
 Nothing is sorted, left out or split here: that is what ``shards.interactions`` does with the table.
 """
 
@@ -19,7 +19,7 @@ from fmrl_dist.config.sections import DataConfig
 from shards.tables.bad_rows import check_bad_rows
 from shards.tables.engine import quiet
 from shards.tables.event_batches import SPLIT_NAMES, EventTable, event_batches, event_tables
-from shards.tables.times import LIMITS, TEXT_TIMES, UNIT_NAMES, UNITS, microseconds, unit_of
+from shards.tables.times import LIMITS, PER_SECOND, TEXT_TIMES, UNIT_NAMES, UNITS, ticks_sql, unit_of
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -36,14 +36,15 @@ class ReadCounts:
     rows: int  # events, and rows or lines that gave none
     bad: dict[str, int]  # cause -> rows that could not be used
     time_unit: str  # what times were taken for: "s" | "ms" | "us" | "ns" | "text" | "timestamp" | "none"
+    per_second: int  # ticks of ``time``: 10⁶, or 10⁹ where times are in nanoseconds or any is finer than microseconds
     sorted_users: int  # of a table of sequences: users whose list was not in order of its own times
 
 
 def load_events(connection: DuckDBPyConnection, data: DataConfig, downloads: Path | None) -> ReadCounts:
     """Create the view ``raw_events`` of the rows that can be used; :func:`drop_events` removes it and what is below it.
 
-    Its columns: ``user`` and ``item``, VARCHAR, or BIGINT with ``data.ids: integer``; ``time`` BIGINT, microseconds
-    since 1970 UTC; ``rating`` DOUBLE; ``event`` VARCHAR; ``split`` VARCHAR: train, valid or test; each of these four
+    Its columns: ``user`` and ``item``, VARCHAR, or BIGINT with ``data.ids: integer``; ``time`` BIGINT, ticks since
+    1970 UTC (``per_second`` of the counts); ``rating`` DOUBLE; ``event`` VARCHAR; ``split`` VARCHAR: train, valid or test; each of these four
     NULL where the tables have none; ``row`` BIGINT, unique, increasing in the order of the files.
 
     Args:
@@ -59,7 +60,7 @@ def load_events(connection: DuckDBPyConnection, data: DataConfig, downloads: Pat
     id_type = "BIGINT" if data.ids == "integer" else "VARCHAR"
     connection.execute(
         f'CREATE OR REPLACE TABLE {STAGED} ("user" {id_type}, "item" {id_type}, whole BIGINT, part DOUBLE, '
-        'moment BIGINT, rating DOUBLE, "event" VARCHAR, "split" VARCHAR, "row" BIGINT, cause VARCHAR)'
+        'moment BIGINT, nanos USMALLINT, rating DOUBLE, "event" VARCHAR, "split" VARCHAR, "row" BIGINT, cause VARCHAR)'
     )
     tables, bad, num_staged, is_text = event_tables(data, downloads), Counter[str](), 0, False
     try:
@@ -72,17 +73,18 @@ def load_events(connection: DuckDBPyConnection, data: DataConfig, downloads: Pat
                 is_text |= "time" in batch.column_names
         num_rows = num_staged + bad.total()
         unit = _time_unit(connection, tables[0], is_text)
-        _create(connection, unit, bool(tables[0].sequences.times), bad)
+        per_second = _ticks_per_second(connection, unit)
+        _create(connection, unit, per_second, bool(tables[0].sequences.times), bad)
         _check(connection, tables, bad, num_rows, data.dirt.max_bad_rows)
     except BaseException:
         drop_events(connection)
         raise
     sorted_users = 0
     if tables[0].sequences.times:
-        _say_times(connection, tables[0], unit)
+        _say_times(connection, tables[0], unit, per_second)
         if tables[0].sequences.layout == "sequences":
             sorted_users = _num_unsorted(connection)
-    return ReadCounts(num_rows, dict(sorted(bad.items())), unit, sorted_users)
+    return ReadCounts(num_rows, dict(sorted(bad.items())), unit, per_second, sorted_users)
 
 
 def drop_events(connection: DuckDBPyConnection) -> None:
@@ -95,13 +97,15 @@ def _parsed(names: list[str], has_times: bool) -> str:
     """SQL: rows of :data:`STAGED` from a batch, whose texts of times and ratings are parsed, with why one is bad."""
     is_text_time = "time" in names
     source = f"({TEXT_TIMES % BATCH})" if is_text_time else BATCH
-    whole, part, moment = (name if is_text_time or name in names else "NULL" for name in ("whole", "part", "moment"))
+    whole, part, moment, nanos = (
+        name if is_text_time or name in names else "NULL" for name in ("whole", "part", "moment", "nanos")
+    )
     text = "nullif(trim(rating_text), '')" if "rating_text" in names else "NULL"
     rating = "rating" if "rating" in names else f"TRY_CAST({text} AS DOUBLE)"
     event = '"event"' if "event" in names else "NULL"
     split = f'CASE lower(trim("split")) {SPLITS} END'
     return f"""
-        SELECT "user", "item", whole, part, moment, CASE WHEN isnan(rating) THEN NULL ELSE rating END, "event", "split",
+        SELECT "user", "item", whole, part, moment, nanos, CASE WHEN isnan(rating) THEN NULL ELSE rating END, "event", "split",
             "row", CASE WHEN cause IS NOT NULL THEN cause
                 WHEN "user" IS NULL OR "user"::VARCHAR = '' THEN 'no user'
                 WHEN "item" IS NULL OR "item"::VARCHAR = '' THEN 'no item'
@@ -109,7 +113,7 @@ def _parsed(names: list[str], has_times: bool) -> str:
                 WHEN rating IS NULL AND rating_text IS NOT NULL OR isinf(rating) THEN 'rating'
                 WHEN {"split" in names} AND "split" IS NULL THEN 'split' END
         FROM (SELECT "user", "item", {whole}::BIGINT AS whole, {part}::DOUBLE AS part, {moment}::BIGINT AS moment,
-            {rating}::DOUBLE AS rating, {text}::VARCHAR AS rating_text, {event}::VARCHAR AS "event",
+            {nanos}::USMALLINT AS nanos, {rating}::DOUBLE AS rating, {text}::VARCHAR AS rating_text, {event}::VARCHAR AS "event",
             {split if "split" in names else "NULL"}::VARCHAR AS "split", "row", cause FROM {source})
     """
 
@@ -136,9 +140,15 @@ def _time_unit(connection: DuckDBPyConnection, table: EventTable, is_text: bool)
     return "text" if is_text else "timestamp"
 
 
-def _create(connection: DuckDBPyConnection, unit: str, has_times: bool, bad: Counter[str]) -> None:
+def _ticks_per_second(connection: DuckDBPyConnection, unit: str) -> int:
+    """Of the times: fine enough that none is rounded, so that they are sorted truly."""
+    [(is_fine,)] = connection.execute(f"SELECT bool_or(nanos > 0) FROM {STAGED} WHERE cause IS NULL").fetchall()
+    return PER_SECOND["ns" if unit == "ns" or (unit not in UNITS and is_fine) else "us"]
+
+
+def _create(connection: DuckDBPyConnection, unit: str, per_second: int, has_times: bool, bad: Counter[str]) -> None:
     """Create ``raw_events`` over :data:`STAGED`, and count bad rows."""
-    time = microseconds(unit if unit in UNITS else "s")
+    time = ticks_sql(unit if unit in UNITS else "moment", per_second)
     connection.execute(
         'CREATE OR REPLACE VIEW raw_events AS SELECT "user", "item", "time", rating, "event", "split", "row" FROM '
         f'(SELECT *, {time} AS "time" FROM {STAGED} WHERE cause IS NULL) WHERE "time" IS NOT NULL OR NOT {has_times}'
@@ -160,17 +170,20 @@ def _check(
     require(num_rows > bad.total(), f"table {name} has no row that can be used")
 
 
-def _say_times(connection: DuckDBPyConnection, table: EventTable, unit: str) -> None:
+def _say_times(connection: DuckDBPyConnection, table: EventTable, unit: str, per_second: int) -> None:
     low, high = connection.execute('SELECT min("time"), max("time") FROM raw_events').fetchall()[0]
     taken = f"taken for {UNITS[unit]} since 1970" if unit in UNITS else "dates and times"
-    print(f"events: {table.sequences.times!r} holds {taken}, from {_day(low)} to {_day(high)}", flush=True)
+    print(
+        f"events: {table.sequences.times!r} holds {taken}, from {_day(low, per_second)} to {_day(high, per_second)}",
+        flush=True,
+    )
 
 
-def _day(time_us: int) -> str:
+def _day(time: int, per_second: int) -> str:
     try:
-        return (EPOCH + timedelta(microseconds=time_us)).date().isoformat()
+        return (EPOCH + timedelta(seconds=time // per_second)).date().isoformat()
     except OverflowError:
-        return f"year {1970 + time_us // 31_556_952_000_000:,}"
+        return f"year {1970 + time // per_second // 31_556_952:,}"
 
 
 def _num_unsorted(connection: DuckDBPyConnection) -> int:
