@@ -8,9 +8,9 @@ Tables in the engine, one after the other:
     unique_events  likewise                                      without duplicates
     in_core, kept  likewise                                      in the k-core, and the latest of each user
 
-``t`` is in the ticks of the tables' times, or the row where there are no times; ``p`` is the period; ``tie`` orders events of one user
-and time. A training event is kept whatever happens after the cut: only training events count for the core, and a
-duplicate leaves no earlier event out for a later one of another period.
+``t`` is in the ticks of the tables' times, or the row where there are no times; ``p`` is the period; ``tie`` orders
+events of one user and time. A training event is kept whatever happens after the cut: only training events count for the
+core, and a duplicate leaves no earlier event out for a later one of another period.
 """
 
 from __future__ import annotations

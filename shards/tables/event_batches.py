@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -70,12 +71,20 @@ def check_event_table(table: EventTable) -> None:
         require_word(types[column], where[column])
 
 
-def event_batches(table: EventTable, data: DataConfig, first_row: int, bad: Counter[str]) -> Iterator[pa.Table]:
+class EventBatch(NamedTuple):
+    """Some events of a table."""
+
+    events: pa.Table
+    owners: pa.Array | None  # of a table of sequences: the user of each row whose lists can be used, null or ids
+
+
+def event_batches(table: EventTable, data: DataConfig, first_row: int, bad: Counter[str]) -> Iterator[EventBatch]:
     """Events of a table in order.
 
-    Columns: ``user`` and ``item``, int64 or large_string, null where there is none; ``time``, or some of ``whole``,
-    ``part``, ``moment`` and ``nanos`` (:mod:`shards.tables.times`); ``rating``, or ``rating_text``; ``event`` and ``split``; those
-    that the table lacks are absent; ``row`` int64, counted from ``first_row``; ``cause``, why a row gives no event.
+    Their columns: ``user`` and ``item``, int64 or large_string, null where there is none; ``time``, or some of
+    ``whole``, ``part``, ``moment`` and ``nanos`` (:mod:`shards.tables.times`); ``rating``, or ``rating_text``;
+    ``event`` and ``split``; those that the table lacks are absent; ``row`` int64, counted from ``first_row``;
+    ``cause``, why a row gives no event.
 
     Args:
         table: to read.
@@ -93,12 +102,16 @@ def event_batches(table: EventTable, data: DataConfig, first_row: int, bad: Coun
         table.raw, columns, text=columns, ids=[names.user, names.items], rows_at_once=ROWS_AT_ONCE, bad=bad
     )
     for batch in found.batches:
-        events = (_flat_sequences if names.layout == "sequences" else _interactions)(batch, table, data)
+        owners = None
+        if names.layout == "sequences":
+            events, owners = _flat_sequences(batch, table, data)
+        else:
+            events = _interactions(batch, table, data)
         if table.split:
             events["split"] = pa.array([table.split] * len(events["user"]), pa.large_string())
         events["row"] = pa.array(np.arange(first_row, first_row + len(events["user"])))
         first_row += len(events["user"])
-        yield pa.table(events)
+        yield EventBatch(pa.table(events), owners)
 
 
 def _columns(names: SequenceTableConfig) -> list[str]:
@@ -125,8 +138,9 @@ def _interactions(batch: pa.Table, table: EventTable, data: DataConfig) -> dict[
     return events
 
 
-def _flat_sequences(batch: pa.Table, table: EventTable, data: DataConfig) -> dict[str, pa.Array]:
-    """An event for each item of a list, and one with a cause for each row whose lists cannot be used."""
+def _flat_sequences(batch: pa.Table, table: EventTable, data: DataConfig) -> tuple[dict[str, pa.Array], pa.Array]:
+    """An event for each item of a list, and one with a cause for each row whose lists cannot be used; the other rows'
+    users."""
     names = table.sequences
     users = ids_or_null(batch[names.user], f"column {names.user!r} of {table.raw}", data.ids)
     where = f"column {names.items!r} of {table.raw}"
@@ -148,7 +162,7 @@ def _flat_sequences(batch: pa.Table, table: EventTable, data: DataConfig) -> dic
     if times is not None:
         found = time_columns(times.filter(good).flatten())
         events |= {name: _with_nulls(column, len(spoilt)) for name, column in found.items()}
-    return events
+    return events, users.filter(good)
 
 
 def _with_nulls(column: pa.Array, number: int) -> pa.Array:

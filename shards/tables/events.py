@@ -13,18 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 
 from fmrl_dist.base.errors import require
 from fmrl_dist.config.sections import DataConfig
 from shards.tables.bad_rows import check_bad_rows
 from shards.tables.engine import quiet
 from shards.tables.event_batches import SPLIT_NAMES, EventTable, event_batches, event_tables
+from shards.tables.item_ids import refuse_repeated
 from shards.tables.times import LIMITS, PER_SECOND, TEXT_TIMES, UNIT_NAMES, UNITS, ticks_sql, unit_of
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
-STAGED, BATCH = "read_events", "event_batch"
+STAGED, BATCH, OWNERS = "read_events", "event_batch", "list_owners"
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 SPLITS = " ".join(f"WHEN '{name}' THEN '{split}'" for name, split in SPLIT_NAMES.items())
 
@@ -43,9 +45,10 @@ class ReadCounts:
 def load_events(connection: DuckDBPyConnection, data: DataConfig, downloads: Path | None) -> ReadCounts:
     """Create the view ``raw_events`` of the rows that can be used; :func:`drop_events` removes it and what is below it.
 
-    Its columns: ``user`` and ``item``, VARCHAR, or BIGINT with ``data.ids: integer``; ``time`` BIGINT, ticks since
-    1970 UTC (``per_second`` of the counts); ``rating`` DOUBLE; ``event`` VARCHAR; ``split`` VARCHAR: train, valid or test; each of these four
-    NULL where the tables have none; ``row`` BIGINT, unique, increasing in the order of the files.
+    Its columns: ``user`` and ``item``, VARCHAR, or BIGINT where ``data.ids`` says integer; ``time`` BIGINT, ticks since
+    1970 UTC (``per_second`` of the counts); ``rating`` DOUBLE; ``event`` VARCHAR; ``split`` VARCHAR: train, valid or
+    test; each of these four NULL where the tables have none; ``row`` BIGINT, unique, increasing in the order of the
+    files.
 
     Args:
         connection: that keeps the order of insertion, outside a transaction.
@@ -53,8 +56,8 @@ def load_events(connection: DuckDBPyConnection, data: DataConfig, downloads: Pat
         downloads: folder for copies of URLs, made when it is needed; None: there may be none.
 
     Raises:
-        UserError: a table cannot be read, an id is not of its kind, or more rows than ``data.dirt.max_bad_rows`` allows
-            cannot be used.
+        UserError: a table cannot be read, an id is not of its kind, a user has two lists in a table of sequences, or
+            more rows than ``data.dirt.max_bad_rows`` allows cannot be used.
     """
     quiet(connection)
     id_type = "BIGINT" if data.ids == "integer" else "VARCHAR"
@@ -65,12 +68,15 @@ def load_events(connection: DuckDBPyConnection, data: DataConfig, downloads: Pat
     tables, bad, num_staged, is_text = event_tables(data, downloads), Counter[str](), 0, False
     try:
         for table in tables:
-            for batch in event_batches(table, data, num_staged, bad):
-                connection.register(BATCH, batch)
-                connection.execute(f"INSERT INTO {STAGED} {_parsed(batch.column_names, bool(table.sequences.times))}")
-                connection.unregister(BATCH)
+            connection.execute(f"CREATE OR REPLACE TABLE {OWNERS} (id {id_type})")
+            for batch, owners in event_batches(table, data, num_staged, bad):
+                names = batch.column_names
+                _insert(connection, STAGED, batch, _parsed(names, bool(table.sequences.times)))
+                if owners is not None:
+                    _insert(connection, OWNERS, pa.table({"id": owners}), f"SELECT id FROM {BATCH}")
                 num_staged += len(batch)
-                is_text |= "time" in batch.column_names
+                is_text |= "time" in names
+            _check_owners(connection, table)
         num_rows = num_staged + bad.total()
         unit = _time_unit(connection, tables[0], is_text)
         per_second = _ticks_per_second(connection, unit)
@@ -90,7 +96,27 @@ def load_events(connection: DuckDBPyConnection, data: DataConfig, downloads: Pat
 def drop_events(connection: DuckDBPyConnection) -> None:
     """Undo :func:`load_events`."""
     connection.execute("DROP VIEW IF EXISTS raw_events")
-    connection.execute(f"DROP TABLE IF EXISTS {STAGED}")
+    for table in (STAGED, OWNERS):
+        connection.execute(f"DROP TABLE IF EXISTS {table}")
+
+
+def _insert(connection: DuckDBPyConnection, table: str, batch: pa.Table, query: str) -> None:
+    """Add the rows that a ``query`` makes of :data:`BATCH`."""
+    connection.register(BATCH, batch)
+    connection.execute(f"INSERT INTO {table} {query}")
+    connection.unregister(BATCH)
+
+
+def _check_owners(connection: DuckDBPyConnection, table: EventTable) -> None:
+    """A user of two lists is refused, as where no engine is needed: nothing says how the lists go together."""
+    repeated = connection.execute(f"""
+        SELECT id, count(*) OVER () FROM (SELECT id, min(rowid) AS first FROM {OWNERS}
+            WHERE id IS NOT NULL AND id::VARCHAR <> '' GROUP BY id HAVING count(*) > 1) ORDER BY first LIMIT 1
+        """).fetchall()
+    if repeated:
+        [(first, number)] = repeated
+        refuse_repeated(number, first, f"column {table.sequences.user!r} of {table.raw}")
+    connection.execute(f"DROP TABLE {OWNERS}")
 
 
 def _parsed(names: list[str], has_times: bool) -> str:
@@ -103,18 +129,18 @@ def _parsed(names: list[str], has_times: bool) -> str:
     text = "nullif(trim(rating_text), '')" if "rating_text" in names else "NULL"
     rating = "rating" if "rating" in names else f"TRY_CAST({text} AS DOUBLE)"
     event = '"event"' if "event" in names else "NULL"
-    split = f'CASE lower(trim("split")) {SPLITS} END'
+    split = f'CASE lower(trim("split")) {SPLITS} END' if "split" in names else "NULL"
     return f"""
-        SELECT "user", "item", whole, part, moment, nanos, CASE WHEN isnan(rating) THEN NULL ELSE rating END, "event", "split",
-            "row", CASE WHEN cause IS NOT NULL THEN cause
+        SELECT "user", "item", whole, part, moment, nanos, CASE WHEN isnan(rating) THEN NULL ELSE rating END, "event",
+            "split", "row", CASE WHEN cause IS NOT NULL THEN cause
                 WHEN "user" IS NULL OR "user"::VARCHAR = '' THEN 'no user'
                 WHEN "item" IS NULL OR "item"::VARCHAR = '' THEN 'no item'
                 WHEN {has_times} AND whole IS NULL AND part IS NULL AND moment IS NULL THEN 'time'
                 WHEN rating IS NULL AND rating_text IS NOT NULL OR isinf(rating) THEN 'rating'
                 WHEN {"split" in names} AND "split" IS NULL THEN 'split' END
         FROM (SELECT "user", "item", {whole}::BIGINT AS whole, {part}::DOUBLE AS part, {moment}::BIGINT AS moment,
-            {nanos}::USMALLINT AS nanos, {rating}::DOUBLE AS rating, {text}::VARCHAR AS rating_text, {event}::VARCHAR AS "event",
-            {split if "split" in names else "NULL"}::VARCHAR AS "split", "row", cause FROM {source})
+            {nanos}::USMALLINT AS nanos, {rating}::DOUBLE AS rating, {text}::VARCHAR AS rating_text,
+            {event}::VARCHAR AS "event", {split}::VARCHAR AS "split", "row", cause FROM {source})
     """
 
 

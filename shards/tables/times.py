@@ -46,7 +46,7 @@ TEXT_TIMES = f"""
 
 
 def time_columns(column: pa.Array | pa.ChunkedArray) -> dict[str, pa.Array | pa.ChunkedArray]:
-    """A column's times as some of ``whole``, ``part``, ``moment`` and ``nanos``, or as text, which the engine parses."""
+    """A column's times as ``whole``, ``part`` or ``moment`` with ``nanos``; or as text, which the engine parses."""
     kind = column.type
     if is_text(kind):
         return {"time": column.cast(pa.large_string())}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
@@ -117,6 +118,34 @@ def test_events_that_stand_twice_are_kept_and_counted(
     assert said in capsys.readouterr().out
     build_store(tiny_config(tmp_path, tmp_path / "as-is", features={}, sequences=sequences | {"times": ""}))
     assert "stand twice" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("data", [{}, {"interactions": {"duplicates": "event"}}, {"split": {"by": "time"}}])
+@pytest.mark.parametrize("again", [["a", "b", "c"], ["c"], []])
+def test_a_user_of_two_rows_is_refused_on_every_path(again: list[str], data: dict[str, Any], tmp_path: Path) -> None:
+    """Also where one of the two would be dropped."""
+    write_items(tmp_path / "items.parquet")
+    rows = {"user_id": ["u", "v", "v", "u", "w"], "item_ids": [list("abc"), ["c"], ["c"], again, list("def")]}
+    pq.write_table(
+        pa.table(rows | {"times": [list(range(len(one))) for one in rows["item_ids"]]}), tmp_path / "s.parquet"
+    )
+    sequences = {"path": "s.parquet", "times": "times"}
+    problem = (
+        r"^column 'user_id' of \S+s.parquet holds 2 ids more than once, the first is 'u'; expected one row for each"
+    )
+    with pytest.raises(UserError, match=problem):
+        build_store(tiny_config(tmp_path, tmp_path / "store", features={}, sequences=sequences, **data))
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_user_may_have_a_row_in_each_table_of_a_given_split(tmp_path: Path) -> None:
+    write_items(tmp_path / "items.parquet")
+    for name, items in (("train", ["a", "b"]), ("valid", ["c"]), ("test", ["d"])):
+        write_histories(tmp_path / f"{name}.parquet", {"u": items}, {"u": list(range(len(items)))})
+    split = {"by": "given", "valid": "valid.parquet", "test": "test.parquet"}
+    sequences = {"path": "train.parquet", "times": "times"}
+    store, _ = build_store(tiny_config(tmp_path, tmp_path / "store", features={}, sequences=sequences, split=split))
+    assert read_split(store, "test") == {0: rows_of(["a", "b", "c", "d"])}
 
 
 def write_csvs(folder: Path, items: list[str], events: list[tuple[str, str]]) -> dict[str, dict[str, str]]:
