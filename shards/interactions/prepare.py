@@ -7,7 +7,7 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
@@ -72,6 +72,7 @@ def prepare(
     catalogue: pa.Array | None,
     files: Mapping[str, str],
     patient: bool = False,
+    check_inputs: Callable[[], None] = lambda: None,
 ) -> Prepared:
     """Histories of a config, from ``folder`` if they were made from the same, else anew.
 
@@ -82,6 +83,7 @@ def prepare(
         catalogue: ids of the item table, int64 or text, in its order; None if there is none.
         files: hashes of the input files, by config key.
         patient: wait for another process that is at it, rather than refuse.
+        check_inputs: raises if the input files are not those of ``files`` any more; called once they were read.
 
     Raises:
         UserError: the tables are refused.
@@ -100,6 +102,7 @@ def prepare(
             with replaced_folder(result, is_kept=lambda _: False) as aside, _scratch(folder) as scratch:
                 _say_what_changed(folder, made_from)
                 _make(data, aside, scratch, downloads, catalogue, made_from)
+                check_inputs()
         except BeingWrittenError:
             if not patient:
                 raise

@@ -37,6 +37,7 @@ from shards.encoders.model_folder import local_model_sha256
 from shards.encoders.sources import code_revision, import_encoder
 from shards.encoders.stored_fit import fit_sha256
 from shards.store.raw_items import item_table
+from shards.tables.file_states import FileState, file_states
 from shards.tables.formats.choice import event_source, published_items
 from shards.tables.raw_tables import RawTable, table_columns
 
@@ -51,14 +52,8 @@ def input_files(config: Config) -> dict[str, str]:
     Raises:
         UserError: a file does not exist or cannot be read.
     """
-    data, root, downloads = config.data, Path(config.data.root), downloads_folder(config)
-    files = {}
-    if data.items.path:
-        files["data.items.path"] = _table_sha256(published_items(data, downloads))
-    files["data.sequences.path"] = _table_sha256(event_source(data, data.sequences.path, downloads)[0])
-    if data.split.by == "given" and data.split.valid:
-        for key, place in (("valid", data.split.valid), ("test", data.split.test)):
-            files[f"data.split.{key}"] = _table_sha256(event_source(data, place, downloads)[0])
+    data, root = config.data, Path(config.data.root)
+    files = {key: _table_sha256(table) for key, table in _tables(config).items()}
     for name, feature in data.features.items():
         key = f"data.features.{name}"
         if isinstance(feature, NpyFeature):
@@ -75,6 +70,30 @@ def input_files(config: Config) -> dict[str, str]:
                 if path.is_file():
                     files[f"{key}.{part}"] = file_sha256(path)
     return files
+
+
+def input_states(config: Config) -> dict[Path, FileState]:
+    """The states of the raw tables' files, and of those of arrays and of tables of images.
+
+    Images that are files of their own are known by their content when they are encoded.
+
+    Raises:
+        UserError: a table does not exist.
+    """
+    tables = [file for table in _tables(config).values() for file in table.files]
+    features = [one for one in config.data.features.values() if isinstance(one, NpyFeature | ImageFeature)]
+    return file_states([*tables, *(Path(config.data.root) / feature.path for feature in features)])
+
+
+def _tables(config: Config) -> dict[str, RawTable]:
+    """Config key → the table that it names, as it was published."""
+    data, downloads = config.data, downloads_folder(config)
+    tables = {"data.items.path": published_items(data, downloads)} if data.items.path else {}
+    tables["data.sequences.path"] = event_source(data, data.sequences.path, downloads)[0]
+    if data.split.by == "given" and data.split.valid:
+        for key, place in (("valid", data.split.valid), ("test", data.split.test)):
+            tables[f"data.split.{key}"] = event_source(data, place, downloads)[0]
+    return tables
 
 
 def downloads_folder(config: Config) -> Path | None:
