@@ -135,7 +135,7 @@ def _code_ids(
         CREATE TABLE users AS
         SELECT id, (row_number() OVER (ORDER BY id) - 1)::INTEGER AS u, {BITS.format("id")} AS bits
         FROM (SELECT DISTINCT "user" AS id FROM raw_events WHERE {wanted})""")
-    known = pa.array([], pa.int64() if data.ids == "integer" else pa.string()) if catalogue is None else catalogue
+    known = pa.array([], pa.int64() if data.item_ids == "integer" else pa.string()) if catalogue is None else catalogue
     connection.register("catalogue", pa.table({"id": known, "i": pa.array(np.arange(len(known)), pa.int32())}))
     connection.execute(f"CREATE TABLE items AS SELECT id, i, {BITS.format('id')} AS bits FROM catalogue")
     connection.execute(f"""

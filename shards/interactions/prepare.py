@@ -118,7 +118,7 @@ def _made_from(data: DataConfig, catalogue: pa.Array | None, files: Mapping[str,
     raw = {
         "version": VERSION,
         "data.format": data.format,
-        "data.ids": data.ids,
+        "data.ids": data.recorded_ids,
         **{f"data.sequences.{key}": value for key, value in sequences.items()},
         **{f"data.interactions.{key}": value for key, value in _settings(data.interactions).items()},
         **{f"data.split.{key}": value for key, value in split.items()},

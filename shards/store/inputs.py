@@ -19,6 +19,7 @@ from fmrl_dist import __version__
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import file_sha256
 from fmrl_dist.base.urls import is_url
+from fmrl_dist.base.yaml_text import shown
 from fmrl_dist.config.features import (
     ImageFeature,
     NpyFeature,
@@ -29,7 +30,7 @@ from fmrl_dist.config.features import (
 )
 from fmrl_dist.config.sections import Config
 from fmrl_dist.data.store.built_from import OPEN_CHOICES, BuiltFrom, list_differences, recorded_keys
-from fmrl_dist.data.store.manifest import VOCAB_FILE, Manifest
+from fmrl_dist.data.store.manifest import USERS_FILE, VOCAB_FILE, Manifest
 from fmrl_dist.data.store.reader import Store
 from shards.encoders.item_feature import ItemFeature, versions_of
 from shards.encoders.item_text import parts_for
@@ -177,9 +178,13 @@ def check_built_from(store: Store, config: Config, mend: str) -> bool:
 
 def _id_differences(store: Store, config: Config) -> list[str]:
     """Whether the ids of a store that does not record it are of another kind."""
-    column = pq.read_schema(pa.BufferReader(store.read_table(VOCAB_FILE))).field("external_id")
-    kind = "integer" if pa.types.is_integer(column.type) else "text"
-    return [] if kind == config.data.ids else [f"{IDS_KEY} is {kind!r}, the config's {config.data.ids!r}"]
+    kinds = []
+    for file in (VOCAB_FILE, USERS_FILE):
+        column = pq.read_schema(pa.BufferReader(store.read_table(file))).field("external_id")
+        kinds.append("integer" if pa.types.is_integer(column.type) else "text")
+    items, users = kinds
+    here, there = config.data.recorded_ids, items if items == users else {"items": items, "users": users}
+    return [] if here == there else [f"{IDS_KEY} is {shown(there)}, the config's {shown(here)}"]
 
 
 def _code_differences(manifest: Manifest, config: Config) -> list[str]:

@@ -122,8 +122,8 @@ def _columns(names: SequenceTableConfig) -> list[str]:
 def _interactions(batch: pa.Table, table: EventTable, data: DataConfig) -> dict[str, pa.Array]:
     names = table.sequences
     events = {
-        "user": ids_or_null(batch[names.user], f"column {names.user!r} of {table.raw}", data.ids),
-        "item": ids_or_null(batch[names.items], f"column {names.items!r} of {table.raw}", data.ids),
+        "user": ids_or_null(batch[names.user], f"column {names.user!r} of {table.raw}", data.user_ids),
+        "item": ids_or_null(batch[names.items], f"column {names.items!r} of {table.raw}", data.item_ids),
         "cause": pa.nulls(len(batch), pa.large_string()),
     }
     if names.times:
@@ -142,7 +142,7 @@ def _flat_sequences(batch: pa.Table, table: EventTable, data: DataConfig) -> tup
     """An event for each item of a list, and one with a cause for each row whose lists cannot be used; the other rows'
     users."""
     names = table.sequences
-    users = ids_or_null(batch[names.user], f"column {names.user!r} of {table.raw}", data.ids)
+    users = ids_or_null(batch[names.user], f"column {names.user!r} of {table.raw}", data.user_ids)
     where = f"column {names.items!r} of {table.raw}"
     items = as_lists(batch[names.items], where, as_ids=True)
     lengths = lengths_of(items)
@@ -156,7 +156,7 @@ def _flat_sequences(batch: pa.Table, table: EventTable, data: DataConfig) -> tup
     owners = np.repeat(np.flatnonzero(causes == ""), lengths)
     events = {
         "user": pa.concat_arrays([users.take(pa.array(owners)), users.take(pa.array(spoilt))]),
-        "item": _with_nulls(ids_or_null(items.filter(good).flatten(), where, data.ids), len(spoilt)),
+        "item": _with_nulls(ids_or_null(items.filter(good).flatten(), where, data.item_ids), len(spoilt)),
         "cause": pa.array([None] * len(owners) + causes[spoilt].tolist(), pa.large_string()),
     }
     if times is not None:

@@ -60,15 +60,15 @@ def load_events(connection: DuckDBPyConnection, data: DataConfig, downloads: Pat
             more rows than ``data.dirt.max_bad_rows`` allows cannot be used.
     """
     quiet(connection)
-    id_type = "BIGINT" if data.ids == "integer" else "VARCHAR"
+    user_type, item_type = ("BIGINT" if kind == "integer" else "VARCHAR" for kind in (data.user_ids, data.item_ids))
     connection.execute(
-        f'CREATE OR REPLACE TABLE {STAGED} ("user" {id_type}, "item" {id_type}, whole BIGINT, part DOUBLE, '
+        f'CREATE OR REPLACE TABLE {STAGED} ("user" {user_type}, "item" {item_type}, whole BIGINT, part DOUBLE, '
         'moment BIGINT, nanos USMALLINT, rating DOUBLE, "event" VARCHAR, "split" VARCHAR, "row" BIGINT, cause VARCHAR)'
     )
     tables, bad, num_staged, is_text = event_tables(data, downloads), Counter[str](), 0, False
     try:
         for table in tables:
-            connection.execute(f"CREATE OR REPLACE TABLE {OWNERS} (id {id_type})")
+            connection.execute(f"CREATE OR REPLACE TABLE {OWNERS} (id {user_type})")
             for batch, owners in event_batches(table, data, num_staged, bad):
                 names = batch.column_names
                 _insert(connection, STAGED, batch, _parsed(names, bool(table.sequences.times)))

@@ -162,6 +162,12 @@ def test_integer_ids(kind: str, tmp_path: Path) -> None:
     assert rows == [("7", str(2**62)), ("-1", "0")]
     rows, _ = read_events(data_config(tmp_path, sequences=sequences, ids="integer"), "user", "item")
     assert rows == [(7, 2**62), (-1, 0)]
+    for ids, expected in (
+        ({"items": "integer"}, ("7", 2**62)),
+        ({"items": "text", "users": "integer"}, (7, str(2**62))),
+    ):
+        rows, _ = read_events(data_config(tmp_path, sequences=sequences, ids=ids), "user", "item")
+        assert rows[0] == expected
 
 
 @pytest.mark.parametrize("kind", [".csv", ".jsonl", ".parquet"])

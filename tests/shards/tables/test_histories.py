@@ -12,8 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from fmrl_dist.base.errors import UserError
+from fmrl_dist.config.sections import DataConfig
 from shards.encoders.item_text import item_texts
 from shards.store.builder import build_store
+from shards.store.inputs import check_built_from
 from shards.store.raw_data import RawData
 from tests.fixtures.stores import (
     HISTORIES,
@@ -125,10 +127,10 @@ def test_events_that_stand_twice_are_kept_and_counted(
 def test_a_user_of_two_rows_is_refused_on_every_path(again: list[str], data: dict[str, Any], tmp_path: Path) -> None:
     """Also where one of the two would be dropped."""
     write_items(tmp_path / "items.parquet")
-    rows = {"user_id": ["u", "v", "v", "u", "w"], "item_ids": [list("abc"), ["c"], ["c"], again, list("def")]}
-    pq.write_table(
-        pa.table(rows | {"times": [list(range(len(one))) for one in rows["item_ids"]]}), tmp_path / "s.parquet"
-    )
+    lists = [list("abc"), ["c"], ["c"], again, list("def")]
+    times = [list(range(len(one))) for one in lists]
+    table = pa.table({"user_id": ["u", "v", "v", "u", "w"], "item_ids": lists, "times": times})
+    pq.write_table(table, tmp_path / "s.parquet")
     sequences = {"path": "s.parquet", "times": "times"}
     problem = (
         r"^column 'user_id' of \S+s.parquet holds 2 ids more than once, the first is 'u'; expected one row for each"
@@ -217,6 +219,52 @@ def test_what_is_not_written_like_an_integer_id_is_unknown(word: str, tmp_path: 
     build_store(tiny_config(tmp_path, tmp_path / "store", features={}, ids="integer", **tables))
     vocabulary = pq.read_table(tmp_path / "store" / "vocab.parquet")["external_id"]
     assert vocabulary.type == pa.int64() and vocabulary.to_pylist() == [42, 7, -1, 2**62]
+
+
+@pytest.mark.parametrize("layout", ["sequences", "interactions"])
+@pytest.mark.parametrize("integer", ["items", "users"])
+def test_ids_of_items_and_users_of_different_kinds(integer: str, layout: str, tmp_path: Path) -> None:
+    """On both paths; the record of a store names each kind, and one kind where both are the same."""
+    items, users = [30, 10, 20], ["7", "007"] if integer == "items" else ["7", "12"]
+    write_items(tmp_path / "items.parquet", items)
+    if layout == "sequences":
+        write_histories(tmp_path / "events.parquet", {user: [str(item) for item in items] for user in users})
+    else:
+        events = [(user, str(item), time) for time, user in enumerate(users) for item in items]
+        columns = dict(zip(("user_id", "item_ids", "t"), map(list, zip(*events, strict=True)), strict=True))
+        pq.write_table(pa.table(columns), tmp_path / "events.parquet")
+    sequences = {"path": "events.parquet", "layout": layout}
+    other = {"items": "users", "users": "items"}[integer]
+    config = tiny_config(
+        tmp_path, tmp_path / "store", features={}, ids={integer: "integer", other: "text"}, sequences=sequences
+    )
+    store, _ = build_store(config)
+    ids = {"items": pq.read_table(store.path / "vocab.parquet"), "users": pq.read_table(store.path / "users.parquet")}
+    kinds = {side: table["external_id"].type for side, table in ids.items()}
+    assert kinds == {integer: pa.int64(), other: pa.large_string()}
+    assert sorted(ids["items"]["external_id"].to_pylist(), key=int) == (
+        [10, 20, 30] if integer == "items" else ["10", "20", "30"]
+    )
+    assert store.manifest.built_from is not None
+    assert store.manifest.built_from.keys["data.ids"] == {"items": config.data.item_ids, "users": config.data.user_ids}
+    assert check_built_from(store, config, "")
+    both = tiny_config(tmp_path, tmp_path / "store", features={}, ids="text", sequences=sequences)
+    with pytest.raises(UserError, match="data.ids is {.*}, the config's 'text'"):
+        check_built_from(store, both, "")
+
+
+def test_one_kind_for_both_may_be_written_either_way(tmp_path: Path) -> None:
+    write_raw(tmp_path)
+    store, _ = build_store(tiny_config(tmp_path, tmp_path / "store", features={}))
+    assert check_built_from(store, tiny_config(tmp_path, tmp_path / "store", features={}, ids={"users": "text"}), "")
+    with pytest.raises(UserError, match="data.ids.items is 'number'; expected one of: text, integer"):
+        tiny_config(tmp_path, tmp_path / "store", ids={"items": "number"})
+    with pytest.raises(UserError, match="unknown config key 'data.ids.item'; did you mean 'data.ids.items'"):
+        tiny_config(tmp_path, tmp_path / "store", ids={"item": "text"})
+    with pytest.raises(UserError, match="data.ids is 'number'; expected text, integer or mapping"):
+        tiny_config(tmp_path, tmp_path / "store", ids="number")
+    with pytest.raises(UserError, match="data.ids is 'number'; expected text, integer or mapping"):
+        DataConfig(ids="number")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("where", ["title", "item_id", "header"])
