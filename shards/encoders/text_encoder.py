@@ -87,7 +87,7 @@ class TextEncoder:
         is_cut = np.zeros(len(texts), np.bool_)
         full = np.flatnonzero(lengths >= self.max_tokens)
         if len(full):
-            whole = self.tokenizer([texts[i] for i in full], truncation=False, verbose=False)["input_ids"]
+            whole = self.tokenizer([texts[i] for i in full.tolist()], truncation=False, verbose=False)["input_ids"]
             is_cut[full] = [len(tokens) > self.max_tokens for tokens in whole]
         return is_cut
 

@@ -63,7 +63,7 @@ class CatalogueCounts:
 
 @dataclass
 class UsedImages:
-    """Images of one feature. One that was not needed, as its item had another, may not be counted."""
+    """Images of one feature."""
 
     given: NonNegativeInt = 0  # of known items, not empty
     bad: dict[str, NonNegativeInt] = field(default_factory=dict)  # by cause (shards.images.causes)
