@@ -65,8 +65,7 @@ def build_store(config: Config, overwrite: bool = False, config_name: str = "") 
     Raises:
         UserError: the raw data are refused or change meanwhile, or something is already there and ``overwrite`` is off.
     """
-    target = store_folder(config)
-    _check_target(target, overwrite)
+    target = check_target(config, overwrite)
     make_demo_data(config.data)
     with replaced_folder(target) as aside:
         _check_target(target, overwrite)  # another build may have ended since
@@ -74,6 +73,17 @@ def build_store(config: Config, overwrite: bool = False, config_name: str = "") 
         if not overwrite:
             _check_target(target, overwrite)  # or ends meanwhile, where there are no locks
     return Store.open(target), features
+
+
+def check_target(config: Config, overwrite: bool) -> Path:
+    """Where the store is built, if it may be.
+
+    Raises:
+        UserError: as :func:`store_folder`; or something is there that is no store, or one that is not to be replaced.
+    """
+    target = store_folder(config)
+    _check_target(target, overwrite)
+    return target
 
 
 def store_folder(config: Config) -> Path:
