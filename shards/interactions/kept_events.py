@@ -71,8 +71,9 @@ def keep_events(
     num_catalogue, item_ids = _code_ids(connection, data, catalogue, wanted, funnel)
     by_row = settings.ties == "table" or data.sequences.layout == "sequences" or not has_times
     time, tie = "time" if has_times else "row", "row" if by_row else "xor(users.bits, items.bits)"
+    split = "split, " if data.split.by == "given" else ""
     connection.execute(f"""
-        CREATE TABLE placed AS SELECT u, i, {time} AS t, split, {tie} AS tie
+        CREATE TABLE placed AS SELECT u, i, {time} AS t, {split}{tie} AS tie
         FROM raw_events JOIN users ON raw_events."user" = users.id JOIN items ON raw_events.item = items.id
         WHERE {wanted}""")
     drop_events(connection)

@@ -18,7 +18,7 @@ from shards.tables.column_kinds import is_text, require_ids, require_lists, requ
 from shards.tables.formats.choice import event_source
 from shards.tables.list_columns import as_lists, lengths_of
 from shards.tables.raw_tables import RawTable, read_batches, table_types
-from shards.tables.times import time_columns
+from shards.tables.times import parsed_columns, time_columns
 
 ROWS_AT_ONCE = 1 << 18
 SPLIT_NAMES = {"train": "train", "valid": "valid", "validation": "valid", "dev": "valid", "test": "test"}
@@ -71,6 +71,24 @@ def check_event_table(table: EventTable) -> None:
         require_word(types[column], where[column])
 
 
+def optional_columns(table: EventTable) -> set[str]:
+    """Those of the columns of its events that a table can have: its times', which depend on their type, and others.
+
+    Raises:
+        UserError: as :func:`check_event_table`.
+    """
+    check_event_table(table)
+    names = table.sequences
+    found = {name for name in ("rating", "event", "split") if getattr(names, name)} | (
+        {"split"} if table.split else set()
+    )
+    if names.times:
+        kind = table_types(table.raw, [names.times]).get(names.times, pa.large_string())
+        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+        found |= parsed_columns(kind.value_type if is_list else kind)
+    return found
+
+
 class EventBatch(NamedTuple):
     """Some events of a table."""
 
@@ -87,7 +105,7 @@ def event_batches(table: EventTable, data: DataConfig, first_row: int, bad: Coun
     ``cause``, why a row gives no event.
 
     Args:
-        table: to read.
+        table: to read, that was checked.
         data: the config's section.
         first_row: number of the first event.
         bad: gets the number of lines that cannot be read.
@@ -95,7 +113,6 @@ def event_batches(table: EventTable, data: DataConfig, first_row: int, bad: Coun
     Raises:
         UserError: the table cannot be read, or an id is not of its kind.
     """
-    check_event_table(table)
     names = table.sequences
     columns = _columns(names)
     found = read_batches(

@@ -19,14 +19,27 @@ from fmrl_dist.base.errors import require
 from fmrl_dist.config.sections import DataConfig
 from shards.tables.bad_rows import check_bad_rows
 from shards.tables.engine import quiet
-from shards.tables.event_batches import SPLIT_NAMES, EventTable, event_batches, event_tables
+from shards.tables.event_batches import (
+    LENGTHS,
+    NO_LIST,
+    SPLIT_NAMES,
+    EventTable,
+    event_batches,
+    event_tables,
+    optional_columns,
+)
 from shards.tables.item_ids import refuse_repeated
 from shards.tables.times import LIMITS, PER_SECOND, TEXT_TIMES, UNIT_NAMES, UNITS, ticks_sql, unit_of
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
-STAGED, BATCH, OWNERS = "read_events", "event_batch", "list_owners"
+STAGED, ROWS, BATCH, OWNERS = "read_events", "read_rows", "event_batch", "list_owners"
+CAUSES = ("no user", "no item", "time", "rating", "split", NO_LIST, LENGTHS)  # why a row gives no event
+OPTIONAL = {  # columns of rows that not all tables have
+    **{"whole": "BIGINT", "part": "DOUBLE", "moment": "BIGINT", "nanos": "USMALLINT"},
+    **{"rating": "DOUBLE", "event": "VARCHAR", "split": "VARCHAR"},
+}
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 SPLITS = " ".join(f"WHEN '{name}' THEN '{split}'" for name, split in SPLIT_NAMES.items())
 
@@ -61,17 +74,15 @@ def load_events(connection: DuckDBPyConnection, data: DataConfig, downloads: Pat
     """
     quiet(connection)
     user_type, item_type = ("BIGINT" if kind == "integer" else "VARCHAR" for kind in (data.user_ids, data.item_ids))
-    connection.execute(
-        f'CREATE OR REPLACE TABLE {STAGED} ("user" {user_type}, "item" {item_type}, whole BIGINT, part DOUBLE, '
-        'moment BIGINT, nanos USMALLINT, rating DOUBLE, "event" VARCHAR, "split" VARCHAR, "row" BIGINT, cause VARCHAR)'
-    )
     tables, bad, num_staged, is_text = event_tables(data, downloads), Counter[str](), 0, False
     try:
+        columns = _create_staged(connection, tables, user_type, item_type)
         for table in tables:
             connection.execute(f"CREATE OR REPLACE TABLE {OWNERS} (id {user_type})")
             for batch, owners in event_batches(table, data, num_staged, bad):
                 names = batch.column_names
-                _insert(connection, STAGED, batch, _parsed(names, bool(table.sequences.times)))
+                parsed = _parsed(names, bool(table.sequences.times))
+                _insert(connection, STAGED, batch, f"SELECT {columns} FROM ({parsed})")
                 if owners is not None:
                     _insert(connection, OWNERS, pa.table({"id": owners}), f"SELECT id FROM {BATCH}")
                 num_staged += len(batch)
@@ -95,9 +106,27 @@ def load_events(connection: DuckDBPyConnection, data: DataConfig, downloads: Pat
 
 def drop_events(connection: DuckDBPyConnection) -> None:
     """Undo :func:`load_events`."""
-    connection.execute("DROP VIEW IF EXISTS raw_events")
+    for view in ("raw_events", ROWS):
+        connection.execute(f"DROP VIEW IF EXISTS {view}")
     for table in (STAGED, OWNERS):
         connection.execute(f"DROP TABLE IF EXISTS {table}")
+
+
+def _create_staged(connection: DuckDBPyConnection, tables: list[EventTable], user_type: str, item_type: str) -> str:
+    """Create :data:`STAGED` with the columns that a table has, as each takes memory, and :data:`ROWS` over it with all.
+
+    Returns:
+        The columns of :data:`STAGED`.
+    """
+    given = set().union(*map(optional_columns, tables))
+    causes = ", ".join(f"'{cause}'" for cause in CAUSES)
+    kinds = {"user": user_type, "item": item_type, "row": "BIGINT", "cause": f"ENUM ({causes})"}
+    kinds |= {name: kind for name, kind in OPTIONAL.items() if name in given}
+    columns = ", ".join(f'"{name}" {kind}' for name, kind in kinds.items())
+    connection.execute(f"CREATE OR REPLACE TABLE {STAGED} ({columns})")
+    lacking = "".join(f', NULL::{kind} AS "{name}"' for name, kind in OPTIONAL.items() if name not in given)
+    connection.execute(f"CREATE OR REPLACE VIEW {ROWS} AS SELECT *{lacking} FROM {STAGED}")
+    return ", ".join(f'"{name}"' for name in kinds)
 
 
 def _insert(connection: DuckDBPyConnection, table: str, batch: pa.Table, query: str) -> None:
@@ -120,7 +149,7 @@ def _check_owners(connection: DuckDBPyConnection, table: EventTable) -> None:
 
 
 def _parsed(names: list[str], has_times: bool) -> str:
-    """SQL: rows of :data:`STAGED` from a batch, whose texts of times and ratings are parsed, with why one is bad."""
+    """SQL: rows of all columns from a batch, whose texts of times and ratings are parsed, with why one is bad."""
     is_text_time = "time" in names
     source = f"({TEXT_TIMES % BATCH})" if is_text_time else BATCH
     whole, part, moment, nanos = (
@@ -131,13 +160,13 @@ def _parsed(names: list[str], has_times: bool) -> str:
     event = '"event"' if "event" in names else "NULL"
     split = f'CASE lower(trim("split")) {SPLITS} END' if "split" in names else "NULL"
     return f"""
-        SELECT "user", "item", whole, part, moment, nanos, CASE WHEN isnan(rating) THEN NULL ELSE rating END, "event",
-            "split", "row", CASE WHEN cause IS NOT NULL THEN cause
+        SELECT "user", "item", whole, part, moment, nanos, CASE WHEN isnan(rating) THEN NULL ELSE rating END AS rating,
+            "event", "split", "row", CASE WHEN cause IS NOT NULL THEN cause
                 WHEN "user" IS NULL OR "user"::VARCHAR = '' THEN 'no user'
                 WHEN "item" IS NULL OR "item"::VARCHAR = '' THEN 'no item'
                 WHEN {has_times} AND whole IS NULL AND part IS NULL AND moment IS NULL THEN 'time'
                 WHEN rating IS NULL AND rating_text IS NOT NULL OR isinf(rating) THEN 'rating'
-                WHEN {"split" in names} AND "split" IS NULL THEN 'split' END
+                WHEN {"split" in names} AND "split" IS NULL THEN 'split' END AS cause
         FROM (SELECT "user", "item", {whole}::BIGINT AS whole, {part}::DOUBLE AS part, {moment}::BIGINT AS moment,
             {nanos}::USMALLINT AS nanos, {rating}::DOUBLE AS rating, {text}::VARCHAR AS rating_text,
             {event}::VARCHAR AS "event", {split}::VARCHAR AS "split", "row", cause FROM {source})
@@ -151,33 +180,39 @@ def _time_unit(connection: DuckDBPyConnection, table: EventTable, is_text: bool)
     size = "greatest(abs(whole::DOUBLE), abs(part))"
     below = ", ".join(f"count(CASE WHEN {size} < {limit} THEN 1 END)" for limit in LIMITS.values())
     num_numbers, num_moments, *smaller = connection.execute(
-        f"SELECT count(coalesce(whole, part)), count(moment), {below} FROM {STAGED} WHERE cause IS NULL"
+        f"SELECT count(coalesce(whole, part)), count(moment), {below} FROM {ROWS} WHERE cause IS NULL"
     ).fetchall()[0]
     if num_numbers and num_moments:
         fewer = "moment" if num_moments < num_numbers else "coalesce(whole, part)"
-        connection.execute(f"UPDATE {STAGED} SET cause = 'time' WHERE cause IS NULL AND {fewer} IS NOT NULL")
+        _spoil(connection, f"{fewer} IS NOT NULL")
     if num_numbers > num_moments:
         unit = unit_of(np.diff([0, *smaller, num_numbers]), table.sequences.time_unit)
         place = UNIT_NAMES.index(unit)
         if table.sequences.time_unit == "auto" and place < len(smaller) and smaller[place] < num_numbers:
             too_large = f"{size} >= {LIMITS[unit]}"  # no time of this unit: of a clock that was never set
-            connection.execute(f"UPDATE {STAGED} SET cause = 'time' WHERE cause IS NULL AND {too_large}")
+            _spoil(connection, too_large)
         return unit
     return "text" if is_text else "timestamp"
 
 
+def _spoil(connection: DuckDBPyConnection, where: str) -> None:
+    """Good rows become bad by their time."""
+    rows = f'SELECT "row" FROM {ROWS} WHERE cause IS NULL AND {where}'
+    connection.execute(f"UPDATE {STAGED} SET cause = 'time' WHERE \"row\" IN ({rows})")
+
+
 def _ticks_per_second(connection: DuckDBPyConnection, unit: str) -> int:
     """Of the times: fine enough that none is rounded, so that they are sorted truly."""
-    [(is_fine,)] = connection.execute(f"SELECT bool_or(nanos > 0) FROM {STAGED} WHERE cause IS NULL").fetchall()
+    [(is_fine,)] = connection.execute(f"SELECT bool_or(nanos > 0) FROM {ROWS} WHERE cause IS NULL").fetchall()
     return PER_SECOND["ns" if unit == "ns" or (unit not in UNITS and is_fine) else "us"]
 
 
 def _create(connection: DuckDBPyConnection, unit: str, per_second: int, has_times: bool, bad: Counter[str]) -> None:
-    """Create ``raw_events`` over :data:`STAGED`, and count bad rows."""
+    """Create ``raw_events`` over :data:`ROWS`, and count bad rows."""
     time = ticks_sql(unit if unit in UNITS else "moment", per_second)
     connection.execute(
         'CREATE OR REPLACE VIEW raw_events AS SELECT "user", "item", "time", rating, "event", "split", "row" FROM '
-        f'(SELECT *, {time} AS "time" FROM {STAGED} WHERE cause IS NULL) WHERE "time" IS NOT NULL OR NOT {has_times}'
+        f'(SELECT *, {time} AS "time" FROM {ROWS} WHERE cause IS NULL) WHERE "time" IS NOT NULL OR NOT {has_times}'
     )
     causes = connection.execute(f"SELECT cause, count(*) FROM {STAGED} GROUP BY cause").fetchall()
     bad.update({cause: count for cause, count in causes if cause is not None})

@@ -58,6 +58,8 @@ def time_columns(column: pa.Array | pa.ChunkedArray) -> dict[str, pa.Array | pa.
     if pa.types.is_date(kind):
         days = column.cast(pa.date32()).cast(pa.int32()).cast(pa.int64())
         return {"moment": pc.multiply(days, 86_400_000_000)}
+    if pa.types.is_null(kind):
+        return {"moment": column.cast(pa.int64())}
     if pa.types.is_timestamp(column.type) and column.type.unit == "ns":
         ticks = column.cast(pa.int64())
         rest = pc.subtract(ticks, pc.multiply(pc.divide(ticks, 1000), 1000))  # of the ticks' sign
@@ -68,6 +70,12 @@ def time_columns(column: pa.Array | pa.ChunkedArray) -> dict[str, pa.Array | pa.
     ticks = column.cast(pa.int64())
     fits = pc.less_equal(pc.abs_checked(pc.max_element_wise(ticks, -(2**63) + 1)), (2**63 - 1) // per_tick)
     return {"moment": pc.multiply(pc.if_else(fits, ticks, None), per_tick)}
+
+
+def parsed_columns(kind: pa.DataType) -> set[str]:
+    """Which of ``whole``, ``part``, ``moment`` and ``nanos`` times of a type can become."""
+    found = set(time_columns(pa.array([], kind)))
+    return {"whole", "part", "moment", "nanos"} if "time" in found else found
 
 
 def ticks_of(column: pa.Array, unit: TimeUnit, where: str) -> tuple[np.ndarray, int]:

@@ -143,6 +143,12 @@ def test_timestamps_finer_than_microseconds(tmp_path: Path) -> None:
     assert (rows, counts.bad) == ([(1000 * MOMENT + 1900,)], {"time": 1})
 
 
+def test_a_column_without_a_time_is_all_bad(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"u": ["a"], "i": ["x"], "t": pa.nulls(1)}), tmp_path / "e.parquet")
+    with pytest.raises(UserError, match="1 of 1 rows cannot be used .time: 1."):
+        read_events(data_config(tmp_path, sequences=interactions("e.parquet")))
+
+
 def test_dates_of_parquet_and_a_unit_that_is_chosen(tmp_path: Path) -> None:
     days = [datetime.date(2014, 7, 23), datetime.date(1969, 12, 31)]
     write_columns(tmp_path / "e.parquet", {"u": ["a", "b"], "i": ["x", "y"], "t": days})
