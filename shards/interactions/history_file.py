@@ -17,7 +17,7 @@ from shards.interactions.funnel import Funnel
 from shards.tables.engine import quiet
 from shards.tables.histories import Histories, HistoryBatches, num_repeated_events
 
-EVENTS_AT_ONCE = 1 << 20
+EVENTS_AT_ONCE = 1 << 18
 USERS_AT_ONCE = 65_536
 NUM_PERIODS = 3
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from fmrl_dist.base.errors import UserError
+from fmrl_dist.base.launch_variables import is_alone, refuse_one_process_trap
 from fmrl_dist.base.parts import Part
 
-MET_BY = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR")  # a launcher sets some of them
 PATIENCE = timedelta(days=30)  # one may encode for days longer than another
 POLL_S = 0.1
 
@@ -65,18 +65,13 @@ def build_processes() -> Iterator[BuildProcesses]:
     Raises:
         UserError: several processes were requested but one was started, or the launcher's variables are incomplete.
     """
-    if not any(name in os.environ for name in MET_BY):
-        yield BuildProcesses()
-        return
-    import torch
-    import torch.distributed as dist
-
-    from fmrl_dist.distributed.processes import is_alone, refuse_one_process_trap  # imports torch and accelerate
-
     refuse_one_process_trap(os.environ)
     if is_alone(os.environ):
         yield BuildProcesses()
         return
+    import torch  # which other builds do without
+    import torch.distributed as dist
+
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     dist.init_process_group("gloo", timeout=PATIENCE)
