@@ -36,6 +36,7 @@ from fmrl_dist.config.parsing import (
 from fmrl_dist.config.tables import (
     DataFormat,
     DirtConfig,
+    IdKinds,
     InteractionsConfig,
     ItemTableConfig,
     SequenceTableConfig,
@@ -87,8 +88,9 @@ class DataConfig:
     demo: DemoConfig | None = None  # if set, the raw tables are generated into data.root when they are missing
     # tables: columns are named below | the others are read as their publishers write them (docs/data.md)
     format: DataFormat = "tables"
-    # text: as written, so that 0042, 42 and 4.2e1 are three ids | integer: numbers, and anything else is refused
-    ids: Literal["text", "integer"] = "text"
+    # text: as written, so that 0042, 42 and 4.2e1 are three ids | integer: numbers, and anything else is refused; or a
+    # mapping, {items: integer, users: text}, where items and users differ
+    ids: Literal["text", "integer"] | IdKinds = "text"
     sequences: SequenceTableConfig = field(default_factory=SequenceTableConfig)
     items: ItemTableConfig = field(default_factory=ItemTableConfig)
     interactions: InteractionsConfig = field(default_factory=InteractionsConfig)
@@ -118,6 +120,19 @@ class DataConfig:
             )
             check_fields(feature, f"data.features.{name}")
             feature.check(f"data.features.{name}")
+
+    @property
+    def item_ids(self) -> Literal["text", "integer"]:
+        return self.ids.items if isinstance(self.ids, IdKinds) else self.ids
+
+    @property
+    def user_ids(self) -> Literal["text", "integer"]:
+        return self.ids.users if isinstance(self.ids, IdKinds) else self.ids
+
+    @property
+    def recorded_ids(self) -> str | dict[str, str]:
+        """``ids`` as records of what something was made from name it: one kind where both are the same."""
+        return self.item_ids if self.item_ids == self.user_ids else {"items": self.item_ids, "users": self.user_ids}
 
     def _check_event_columns(self) -> None:
         """A filter or split of events needs the column that it is about; a published format has its own ratings."""
