@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,17 +11,9 @@ from benchmarks.paper.__main__ import main
 from benchmarks.paper.rows import MODELS, RIVALS, SETS, Row
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.config.loading import load_config
+from tests.fixtures.config_keys import flat
 from tests.fixtures.processes import REPOSITORY
 from tests.fixtures.training import contents
-
-
-def flat(values: dict[str, Any], where: str = "") -> dict[str, Any]:
-    """Nested keys with points between them."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= flat(value, f"{where}{key}.") if isinstance(value, dict) else {f"{where}{key}": value}
-    return found
-
 
 FEW = ["--train.max_steps", "3", "--eval.users", "200", "--eval.cut_vectors", "false", "--run.tensorboard", "false"]
 
@@ -66,9 +57,7 @@ def test_rows_are_trained_and_not_repeated(
     main(words)
     page = (tmp_path / "docs" / "paper-table.md").read_text()
     evaluation = json.loads((tmp_path / "runs" / "beauty-sasrec" / "evaluation.json").read_text())
-    figures = [evaluation[key]["64"]["ndcg@10"] for key in ("sizes",)] + [
-        evaluation["masked"]["sizes"]["64"]["ndcg@10"]
-    ]
+    masked, unmasked = (rows["64"]["ndcg@10"] for rows in (evaluation["masked"]["sizes"], evaluation["sizes"]))
     assert f"| {masked:.4f} &#124; {unmasked:.4f} |  | 0.0364 |" in page
     assert (tmp_path / "docs" / "paper-table-beauty.png").read_bytes()[:4] == b"\x89PNG"
     before = contents(tmp_path / "runs")
