@@ -323,6 +323,10 @@ def main(argv: list[str]) -> None:
     require(
         not config.loss.normalize, "loss.normalize is on, whose cost is not predicted; turn it off to plan without it"
     )
+    require(
+        config.model.mixer == "lru",
+        f"model.mixer is {config.model.mixer}, whose cost is not predicted; plan with lru: its loss costs the same",
+    )
     memory_bytes = int(arguments.memory_gib * 2**30)
     step = step_of(
         config,

@@ -328,6 +328,10 @@ def test_command_of_one_rank_names_no_split(capsys: pytest.CaptureFixture[str]) 
             ],
             "loss.normalize is on, whose cost is not predicted",
         ),
+        (
+            ["--items", "5", "--gpus", "2", "--model.mixer", "filter"],
+            "model.mixer is filter, whose cost is not predicted",
+        ),
         (["--items", "1000000000", "--gpus", "8", "--model.id_table", "true"], "no loss fits: a step needs at least "),
     ],
 )
