@@ -3,12 +3,12 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 SHELL_SCRIPTS := .ci/run .ci/install-slurm .ci/install-chromium $(wildcard launch/*.sh launch/*.slurm)
-BENCHMARKS := $(filter-out benchmarks/__init__.py benchmarks/timing.py,$(wildcard benchmarks/*.py)) benchmarks/gpu/__main__.py \
+BENCHMARKS := $(filter-out benchmarks/__init__.py,$(wildcard benchmarks/*.py)) benchmarks/gpu/__main__.py benchmarks/paper/__main__.py \
 	benchmarks/rivals/setup.py benchmarks/rivals/judge.py
 
 EXTRAS := shards,text,minilm,deepspeed,triton,slurm,sweep,onnx,ann,serve,dev
 
-.PHONY: help setup images train test test-all lint docs bench gpu clean
+.PHONY: help setup images train test test-all lint docs bench gpu paper clean
 
 setup: $(VENV)/installed  ## the virtual environment, with the versions of constraints.txt
 
@@ -46,6 +46,9 @@ bench:  ## what can be measured, and the command that measures it (each needs in
 		echo "$(BIN)/python -m $$(echo $${script%.py} | sed 's,/__main__,,; s,/,.,g') --help"; \
 		sed -n '1s/^"""/    /; 1s/"""$$//; 1p' $$script; \
 	done
+
+paper: setup  ## the paper's table 2, ours and the rivals', hours on two cores; PAPER_ARGS=--dry-run prints the commands
+	$(BIN)/python -m benchmarks.paper $(PAPER_ARGS)
 
 gpu: setup  ## tests and measurements on an NVIDIA GPU, nine minutes; GPU_ARGS=--dry-run tries them on the CPU
 	$(BIN)/python -m benchmarks.gpu $(GPU_ARGS)

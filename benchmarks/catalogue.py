@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from benchmarks import describe_setting
+from benchmarks.measuring.timing import in_child, interleave
 from benchmarks.step import one_step
-from benchmarks.timing import in_child, interleave
 from fmrl_dist.base.errors import run_command
 from fmrl_dist.data.alias import alias_table, draw
 from fmrl_dist.data.batches import Packed, SampledBatch

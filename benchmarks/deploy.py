@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks import describe_setting
-from benchmarks.timing import Timing, interleave
+from benchmarks.measuring.timing import Timing, interleave
 from fmrl_dist import Recommender
 from fmrl_dist.base.errors import run_command
 from fmrl_dist.deploy.approximate.ann import calibrated_ann

@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks import REPOSITORY, describe_setting
-from benchmarks.timing import spread
+from benchmarks.measuring.timing import spread
 from fmrl_dist.config.parsing import build
 from fmrl_dist.config.sections import Config
 from shards.interactions.history_file import read_prepared

@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 from torch.utils.data import DataLoader
 
 from benchmarks import describe_setting
-from benchmarks.timing import in_child, interleave
+from benchmarks.measuring.timing import in_child, interleave
 from fmrl_dist.config.loading import load_config
 from fmrl_dist.data.feed import BatchFeed
 from fmrl_dist.data.order import Order

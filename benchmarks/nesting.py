@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import describe_setting
+from benchmarks.measuring.timing import forget_peak, in_child, interleave, peak_resident_bytes
 from benchmarks.step import FEATURE_DIM, FEATURE_NORM, SIZES, draw, one_step, pack, read_histories, training_module
-from benchmarks.timing import forget_peak, in_child, interleave, peak_resident_bytes
 from fmrl_dist.base.errors import run_command
 from fmrl_dist.losses.settings import LOSS_IMPLS
 from fmrl_dist.model.fmrlrec import FMRLRec

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import REPOSITORY
-from benchmarks.timing import interleave
+from benchmarks.measuring.timing import interleave
 from fmrl_dist.base.progress import Progress
 from fmrl_dist.checkpoint.export_folder import read_export
 from fmrl_dist.deploy.batch.history_files import HistoryFiles

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from benchmarks import describe_setting
+from benchmarks.measuring.timing import Timing, interleave
 from benchmarks.nesting import make_step, over
 from benchmarks.step import SIZES, draw, pack, read_histories
-from benchmarks.timing import Timing, interleave
 from fmrl_dist.base.errors import run_command
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_")

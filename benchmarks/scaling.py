@@ -31,8 +31,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import describe_setting
+from benchmarks.measuring.timing import in_child, spread
 from benchmarks.step import one_step
-from benchmarks.timing import in_child, spread
 from fmrl_dist.base.errors import require, run_command
 from fmrl_dist.data.batches import Packed
 from fmrl_dist.data.item_table import ItemTable

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import describe_setting
-from benchmarks.timing import interleave
+from benchmarks.measuring.timing import interleave
 from fmrl_dist.base.errors import run_command
 from fmrl_dist.model.scan import complex_mul, packed_scan
 

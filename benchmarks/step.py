@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import describe_setting
+from benchmarks.measuring.timing import forget_peak, in_child, interleave, peak_resident_bytes, spread
 from benchmarks.parity import (
     Case,
     build_ours,
@@ -32,7 +33,6 @@ from benchmarks.parity import (
     reference_loss,
     relative_errors,
 )
-from benchmarks.timing import forget_peak, in_child, interleave, peak_resident_bytes, spread
 from fmrl_dist.base.errors import require, run_command
 from fmrl_dist.data.batches import Packed
 from fmrl_dist.data.windows import WindowRule, ragged_rows, target_windows

@@ -328,6 +328,10 @@ def main(argv: list[str]) -> None:
         f"model.item_encoder is {config.model.item_encoder}, whose cost is not predicted; choose projection to plan "
         "without it",
     )
+    require(
+        config.model.mixer == "lru",
+        f"model.mixer is {config.model.mixer}, whose cost is not predicted; plan with lru: its loss costs the same",
+    )
     memory_bytes = int(arguments.memory_gib * 2**30)
     step = step_of(
         config,

@@ -20,6 +20,7 @@ from threadpoolctl import threadpool_limits
 
 from fmrl_dist.base.errors import UserError, require, run_command
 from fmrl_dist.base.files import file_sha256, json_sha256
+from fmrl_dist.base.launch_variables import is_alone, refuse_one_process_trap
 from fmrl_dist.base.parts import WHOLE, Part
 from fmrl_dist.base.progress import Progress
 from fmrl_dist.checkpoint.export_folder import export_sha256
@@ -35,7 +36,7 @@ from fmrl_dist.deploy.batch.user_batches import Share, batched
 from fmrl_dist.deploy.download import export_at
 from fmrl_dist.deploy.item_vocabulary import Recommendation
 from fmrl_dist.deploy.recommender import Recommender
-from fmrl_dist.distributed.processes import Runtime, is_alone, refuse_one_process_trap, start_runtime
+from fmrl_dist.distributed.processes import Runtime, start_runtime
 
 PART_USERS = 65_536
 SHOWN_ITEMS = 5  # of a history

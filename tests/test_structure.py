@@ -26,6 +26,7 @@ SUBFOLDERS = {
             "model/item_encoders",
             "data/store",
             "evaluation/results",
+            "model/mixers",
             "deploy/approximate",
             "deploy/catalogue",
             "deploy/report_page",
@@ -40,7 +41,7 @@ SUBFOLDERS = {
         *("interactions", "store", "store_page", "demo"),
     },
     "launch": {"slurm", "sweeps", "local"},
-    "benchmarks": {"clients", "gpu", "rivals"},
+    "benchmarks": {"clients", "gpu", "measuring", "paper", "rivals"},
 }
 COMMANDS = {
     "fmrl_dist": {

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.report import write_record
-from benchmarks.timing import Timing
+from benchmarks.measuring.timing import Timing
 
 MAX_ROUNDS = 20
 MIN_ROUNDS = 3

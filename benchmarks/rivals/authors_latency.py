@@ -28,8 +28,8 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from benchmarks import describe_setting
+from benchmarks.measuring.timing import interleave
 from benchmarks.parity import MAX_LENGTH, Case, build_ours, build_reference, describe_reference, load_reference
-from benchmarks.timing import interleave
 from fmrl_dist.base.errors import run_command
 from fmrl_dist.checkpoint.export_folder import ExportedModel, Origin
 from fmrl_dist.deploy.item_vocabulary import ItemVocabulary

@@ -12,6 +12,7 @@ from fmrl_dist.base.errors import UserError
 INTEGER = r"^(0|-?[1-9][0-9]*)$"  # as Python prints one
 
 IdKind = Literal["text", "integer"]
+MEND = "set data.ids: text, or {items: …, users: …} if only items or only users are integers"
 
 
 def as_ids(column: pa.ChunkedArray | pa.Array, where: str, kind: IdKind | None = None) -> pa.Array:
@@ -53,8 +54,8 @@ def _parsed(column: pa.Array, where: str) -> pa.Array:
     column = pc.if_else(pc.equal(column, ""), None, column)
     other = column.filter(pc.invert(pc.match_substring_regex(column, INTEGER)))
     if len(other):
-        raise UserError(f"{where} holds the id {other[0].as_py()!r}, which is no integer; set data.ids: text")
+        raise UserError(f"{where} holds the id {other[0].as_py()!r}, which is no integer; {MEND}")
     try:
         return column.cast(pa.int64())
     except pa.ArrowInvalid as error:
-        raise UserError(f"{where} holds ids that do not fit int64 ({error}); set data.ids: text") from None
+        raise UserError(f"{where} holds ids that do not fit int64 ({error}); {MEND}") from None

@@ -62,11 +62,11 @@ def field_types(section: type) -> dict[str, Any]:
 def check_fields(section: object, where: str) -> None:
     """Check each field of a dataclass against its annotation, as :func:`build` does for YAML.
 
-    Fields that hold dataclasses are skipped: those have checked themselves.
+    Fields that hold dataclasses are skipped: those have checked themselves. A text in the place of one has not.
     """
     for name, kind in field_types(type(section)).items():
         value = getattr(section, name)
-        if not _holds_dataclasses(kind):
+        if isinstance(value, str) or not _holds_dataclasses(kind):
             build(kind, value, f"{where}.{name}")
 
 
@@ -181,6 +181,9 @@ def _build_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
         return build(kinds[0], value, where)
     if all(dataclasses.is_dataclass(kind) for kind in kinds):
         return _build_dataclass(_tagged(kinds, value, where), value, where)
+    if isinstance(value, dict):
+        for kind in filter(dataclasses.is_dataclass, kinds):  # whose message names the key that is wrong
+            return _build_dataclass(kind, value, where)
     for kind in kinds:
         with contextlib.suppress(UserError):
             return build(kind, value, where)

@@ -36,6 +36,7 @@ from fmrl_dist.config.parsing import (
 from fmrl_dist.config.tables import (
     DataFormat,
     DirtConfig,
+    IdKinds,
     InteractionsConfig,
     ItemTableConfig,
     SequenceTableConfig,
@@ -87,8 +88,9 @@ class DataConfig:
     demo: DemoConfig | None = None  # if set, the raw tables are generated into data.root when they are missing
     # tables: columns are named below | the others are read as their publishers write them (docs/data.md)
     format: DataFormat = "tables"
-    # text: as written, so that 0042, 42 and 4.2e1 are three ids | integer: numbers, and anything else is refused
-    ids: Literal["text", "integer"] = "text"
+    # text: as written, so that 0042, 42 and 4.2e1 are three ids | integer: numbers, and anything else is refused; or a
+    # mapping, {items: integer, users: text}, where items and users differ
+    ids: Literal["text", "integer"] | IdKinds = "text"
     sequences: SequenceTableConfig = field(default_factory=SequenceTableConfig)
     items: ItemTableConfig = field(default_factory=ItemTableConfig)
     interactions: InteractionsConfig = field(default_factory=InteractionsConfig)
@@ -128,6 +130,19 @@ class DataConfig:
             f"data.features.{name}.of is {feature.of!r}; expected another feature that holds vectors: "
             f"{', '.join(vectors) or 'there is none'}",
         )
+
+    @property
+    def item_ids(self) -> Literal["text", "integer"]:
+        return self.ids.items if isinstance(self.ids, IdKinds) else self.ids
+
+    @property
+    def user_ids(self) -> Literal["text", "integer"]:
+        return self.ids.users if isinstance(self.ids, IdKinds) else self.ids
+
+    @property
+    def recorded_ids(self) -> str | dict[str, str]:
+        """``ids`` as records of what something was made from name it: one kind where both are the same."""
+        return self.item_ids if self.item_ids == self.user_ids else {"items": self.item_ids, "users": self.user_ids}
 
     def _check_event_columns(self) -> None:
         """A filter or split of events needs the column that it is about; a published format has its own ratings."""
@@ -194,9 +209,21 @@ class ModelConfig:
     sizes: tuple[int, ...] = (8, 16, 32, 64, 128)  # Matryoshka sizes, increasing by at least 4; the last is the width
     depth: Annotated[int, Limits(1, 1000)] = 2  # number of blocks
     dropout: Fraction = 0.4  # rate on the input embeddings and in the feed-forward network
-    lru_dropout: Fraction = 0.4  # rate after the LRU
+    # what lets the events of a history see each other: lru: the paper's linear recurrence | attention: causal, as
+    # SASRec's | filter: FMLP-Rec's learned filter, causal | circular: the same as published, over all of a window |
+    # bsarec: causal attention beside a rescaling of high frequencies | bidirectional: attention to all of a history,
+    # trained to fill in masked items, as BERT4Rec
+    mixer: Literal["lru", "attention", "filter", "circular", "bsarec", "bidirectional"] = "lru"
+    lru_dropout: Fraction = 0.4  # rate after the mixer
     r_min: float = 0.5  # inner radius of the ring on which |Λ| starts, below r_max
     r_max: float = 0.99  # outer radius of that ring, at most 1
+    head_width: PositiveInt = 32  # channels of an attention head, at most; each lies within one of sizes' chunks
+    # how attention knows where an event stands: rotary: distances | learned: a row per position | none: it does not
+    positions: Literal["rotary", "learned", "none"] = "rotary"
+    # events that attention and filters read of a history; auto: data.max_length, and one for bidirectional's mask
+    window: PositiveInt | Literal["auto"] = "auto"
+    low_pass: PositiveInt = 5  # low frequencies that bsarec keeps as they are
+    low_pass_share: Fraction = 0.7  # share of bsarec's rescaled frequencies in the mix, the rest is attention's
     input_norm: bool = True  # a layer-norm per chunk before the first block (not in the paper)
     output_norm: bool = True  # and one after the last block, before scoring
     features: tuple[str, ...] | None = None  # names of features to read; null: every feature of the store
@@ -208,8 +235,9 @@ class ModelConfig:
     # share of the items whose ids a training step leaves out, wherever these items occur, so that features learn to
     # carry new items; auto: 0.1 if there are features
     id_dropout: Fraction | Literal["auto"] = "auto"
-    # how the recurrence is computed in training: auto: by device | doubling | triton | plain: one event at a time
-    scan: Literal["auto", "doubling", "triton", "plain"] = "auto"
+    # how the recurrence is computed in training: auto: by device and shape | stepwise: one event of all histories at a
+    # time | doubling | triton | plain: one event of one history at a time
+    scan: Literal["auto", "stepwise", "doubling", "triton", "plain"] = "auto"
     # projection: features become embeddings by one matrix, as in the paper | unisrec: by UniSRec's whitening and
     # mixture of experts | vqrec: by VQRec's tables, which codes look up (features of source pq alone)
     item_encoder: Literal["projection", "unisrec", "vqrec"] = "projection"
@@ -260,6 +288,12 @@ class ModelConfig:
         return self.id_dropout
 
     @property
+    def num_window_events(self) -> int:
+        """Events that the mixer reads, likewise; 1 for the LRU, which has no limit."""
+        assert self.mixer == "lru" or isinstance(self.window, int), "resolved"
+        return 1 if isinstance(self.window, str) else self.window
+
+    @property
     def width(self) -> int:
         """D, the largest size."""
         return self.sizes[-1]
@@ -304,6 +338,7 @@ class LossConfig:
     negatives: Literal["uniform", "popularity", "in_batch", "mixed", "stratified"] = "stratified"
     num_negatives: PositiveInt = 64  # negatives drawn per lane; in_batch draws none
     popularity_power: Annotated[float, Limits(0, 2)] = 0.75  # popularity is (train_count + 1)^power; 0 is uniform
+    mask_rate: Annotated[float, Limits(0, 1)] = 0.2  # share of a history's items that mixer bidirectional fills in
     # whether items without a training event are scored, too: never right, they would only learn to rank low
     score_untrained: bool = False
     # lane: a position's negatives are those of its lane | batch: those of the whole global batch
@@ -498,6 +533,12 @@ class Config:
             f"loss.catalogue is split, which needs items that are projected, and model.item_encoder is "
             f"{self.model.item_encoder}; choose whole, or projection",
         )
+        window, needed = self.model.window, self.data.max_length + (self.model.mixer == "bidirectional")
+        require(
+            self.model.mixer == "lru" or window == "auto" or window >= needed,
+            f"model.window is {window}, less than the {needed} events that data.max_length {self.data.max_length} lets "
+            f"mixer {self.model.mixer} read; leave model.window out, or shorten data.max_length",
+        )
         for key in ("size_weights", "temperatures", "distillation"):
             values = getattr(self.loss, key)
             if isinstance(values, tuple):
@@ -545,9 +586,12 @@ class Config:
             softmax = "sampled" if samples else "full"
         if epochs == "auto":
             epochs = max(AUTO_EPOCHS, -(-AUTO_STEPS // steps_per_epoch))
+        window = self.model.window
+        if window == "auto" and self.model.mixer != "lru":
+            window = self.data.max_length + (self.model.mixer == "bidirectional")
         return dataclasses.replace(
             self,
-            model=dataclasses.replace(self.model, id_table=ids, id_dropout=id_dropout),
+            model=dataclasses.replace(self.model, id_table=ids, id_dropout=id_dropout, window=window),
             loss=dataclasses.replace(self.loss, softmax=softmax),
             train=dataclasses.replace(self.train, epochs=epochs),
         )

@@ -15,6 +15,17 @@ TimeUnit = Literal["auto", "s", "ms", "us", "ns"]
 
 
 @dataclass(frozen=True)
+class IdKinds:
+    """What the ids of items and those of users are, where they are not the same."""
+
+    items: Literal["text", "integer"] = "text"  # like data.ids, of items alone
+    users: Literal["text", "integer"] = "text"  # like data.ids, of users alone
+
+    def __post_init__(self) -> None:
+        check_fields(self, "data.ids")
+
+
+@dataclass(frozen=True)
 class CsvConfig:
     """How the CSV or TSV files of a table are written. Parquet and JSON Lines need none of it."""
 

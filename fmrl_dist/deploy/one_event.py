@@ -1,4 +1,4 @@
-"""The recurrence event by event, in NumPy: what :meth:`fmrl_dist.model.fmrlrec.FMRLRec.step` specifies, prepared once.
+"""The LRU event by event, in NumPy: what :meth:`fmrl_dist.model.fmrlrec.FMRLRec.step` specifies, prepared once.
 
 An event of one user is some hundred operators on small arrays, and of these PyTorch's cost ten times as much as
 NumPy's. So the weights are put together beforehand: masks applied, γ and the layer-norms' weights multiplied in, real
@@ -21,6 +21,7 @@ from torch import nn
 
 from fmrl_dist.model.block import ResidualBlock
 from fmrl_dist.model.fmrlrec import FMRLRec
+from fmrl_dist.model.mixers.lru import LRU
 from fmrl_dist.model.nested import LAYER_NORM_EPS, NestedLayerNorm, chunks, nested_mask
 
 HISTORIES_IN_STEP = 256
@@ -30,7 +31,7 @@ class OneEvent:
     """The step of a model, in the dtype of its weights.
 
     Args:
-        model: in evaluation mode, on the CPU. Later changes of its weights are not seen.
+        model: in evaluation mode, on the CPU; its mixer is the LRU. Later changes of its weights are not seen.
     """
 
     def __init__(self, model: FMRLRec) -> None:
@@ -40,6 +41,10 @@ class OneEvent:
         self._blocks = [_Block(block, model.sizes, standardize) for block in model.blocks]
         self._input_norm = _Norm(model.input_norm, standardize)
         self._output_norm = _Norm(model.output_norm, standardize)
+
+    def start_output(self) -> np.ndarray:
+        """Output of an empty history, [D]."""
+        return self(self.initial_state(), self.start_row)
 
     def initial_state(self, *num_histories: int) -> np.ndarray:
         """State before the first event, [..., depth, 2, D]."""
@@ -132,11 +137,11 @@ class _Block:
     """A residual block."""
 
     def __init__(self, block: nn.Module, sizes: Sequence[int], standardize: _Standardize) -> None:
-        assert isinstance(block, ResidualBlock)
+        assert isinstance(block, ResidualBlock) and isinstance(block.mixer, LRU), "checked before"
         w = {name: tensor.double().numpy() for name, tensor in block.state_dict().items()}
         mask = nested_mask(sizes).double().numpy()
         with torch.no_grad():  # Λ and γ as the full pass rounds them: their error adds up over the events
-            decay, gamma = block.lru.decay().numpy(), torch.exp(block.lru.gamma_log).numpy()
+            decay, gamma = block.mixer.decay().numpy(), torch.exp(block.mixer.gamma_log).numpy()
         self._standardize, self._width = standardize, sizes[-1]
 
         def put(values: np.ndarray) -> np.ndarray:

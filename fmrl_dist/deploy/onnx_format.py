@@ -40,13 +40,14 @@ from fmrl_dist.checkpoint.export_folder import (
     folder_of_export,
     stored_or_refused,
 )
+from fmrl_dist.deploy.whole_histories import check_has_state
 from fmrl_dist.model.block import FeedForward, ResidualBlock
 from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.model.item_encoders.item_encoder import DenseItemEncoder, ItemEncoder
 from fmrl_dist.model.item_encoders.projection import ProjectionEncoder
 from fmrl_dist.model.item_encoders.unisrec import UniSRecEncoder
 from fmrl_dist.model.item_encoders.vqrec import VQRecEncoder
-from fmrl_dist.model.lru import LRU
+from fmrl_dist.model.mixers.lru import LRU
 from fmrl_dist.model.nested import LAYER_NORM_EPS, NestedLayerNorm, chunks, nested_mask
 from fmrl_dist.model.stored_tensors import SCALE
 
@@ -81,6 +82,7 @@ def write_onnx_export(exported: ExportedModel, folder: Path, parts: ExportParts,
             the model; or a package is missing.
     """
     check_installed()
+    check_has_state(exported.model, "--format onnx needs")
     reference = as_stored(exported, parts.dtype)
     has_encoder = bool(exported.model.encoder.feature_dims)
     further = {"opset": OPSET, "start_array": START_ARRAY}
@@ -176,8 +178,9 @@ def step_graph(model: FMRLRec, dtype: str) -> Any:
     states = graph.add("Split", "state", graph.constant(np.ones(depth, np.int64), "ones"), axis=1, outputs=depth)
     x, new_states = graph.layer_norm("embeddings", model.input_norm, "input_norm"), []
     for k, (state, block) in enumerate(zip([states] if depth == 1 else states, model.blocks, strict=True)):
-        assert isinstance(block, ResidualBlock)
-        mixed, new_state = _lru_step(graph, block.lru, state, graph.layer_norm(x, block.lru_norm, f"{k}.lru_norm"), k)
+        assert isinstance(block, ResidualBlock) and isinstance(block.mixer, LRU), "checked before"
+        normed = graph.layer_norm(x, block.mixer_norm, f"{k}.lru_norm")
+        mixed, new_state = _lru_step(graph, block.mixer, state, normed, k)
         new_states.append(graph.add("Unsqueeze", new_state, second))
         x = graph.add("Add", x, mixed)
         x = graph.add(

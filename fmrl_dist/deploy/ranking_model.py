@@ -19,6 +19,7 @@ from fmrl_dist.checkpoint.export_folder import ExportedModel
 from fmrl_dist.deploy.item_filters import Rows, RowsOfEach, lists_of_users, with_denied
 from fmrl_dist.deploy.one_event import OneEvent
 from fmrl_dist.deploy.retrieval import Search, top_k
+from fmrl_dist.deploy.whole_histories import WholeHistories, check_has_state
 from fmrl_dist.model.embed_catalogue import check_rankable
 from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.model.rotation import rotate_tiles
@@ -121,7 +122,7 @@ class RankingModel:
         )
         z = np.empty((len(read), self.size), np.float32)
         z[is_empty] = self.start_output
-        z[~is_empty] = self.one_event.last_outputs(self.item_inputs, [rows for rows in read if len(rows)])
+        z[~is_empty] = self._reader.last_outputs(self.item_inputs, [rows for rows in read if len(rows)])
         return self.compared_outputs(z)
 
     def compared_outputs(self, z: np.ndarray) -> np.ndarray:
@@ -207,13 +208,23 @@ class RankingModel:
 
     @cached_property
     def one_event(self) -> OneEvent:
-        """The model's step."""
+        """The model's step.
+
+        Raises:
+            UserError: its mixer has no state of fixed size.
+        """
+        check_has_state(self.model, "sessions need")
         return OneEvent(self.model)
+
+    @cached_property
+    def _reader(self) -> OneEvent | WholeHistories:
+        """What reads histories."""
+        return self.one_event if self.model.mixing.mixer == "lru" else WholeHistories(self.model)
 
     @cached_property
     def start_output(self) -> np.ndarray:
         """The network's output after an empty history, float32 [D]."""
-        return self.one_event(self.one_event.initial_state(), self.one_event.start_row)
+        return self._reader.start_output()
 
     @cached_property
     def model_sha256(self) -> str:

@@ -15,11 +15,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.base.launch_variables import is_alone, refuse_one_process_trap
 from fmrl_dist.config.sections import TrainPrecision
 from fmrl_dist.distributed.deepspeed import asks_for_deepspeed, checked_plugin, leave_out_unused_build
 
-# By which ranks meet, and find their device.
-MEETING = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # MPI's, which Accelerate reads too, and srun's: processes that such a program starts do not meet.
 STARTERS_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 PATIENCE_S = 4 * 3600.0  # ranks that evaluate different users wait this long for each other
@@ -175,38 +174,6 @@ def start_accelerator(environment: os._Environ[str] | dict[str, str], patience_s
     leave_out_unused_build()
     # With cpu=True, Accelerate would silently use DDP.
     return Accelerator(mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=[group])
-
-
-def refuse_one_process_trap(environment: os._Environ[str] | dict[str, str]) -> None:
-    """``accelerate launch --cpu --num_processes 2`` starts one process: it sets MASTER_ADDR and no WORLD_SIZE."""
-    if "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
-        raise UserError(
-            "several processes were requested but one was started (accelerate launch --cpu does that silently); "
-            "start them with accelerate launch --multi_gpu --num_processes N …"
-        )
-
-
-def is_alone(environment: os._Environ[str] | dict[str, str]) -> bool:
-    """Whether this process trains or evaluates by itself: no launcher has given it a rank.
-
-    Raises:
-        UserError: it has a rank, but not all of the variables by which ranks meet.
-    """
-    world_size, rank = environment.get("WORLD_SIZE"), environment.get("RANK")
-    if world_size is None and rank is None and "LOCAL_RANK" not in environment:
-        return True
-    if world_size == "1" and "LOCAL_RANK" not in environment:
-        return True
-    found = {name: environment[name] for name in MEETING if name in environment}
-    shown = ", ".join(f"{name} {value!r}" for name, value in found.items())
-    missing = ", ".join(name for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR") if name not in found)
-    mend = "start the processes with accelerate launch, or unset these variables to run a single one"
-    require(not missing, f"the environment has {shown} but not {missing}; {mend}")
-    require(
-        str(world_size).isdecimal() and str(rank).isdecimal() and int(str(rank)) < int(str(world_size)),
-        f"the environment has {shown}; expected RANK to be a number below WORLD_SIZE: {mend}",
-    )
-    return False
 
 
 @contextmanager

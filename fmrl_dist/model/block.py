@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmrl_dist.model.lru import LRU
+from fmrl_dist.model.mixers.mixing import Mixer, Mixing, build_mixer
 from fmrl_dist.model.nested import NestedLayerNorm, NestedLinear
 
 
@@ -28,30 +29,53 @@ class FeedForward(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Sequence mixer, then FFN, each behind its own nested layer-norm and a residual."""
+    """Mixer, then FFN, each behind its own nested layer-norm and a residual.
+
+    The mixer's tensors are named for its kind, ``lru.B`` or ``attention.qkv``: nobody takes one kind's for another's.
+
+    Args:
+        sizes: Matryoshka sizes.
+        mixing: which mixer, and its settings.
+        dropout: rate in the FFN.
+        mixer_dropout: rate after the mixer.
+        matmul_dtype: of the products' inputs in training mode.
+        scan: see :func:`~fmrl_dist.model.mixers.mixing.build_mixer`.
+    """
 
     def __init__(
         self,
         sizes: Sequence[int],
+        mixing: Mixing,
         dropout: float,
-        lru_dropout: float,
-        r_min: float,
-        r_max: float,
+        mixer_dropout: float,
         matmul_dtype: torch.dtype | None = None,
         scan: str = "auto",
     ) -> None:
         super().__init__()
-        self.lru_norm = NestedLayerNorm(sizes)
-        self.lru = LRU(sizes, r_min, r_max, matmul_dtype, scan)
-        self.lru_dropout = nn.Dropout(lru_dropout)
+        self._mixer_name = mixing.mixer
+        self.add_module(f"{mixing.mixer}_norm", NestedLayerNorm(sizes))
+        self.add_module(mixing.mixer, build_mixer(mixing, sizes, matmul_dtype, scan))
+        self.mixer_dropout = nn.Dropout(mixer_dropout)
         self.ffn_norm = NestedLayerNorm(sizes)
         self.ffn = FeedForward(sizes, dropout, matmul_dtype)
 
+    @property
+    def mixer(self) -> Mixer:
+        """What mixes the events."""
+        return cast(Mixer, self.get_submodule(self._mixer_name))
+
+    @property
+    def mixer_norm(self) -> nn.Module:
+        """The layer-norm before it."""
+        return self.get_submodule(f"{self._mixer_name}_norm")
+
     def forward(self, x: Tensor, starts: Tensor) -> Tensor:
-        x = x + self.lru_dropout(self.lru(self.lru_norm(x), starts))
+        """x [P, D] packed rows, starts int64 [·+1] → [P, D]."""
+        x = x + self.mixer_dropout(self.mixer(self.mixer_norm(x), starts))
         return x + self.ffn(self.ffn_norm(x))
 
     def step(self, state: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        state, mixed = self.lru.step(state, self.lru_norm(x))
-        x = x + self.lru_dropout(mixed)
+        """One event of each of B histories: the mixer's state and x [B, D] → new state, [B, D]."""
+        state, mixed = self.mixer.step(state, self.mixer_norm(x))
+        x = x + self.mixer_dropout(mixed)
         return state, x + self.ffn(self.ffn_norm(x))

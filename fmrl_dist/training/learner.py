@@ -38,7 +38,21 @@ from fmrl_dist.training.optimizer import ID_TABLE, build_optimizer
 from fmrl_dist.training.run import Run
 
 # Keys of the model that say what its tensors mean, whatever their shapes; where |Λ| began, and dropout, may change.
-MEANING = ("sizes", "depth", "input_norm", "output_norm", "feature_scale", "id_table", "item_encoder")
+MEANING = (
+    "sizes",
+    "depth",
+    "mixer",
+    "head_width",
+    "positions",
+    "window",
+    "low_pass",
+    "low_pass_share",
+    "input_norm",
+    "output_norm",
+    "feature_scale",
+    "id_table",
+    "item_encoder",
+)
 
 
 @dataclass(frozen=True)
@@ -105,7 +119,9 @@ def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
     elif table is not None:
         columns = catalogue_columns(model.encoder, table, dtype)
     scored = scored_rows(run, part) if table is not None and config.loss.softmax == "full" else None
-    module = TrainingModule(model, columns, settings, config.loss.normalize, part, id_rows, scored)
+    module = TrainingModule(
+        model, columns, settings, config.loss.normalize, part, id_rows, scored, config.loss.mask_rate
+    )
     optimizer = build_optimizer(
         model,
         lr=config.train.lr,

@@ -26,6 +26,7 @@ from fmrl_dist.losses.split_catalogue import CatalogueSlice
 from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.model.item_encoders.projection import ProjectionEncoder
 from fmrl_dist.model.nested import add_prefix, matmul_linear
+from fmrl_dist.model.objectives import Outputs, outputs_to_learn
 from fmrl_dist.training.id_table.rows import IdRows
 from fmrl_dist.training.item_columns import SomeRows, columns_dtype
 
@@ -42,6 +43,7 @@ class TrainingModule(nn.Module):
         part: the items that this rank scores for all ranks; None for all items, for its own positions. Only with a
             projection, and not with ``normalize``.
         id_rows: the model's id table as a step reads it; None for a model without one.
+        mask_rate: share of a window's items that mixer bidirectional fills in.
         scored: int64, the rows of ``columns`` (of ``part``, if there is one) that the full softmax scores, every target
             among them; None for all.
     """
@@ -55,6 +57,7 @@ class TrainingModule(nn.Module):
         part: CatalogueSlice | None = None,
         id_rows: IdRows | None = None,
         scored: Tensor | None = None,
+        mask_rate: float = 0.2,
     ) -> None:
         super().__init__()
         assert settings.sizes == model.sizes
@@ -63,10 +66,13 @@ class TrainingModule(nn.Module):
         self.model = model
         # A plain attribute, not a buffer: DDP would broadcast it, a checkpoint would hold it, and it may lie on disk.
         self.columns, self.part, self.id_rows = columns, part, id_rows
-        self.settings, self.normalize, self.scored = settings, normalize, scored
+        self.settings, self.normalize, self.scored, self.mask_rate = settings, normalize, scored, mask_rate
 
     def forward(self, batch: Packed) -> Tensor:
-        """Loss of each size, summed over the batch's targets, [S]; zero for an empty batch."""
+        """Loss of each size, summed over the batch's targets, [S]; zero for an empty batch.
+
+        Where only some targets are predicted, it is their mean times the number of all.
+        """
         encoder = self.model.encoder
         projection = encoder.projection() if isinstance(encoder, ProjectionEncoder) else None
         needed = [batch.items, batch.targets]
@@ -76,19 +82,36 @@ class TrainingModule(nn.Module):
         id_rows = None if self.id_rows is None else self.id_rows.of_batch(ids)
         items = self._embed(self._columns(ids, batch), projection, id_rows)
         inputs, targets, *negatives = places.split([len(part) for part in needed])
-        z = self.model(items[inputs], batch.starts, batch.from_start)
+        outputs = outputs_to_learn(
+            self.model, items[inputs], items[targets], batch.starts, batch.from_start, self.mask_rate
+        )
+        share = len(outputs.z) / max(len(targets), 1)
+        return self._loss(outputs, batch, projection, items, targets, negatives) / (share or 1)
+
+    def _loss(
+        self,
+        outputs: Outputs,
+        batch: Packed,
+        projection: Tensor | None,
+        items: Tensor,
+        targets: Tensor,
+        negatives: Sequence[Tensor],
+    ) -> Tensor:
+        """Loss of each size, summed over the targets that are predicted; places of all targets, of negatives."""
+        z, own = outputs.z, items[outputs.of(targets)]
         if isinstance(batch, SampledBatch):
-            return self._sampled(batch, z, items[targets], items[negatives[0]])
+            return self._sampled(batch, outputs, own, items[negatives[0]])
         assert self.columns is not None, "the full softmax reads a table"
         catalogue, table = self._scored_catalogue(self.columns)
         if self.normalize or projection is None:
             assert not isinstance(catalogue, CatalogueSlice), "the configuration refuses it"
-            right = batch.targets if self.scored is None else torch.searchsorted(self.scored, batch.targets)
+            ids = outputs.of(batch.targets)
+            right = ids if self.scored is None else torch.searchsorted(self.scored, ids)
             return self._of_every_size(
                 lambda rows, settings: nested_cross_entropy(rows[0], rows[1], right, settings),
                 [z, self._embed(catalogue[:], projection, table)],
             )
-        return catalogue_cross_entropy(z, items[targets], catalogue, projection, table, self.settings)
+        return catalogue_cross_entropy(z, own, catalogue, projection, table, self.settings)
 
     def _scored_catalogue(self, columns: RowMatrix) -> tuple[RowMatrix | CatalogueSlice, Tensor | None]:
         """What the full softmax scores, and its rows of the id table."""
@@ -109,15 +132,18 @@ class TrainingModule(nn.Module):
         columns = encoder.columns(encoder.normalize(values, present), present)
         return columns.to(columns_dtype(encoder, self.settings.dtype))
 
-    def _sampled(self, batch: SampledBatch, z: Tensor, target_items: Tensor, negative_items: Tensor) -> Tensor:
-        """Sum over the groups, each against its own negatives."""
-        position_counts = batch.position_starts.diff().tolist()
+    def _sampled(self, batch: SampledBatch, outputs: Outputs, own: Tensor, others: Tensor) -> Tensor:
+        """Sum over the groups, each against its own negatives: ``own`` [T, D] are the targets, ``others`` [K', D]."""
+        position_starts = batch.position_starts
+        if outputs.positions is not None:
+            position_starts = torch.searchsorted(outputs.positions, position_starts)
+        position_counts = position_starts.diff().tolist()
         negative_counts = batch.negative_starts.diff().tolist()
         groups = zip(
-            z.split(position_counts),
-            target_items.split(position_counts),
-            batch.targets.split(position_counts),
-            negative_items.split(negative_counts),
+            outputs.z.split(position_counts),
+            own.split(position_counts),
+            outputs.of(batch.targets).split(position_counts),
+            others.split(negative_counts),
             batch.negatives.split(negative_counts),
             batch.log_expected.split(negative_counts),
             strict=True,
@@ -127,8 +153,8 @@ class TrainingModule(nn.Module):
             for z, own_items, targets, other_items, ids, log_expected in groups
         ]
         if not losses:  # still a function of all that others take a gradient of
-            nothing = z.sum() + target_items.sum() + negative_items.sum()
-            return nothing * z.new_zeros(len(self.model.sizes))
+            nothing = outputs.z.sum() + own.sum() + others.sum()
+            return nothing * nothing.new_zeros(len(self.model.sizes))
         return torch.stack(losses).sum(0)
 
     def _group(self, z: Tensor, own: Tensor, targets: Tensor, others: Tensor, negatives: Negatives) -> Tensor:

@@ -12,7 +12,9 @@ LR_FACTOR = "lr_factor"  # key of a group: its learning rate as a multiple of th
 # Code tables are not decayed: a step looks up some of the rows, and would shrink the others.
 DECAYED = (
     *("encoder.weight", "encoder.gate", "encoder.gate_noise"),
-    *("lru.B", "lru.C", "ffn.gate.weight", "ffn.w_1.weight", "ffn.w_2.weight"),
+    *("lru.B", "lru.C"),
+    *("attention.qkv", "attention.out", "bidirectional.qkv", "bidirectional.out"),
+    *("ffn.gate.weight", "ffn.w_1.weight", "ffn.w_2.weight"),
 )
 
 
@@ -25,7 +27,9 @@ def build_optimizer(
     id_lr_factor: float = 1.0,
     id_weight_decay: float = 0.0,
 ) -> torch.optim.AdamW:
-    """AdamW that decays nested matrices and the item encoder's; never Λ, γ, norms, biases, stand-ins or code tables.
+    """AdamW that decays nested matrices and the item encoder's.
+
+    It never decays Λ, γ, filters, norms, biases, stand-ins and code tables.
 
     An id table that is a parameter of the model has a group of its own, with its own decay and learning rate.
     """

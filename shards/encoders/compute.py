@@ -45,8 +45,8 @@ class Compute:
 
 
 def choose_compute(precision: Precision) -> Compute:
-    """The GPU if there is one, otherwise the CPU; ``auto`` is bf16 if the hardware multiplies it."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """This process' GPU if there is one, otherwise the CPU; ``auto`` is bf16 if the hardware multiplies it."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     if precision == "auto":
         precision = "bf16" if _multiplies_bf16(device) else "fp32"
     return Compute(device, torch.bfloat16 if precision == "bf16" else torch.float32)

@@ -1,8 +1,9 @@
 """Image features from a pretrained encoder (paper section 5.3: SigLIP through open_clip), L2-normalised.
 
 An image that an earlier build has encoded is not encoded again (``shards.encodings.kept_rows``). The image table's rows
-form units, which parts of a build share out. Worker processes prepare a unit's missing images
-(``shards.encoders.image_loader``), the main process runs the model, and the unit is saved as soon as it is finished.
+form units, which parts of a build share out (``shards.images.image_keys``). Worker processes prepare a unit's missing
+images (``shards.encoders.image_loader``), the main process runs the model, and the unit is saved as soon as it is
+finished.
 
 A row depends on its image alone: all forward passes have one shape, filled up with repeated images, since a product
 rounds by its shape.
@@ -13,7 +14,6 @@ rounds by its shape.
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +32,8 @@ from shards.encoders.compute import Compute, choose_compute
 from shards.encoders.item_feature import ItemFeature, packages_of
 from shards.encoders.item_images import ImageTable
 from shards.encoders.open_clip_model import ImageModel, find_image_model, load_tower
-from shards.encodings.content_keys import KEY
 from shards.encodings.kept_rows import KeptRows
-from shards.images.causes import CAUSES, ImageCounts
+from shards.images import image_keys
 from shards.images.decoding import DECODING
 from shards.tables.item_ids import ItemIds
 
@@ -104,7 +103,7 @@ class ImageWork:
         }
         return cls(name, config, table, model, compute, revision, KeptRows(encodings, name, recipe, model.dim))
 
-    def encode(self, part: Part = WHOLE) -> image_loader.ImageKeys:
+    def encode(self, part: Part = WHOLE) -> image_keys.ImageKeys:
         """Encode the images of a part's units that nobody has encoded yet, and keep their rows.
 
         Returns:
@@ -114,8 +113,8 @@ class ImageWork:
             UserError: a worker died, an image changed meanwhile, or the model's output is not finite.
         """
         print(f"feature {self.name!r}: {self.model.encoder}, {self.compute}", flush=True)
-        units = part.share(image_loader.num_units(self.table))
-        images = image_loader.ImageKeys.read(self.name, self.table, units)
+        units = part.share(image_keys.num_units(self.table))
+        images = image_keys.ImageKeys.read(self.name, self.table, units)
         missing = [unit for unit in units if len(self._missing(images, unit))]
         num_encoded = 0
         if missing:
@@ -134,13 +133,10 @@ class ImageWork:
         print(f"feature {self.name!r}: {num_encoded:,} images encoded, {total - num_encoded:,} were kept", flush=True)
         return images
 
-    def _missing(self, images: image_loader.ImageKeys, unit: int) -> np.ndarray:
-        """Rows of a unit whose image nobody has tried yet, each content once: int64 [n]."""
-        rows = image_loader.rows_of(self.table, unit)
-        rows = rows[images.first[rows]]
-        return rows[self.kept.missing(images.keys[rows])]
+    def _missing(self, images: image_keys.ImageKeys, unit: int) -> np.ndarray:
+        return images.missing(self.kept, image_keys.rows_of(self.table, unit))
 
-    def _encode_units(self, images: image_loader.ImageKeys, units: list[int]) -> int:
+    def _encode_units(self, images: image_keys.ImageKeys, units: list[int]) -> int:
         """Encode and save what is missing in ``units``; returns the number of images."""
 
         def to_do(unit: int) -> np.ndarray:
@@ -162,7 +158,7 @@ class ImageWork:
     def _save_unit(
         self,
         encoder: ImageEncoder,
-        images: image_loader.ImageKeys,
+        images: image_keys.ImageKeys,
         batches: Iterable[image_loader.PreparedBatch],
         progress: Progress,
     ) -> int:
@@ -211,14 +207,7 @@ def encode_images(name: str, config: OpenClipFeature, root: Path, ids: ItemIds, 
         UserError: as :meth:`ImageWork.open` and :meth:`ImageWork.encode`.
     """
     work = ImageWork.open(name, config, root, ids, encodings)
-    images, table = work.encode(), work.table
-    given = np.flatnonzero(images.given)
-    readable = given[work.kept.has_row(images.keys[given])]
-    items, first = np.unique(table.items[readable], return_index=True)
-    keys, present = np.zeros(len(ids.external), KEY), np.zeros(len(ids.external), np.bool_)
-    keys[items], present[items] = images.keys[readable][first], True
-    failed = images.causes + Counter(CAUSES[cause] for cause in work.kept.causes(images.keys[given]))
-    counts = ImageCounts.of(len(table.items) - table.num_unknown, table.num_unknown, failed)
+    keys, present, counts = image_keys.usable_images(work.table, work.encode(), work.kept, len(ids.external))
     return ItemFeature(
         name,
         work.kept.gather(keys, present),

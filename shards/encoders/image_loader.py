@@ -1,7 +1,7 @@
-"""Images on their way to the encoder: their keys, and worker processes that decode and prepare them, batch by batch.
+"""Images on their way to a model: worker processes that decode and prepare them, batch by batch.
 
-The main process reads the image table, whose rows form units of :data:`UNIT_ROWS`. Only rows whose content nobody has
-encoded go to a worker.
+The main process reads the image table, unit by unit (``shards.images.image_keys``). Only rows whose content nobody
+has encoded go to a worker.
 
 ``n`` images of a batch, of which ``g`` are good.
 """
@@ -11,10 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,15 +21,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fmrl_dist.base.parent_process import end_with_parent
-from fmrl_dist.base.progress import Progress
-from shards.encoders.item_images import FILES_AT_ONCE, ImageRows, ImageTable, read_image
+from shards.encoders.item_images import ImageTable, read_image
 from shards.encoders.open_clip_model import make_transform
-from shards.encodings.content_keys import KEY, content_key
+from shards.encodings.content_keys import content_key
+from shards.images import image_keys
 from shards.images.causes import CAUSES, UnreadableImageError
 from shards.images.decoding import decode_image
 
 NOTICE_S = 1.0  # within which the kernel tells of a child that has closed its connections
-UNIT_ROWS = 512  # at most a few minutes of SigLIP ViT-L on a CPU are lost; a GPU writes a file a second
 
 
 class RawBatch(NamedTuple):
@@ -90,59 +86,6 @@ class PreparedImages(Dataset[PreparedBatch]):
             pixels=torch.stack(pixels) if pixels else torch.empty(0),
             changed=changed,
         )
-
-
-@dataclass(frozen=True)
-class ImageKeys:
-    """What the images of some rows of a table are found by; the others have none."""
-
-    keys: np.ndarray  # KEY [rows]
-    given: np.ndarray  # bool [rows]: the row's item is known, and its image has bytes
-    first: np.ndarray  # bool [rows]: likewise, and no earlier row has the same image
-    causes: Counter[str]  # why rows of known items have none
-
-    @classmethod
-    def read(cls, name: str, table: ImageTable, units: Collection[int]) -> ImageKeys:
-        """Read the images of all rows of ``units``, for feature ``name``: at the speed of the disk.
-
-        Raises:
-            UserError: the table cannot be read.
-        """
-        num_rows, causes = len(table.items), Counter[str]()
-        keys, given, first = np.zeros(num_rows, KEY), np.zeros(num_rows, np.bool_), np.zeros(num_rows, np.bool_)
-        progress = Progress("image", sum(len(rows_of(table, unit)) for unit in units), name=f"{name}, looked up")
-        read = partial(_key_of_image, table.folder)
-        with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-            for unit, rows in _units(table, units):
-                low = unit * UNIT_ROWS
-                known = np.flatnonzero(rows.items >= 0)
-                for i, key in zip(known, pool.map(read, [rows.images[i] for i in known]), strict=True):
-                    if isinstance(key, bytes):
-                        keys[low + i], given[low + i] = key, True
-                    else:
-                        causes[key] += 1
-                progress.advance(len(rows.items))
-        progress.close()
-        rows_given = np.flatnonzero(given)
-        first[rows_given[np.unique(keys[rows_given], return_index=True)[1]]] = True
-        return cls(keys, given, first, causes)
-
-
-def _key_of_image(folder: Path, image: bytes | str | None) -> bytes | str:
-    """The key of an image, or the cause why it has no bytes."""
-    try:
-        return content_key(read_image(folder, image))
-    except UnreadableImageError as problem:
-        return problem.cause
-
-
-def num_units(table: ImageTable) -> int:
-    return -(-len(table.items) // UNIT_ROWS)
-
-
-def rows_of(table: ImageTable, unit: int) -> np.ndarray:
-    """The table's rows that form a unit, int64 [n]."""
-    return np.arange(unit * UNIT_ROWS, min((unit + 1) * UNIT_ROWS, len(table.items)))
 
 
 def prepared_batches(
@@ -204,22 +147,12 @@ def _raw_batches(
     units: Collection[int],
     batch_images: int,
 ) -> Iterator[RawBatch]:
-    for unit, rows in _units(table, units):
+    for unit, rows in image_keys.rows_by_unit(table, units):
         chosen = to_do(unit).tolist()
         for low in range(0, len(chosen), batch_images):
             batch = chosen[low : low + batch_images]
-            images = [rows.images[row - unit * UNIT_ROWS] for row in batch]
+            images = [rows.images[row - unit * image_keys.UNIT_ROWS] for row in batch]
             yield RawBatch(unit, batch, [keys[row].tobytes() for row in batch], images)
-
-
-def _units(table: ImageTable, units: Collection[int]) -> Iterator[tuple[int, ImageRows]]:
-    """The rows of ``units``, in order; the table is read no further than the last of them."""
-    last = max(units, default=-1)
-    for unit, rows in enumerate(table.rows(UNIT_ROWS) if units else ()):
-        if unit in units:
-            yield unit, rows
-        if unit == last:
-            return
 
 
 def _unchanged(batch: Any) -> Any:

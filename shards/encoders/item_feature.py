@@ -30,6 +30,15 @@ PACKAGES: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
+class TextCounts:
+    """What became of the texts of one feature."""
+
+    num_given: int  # items that have one
+    num_cut: int  # items whose text is longer than the encoder reads
+    max_tokens: int  # that it reads
+
+
+@dataclass(frozen=True)
 class ItemFeature:
     """A feature of all V items. An item without it is *absent*: its row is zero and its ``present`` is false."""
 
@@ -47,6 +56,7 @@ class ItemFeature:
     # row of ``rows`` of each item, int64 [V], -1 for an item that has none; None: an item's row is its own
     source_rows: np.ndarray | None = None
     images: ImageCounts | None = None  # what became of the images that it was made of
+    texts: TextCounts | None = None  # what became of the texts, where an encoder reads only so much of each
 
     @cached_property
     def manifest_entry(self) -> Feature:

@@ -3,22 +3,29 @@
 Three parts, each L2-normalised so that none outweighs another: an 8 x 8 thumbnail (192 values, centred), a histogram
 over hue, saturation and value (8 x 4 x 4 = 128) and histograms of gradient orientation in a 4 x 4 grid (9 x 16 = 144;
 Dalal and Triggs 2005, without block normalisation). The whole is L2-normalised.
+
+A row depends on its image alone, and is kept for later builds (``shards.encodings.kept_rows``); parts of a build share
+the images out (``shards.images.image_keys``).
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from fmrl_dist.base.errors import UserError
+from fmrl_dist.base.parts import WHOLE, Part
 from fmrl_dist.base.progress import Progress
 from fmrl_dist.config.features import PixelsFeature
-from shards.encoders.item_feature import ItemFeature
+from shards.encoders.item_feature import ItemFeature, packages_of
 from shards.encoders.item_images import ImageTable, read_image
-from shards.images.causes import ImageCounts, UnreadableImageError
-from shards.images.decoding import decode_image
+from shards.encodings.content_keys import content_key
+from shards.encodings.kept_rows import KeptRows
+from shards.images import image_keys
+from shards.images.causes import CAUSES, UnreadableImageError
+from shards.images.decoding import DECODING, decode_image
 from shards.tables.item_ids import ItemIds
 
 SIDE = 64  # pixels per side at which gradients are taken
@@ -28,34 +35,73 @@ GRID = 4
 ORIENTATIONS = 9
 DIM = 3 * THUMBNAIL**2 + HSV_BINS[0] * HSV_BINS[1] * HSV_BINS[2] + ORIENTATIONS * GRID**2
 REVISION = "2"  # raise it when an image gives another descriptor
-BATCH_IMAGES = 256
+NO_CAUSE = 255
 
 
-def encode_images(name: str, config: PixelsFeature, root: Path, ids: ItemIds) -> ItemFeature:
-    """Descriptors of all items; an item's first readable image counts.
+def encode_part(name: str, config: PixelsFeature, root: Path, ids: ItemIds, encodings: Path, part: Part) -> None:
+    """Encode a part's share of the images of feature ``name`` into the folder ``encodings``.
 
     Raises:
-        UserError: missing file or column, or a column that holds no images.
+        UserError: as :func:`encode_images`.
     """
-    table = ImageTable.open(config, root, ids)
-    rows = np.zeros((len(ids.external), DIM), np.float16)
-    present = np.zeros(len(rows), bool)
-    num_tried, failed = 0, Counter[str]()
-    progress = Progress("image", len(table.items), name=name)
-    for batch in table.rows(BATCH_IMAGES):
-        for item, image in zip(batch.items.tolist(), batch.images, strict=True):
-            if item >= 0 and not present[item]:
-                num_tried += 1
-                try:
-                    rows[item], present[item] = encode_image(read_image(table.folder, image)), True
-                except UnreadableImageError as problem:
-                    failed[problem.cause] += 1
-        progress.advance(len(batch.images))
-    progress.close()
-    found = ImageCounts.of(num_tried, table.num_unknown, failed)
+    _encode_missing(name, ImageTable.open(config, root, ids), _kept_rows(name, encodings), part)
+
+
+def encode_images(name: str, config: PixelsFeature, root: Path, ids: ItemIds, encodings: Path) -> ItemFeature:
+    """Descriptors of all items; an item's first readable image counts.
+
+    Rows are kept in the folder ``encodings``, and taken from it where they are there.
+
+    Raises:
+        UserError: missing file or column, a column that holds no images, or an image that changes meanwhile.
+    """
+    table, kept = ImageTable.open(config, root, ids), _kept_rows(name, encodings)
+    images = _encode_missing(name, table, kept, WHOLE)
+    keys, present, counts = image_keys.usable_images(table, images, kept, len(ids.external))
+    rows = kept.gather(keys, present)
     return ItemFeature(
-        name, rows, present, encoder="pixels", revision=REVISION, recipe={}, note=found.note(), images=found
+        name, rows, present, encoder="pixels", revision=REVISION, recipe={}, note=counts.note(), images=counts
     )
+
+
+def _kept_rows(name: str, encodings: Path) -> KeptRows:
+    recipe = {"source": "pixels", "revision": REVISION, "decoding": DECODING, "made_with": packages_of("pixels")}
+    return KeptRows(encodings, name, recipe, DIM)
+
+
+def _encode_missing(name: str, table: ImageTable, kept: KeptRows, part: Part) -> image_keys.ImageKeys:
+    """Encode the images of a part's units that nobody has encoded yet; returns the keys of the part's images."""
+    units = part.share(image_keys.num_units(table))
+    images = image_keys.ImageKeys.read(name, table, units)
+    missing = {unit: images.missing(kept, image_keys.rows_of(table, unit)) for unit in units}
+    total, num_encoded = int(images.first.sum()), 0
+    progress = Progress("image", sum(map(len, missing.values())), name=name)
+    for unit, rows in image_keys.rows_by_unit(table, [unit for unit in units if len(missing[unit])]):
+        kept.refresh()
+        chosen = images.missing(kept, missing[unit])
+        first = unit * image_keys.UNIT_ROWS
+        _keep(name, table, kept, images.keys[chosen], [rows.images[row - first] for row in chosen.tolist()])
+        num_encoded += len(chosen)
+        progress.advance(len(missing[unit]))
+    progress.close()
+    print(f"feature {name!r}: {num_encoded:,} images encoded, {total - num_encoded:,} were kept", flush=True)
+    return images
+
+
+def _keep(name: str, table: ImageTable, kept: KeptRows, keys: np.ndarray, images: list[bytes | str | None]) -> None:
+    """Encode images, whose ``keys`` are KEY [n], and keep their rows in one segment."""
+    rows, causes = np.zeros((len(images), DIM), np.float16), np.full(len(images), NO_CAUSE, np.uint8)
+    for i, image in enumerate(images):
+        data = b""
+        try:
+            data = read_image(table.folder, image)
+            rows[i] = encode_image(data)
+        except UnreadableImageError as problem:
+            causes[i] = CAUSES.index(problem.cause)
+        if content_key(data) != keys[i].tobytes():
+            raise UserError(f"feature {name!r}: image {image!s:.200} changed while it was encoded; build again")
+    good = causes == NO_CAUSE
+    kept.add(keys[good], rows[good], (keys[~good], causes[~good]))
 
 
 def encode_image(data: bytes) -> np.ndarray:

@@ -1,7 +1,7 @@
 """From ``data.features.<name>`` to the rows of all items: each source has a module here.
 
-Precomputed arrays and the rows of the pretrained encoders stay on disk, memory-mapped. The two light encoders
-(``tfidf``, ``pixels``) and the codes (``pq``) hold float16 [V, dim] in memory.
+Precomputed arrays and the rows that are kept (``shards.encodings``) stay on disk, memory-mapped. ``tfidf`` and
+``pq``, which are fitted to the whole catalogue, hold float16 [V, dim] in memory.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def make_feature(
         data: the config's section.
         items: the item table, with the columns of the texts.
         ids: the items' ids, in the same order.
-        encodings: folder in which the pretrained encoders keep rows (``shards.encodings``).
+        encodings: folder in which encoders keep rows (``shards.encodings``).
         files: hashes of the input files, by config key (``shards.store.inputs``).
         may_lack: whether all items may lack the feature; a catalogue's may not.
         source_rows: row of the whole item table of each item, see ``RawItems``; None: ``items`` is the whole table.
@@ -80,7 +80,7 @@ def make_feature(
             feature = encoder.encode_texts(name, config, _texts(template, items), template, fitted)
         case PixelsFeature():
             encoder = import_encoder("shards.encoders.pixels", name, "shards")
-            feature = encoder.encode_images(name, config, root, ids)
+            feature = encoder.encode_images(name, config, root, ids, encodings)
         case TransformersFeature():
             encoder = import_encoder("shards.encoders.text_feature", name, "text")
             feature = encoder.encode_texts(name, config, _texts(template, items), encodings)
@@ -104,8 +104,8 @@ def in_order(data: DataConfig) -> list[str]:
 
 
 def can_share(config: FeatureConfig) -> bool:
-    """Whether parts of a build share out the encoding: the other sources take minutes at most."""
-    return isinstance(config, TransformersFeature | OpenClipFeature)
+    """Whether parts of a build share out the encoding: where a row depends on its own text or image alone."""
+    return isinstance(config, TransformersFeature | OpenClipFeature | PixelsFeature)
 
 
 def encode_part_of_feature(
@@ -132,6 +132,10 @@ def encode_part_of_feature(
             )
         case OpenClipFeature() as config:
             import_encoder("shards.encoders.image_encoder", name, "images").encode_part(
+                name, config, Path(data.root), ids, encodings, part
+            )
+        case PixelsFeature() as config:
+            import_encoder("shards.encoders.pixels", name, "shards").encode_part(
                 name, config, Path(data.root), ids, encodings, part
             )
 

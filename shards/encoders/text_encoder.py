@@ -36,6 +36,13 @@ QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 CPU_TOKENS = 512  # of one forward pass on a CPU: more are hardly faster, and what fills a batch up is wasted
 
 
+class EncodedTexts(NamedTuple):
+    """What :meth:`TextEncoder.encode` returns."""
+
+    rows: np.ndarray  # float16 [n, dim], L2-normalised
+    cut: np.ndarray  # bool [n]: longer than the model reads, so that its end plays no part
+
+
 @dataclass(frozen=True)
 class TextEncoder:
     """A model, its tokenizer, and how they make a row of a text."""
@@ -52,15 +59,16 @@ class TextEncoder:
     def dim(self) -> int:
         return int(self.model.config.hidden_size)
 
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """L2-normalised rows float16 [n, dim] of ``texts``, in their order.
+    def encode(self, texts: Sequence[str]) -> EncodedTexts:
+        """Rows of ``texts``, in their order.
 
         Raises:
             UserError: the model's output is not finite.
         """
         tokens = self.tokenizer(list(texts), truncation=True, max_length=self.max_tokens)
+        lengths = np.fromiter(map(len, tokens["input_ids"]), np.int64, len(texts))
         rows = np.empty((len(texts), self.dim), np.float16)
-        for batch in self._batches([len(ids) for ids in tokens["input_ids"]]):
+        for batch in self._batches(lengths):
             filled = np.resize(batch.texts, batch.num_rows)
             chosen = {name: [values[i] for i in filled] for name, values in tokens.items()}
             padded = self.tokenizer.pad(
@@ -72,12 +80,21 @@ class TextEncoder:
                 pooled = pool(hidden, padded["attention_mask"], self.pooling)
                 rows[batch.texts] = F.normalize(pooled, dim=1).half().cpu().numpy()[: len(batch.texts)]
         require(bool(np.isfinite(rows).all()), "the text encoder's output is not finite; try precision: fp32")
-        return rows
+        return EncodedTexts(rows, self._is_cut(texts, lengths))
 
-    def _batches(self, lengths: Sequence[int]) -> Iterator[TokenBatch]:
+    def _is_cut(self, texts: Sequence[str], lengths: np.ndarray) -> np.ndarray:
+        """Which texts have more tokens than ``max_tokens``, bool [n], given their ``lengths`` once cut, int64 [n]."""
+        is_cut = np.zeros(len(texts), np.bool_)
+        full = np.flatnonzero(lengths >= self.max_tokens)
+        if len(full):
+            whole = self.tokenizer([texts[i] for i in full.tolist()], truncation=False, verbose=False)["input_ids"]
+            is_cut[full] = [len(tokens) > self.max_tokens for tokens in whole]
+        return is_cut
+
+    def _batches(self, lengths: np.ndarray) -> Iterator[TokenBatch]:
         if self.compute.device.type == "cpu":
-            return token_batches(np.asarray(lengths), min(self.batch_tokens, CPU_TOKENS), one_shape=True)
-        return token_batches(np.asarray(lengths), self.batch_tokens, one_shape=False)
+            return token_batches(lengths, min(self.batch_tokens, CPU_TOKENS), one_shape=True)
+        return token_batches(lengths, self.batch_tokens, one_shape=False)
 
 
 def load_encoder(config: TransformersFeature) -> TextEncoder:

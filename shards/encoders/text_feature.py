@@ -19,12 +19,13 @@ from fmrl_dist.base.errors import require
 from fmrl_dist.base.parts import WHOLE, Part
 from fmrl_dist.base.progress import Progress
 from fmrl_dist.config.features import TransformersFeature
-from shards.encoders.item_feature import ItemFeature, packages_of
+from shards.encoders.item_feature import ItemFeature, TextCounts, packages_of
 from shards.encoders.item_text import ItemTexts
 from shards.encoders.text_encoder import TextEncoder, load_encoder
 from shards.encodings.content_keys import KEY, as_keys, content_key
 from shards.encodings.kept_rows import KeptRows
 
+CUT = 1  # noted of a kept row: its text is longer than max_tokens
 UNIT_TEXTS = 4096  # so that few batches are filled up; some minutes of BGE-large on a CPU core are lost
 
 
@@ -56,6 +57,7 @@ class TextWork:
             "pooling": encoder.pooling,
             "max_tokens": encoder.max_tokens,
             "precision": encoder.compute.precision,
+            "notes": {"cut": CUT},
             "made_with": packages_of(config.source) | {"device": encoder.compute.device.type},
         }
         keys = np.zeros(len(items.texts), KEY)
@@ -81,11 +83,17 @@ class TextWork:
             self.kept.refresh()
             missing = unit[self.kept.missing(self.keys[unit])]
             if len(missing):
-                self.kept.add(self.keys[missing], self.encoder.encode([self.items.texts[i] for i in missing]))
+                found = self.encoder.encode([self.items.texts[i] for i in missing])
+                self.kept.add(self.keys[missing], found.rows, notes=found.cut * np.uint8(CUT))
                 encoded += len(missing)
                 progress.update(total - to_do + encoded)
         progress.close()
         print(f"feature {self.name!r}: {encoded:,} texts encoded, {total - encoded:,} were kept", flush=True)
+
+    def counts(self) -> TextCounts:
+        """Of all items' texts, once they are encoded."""
+        keys = self.keys[self.items.present]
+        return TextCounts(len(keys), int((self.kept.notes(keys) == CUT).sum()), self.encoder.max_tokens)
 
 
 def encode_part(name: str, config: TransformersFeature, items: ItemTexts, encodings: Path, part: Part) -> None:
@@ -120,6 +128,7 @@ def encode_texts(name: str, config: TransformersFeature, items: ItemTexts, encod
             "precision": encoder.compute.precision,
         },
         device=encoder.compute.device.type,
+        texts=work.counts(),
     )
 
 

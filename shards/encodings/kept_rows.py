@@ -8,7 +8,7 @@ changes rows changes the recipe, and so the folder. Segments are only ever added
 several machines that share the file system, may add them at once. Rows that are no longer in use stay: to get their
 space back, delete the folder, whole or one recipe's.
 
-Memory holds 40 bytes for each kept row; rows are read segment by segment into a file that is mapped into memory.
+Memory holds 41 bytes for each kept row; rows are read segment by segment into a file that is mapped into memory.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class KeptRows:
         self._keys = np.empty(0, KEY)  # sorted
         self._segments = np.empty(0, np.int32)  # of each key, a position in the names
         self._places = np.empty(0, np.int32)  # of each key, its row in the segment; -1 - cause, if it failed
+        self._notes = np.empty(0, np.uint8)  # of each key; 0, if it failed
         self._looked = -LOOK_EVERY_S
         self.refresh(at_once=True)
 
@@ -91,15 +92,29 @@ class KeptRows:
         places = self._places[found[found >= 0]]
         return (-1 - places[places < 0]).astype(np.uint8)
 
-    def add(self, keys: np.ndarray, rows: np.ndarray, failures: tuple[np.ndarray, np.ndarray] = NO_FAILURES) -> None:
+    def notes(self, keys: np.ndarray) -> np.ndarray:
+        """What was noted of the rows of ``keys``, KEY [n]: uint8 [n]; 0 where there is no row."""
+        found = self._find(keys)
+        notes = np.zeros(len(keys), np.uint8)
+        notes[found >= 0] = self._notes[found[found >= 0]]
+        return notes
+
+    def add(
+        self,
+        keys: np.ndarray,
+        rows: np.ndarray,
+        failures: tuple[np.ndarray, np.ndarray] = NO_FAILURES,
+        notes: np.ndarray | None = None,
+    ) -> None:
         """Keep rows, in one new segment.
 
         Args:
             keys: KEY [n], of the contents, each once.
             rows: float16 [n, dim], of the keys.
             failures: KEY [m], of contents that cannot be encoded, so that nobody tries again, and uint8 [m], why.
+            notes: uint8 [n], what later builds are to know of each row, too; None: nothing.
         """
-        segment = Segment(keys, rows, *failures)
+        segment = Segment(keys, rows, np.zeros(len(keys), np.uint8) if notes is None else notes, *failures)
         name = write_segment(self.folder, segment)
         self._seen.add(name)
         self._take_in([(name, segment)])
@@ -153,17 +168,19 @@ class KeptRows:
             return None
 
     def _take_in(self, new: list[tuple[str, Segment]]) -> None:
-        keys, segments, places = [self._keys], [self._segments], [self._places]
+        keys, segments, places, notes = [self._keys], [self._segments], [self._places], [self._notes]
         for name, segment in new:
             keys += [segment.keys, segment.failed]
             segments.append(np.full(len(segment.keys) + len(segment.failed), len(self._names), np.int32))
             places += [np.arange(len(segment.keys), dtype=np.int32), -1 - segment.causes.astype(np.int32)]
+            notes += [segment.notes, np.zeros(len(segment.failed), np.uint8)]
             self._names.append(name)
         if new:
             all_keys = np.concatenate(keys)
             order = np.argsort(all_keys, kind="stable")  # of equal keys, the first to come is found
             self._keys = all_keys[order]
             self._segments, self._places = np.concatenate(segments)[order], np.concatenate(places)[order]
+            self._notes = np.concatenate(notes)[order]
 
     def _row_file(self, num_rows: int) -> np.ndarray:
         """Zeros float16 [num_rows, dim], mapped from a file that has no name any more: it ends with this process."""

@@ -1,6 +1,7 @@
 """A segment: some encoded rows in one file, which is complete or absent and never changes.
 
-    <sha256>.safetensors    keys uint8 [n, 32], rows float16 [n, dim]; failed uint8 [m, 32], causes uint8 [m]
+    <sha256>.safetensors    keys uint8 [n, 32], rows float16 [n, dim], notes uint8 [n];
+                            failed uint8 [m, 32], causes uint8 [m]
 
 Its name is the sha256 of its bytes. It tells whether the file is whole, and makes any number of writers safe: two that
 encode the same write the same file.
@@ -33,6 +34,7 @@ class Segment(NamedTuple):
 
     keys: np.ndarray  # KEY [n]
     rows: np.ndarray  # float16 [n, dim], of the keys
+    notes: np.ndarray  # uint8 [n], what the encoder has to say of each row; 0: nothing
     failed: np.ndarray  # KEY [m], of contents that cannot be encoded
     causes: np.ndarray  # uint8 [m], why, as the encoder numbers causes
 
@@ -43,6 +45,7 @@ def write_segment(folder: Path, segment: Segment) -> str:
         {
             "keys": np.ascontiguousarray(segment.keys).view(np.uint8).reshape(-1, KEY.itemsize),
             "rows": np.ascontiguousarray(segment.rows),
+            "notes": np.ascontiguousarray(segment.notes),
             "failed": np.ascontiguousarray(segment.failed).view(np.uint8).reshape(-1, KEY.itemsize),
             "causes": np.ascontiguousarray(segment.causes),
         }
@@ -67,13 +70,15 @@ def read_segment(path: Path, dim: int) -> Segment:
     try:
         arrays = load(data)
         keys, rows, failed, causes = (arrays[name] for name in ("keys", "rows", "failed", "causes"))
+        notes = arrays.get("notes", np.zeros(len(keys), np.uint8))  # of older versions, whose encoders had none
     except Exception as error:  # noqa: BLE001 - a file of others can make the parser raise anything
         raise DamagedSegmentError(f"it is no segment: {error}") from None
-    found = [(array.dtype, array.shape) for array in (keys, rows, failed, causes)]
+    found = [(array.dtype, array.shape) for array in (keys, rows, notes, failed, causes)]
     n, m, width = keys.shape[:1], failed.shape[:1], KEY.itemsize
-    if found != [(np.uint8, (*n, width)), (np.float16, (*n, dim)), (np.uint8, (*m, width)), (np.uint8, m)]:
+    of_rows = [(np.uint8, (*n, width)), (np.float16, (*n, dim)), (np.uint8, n)]
+    if found != [*of_rows, (np.uint8, (*m, width)), (np.uint8, m)]:
         raise DamagedSegmentError(f"it holds {rows.dtype} {list(rows.shape)}, expected float16 {[*n, dim]}")
-    return Segment(_as_keys(keys), rows, _as_keys(failed), causes)
+    return Segment(_as_keys(keys), rows, notes, _as_keys(failed), causes)
 
 
 def _as_keys(array: np.ndarray) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""Images of items: decoded, told apart by what is wrong with them, and made small."""
+"""Images of items: found by their content, decoded, told apart by what is wrong with them, and made small."""

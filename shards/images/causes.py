@@ -31,7 +31,7 @@ class UnreadableImageError(Exception):
 
 @dataclass
 class ImageCounts:
-    """What became of the images of one feature. An image that was not needed is not counted."""
+    """What became of the images of one feature."""
 
     num_given: int = 0  # images of known items, without those that are empty
     bad: Counter[str] = field(default_factory=Counter)  # how many cannot be used, by cause; empty ones are apart

@@ -17,9 +17,8 @@ from shards.interactions.funnel import Funnel
 from shards.tables.engine import quiet
 from shards.tables.histories import Histories, HistoryBatches, num_repeated_events
 
-EVENTS_AT_ONCE = 1 << 20
+EVENTS_AT_ONCE = 1 << 18
 USERS_AT_ONCE = 65_536
-MICROSECONDS = 1_000_000
 NUM_PERIODS = 3
 
 
@@ -27,7 +26,7 @@ def write_histories(
     connection: duckdb.DuckDBPyConnection,
     path: Path,
     new_items: np.ndarray,
-    has_times: bool,
+    ticks_per_second: int | None,
     has_periods: bool,
     funnel: Funnel,
 ) -> None:
@@ -41,10 +40,11 @@ def write_histories(
         connection: to the engine, with ``kept`` and ``users``.
         path: of the file, which appears when it is complete.
         new_items: internal id of each item code, int64 [items].
-        has_times: whether ``t`` is a time.
+        ticks_per_second: of ``t``; None if it is no time.
         has_periods: whether ``p`` says more than that all events are the history's.
         funnel: takes the counts.
     """
+    has_times = ticks_per_second is not None
     ids = "SELECT id FROM users WHERE u IN (SELECT u FROM kept) ORDER BY u"
     external = _Ids(quiet(connection.cursor()).sql(ids).to_arrow_reader(USERS_AT_ONCE))
     events = connection.sql("SELECT u, i, t, p FROM kept ORDER BY u, p, t, tie, i").to_arrow_reader(EVENTS_AT_ONCE)
@@ -57,8 +57,8 @@ def write_histories(
                 _count_ties(funnel, starts, times, periods, has_periods)
                 funnel.repeated_events += num_repeated_events(users, times, item_codes)
             columns = [external.take(len(starts) - 1), _lists(starts, new_items[item_codes].astype(np.int32))]
-            if has_times:
-                columns.append(_lists(starts, times // MICROSECONDS))
+            if ticks_per_second is not None:
+                columns.append(_lists(starts, times // ticks_per_second))
             if has_periods:
                 for period in (0, 1):
                     of_period = np.add.reduceat(periods == period, starts[:-1], dtype=np.int32)

@@ -8,9 +8,9 @@ Tables in the engine, one after the other:
     unique_events  likewise                                      without duplicates
     in_core, kept  likewise                                      in the k-core, and the latest of each user
 
-``t`` is in microseconds, or the row where there are no times; ``p`` is the period; ``tie`` orders events of one user
-and time. A training event is kept whatever happens after the cut: only training events count for the core, and a
-duplicate leaves no earlier event out for a later one of another period.
+``t`` is in the ticks of the tables' times, or the row where there are no times; ``p`` is the period; ``tie`` orders
+events of one user and time. A training event is kept whatever happens after the cut: only training events count for the
+core, and a duplicate leaves no earlier event out for a later one of another period.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from shards.interactions.engine import count
 from shards.interactions.funnel import Funnel
 from shards.interactions.k_core import k_core
 from shards.interactions.periods import period_of
-from shards.tables.events import drop_events
+from shards.tables.events import ReadCounts, drop_events
 
 # 64 bits of a text, the same in every version of the engine. The order of two items under a user's bits xor theirs is
 # that of a coin, and the same whenever the user and the items are.
@@ -48,7 +48,11 @@ class KeptEvents:
 
 
 def keep_events(
-    connection: duckdb.DuckDBPyConnection, data: DataConfig, catalogue: pa.Array | None, time_unit: str, funnel: Funnel
+    connection: duckdb.DuckDBPyConnection,
+    data: DataConfig,
+    catalogue: pa.Array | None,
+    read: ReadCounts,
+    funnel: Funnel,
 ) -> KeptEvents:
     """Make the table ``kept`` of ``raw_events``.
 
@@ -56,23 +60,24 @@ def keep_events(
         connection: to the engine, with ``raw_events``.
         data: the config's section.
         catalogue: ids of the item table, in its order; None if there is none.
-        time_unit: of the raw times, ``"none"`` if there are none.
+        read: says what the times are.
         funnel: takes the counts.
 
     Raises:
         UserError: an unknown item, nothing is left, or the split is impossible.
     """
-    settings, has_times = data.interactions, time_unit != "none"
+    settings, has_times = data.interactions, read.time_unit != "none"
     wanted = _filters(connection, settings, funnel)
     num_catalogue, item_ids = _code_ids(connection, data, catalogue, wanted, funnel)
     by_row = settings.ties == "table" or data.sequences.layout == "sequences" or not has_times
     time, tie = "time" if has_times else "row", "row" if by_row else "xor(users.bits, items.bits)"
+    split = "split, " if data.split.by == "given" else ""
     connection.execute(f"""
-        CREATE TABLE placed AS SELECT u, i, {time} AS t, split, {tie} AS tie
+        CREATE TABLE placed AS SELECT u, i, {time} AS t, {split}{tie} AS tie
         FROM raw_events JOIN users ON raw_events."user" = users.id JOIN items ON raw_events.item = items.id
         WHERE {wanted}""")
     drop_events(connection)
-    period, rule = period_of(connection, data.split, "placed", time_unit)
+    period, rule = period_of(connection, data.split, "placed", read)
     connection.execute(f"CREATE VIEW coded AS SELECT u, i, t, ({period})::UTINYINT AS p, tie FROM placed")
     _drop_duplicates(connection, settings, by_row, data.split.by != "leave_one_out")
     funnel.add(f"duplicates ({settings.duplicates})", count(connection, "SELECT count(*) FROM unique_events"))
@@ -131,7 +136,7 @@ def _code_ids(
         CREATE TABLE users AS
         SELECT id, (row_number() OVER (ORDER BY id) - 1)::INTEGER AS u, {BITS.format("id")} AS bits
         FROM (SELECT DISTINCT "user" AS id FROM raw_events WHERE {wanted})""")
-    known = pa.array([], pa.int64() if data.ids == "integer" else pa.string()) if catalogue is None else catalogue
+    known = pa.array([], pa.int64() if data.item_ids == "integer" else pa.string()) if catalogue is None else catalogue
     connection.register("catalogue", pa.table({"id": known, "i": pa.array(np.arange(len(known)), pa.int32())}))
     connection.execute(f"CREATE TABLE items AS SELECT id, i, {BITS.format('id')} AS bits FROM catalogue")
     connection.execute(f"""

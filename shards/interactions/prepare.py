@@ -7,7 +7,7 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
@@ -30,7 +30,7 @@ from shards.interactions.kept_events import KeptEvents, keep_events
 from shards.tables.bad_rows import check_bad_rows
 from shards.tables.events import load_events
 
-VERSION = 1  # raise it when the same input gives other histories
+VERSION = 2  # raise it when the same input gives other histories
 HISTORIES, ITEMS, MADE_FROM = "histories.parquet", "items.parquet", "made-from.json"
 UNRECORDED = {"memory_gb", "threads"}  # change nothing of the result
 NOT_IN_TABLE = -1
@@ -72,6 +72,7 @@ def prepare(
     catalogue: pa.Array | None,
     files: Mapping[str, str],
     patient: bool = False,
+    check_inputs: Callable[[], None] = lambda: None,
 ) -> Prepared:
     """Histories of a config, from ``folder`` if they were made from the same, else anew.
 
@@ -82,6 +83,7 @@ def prepare(
         catalogue: ids of the item table, int64 or text, in its order; None if there is none.
         files: hashes of the input files, by config key.
         patient: wait for another process that is at it, rather than refuse.
+        check_inputs: raises if the input files are not those of ``files`` any more; called once they were read.
 
     Raises:
         UserError: the tables are refused.
@@ -100,6 +102,7 @@ def prepare(
             with replaced_folder(result, is_kept=lambda _: False) as aside, _scratch(folder) as scratch:
                 _say_what_changed(folder, made_from)
                 _make(data, aside, scratch, downloads, catalogue, made_from)
+                check_inputs()
         except BeingWrittenError:
             if not patient:
                 raise
@@ -115,7 +118,7 @@ def _made_from(data: DataConfig, catalogue: pa.Array | None, files: Mapping[str,
     raw = {
         "version": VERSION,
         "data.format": data.format,
-        "data.ids": data.ids,
+        "data.ids": data.recorded_ids,
         **{f"data.sequences.{key}": value for key, value in sequences.items()},
         **{f"data.interactions.{key}": value for key, value in _settings(data.interactions).items()},
         **{f"data.split.{key}": value for key, value in split.items()},
@@ -189,7 +192,7 @@ def _make(
         if counts.sorted_users:
             funnel.notes.append(f"{counts.sorted_users:,} users' events were out of order: sorted by time")
         connection.execute("SET preserve_insertion_order = false")  # from here on, rows have numbers
-        kept = keep_events(connection, data, catalogue, counts.time_unit, funnel)
+        kept = keep_events(connection, data, catalogue, counts, funnel)
         order = _item_order(data, kept)
         new_items = np.full(len(kept.item_ids), -1, np.int64)
         new_items[order] = np.arange(len(order))
@@ -197,7 +200,7 @@ def _make(
             connection,
             aside / HISTORIES,
             new_items,
-            kept.has_times,
+            counts.per_second if kept.has_times else None,
             has_periods=data.split.by != "leave_one_out",
             funnel=funnel,
         )

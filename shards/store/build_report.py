@@ -63,12 +63,21 @@ class CatalogueCounts:
 
 @dataclass
 class UsedImages:
-    """Images of one feature. One that was not needed, as its item had another, may not be counted."""
+    """Images of one feature."""
 
     given: NonNegativeInt = 0  # of known items, not empty
     bad: dict[str, NonNegativeInt] = field(default_factory=dict)  # by cause (shards.images.causes)
     empty: NonNegativeInt = 0  # cells without an image
     unknown_items: NonNegativeInt = 0  # rows of items that are not in the item table
+
+
+@dataclass
+class UsedTexts:
+    """Texts of one feature whose encoder reads ``max_tokens`` of each, special ones included."""
+
+    given: NonNegativeInt = 0  # items that have one
+    cut: NonNegativeInt = 0  # items whose text is longer: its end plays no part
+    max_tokens: NonNegativeInt = 0
 
 
 @dataclass
@@ -78,6 +87,7 @@ class FeatureCounts:
     present: NonNegativeInt = 0  # items that have it
     absent: NonNegativeInt = 0
     images: UsedImages | None = None  # of a feature that is made of images
+    texts: UsedTexts | None = None  # of a feature that a transformer makes of texts
 
 
 @dataclass
@@ -127,6 +137,8 @@ class BuildReport:
         counts = FeatureCounts(present, len(feature.present) - present)
         if (images := feature.images) is not None:
             counts.images = UsedImages(images.num_given, dict(images.bad), images.num_empty, images.num_unknown)
+        if (texts := feature.texts) is not None:
+            counts.texts = UsedTexts(texts.num_given, texts.num_cut, texts.max_tokens)
         self.features[feature.name] = counts
 
     @contextmanager

@@ -49,7 +49,7 @@ from shards.store.parquet_tables import users_table, vocab_table
 from shards.store.raw_data import RawData
 from shards.store.splits import SplitBlocks, SplitWriter, train_counts
 from shards.store.user_blocks import BlockFields, UserBlocks
-from shards.tables.item_ids import ItemIds, check_unique
+from shards.tables.item_ids import ItemIds
 
 ITEM_ORDER_SEED = 0
 
@@ -63,10 +63,9 @@ def build_store(config: Config, overwrite: bool = False, config_name: str = "") 
         config_name: of the config's file, for the build report.
 
     Raises:
-        UserError: the raw data are refused, or something is already there and ``overwrite`` is off.
+        UserError: the raw data are refused or change meanwhile, or something is already there and ``overwrite`` is off.
     """
-    target = store_folder(config)
-    _check_target(target, overwrite)
+    target = check_target(config, overwrite)
     make_demo_data(config.data)
     with replaced_folder(target) as aside:
         _check_target(target, overwrite)  # another build may have ended since
@@ -74,6 +73,17 @@ def build_store(config: Config, overwrite: bool = False, config_name: str = "") 
         if not overwrite:
             _check_target(target, overwrite)  # or ends meanwhile, where there are no locks
     return Store.open(target), features
+
+
+def check_target(config: Config, overwrite: bool) -> Path:
+    """Where the store is built, if it may be.
+
+    Raises:
+        UserError: as :func:`store_folder`; or something is there that is no store, or one that is not to be replaced.
+    """
+    target = store_folder(config)
+    _check_target(target, overwrite)
+    return target
 
 
 def store_folder(config: Config) -> Path:
@@ -167,6 +177,7 @@ def _write_store(config: Config, folder: Path, encodings: Path, report: BuildRep
         split_rule=raw.split_rule,
         table_files={name: file_sha256(folder / name) for name in tables},
     )
+    raw.check_inputs()
     (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     report.made_with = manifest.built_from.made_with if manifest.built_from else {}
     report.write(folder)
@@ -278,7 +289,6 @@ def _write_histories(raw: RawData, blocks: SplitBlocks, report: BuildReport) -> 
             "are; remove them from the table if each happened once",
             flush=True,
         )
-    check_unique(users, f"column {raw.config.data.sequences.user!r} of {raw.history_path}")
     require(
         writer.num_users > 0,
         f"table {raw.history_path}: none of its {writer.num_dropped_users} histories has 2 events; "

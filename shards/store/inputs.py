@@ -19,6 +19,7 @@ from fmrl_dist import __version__
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import file_sha256
 from fmrl_dist.base.urls import is_url
+from fmrl_dist.base.yaml_text import shown
 from fmrl_dist.config.features import (
     ImageFeature,
     NpyFeature,
@@ -30,7 +31,7 @@ from fmrl_dist.config.features import (
 )
 from fmrl_dist.config.sections import Config
 from fmrl_dist.data.store.built_from import OPEN_CHOICES, BuiltFrom, list_differences, recorded_keys
-from fmrl_dist.data.store.manifest import VOCAB_FILE, Manifest
+from fmrl_dist.data.store.manifest import USERS_FILE, VOCAB_FILE, Manifest
 from fmrl_dist.data.store.reader import Store
 from shards.encoders.fitted.stored_fit import fit_sha256
 from shards.encoders.item_feature import ItemFeature, versions_of
@@ -38,6 +39,7 @@ from shards.encoders.item_text import parts_for
 from shards.encoders.model_folder import local_model_sha256
 from shards.encoders.sources import code_revision, import_encoder
 from shards.store.raw_items import item_table
+from shards.tables.file_states import FileState, file_states
 from shards.tables.formats.choice import event_source, published_items
 from shards.tables.raw_tables import RawTable, table_columns
 
@@ -52,14 +54,8 @@ def input_files(config: Config) -> dict[str, str]:
     Raises:
         UserError: a file does not exist or cannot be read.
     """
-    data, root, downloads = config.data, Path(config.data.root), downloads_folder(config)
-    files = {}
-    if data.items.path:
-        files["data.items.path"] = _table_sha256(published_items(data, downloads))
-    files["data.sequences.path"] = _table_sha256(event_source(data, data.sequences.path, downloads)[0])
-    if data.split.by == "given" and data.split.valid:
-        for key, place in (("valid", data.split.valid), ("test", data.split.test)):
-            files[f"data.split.{key}"] = _table_sha256(event_source(data, place, downloads)[0])
+    data, root = config.data, Path(config.data.root)
+    files = {key: _table_sha256(table) for key, table in _tables(config).items()}
     for name, feature in data.features.items():
         key = f"data.features.{name}"
         if isinstance(feature, NpyFeature):
@@ -76,6 +72,30 @@ def input_files(config: Config) -> dict[str, str]:
                 if path.is_file():
                     files[f"{key}.{part}"] = file_sha256(path)
     return files
+
+
+def input_states(config: Config) -> dict[Path, FileState]:
+    """The states of the raw tables' files, and of those of arrays and of tables of images.
+
+    Images that are files of their own are known by their content when they are encoded.
+
+    Raises:
+        UserError: a table does not exist.
+    """
+    tables = [file for table in _tables(config).values() for file in table.files]
+    features = [one for one in config.data.features.values() if isinstance(one, NpyFeature | ImageFeature)]
+    return file_states([*tables, *(Path(config.data.root) / feature.path for feature in features)])
+
+
+def _tables(config: Config) -> dict[str, RawTable]:
+    """Config key → the table that it names, as it was published."""
+    data, downloads = config.data, downloads_folder(config)
+    tables = {"data.items.path": published_items(data, downloads)} if data.items.path else {}
+    tables["data.sequences.path"] = event_source(data, data.sequences.path, downloads)[0]
+    if data.split.by == "given" and data.split.valid:
+        for key, place in (("valid", data.split.valid), ("test", data.split.test)):
+            tables[f"data.split.{key}"] = event_source(data, place, downloads)[0]
+    return tables
 
 
 def downloads_folder(config: Config) -> Path | None:
@@ -159,9 +179,13 @@ def check_built_from(store: Store, config: Config, mend: str) -> bool:
 
 def _id_differences(store: Store, config: Config) -> list[str]:
     """Whether the ids of a store that does not record it are of another kind."""
-    column = pq.read_schema(pa.BufferReader(store.read_table(VOCAB_FILE))).field("external_id")
-    kind = "integer" if pa.types.is_integer(column.type) else "text"
-    return [] if kind == config.data.ids else [f"{IDS_KEY} is {kind!r}, the config's {config.data.ids!r}"]
+    kinds = []
+    for file in (VOCAB_FILE, USERS_FILE):
+        column = pq.read_schema(pa.BufferReader(store.read_table(file))).field("external_id")
+        kinds.append("integer" if pa.types.is_integer(column.type) else "text")
+    items, users = kinds
+    here, there = config.data.recorded_ids, items if items == users else {"items": items, "users": users}
+    return [] if here == there else [f"{IDS_KEY} is {shown(there)}, the config's {shown(here)}"]
 
 
 def _code_differences(manifest: Manifest, config: Config) -> list[str]:

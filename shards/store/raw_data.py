@@ -13,8 +13,9 @@ from fmrl_dist.data.store.manifest import LEAVE_ONE_OUT
 from shards.encoders.sources import check_source
 from shards.interactions.history_file import read_prepared
 from shards.interactions.prepare import Prepared, needs_engine, prepare
-from shards.store.inputs import downloads_folder, input_files
+from shards.store.inputs import downloads_folder, input_files, input_states
 from shards.store.raw_items import RawItems, check_raw_items, items_of_ids, read_raw_items
+from shards.tables.file_states import FileState, check_unchanged
 from shards.tables.histories import Histories, check_histories, read_histories
 from shards.tables.item_ids import ItemIds
 
@@ -32,6 +33,7 @@ class RawData:
     items: RawItems
     files: dict[str, str]  # hashes of the input files, by config key
     prepared: Prepared | None  # None: histories are read as they are
+    states: dict[Path, FileState]  # of the input files, before any was read
 
     @classmethod
     def read(cls, config: Config, patient: bool = False) -> RawData:
@@ -42,7 +44,8 @@ class RawData:
             patient: wait where another process prepares the events already.
 
         Raises:
-            UserError: a table or feature cannot be read, or has columns that cannot serve.
+            UserError: a table or feature cannot be read, or has columns that cannot serve; or events changed while they
+                were prepared.
         """
         data, downloads = config.data, downloads_folder(config)
         is_prepared = needs_engine(data)
@@ -50,6 +53,7 @@ class RawData:
         if data.items.path:
             check_raw_items(data, downloads)
         check_histories(data, downloads)
+        states = input_states(config)
         if data.items.path:
             items = read_raw_items(data, downloads)
             for name in data.features:
@@ -57,9 +61,17 @@ class RawData:
         files = input_files(config)
         if not is_prepared:
             assert items is not None
-            return cls(config, items, files, None)
+            return cls(config, items, files, None, states)
         catalogue = items.ids.external if items else None
-        prepared = prepare(data, interactions_folder(config), downloads, catalogue, files, patient)
+        prepared = prepare(
+            data,
+            interactions_folder(config),
+            downloads,
+            catalogue,
+            files,
+            patient,
+            check_inputs=lambda: check_unchanged(states, input_states(config)),
+        )
         print("\n".join(prepared.funnel.lines()), flush=True)
         # What is fitted to items that only held-out events name would know of these events.
         fitted = None if prepared.split_rule == LEAVE_ONE_OUT else prepared.trained
@@ -67,7 +79,15 @@ class RawData:
             chosen = items_of_ids(prepared.item_ids, data, fitted)
         else:
             chosen = items.take(prepared.item_rows, prepared.item_ids, fitted)
-        return cls(config, chosen, files, prepared)
+        return cls(config, chosen, files, prepared, states)
+
+    def check_inputs(self) -> None:
+        """Refuse what was read of tables that changed since :meth:`read` began: their hashes are of something else.
+
+        Raises:
+            UserError: a file was replaced, written to or removed, or has come.
+        """
+        check_unchanged(self.states, input_states(self.config))
 
     @property
     def ids(self) -> ItemIds:

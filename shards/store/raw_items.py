@@ -80,7 +80,7 @@ def read_raw_items(data: DataConfig, downloads: Path | None = None) -> RawItems:
     _check_kinds(data, source, kinds, template_columns(parts))
     where = f"column {data.items.id!r} of {source}"
     num_rows = len(table) + bad.total()
-    external = ids_or_null(table[data.items.id], where, data.ids)
+    external = ids_or_null(table[data.items.id], where, data.item_ids)
     if is_text(external.type):
         external = pc.if_else(pc.equal(external, ""), None, external)
     if external.null_count:

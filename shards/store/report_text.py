@@ -31,8 +31,13 @@ def report_lines(report: BuildReport) -> list[str]:
 
 
 def feature_facts(feature: FeatureCounts) -> Iterator[str]:
-    """How many items have a feature, and what was wrong with the images of the others."""
+    """How many items have a feature, what was wrong with the images of the others, and which texts are too long."""
     yield f"{feature.present:,} items have it, {feature.absent:,} do not"
+    texts = feature.texts
+    if texts is not None:
+        cut = f"{texts.cut:,}" if texts.cut else "none"
+        share = f" ({100 * texts.cut / texts.given:.1f} %)" if texts.cut else ""
+        yield f"{texts.given:,} texts, {cut} cut at {texts.max_tokens} tokens{share}"
     images = feature.images
     if images is not None:
         yield f"{images.given:,} images, {_bad(images.bad)}"

@@ -18,7 +18,7 @@ def dirt(report: BuildReport | None) -> Markup:
             "shards.build --overwrite builds the store again, with it.",
             class_="missing",
         )
-    parts = [_tables(report), _funnel(report), _catalogue(report), _images(report.features)]
+    parts = [_tables(report), _funnel(report), _catalogue(report), _texts(report.features), _images(report.features)]
     seconds = ", ".join(f"{step} {took:,.1f}" for step, took in report.seconds.items())
     made_with = ", ".join(f"{name} {version}" for name, version in report.made_with.items())
     written = report.written.replace("T", " ").replace("+00:00", " UTC")
@@ -66,6 +66,16 @@ def _catalogue(report: BuildReport) -> Markup:
     share = {name: 100 * count / max(catalogue.items, 1) for name, count in lacking.items()}
     rows = [[name, f"{count:,}", f"{share[name]:.1f} %"] for name, count in lacking.items()]
     return table(f"What the {catalogue.items:,} items lack", ["of the item", "items without", "share"], rows)
+
+
+def _texts(features: Mapping[str, FeatureCounts]) -> Markup | None:
+    of_texts = {name: one.texts for name, one in features.items() if one.texts is not None}
+    rows = [
+        [name, f"{one.given:,}", f"{one.max_tokens:,}", f"{one.cut:,}", f"{100 * one.cut / max(one.given, 1):.1f} %"]
+        for name, one in of_texts.items()
+    ]
+    head = ["feature", "items with a text", "tokens that are read", "longer texts", "share"]
+    return table("Texts of which the encoder reads the first tokens only", head, rows) if rows else None
 
 
 def _images(features: Mapping[str, FeatureCounts]) -> Markup | None:

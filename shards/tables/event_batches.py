@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +18,7 @@ from shards.tables.column_kinds import is_text, require_ids, require_lists, requ
 from shards.tables.formats.choice import event_source
 from shards.tables.list_columns import as_lists, lengths_of
 from shards.tables.raw_tables import RawTable, read_batches, table_types
-from shards.tables.times import time_columns
+from shards.tables.times import parsed_columns, time_columns
 
 ROWS_AT_ONCE = 1 << 18
 SPLIT_NAMES = {"train": "train", "valid": "valid", "validation": "valid", "dev": "valid", "test": "test"}
@@ -70,15 +71,41 @@ def check_event_table(table: EventTable) -> None:
         require_word(types[column], where[column])
 
 
-def event_batches(table: EventTable, data: DataConfig, first_row: int, bad: Counter[str]) -> Iterator[pa.Table]:
+def optional_columns(table: EventTable) -> set[str]:
+    """Those of the columns of its events that a table can have: its times', which depend on their type, and others.
+
+    Raises:
+        UserError: as :func:`check_event_table`.
+    """
+    check_event_table(table)
+    names = table.sequences
+    found = {name for name in ("rating", "event", "split") if getattr(names, name)} | (
+        {"split"} if table.split else set()
+    )
+    if names.times:
+        kind = table_types(table.raw, [names.times]).get(names.times, pa.large_string())
+        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+        found |= parsed_columns(kind.value_type if is_list else kind)
+    return found
+
+
+class EventBatch(NamedTuple):
+    """Some events of a table."""
+
+    events: pa.Table
+    owners: pa.Array | None  # of a table of sequences: the user of each row whose lists can be used, null or ids
+
+
+def event_batches(table: EventTable, data: DataConfig, first_row: int, bad: Counter[str]) -> Iterator[EventBatch]:
     """Events of a table in order.
 
-    Columns: ``user`` and ``item``, int64 or large_string, null where there is none; ``time``, or some of ``whole``,
-    ``part`` and ``moment`` (:mod:`shards.tables.times`); ``rating``, or ``rating_text``; ``event`` and ``split``; those
-    that the table lacks are absent; ``row`` int64, counted from ``first_row``; ``cause``, why a row gives no event.
+    Their columns: ``user`` and ``item``, int64 or large_string, null where there is none; ``time``, or some of
+    ``whole``, ``part``, ``moment`` and ``nanos`` (:mod:`shards.tables.times`); ``rating``, or ``rating_text``;
+    ``event`` and ``split``; those that the table lacks are absent; ``row`` int64, counted from ``first_row``;
+    ``cause``, why a row gives no event.
 
     Args:
-        table: to read.
+        table: to read, that was checked.
         data: the config's section.
         first_row: number of the first event.
         bad: gets the number of lines that cannot be read.
@@ -86,19 +113,22 @@ def event_batches(table: EventTable, data: DataConfig, first_row: int, bad: Coun
     Raises:
         UserError: the table cannot be read, or an id is not of its kind.
     """
-    check_event_table(table)
     names = table.sequences
     columns = _columns(names)
     found = read_batches(
         table.raw, columns, text=columns, ids=[names.user, names.items], rows_at_once=ROWS_AT_ONCE, bad=bad
     )
     for batch in found.batches:
-        events = (_flat_sequences if names.layout == "sequences" else _interactions)(batch, table, data)
+        owners = None
+        if names.layout == "sequences":
+            events, owners = _flat_sequences(batch, table, data)
+        else:
+            events = _interactions(batch, table, data)
         if table.split:
             events["split"] = pa.array([table.split] * len(events["user"]), pa.large_string())
         events["row"] = pa.array(np.arange(first_row, first_row + len(events["user"])))
         first_row += len(events["user"])
-        yield pa.table(events)
+        yield EventBatch(pa.table(events), owners)
 
 
 def _columns(names: SequenceTableConfig) -> list[str]:
@@ -109,8 +139,8 @@ def _columns(names: SequenceTableConfig) -> list[str]:
 def _interactions(batch: pa.Table, table: EventTable, data: DataConfig) -> dict[str, pa.Array]:
     names = table.sequences
     events = {
-        "user": ids_or_null(batch[names.user], f"column {names.user!r} of {table.raw}", data.ids),
-        "item": ids_or_null(batch[names.items], f"column {names.items!r} of {table.raw}", data.ids),
+        "user": ids_or_null(batch[names.user], f"column {names.user!r} of {table.raw}", data.user_ids),
+        "item": ids_or_null(batch[names.items], f"column {names.items!r} of {table.raw}", data.item_ids),
         "cause": pa.nulls(len(batch), pa.large_string()),
     }
     if names.times:
@@ -125,10 +155,11 @@ def _interactions(batch: pa.Table, table: EventTable, data: DataConfig) -> dict[
     return events
 
 
-def _flat_sequences(batch: pa.Table, table: EventTable, data: DataConfig) -> dict[str, pa.Array]:
-    """An event for each item of a list, and one with a cause for each row whose lists cannot be used."""
+def _flat_sequences(batch: pa.Table, table: EventTable, data: DataConfig) -> tuple[dict[str, pa.Array], pa.Array]:
+    """An event for each item of a list, and one with a cause for each row whose lists cannot be used; the other rows'
+    users."""
     names = table.sequences
-    users = ids_or_null(batch[names.user], f"column {names.user!r} of {table.raw}", data.ids)
+    users = ids_or_null(batch[names.user], f"column {names.user!r} of {table.raw}", data.user_ids)
     where = f"column {names.items!r} of {table.raw}"
     items = as_lists(batch[names.items], where, as_ids=True)
     lengths = lengths_of(items)
@@ -142,13 +173,13 @@ def _flat_sequences(batch: pa.Table, table: EventTable, data: DataConfig) -> dic
     owners = np.repeat(np.flatnonzero(causes == ""), lengths)
     events = {
         "user": pa.concat_arrays([users.take(pa.array(owners)), users.take(pa.array(spoilt))]),
-        "item": _with_nulls(ids_or_null(items.filter(good).flatten(), where, data.ids), len(spoilt)),
+        "item": _with_nulls(ids_or_null(items.filter(good).flatten(), where, data.item_ids), len(spoilt)),
         "cause": pa.array([None] * len(owners) + causes[spoilt].tolist(), pa.large_string()),
     }
     if times is not None:
         found = time_columns(times.filter(good).flatten())
         events |= {name: _with_nulls(column, len(spoilt)) for name, column in found.items()}
-    return events
+    return events, users.filter(good)
 
 
 def _with_nulls(column: pa.Array, number: int) -> pa.Array:

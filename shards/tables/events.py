@@ -1,6 +1,6 @@
 """All events of the tables of histories as one table of the engine, ``raw_events``, with what cannot be used counted.
 
-Batches of rows come from the files in their order; ids become what ``data.ids`` says, times microseconds since 1970.
+Batches of rows come from the files in their order; ids become what ``data.ids`` says, times ticks since 1970.
 Nothing is sorted, left out or split here: that is what ``shards.interactions`` does with the table.
 """
 
@@ -13,18 +13,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 
 from fmrl_dist.base.errors import require
 from fmrl_dist.config.sections import DataConfig
 from shards.tables.bad_rows import check_bad_rows
 from shards.tables.engine import quiet
-from shards.tables.event_batches import SPLIT_NAMES, EventTable, event_batches, event_tables
-from shards.tables.times import LIMITS, TEXT_TIMES, UNIT_NAMES, UNITS, microseconds, unit_of
+from shards.tables.event_batches import (
+    LENGTHS,
+    NO_LIST,
+    SPLIT_NAMES,
+    EventTable,
+    event_batches,
+    event_tables,
+    optional_columns,
+)
+from shards.tables.item_ids import refuse_repeated
+from shards.tables.times import LIMITS, PER_SECOND, TEXT_TIMES, UNIT_NAMES, UNITS, ticks_sql, unit_of
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
-STAGED, BATCH = "read_events", "event_batch"
+STAGED, ROWS, BATCH, OWNERS = "read_events", "read_rows", "event_batch", "list_owners"
+CAUSES = ("no user", "no item", "time", "rating", "split", NO_LIST, LENGTHS)  # why a row gives no event
+OPTIONAL = {  # columns of rows that not all tables have
+    **{"whole": "BIGINT", "part": "DOUBLE", "moment": "BIGINT", "nanos": "USMALLINT"},
+    **{"rating": "DOUBLE", "event": "VARCHAR", "split": "VARCHAR"},
+}
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 SPLITS = " ".join(f"WHEN '{name}' THEN '{split}'" for name, split in SPLIT_NAMES.items())
 
@@ -36,15 +51,17 @@ class ReadCounts:
     rows: int  # events, and rows or lines that gave none
     bad: dict[str, int]  # cause -> rows that could not be used
     time_unit: str  # what times were taken for: "s" | "ms" | "us" | "ns" | "text" | "timestamp" | "none"
+    per_second: int  # ticks of ``time``: 10⁶, or 10⁹ where times are in nanoseconds or any is finer than microseconds
     sorted_users: int  # of a table of sequences: users whose list was not in order of its own times
 
 
 def load_events(connection: DuckDBPyConnection, data: DataConfig, downloads: Path | None) -> ReadCounts:
     """Create the view ``raw_events`` of the rows that can be used; :func:`drop_events` removes it and what is below it.
 
-    Its columns: ``user`` and ``item``, VARCHAR, or BIGINT with ``data.ids: integer``; ``time`` BIGINT, microseconds
-    since 1970 UTC; ``rating`` DOUBLE; ``event`` VARCHAR; ``split`` VARCHAR: train, valid or test; each of these four
-    NULL where the tables have none; ``row`` BIGINT, unique, increasing in the order of the files.
+    Its columns: ``user`` and ``item``, VARCHAR, or BIGINT where ``data.ids`` says integer; ``time`` BIGINT, ticks since
+    1970 UTC (``per_second`` of the counts); ``rating`` DOUBLE; ``event`` VARCHAR; ``split`` VARCHAR: train, valid or
+    test; each of these four NULL where the tables have none; ``row`` BIGINT, unique, increasing in the order of the
+    files.
 
     Args:
         connection: that keeps the order of insertion, outside a transaction.
@@ -52,65 +69,107 @@ def load_events(connection: DuckDBPyConnection, data: DataConfig, downloads: Pat
         downloads: folder for copies of URLs, made when it is needed; None: there may be none.
 
     Raises:
-        UserError: a table cannot be read, an id is not of its kind, or more rows than ``data.dirt.max_bad_rows`` allows
-            cannot be used.
+        UserError: a table cannot be read, an id is not of its kind, a user has two lists in a table of sequences, or
+            more rows than ``data.dirt.max_bad_rows`` allows cannot be used.
     """
     quiet(connection)
-    id_type = "BIGINT" if data.ids == "integer" else "VARCHAR"
-    connection.execute(
-        f'CREATE OR REPLACE TABLE {STAGED} ("user" {id_type}, "item" {id_type}, whole BIGINT, part DOUBLE, '
-        'moment BIGINT, rating DOUBLE, "event" VARCHAR, "split" VARCHAR, "row" BIGINT, cause VARCHAR)'
-    )
+    user_type, item_type = ("BIGINT" if kind == "integer" else "VARCHAR" for kind in (data.user_ids, data.item_ids))
     tables, bad, num_staged, is_text = event_tables(data, downloads), Counter[str](), 0, False
     try:
+        columns = _create_staged(connection, tables, user_type, item_type)
         for table in tables:
-            for batch in event_batches(table, data, num_staged, bad):
-                connection.register(BATCH, batch)
-                connection.execute(f"INSERT INTO {STAGED} {_parsed(batch.column_names, bool(table.sequences.times))}")
-                connection.unregister(BATCH)
+            connection.execute(f"CREATE OR REPLACE TABLE {OWNERS} (id {user_type})")
+            for batch, owners in event_batches(table, data, num_staged, bad):
+                names = batch.column_names
+                parsed = _parsed(names, bool(table.sequences.times))
+                _insert(connection, STAGED, batch, f"SELECT {columns} FROM ({parsed})")
+                if owners is not None:
+                    _insert(connection, OWNERS, pa.table({"id": owners}), f"SELECT id FROM {BATCH}")
                 num_staged += len(batch)
-                is_text |= "time" in batch.column_names
+                is_text |= "time" in names
+            _check_owners(connection, table)
         num_rows = num_staged + bad.total()
         unit = _time_unit(connection, tables[0], is_text)
-        _create(connection, unit, bool(tables[0].sequences.times), bad)
+        per_second = _ticks_per_second(connection, unit)
+        _create(connection, unit, per_second, bool(tables[0].sequences.times), bad)
         _check(connection, tables, bad, num_rows, data.dirt.max_bad_rows)
     except BaseException:
         drop_events(connection)
         raise
     sorted_users = 0
     if tables[0].sequences.times:
-        _say_times(connection, tables[0], unit)
+        _say_times(connection, tables[0], unit, per_second)
         if tables[0].sequences.layout == "sequences":
             sorted_users = _num_unsorted(connection)
-    return ReadCounts(num_rows, dict(sorted(bad.items())), unit, sorted_users)
+    return ReadCounts(num_rows, dict(sorted(bad.items())), unit, per_second, sorted_users)
 
 
 def drop_events(connection: DuckDBPyConnection) -> None:
     """Undo :func:`load_events`."""
-    connection.execute("DROP VIEW IF EXISTS raw_events")
-    connection.execute(f"DROP TABLE IF EXISTS {STAGED}")
+    for view in ("raw_events", ROWS):
+        connection.execute(f"DROP VIEW IF EXISTS {view}")
+    for table in (STAGED, OWNERS):
+        connection.execute(f"DROP TABLE IF EXISTS {table}")
+
+
+def _create_staged(connection: DuckDBPyConnection, tables: list[EventTable], user_type: str, item_type: str) -> str:
+    """Create :data:`STAGED` with the columns that a table has, as each takes memory, and :data:`ROWS` over it with all.
+
+    Returns:
+        The columns of :data:`STAGED`.
+    """
+    given = set().union(*map(optional_columns, tables))
+    causes = ", ".join(f"'{cause}'" for cause in CAUSES)
+    kinds = {"user": user_type, "item": item_type, "row": "BIGINT", "cause": f"ENUM ({causes})"}
+    kinds |= {name: kind for name, kind in OPTIONAL.items() if name in given}
+    columns = ", ".join(f'"{name}" {kind}' for name, kind in kinds.items())
+    connection.execute(f"CREATE OR REPLACE TABLE {STAGED} ({columns})")
+    lacking = "".join(f', NULL::{kind} AS "{name}"' for name, kind in OPTIONAL.items() if name not in given)
+    connection.execute(f"CREATE OR REPLACE VIEW {ROWS} AS SELECT *{lacking} FROM {STAGED}")
+    return ", ".join(f'"{name}"' for name in kinds)
+
+
+def _insert(connection: DuckDBPyConnection, table: str, batch: pa.Table, query: str) -> None:
+    """Add the rows that a ``query`` makes of :data:`BATCH`."""
+    connection.register(BATCH, batch)
+    connection.execute(f"INSERT INTO {table} {query}")
+    connection.unregister(BATCH)
+
+
+def _check_owners(connection: DuckDBPyConnection, table: EventTable) -> None:
+    """A user of two lists is refused, as where no engine is needed: nothing says how the lists go together."""
+    repeated = connection.execute(f"""
+        SELECT id, count(*) OVER () FROM (SELECT id, min(rowid) AS first FROM {OWNERS}
+            WHERE id IS NOT NULL AND id::VARCHAR <> '' GROUP BY id HAVING count(*) > 1) ORDER BY first LIMIT 1
+        """).fetchall()
+    if repeated:
+        [(first, number)] = repeated
+        refuse_repeated(number, first, f"column {table.sequences.user!r} of {table.raw}")
+    connection.execute(f"DROP TABLE {OWNERS}")
 
 
 def _parsed(names: list[str], has_times: bool) -> str:
-    """SQL: rows of :data:`STAGED` from a batch, whose texts of times and ratings are parsed, with why one is bad."""
+    """SQL: rows of all columns from a batch, whose texts of times and ratings are parsed, with why one is bad."""
     is_text_time = "time" in names
     source = f"({TEXT_TIMES % BATCH})" if is_text_time else BATCH
-    whole, part, moment = (name if is_text_time or name in names else "NULL" for name in ("whole", "part", "moment"))
+    whole, part, moment, nanos = (
+        name if is_text_time or name in names else "NULL" for name in ("whole", "part", "moment", "nanos")
+    )
     text = "nullif(trim(rating_text), '')" if "rating_text" in names else "NULL"
     rating = "rating" if "rating" in names else f"TRY_CAST({text} AS DOUBLE)"
     event = '"event"' if "event" in names else "NULL"
-    split = f'CASE lower(trim("split")) {SPLITS} END'
+    split = f'CASE lower(trim("split")) {SPLITS} END' if "split" in names else "NULL"
     return f"""
-        SELECT "user", "item", whole, part, moment, CASE WHEN isnan(rating) THEN NULL ELSE rating END, "event", "split",
-            "row", CASE WHEN cause IS NOT NULL THEN cause
+        SELECT "user", "item", whole, part, moment, nanos, CASE WHEN isnan(rating) THEN NULL ELSE rating END AS rating,
+            "event", "split", "row", CASE WHEN cause IS NOT NULL THEN cause
                 WHEN "user" IS NULL OR "user"::VARCHAR = '' THEN 'no user'
                 WHEN "item" IS NULL OR "item"::VARCHAR = '' THEN 'no item'
                 WHEN {has_times} AND whole IS NULL AND part IS NULL AND moment IS NULL THEN 'time'
                 WHEN rating IS NULL AND rating_text IS NOT NULL OR isinf(rating) THEN 'rating'
-                WHEN {"split" in names} AND "split" IS NULL THEN 'split' END
+                WHEN {"split" in names} AND "split" IS NULL THEN 'split' END AS cause
         FROM (SELECT "user", "item", {whole}::BIGINT AS whole, {part}::DOUBLE AS part, {moment}::BIGINT AS moment,
-            {rating}::DOUBLE AS rating, {text}::VARCHAR AS rating_text, {event}::VARCHAR AS "event",
-            {split if "split" in names else "NULL"}::VARCHAR AS "split", "row", cause FROM {source})
+            {nanos}::USMALLINT AS nanos, {rating}::DOUBLE AS rating, {text}::VARCHAR AS rating_text,
+            {event}::VARCHAR AS "event", {split}::VARCHAR AS "split", "row", cause FROM {source})
     """
 
 
@@ -121,27 +180,39 @@ def _time_unit(connection: DuckDBPyConnection, table: EventTable, is_text: bool)
     size = "greatest(abs(whole::DOUBLE), abs(part))"
     below = ", ".join(f"count(CASE WHEN {size} < {limit} THEN 1 END)" for limit in LIMITS.values())
     num_numbers, num_moments, *smaller = connection.execute(
-        f"SELECT count(coalesce(whole, part)), count(moment), {below} FROM {STAGED} WHERE cause IS NULL"
+        f"SELECT count(coalesce(whole, part)), count(moment), {below} FROM {ROWS} WHERE cause IS NULL"
     ).fetchall()[0]
     if num_numbers and num_moments:
         fewer = "moment" if num_moments < num_numbers else "coalesce(whole, part)"
-        connection.execute(f"UPDATE {STAGED} SET cause = 'time' WHERE cause IS NULL AND {fewer} IS NOT NULL")
+        _spoil(connection, f"{fewer} IS NOT NULL")
     if num_numbers > num_moments:
         unit = unit_of(np.diff([0, *smaller, num_numbers]), table.sequences.time_unit)
         place = UNIT_NAMES.index(unit)
         if table.sequences.time_unit == "auto" and place < len(smaller) and smaller[place] < num_numbers:
             too_large = f"{size} >= {LIMITS[unit]}"  # no time of this unit: of a clock that was never set
-            connection.execute(f"UPDATE {STAGED} SET cause = 'time' WHERE cause IS NULL AND {too_large}")
+            _spoil(connection, too_large)
         return unit
     return "text" if is_text else "timestamp"
 
 
-def _create(connection: DuckDBPyConnection, unit: str, has_times: bool, bad: Counter[str]) -> None:
-    """Create ``raw_events`` over :data:`STAGED`, and count bad rows."""
-    time = microseconds(unit if unit in UNITS else "s")
+def _spoil(connection: DuckDBPyConnection, where: str) -> None:
+    """Good rows become bad by their time."""
+    rows = f'SELECT "row" FROM {ROWS} WHERE cause IS NULL AND {where}'
+    connection.execute(f"UPDATE {STAGED} SET cause = 'time' WHERE \"row\" IN ({rows})")
+
+
+def _ticks_per_second(connection: DuckDBPyConnection, unit: str) -> int:
+    """Of the times: fine enough that none is rounded, so that they are sorted truly."""
+    [(is_fine,)] = connection.execute(f"SELECT bool_or(nanos > 0) FROM {ROWS} WHERE cause IS NULL").fetchall()
+    return PER_SECOND["ns" if unit == "ns" or (unit not in UNITS and is_fine) else "us"]
+
+
+def _create(connection: DuckDBPyConnection, unit: str, per_second: int, has_times: bool, bad: Counter[str]) -> None:
+    """Create ``raw_events`` over :data:`ROWS`, and count bad rows."""
+    time = ticks_sql(unit if unit in UNITS else "moment", per_second)
     connection.execute(
         'CREATE OR REPLACE VIEW raw_events AS SELECT "user", "item", "time", rating, "event", "split", "row" FROM '
-        f'(SELECT *, {time} AS "time" FROM {STAGED} WHERE cause IS NULL) WHERE "time" IS NOT NULL OR NOT {has_times}'
+        f'(SELECT *, {time} AS "time" FROM {ROWS} WHERE cause IS NULL) WHERE "time" IS NOT NULL OR NOT {has_times}'
     )
     causes = connection.execute(f"SELECT cause, count(*) FROM {STAGED} GROUP BY cause").fetchall()
     bad.update({cause: count for cause, count in causes if cause is not None})
@@ -160,17 +231,20 @@ def _check(
     require(num_rows > bad.total(), f"table {name} has no row that can be used")
 
 
-def _say_times(connection: DuckDBPyConnection, table: EventTable, unit: str) -> None:
+def _say_times(connection: DuckDBPyConnection, table: EventTable, unit: str, per_second: int) -> None:
     low, high = connection.execute('SELECT min("time"), max("time") FROM raw_events').fetchall()[0]
     taken = f"taken for {UNITS[unit]} since 1970" if unit in UNITS else "dates and times"
-    print(f"events: {table.sequences.times!r} holds {taken}, from {_day(low)} to {_day(high)}", flush=True)
+    print(
+        f"events: {table.sequences.times!r} holds {taken}, from {_day(low, per_second)} to {_day(high, per_second)}",
+        flush=True,
+    )
 
 
-def _day(time_us: int) -> str:
+def _day(time: int, per_second: int) -> str:
     try:
-        return (EPOCH + timedelta(microseconds=time_us)).date().isoformat()
+        return (EPOCH + timedelta(seconds=time // per_second)).date().isoformat()
     except OverflowError:
-        return f"year {1970 + time_us // 31_556_952_000_000:,}"
+        return f"year {1970 + time // per_second // 31_556_952:,}"
 
 
 def _num_unsorted(connection: DuckDBPyConnection) -> int:

@@ -16,12 +16,12 @@ import numpy as np
 import pyarrow as pa
 
 from fmrl_dist.base.errors import UserError
-from fmrl_dist.base.id_columns import IdKind, as_ids
+from fmrl_dist.base.id_columns import as_ids
 from fmrl_dist.config.sections import DataConfig
 from fmrl_dist.config.tables import SequenceTableConfig, TimeUnit
 from shards.tables.event_batches import check_event_table, event_tables
 from shards.tables.formats.choice import event_source
-from shards.tables.item_ids import ItemIds
+from shards.tables.item_ids import ItemIds, check_unique
 from shards.tables.list_columns import starts_and_values
 from shards.tables.raw_tables import RawTable, TableBatches, read_batches
 from shards.tables.times import UNIT_NAMES, UNITS, ticks_of, unit_counts, unit_of
@@ -58,13 +58,13 @@ def read_histories(data: DataConfig, ids: ItemIds, downloads: Path | None = None
         downloads: folder for copies of URLs; None: there may be none.
 
     Raises:
-        UserError: the table cannot be read, holds nulls or an unknown item, or its times do not fit its items. What is
-            wrong with a batch is raised when that batch is taken.
+        UserError: the table cannot be read, holds nulls or an unknown item, its times do not fit its items, or a user
+            has two rows. What is wrong with a batch is raised when that batch is taken.
     """
     table, names = event_source(data, data.sequences.path, downloads)
     columns = [names.user, names.items, *([names.times] if names.times else [])]
     found = read_batches(table, columns, text=columns[1:], ids=columns[:2])
-    return HistoryBatches(found.num_rows, _parse_sequences(found, table, names, data.ids, ids))
+    return HistoryBatches(found.num_rows, _parse_sequences(found, table, names, data, ids))
 
 
 def check_histories(data: DataConfig, downloads: Path | None = None) -> None:
@@ -78,13 +78,14 @@ def check_histories(data: DataConfig, downloads: Path | None = None) -> None:
 
 
 def _parse_sequences(
-    found: TableBatches, table: RawTable, names: SequenceTableConfig, kind: IdKind, ids: ItemIds
+    found: TableBatches, table: RawTable, names: SequenceTableConfig, data: DataConfig, ids: ItemIds
 ) -> Iterator[Histories]:
     item_column = f"column {names.items!r} of {table}"
     unit = _list_unit(table, names) if names.times else "s"
+    user_column, all_users = f"column {names.user!r} of {table}", list[pa.Array]()
     for batch in found.batches:
         starts, values = starts_and_values(batch[names.items], item_column, as_ids=True)
-        items = ids.lookup(as_ids(values, item_column, kind), item_column)
+        items = ids.lookup(as_ids(values, item_column, data.item_ids), item_column)
         times, num_sorted, num_repeated = None, 0, 0
         if names.times:
             where = f"column {names.times!r} of {table}"
@@ -99,8 +100,9 @@ def _parse_sequences(
                 ticks, items = ticks[order], items[order]
             num_repeated = num_repeated_events(rows, ticks, items)
             times = _seconds(ticks, per_second)
-        users = as_ids(batch[names.user], f"column {names.user!r} of {table}", kind)
-        yield Histories(users, starts, items, times, num_sorted, num_repeated)
+        all_users.append(as_ids(batch[names.user], user_column, data.user_ids))
+        yield Histories(all_users[-1], starts, items, times, num_sorted, num_repeated)
+    check_unique(pa.chunked_array(all_users).combine_chunks(), user_column)
 
 
 def _list_unit(table: RawTable, names: SequenceTableConfig) -> TimeUnit:

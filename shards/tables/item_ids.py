@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -22,9 +23,13 @@ def check_unique(ids: pa.Array, where: str) -> None:
     if len(counts) == len(ids):
         return
     twice = counts.filter(pc.greater(counts.field("counts"), 1))
+    refuse_repeated(len(twice), twice.field("values")[0].as_py(), where)
+
+
+def refuse_repeated(number: int, first: str | int, where: str) -> NoReturn:
+    """Raise what :func:`check_unique` does, for so many ids of which ``first`` comes first."""
     raise UserError(
-        f"{where} holds {len(twice)} ids more than once, the first is {twice.field('values')[0].as_py()!r}; "
-        "expected one row for each id"
+        f"{where} holds {number:,} ids more than once, the first is {first!r}; expected one row for each id"
     )
 
 

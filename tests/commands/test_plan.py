@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.timing import forget_peak, peak_resident_bytes
+from benchmarks.measuring.timing import forget_peak, peak_resident_bytes
 from fmrl_dist import plan
 from fmrl_dist.config.loading import load_config
 from fmrl_dist.config.sections import TrainConfig
@@ -327,6 +327,10 @@ def test_command_of_one_rank_names_no_split(capsys: pytest.CaptureFixture[str]) 
                 *("--loss.temperatures", "[1, 1, 1, 1, 1]"),
             ],
             "loss.normalize is on, whose cost is not predicted",
+        ),
+        (
+            ["--items", "5", "--gpus", "2", "--model.mixer", "filter"],
+            "model.mixer is filter, whose cost is not predicted",
         ),
         (["--items", "1000000000", "--gpus", "8", "--model.id_table", "true"], "no loss fits: a step needs at least "),
     ],

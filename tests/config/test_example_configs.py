@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from fmrl_dist.config.loading import load_config
 from fmrl_dist.data.store.reader import Store
+from tests.fixtures.config_keys import flat
 from tests.fixtures.processes import REPOSITORY, launch
 from tests.fixtures.training import evaluation, records, train_here
 
@@ -28,13 +28,6 @@ SMALL = (
 
 def path_of(name: str) -> Path:
     return REPOSITORY / "configs" / f"{name}.yaml"
-
-
-def flat(values: dict[str, Any], where: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= flat(value, f"{where}{key}.") if isinstance(value, dict) else {f"{where}{key}": value}
-    return found
 
 
 @pytest.mark.parametrize("name", CHANGED)

@@ -11,6 +11,7 @@ import pytest
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.config.reference import FILE, field_comments, help_config, markdown, reference
 from fmrl_dist.config.sections import Config, DataConfig, DemoConfig
+from fmrl_dist.config.tables import IdKinds
 from tests.fixtures.processes import REPOSITORY
 from tests.fixtures.training import run_module
 
@@ -35,11 +36,11 @@ def keys_of(section: Any, where: str) -> set[str]:
 
 
 def test_every_key_is_there() -> None:
-    config = Config(data=DataConfig(demo=DemoConfig()))
+    config = Config(data=DataConfig(demo=DemoConfig(), ids=IdKinds()))
     expected = set().union(*(keys_of(section, name) for name, section in vars(config).items()))
     listed = [key.name for group in reference() for key in group.keys if not key.name.startswith("data.features.")]
     assert len(listed) == len(set(listed))
-    assert set(listed) == expected | {"data.demo"}
+    assert set(listed) == expected | {"data.demo", "data.ids"}
 
 
 def test_every_source_of_features_is_there() -> None:

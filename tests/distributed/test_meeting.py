@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from fmrl_dist.base.errors import UserError
-from fmrl_dist.distributed.processes import is_alone, without_starters_sizes
+from fmrl_dist.base.launch_variables import is_alone
+from fmrl_dist.distributed.processes import without_starters_sizes
 from tests.fixtures.processes import REPOSITORY, clean_environment
 
 PROGRAM = """

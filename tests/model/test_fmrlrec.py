@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from fmrl_dist.model.block import FeedForward, ResidualBlock
 from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.model.item_encoders.projection import ProjectionEncoder
-from fmrl_dist.model.lru import LRU
+from fmrl_dist.model.mixers.lru import LRU
+from fmrl_dist.model.mixers.mixing import Mixing
 from fmrl_dist.model.scan import packed_scan
 from tests.fixtures.item_encoders import projection_of
 from tests.fixtures.numerics import assert_relatively_close
@@ -322,7 +323,8 @@ def silence_blocks(model: FMRLRec) -> None:
     with torch.no_grad():
         for block in model.blocks:
             assert isinstance(block, ResidualBlock)
-            for parameter in (block.lru.C, block.lru.c, block.ffn.w_2.weight, block.ffn.w_2.bias):
+            assert isinstance(block.mixer, LRU)
+            for parameter in (block.mixer.C, block.mixer.c, block.ffn.w_2.weight, block.ffn.w_2.bias):
                 parameter.zero_()
 
 
@@ -352,12 +354,12 @@ def test_input_embeddings_and_start_rows_are_dropped() -> None:
 
 
 def test_the_lrus_output_is_dropped_at_its_own_rate() -> None:
-    block = ResidualBlock(SIZES, dropout=0.0, lru_dropout=0.3, r_min=0.0, r_max=0.1, matmul_dtype=None).double()
+    block = ResidualBlock(SIZES, Mixing(), dropout=0.0, mixer_dropout=0.3).double()
     with torch.no_grad():
         block.ffn.w_2.weight.zero_()
         block.ffn.w_2.bias.zero_()
     x, starts = torch.randn(400, 16, dtype=torch.float64), torch.tensor([0, 150, 400])
-    mixed = block.lru(block.lru_norm(x), starts)
+    mixed = block.mixer(block.mixer_norm(x), starts)
     assert_dropped(block(x, starts) - x, mixed / 0.7, 0.3)
 
 
@@ -379,7 +381,7 @@ def test_nothing_is_dropped_in_evaluation_or_anywhere_else() -> None:
     assert rates == {"input_dropout": 0.4} | {
         f"blocks.{layer}.{name}": rate
         for layer in range(2)
-        for name, rate in (("lru_dropout", 0.3), ("ffn.dropout", 0.4))
+        for name, rate in (("mixer_dropout", 0.3), ("ffn.dropout", 0.4))
     }
     embeddings = case.catalogue()[case.items]
     case.model.eval()
@@ -437,7 +439,8 @@ def test_a_bfloat16_model_stays_close_to_its_float32_self() -> None:
         assert not torch.equal(found, right) or name == "encoder.stand_ins", name  # it did round
     for block, rounded_block in zip(exact.blocks, rounded.blocks, strict=True):
         assert isinstance(block, ResidualBlock) and isinstance(rounded_block, ResidualBlock)
-        assert torch.equal(rounded_block.lru.decay(), block.lru.decay())  # float32 at any dtype of the products
+        assert isinstance(rounded_block.mixer, LRU) and isinstance(block.mixer, LRU)
+        assert torch.equal(rounded_block.mixer.decay(), block.mixer.decay())  # float32 at any dtype of the products
     dtypes = [module.matmul_dtype for module in rounded.truncate(8).modules() if hasattr(module, "matmul_dtype")]
     assert set(dtypes) == {torch.bfloat16}
 
@@ -479,7 +482,7 @@ def test_the_model_passes_its_scan_on(impl: str, monkeypatch: pytest.MonkeyPatch
         called.append(impl)
         return packed_scan(decay, x, starts, impl)
 
-    monkeypatch.setattr("fmrl_dist.model.lru.packed_scan", note)
+    monkeypatch.setattr("fmrl_dist.model.mixers.lru.packed_scan", note)
     FMRLRec((8, 16), 2, FEATURES, scan=impl)(torch.randn(5, 16), torch.tensor([0, 5]), torch.tensor([True]))
     assert called == [impl, impl]
 

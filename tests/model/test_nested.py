@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmrl_dist.model.lru import LRU
+from fmrl_dist.model.mixers.lru import LRU
 from fmrl_dist.model.nested import (
     NestedLayerNorm,
     NestedLinear,

@@ -1,6 +1,6 @@
-"""The doubling scan against the plain one: forward, every gradient, ugly lengths, broken neighbours, single steps.
+"""The scans against the plain one: forward, every gradient, ugly lengths, broken neighbours, single steps.
 
-Its rounds gather rows on the CPU and mask them on a GPU; here both run, on the CPU.
+The doubling scan's rounds gather rows on the CPU and mask them on a GPU; here both run, on the CPU.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ MODULI = [0.001, 0.1, 0.999]
 ROUNDS = {"gathered": scan._double_gathered_rows, "masked": scan._double_masked_rows}
 
 
-@pytest.fixture(params=ROUNDS)
+@pytest.fixture(params=[*ROUNDS, "stepwise"])
 def rounds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The doubling scan does its rounds in one way, then in the other."""
-    monkeypatch.setattr(scan, "_double_gathered_rows", ROUNDS[request.param])
+    """What "auto" is: the doubling scan with its rounds in one way, then in the other, then the stepwise scan."""
+    if request.param in ROUNDS:
+        monkeypatch.setattr(scan, "_double_gathered_rows", ROUNDS[request.param])
+    monkeypatch.setattr(scan, "STEP_NUMBERS", 0 if request.param == "stepwise" else math.inf)
     return str(request.param)
 
 
@@ -48,7 +50,7 @@ def assert_twins_agree(lengths: list[int], width: int, modulus: float, dtype: to
     x, upstream = torch.randn(2, sum(lengths), 2, width, dtype=torch.float64, generator=generator).to(dtype)
     decay.requires_grad_()
     x = x.clone().requires_grad_()
-    found, expected = (packed_scan(decay, x, starts, impl) for impl in ("doubling", "plain"))
+    found, expected = (packed_scan(decay, x, starts, impl) for impl in ("auto", "plain"))
     results = [(found, expected)]
     if max(lengths, default=0) > 1:  # else no state depends on Λ
         results += zip(*(torch.autograd.grad(h, (decay, x), upstream) for h in (found, expected)), strict=True)
@@ -68,7 +70,7 @@ def assert_twins_agree(lengths: list[int], width: int, modulus: float, dtype: to
     ids=["none", "empty", "empties", "one", "ones", "gaps", "powers", "1-67", "507"],
 )
 @pytest.mark.usefixtures("rounds")
-def test_doubling_equals_its_plain_twin(lengths: list[int], modulus: float, dtype: torch.dtype) -> None:
+def test_the_scan_equals_its_plain_twin(lengths: list[int], modulus: float, dtype: torch.dtype) -> None:
     assert_twins_agree(lengths, 5, modulus, dtype)
 
 
@@ -80,7 +82,7 @@ def test_doubling_equals_its_plain_twin(lengths: list[int], modulus: float, dtyp
     modulus=st.floats(0.0, 1.0),
     seed=st.integers(0, 2**16),
 )
-def test_doubling_equals_its_plain_twin_anywhere(lengths: list[int], width: int, modulus: float, seed: int) -> None:
+def test_the_scan_equals_its_plain_twin_anywhere(lengths: list[int], width: int, modulus: float, seed: int) -> None:
     assert_twins_agree(lengths, width, modulus, torch.float64, seed)
 
 
@@ -100,7 +102,6 @@ def test_states_are_the_sums_of_powers() -> None:
 
 
 @pytest.mark.usefixtures("rounds")
-@pytest.mark.usefixtures("rounds")
 @pytest.mark.parametrize("modulus", MODULI)
 def test_gradients_equal_finite_differences(modulus: float) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -110,6 +111,7 @@ def test_gradients_equal_finite_differences(modulus: float) -> None:
     assert torch.autograd.gradcheck(lambda decay, x: packed_scan(decay, x, starts), (decay, x))
 
 
+@pytest.mark.usefixtures("rounds")
 def test_second_gradients_equal_finite_differences() -> None:
     generator = torch.Generator().manual_seed(0)
     decay = make_decay(1, 0.9, generator).requires_grad_()
@@ -156,7 +158,6 @@ def test_a_broken_upstream_gradient_stays_in_its_sequence(bad: float) -> None:
     assert torch.equal(grad[:5], clean_grad[:5]) and torch.equal(grad[9:], clean_grad[9:])
 
 
-@pytest.mark.usefixtures("rounds")
 @pytest.mark.usefixtures("rounds")
 def test_a_broken_sequence_of_one_row_leaves_the_gradient_of_the_decay_untouched() -> None:
     """No state depends on the decay through it, but its state stands beside the next sequence's first row."""
@@ -219,8 +220,15 @@ def test_number_of_masked_rounds(longest: int, modulus: float, rounds: int) -> N
     assert scan._num_rounds(decay, torch.arange(longest)) == rounds
 
 
-def test_auto_is_doubling_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("lengths", "impl"), [([1, 2], "doubling"), ([50] * 20, "stepwise"), ([1000], "doubling")])
+def test_auto_on_the_cpu(lengths: list[int], impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never the kernel; stepwise where a step has enough numbers: here 4 channels of so many sequences."""
     monkeypatch.setattr(scan, "_walk_rows", None)  # a kernel that cannot be called
-    x = torch.randn(3, 2, 4)
-    decay, starts = make_decay(4, 0.5, torch.Generator()).float(), make_starts([1, 2])
-    assert torch.equal(packed_scan(decay, x, starts), packed_scan(decay, x, starts, "doubling"))
+    monkeypatch.setattr(scan, "STEP_NUMBERS", 20)
+    x = torch.randn(sum(lengths), 2, 4)
+    decay, starts = make_decay(4, 0.5, torch.Generator()).float(), make_starts(lengths)
+    found, chosen = packed_scan(decay, x, starts), packed_scan(decay, x, starts, impl)
+    assert torch.equal(found, chosen)
+    if sum(lengths) > 3:
+        other = packed_scan(decay, x, starts, "doubling" if impl == "stepwise" else "stepwise")
+        assert not torch.equal(found, other)

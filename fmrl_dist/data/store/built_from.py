@@ -97,12 +97,13 @@ def recorded_keys(config: Config) -> dict[str, Any]:
     on the columns of the item table.
     """
     values = config.to_dict()
+    values["data"]["ids"] = config.data.recorded_ids
     keys: dict[str, Any] = {}
     for section in ("data", "store"):
         for key, value in values[section].items():
             if key in UNRECORDED[section]:
                 continue
-            inner = value if isinstance(value, dict) else {}
+            inner = value if isinstance(value, dict) and key != "ids" else {}
             keys |= {f"{section}.{key}.{name}": leaf for name, leaf in inner.items()} or {f"{section}.{key}": value}
     for part in UNRECORDED_PARTS:
         keys = {key: value for key, value in keys.items() if key != part and not key.startswith(f"{part}.")}

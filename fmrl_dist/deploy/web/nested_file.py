@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fmrl_dist.checkpoint.export_folder import ITEMS_TENSOR, ExportedModel, stored_or_refused
 from fmrl_dist.model.block import ResidualBlock
+from fmrl_dist.model.mixers.lru import LRU
 from fmrl_dist.model.nested import chunks
 from fmrl_dist.model.stored_tensors import SCALE
 
@@ -100,11 +101,11 @@ def _pieces(exported: ExportedModel, dtype: str) -> Iterator[tuple[int, str, Ten
         if "norm." in name:
             yield from vector(name, tensors[name])
     for number, block in enumerate(model.blocks):
-        assert isinstance(block, ResidualBlock)
+        assert isinstance(block, ResidualBlock) and isinstance(block.mixer, LRU), "checked before"
         prefix = f"blocks.{number}"
-        for part, decay in zip(PARTS, block.lru.decay(), strict=True):
+        for part, decay in zip(PARTS, block.mixer.decay(), strict=True):
             yield from vector(f"{prefix}.decay.{part}", decay)
-        yield from vector(f"{prefix}.gamma", torch.exp(block.lru.gamma_log))
+        yield from vector(f"{prefix}.gamma", torch.exp(block.mixer.gamma_log))
         for index, part in enumerate(PARTS):
             yield from matrix(f"{prefix}.b.{part}.weight", f"{prefix}.lru.B", index)
             yield from vector(f"{prefix}.b.{part}.bias", tensors[f"{prefix}.lru.b"][index])

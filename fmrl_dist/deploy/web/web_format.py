@@ -26,6 +26,7 @@ from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.deploy.item_vocabulary import ItemVocabulary
 from fmrl_dist.deploy.web.nested_file import pack
 from fmrl_dist.deploy.web.page_files import PAGE_FILES, SERVICE_WORKER, page_sources, rendered_page
+from fmrl_dist.deploy.whole_histories import check_has_state
 
 FORMAT, FORMAT_VERSION = "fmrl_dist web export", 1
 MODEL_JSON, MODEL_BIN, ITEMS_JSON = "model.json", "model.bin", "items.json"
@@ -59,6 +60,7 @@ def write_web_export(
         UserError: as :func:`check_web_output`; a number does not fit the dtype; the vocabulary is of other items, the
             figures of another checkpoint, or another process is writing ``folder``.
     """
+    check_has_state(exported.model, "--format web needs")
     files = web_files(exported, parts, figures, name)
     with replaced_folder(folder) as aside:
         check_web_output(folder, overwrite)  # another process may have written it since it was looked at

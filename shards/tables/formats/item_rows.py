@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import file_sha256, written_aside
 from shards.tables.bad_rows import check_bad_rows
+from shards.tables.file_states import check_unchanged, file_states
 
 REVISION = 1  # raise it when the same files give other rows
 ROWS_AT_ONCE = 10_000
@@ -76,8 +77,9 @@ def plain_items(name: str, files: list[Path], source: ItemSource, folder: Path, 
         limit: largest share of rows that may be bad.
 
     Raises:
-        UserError: a file cannot be read, holds no item, or too many bad rows.
+        UserError: a file cannot be read, holds no item, or too many bad rows, or changes meanwhile.
     """
+    before = file_states(files)
     hashes = [file_sha256(file) for file in files]
     digest = hashlib.sha256(json.dumps([name, REVISION, source.columns, hashes]).encode()).hexdigest()[:16]
     path = folder / f"items-{name}-{digest}.parquet"
@@ -98,6 +100,7 @@ def plain_items(name: str, files: list[Path], source: ItemSource, folder: Path, 
         require(num_rows > 0, f"table {shown} is empty; expected at least one item")
         check_bad_rows(bad, num_rows, shown, limit)
         require(bool(seen), f"table {shown} has no item that can be used")
+        check_unchanged(before, file_states(files))
         writer.add_key_value_metadata({BAD_KEY: json.dumps(dict(sorted(bad.items()))).encode()})
     note = f"; {twice:,} stand twice, the first is kept" if twice else ""
     print(f"items: {len(seen):,} of {shown}{note}", flush=True)

@@ -23,7 +23,7 @@ from fmrl_dist.checkpoint.export_folder import ExportedModel, as_stored
 from fmrl_dist.deploy.web.nested_file import pack
 from fmrl_dist.deploy.web.page_files import PAGE_FILES, SERVICE_WORKER
 from fmrl_dist.deploy.web.web_format import FILES, MODEL_BIN, MODEL_JSON, web_files, write_web_export
-from fmrl_dist.model.lru import LRU
+from fmrl_dist.model.mixers.lru import LRU
 from fmrl_dist.model.nested import chunks
 from fmrl_dist.model.stored_tensors import DTYPES
 from tests.fixtures.processes import REPOSITORY

@@ -24,7 +24,7 @@ skip_module_without("open_clip", "make images")
 from fmrl_dist.config.loading import load_config
 from fmrl_dist.data.store.reader import Store
 from shards.build import main
-from shards.encoders import image_loader
+from shards.images import image_keys
 from shards.store.builder import build_store
 from tests.fixtures.image_model import MODEL, write_image_shop
 from tests.fixtures.images import photo
@@ -66,7 +66,7 @@ def test_a_build_killed_at_work_is_resumed_to_the_same_store(
     weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Killed with two workers; resumed, and compared with a whole one, in this process: bit for bit the same."""
-    num_images = 2 * image_loader.UNIT_ROWS + 40
+    num_images = 2 * image_keys.UNIT_ROWS + 40
     config = write_config(tmp_path, weights, "store", num_images, workers=2)
     command = [sys.executable, "-m", "shards.build", "--config", str(config)]
     environment = clean_environment() | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -95,7 +95,7 @@ def test_a_build_killed_at_work_is_resumed_to_the_same_store(
 @pytest.mark.alone
 def test_a_worker_that_dies_ends_the_build(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within seconds and with one line; finished units are kept."""
-    monkeypatch.setattr(image_loader, "UNIT_ROWS", 64)
+    monkeypatch.setattr(image_keys, "UNIT_ROWS", 64)
     config = write_config(tmp_path, weights, "store", 1280, workers=1)
     killed: list[float] = []
 

@@ -22,8 +22,9 @@ skip_module_without("open_clip", "make images")
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.parts import Part
 from shards.build import main as build_main
-from shards.encoders import image_encoder, image_loader
+from shards.encoders import image_encoder
 from shards.encoders.open_clip_model import open_clip
+from shards.images import image_keys
 from shards.random_image_encoder import main as random_encoder_main
 from shards.store.builder import build_store
 from shards.tables.item_ids import ItemIds
@@ -76,7 +77,7 @@ def test_sixteen_bits_are_scaled(weights: Path, tmp_path: Path) -> None:
 
 
 def test_an_items_first_good_image_counts(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_loader, "UNIT_ROWS", 3)
+    monkeypatch.setattr(image_keys, "UNIT_ROWS", 3)
     images = [b"bad", photo(1), photo(2), photo(3), photo(4), photo(5), photo(6), b"bad"]
     items = [
         0,
@@ -189,7 +190,7 @@ def test_one_new_image_encodes_one_image(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Neither those that are kept nor those that failed are tried again; equal images are encoded once."""
-    monkeypatch.setattr(image_loader, "UNIT_ROWS", 2)
+    monkeypatch.setattr(image_keys, "UNIT_ROWS", 2)
     images = [photo(0), b"bad", photo(2), photo(3), b"worse", photo(2), None]
     first = encode(tmp_path, images, feature(weights))
     assert "5 images encoded, 0 were kept\n" in capsys.readouterr().out
@@ -207,7 +208,7 @@ def test_one_new_image_encodes_one_image(
 def test_parts_share_out_the_images(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(image_loader, "UNIT_ROWS", 4)
+    monkeypatch.setattr(image_keys, "UNIT_ROWS", 4)
     images = [photo(i) for i in range(10)] + [b"bad"]
     whole = encode(tmp_path / "whole", images, feature(weights))
     write_images(tmp_path / "parts", images)

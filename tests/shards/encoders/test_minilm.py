@@ -40,7 +40,7 @@ def test_rows_equal_the_precomputed_ones(folder: str, minilm: TextEncoder, share
     texts, has_text = item_texts(table, parts, " ")
     by_length = sorted(np.flatnonzero(has_text), key=lambda item: len(texts[item]))
     items = np.array(by_length)[np.linspace(0, len(by_length) - 1, NUM_ITEMS).astype(int)]
-    rows = minilm.encode([texts[i] for i in items]).astype(np.float32)
+    rows = minilm.encode([texts[i] for i in items]).rows.astype(np.float32)
     expected = np.load(shared_data / folder / "text_minilm_384.npy")[items].astype(np.float32)
     norms = np.linalg.norm(rows, axis=1) * np.linalg.norm(expected, axis=1)
     assert ((rows * expected).sum(1) / norms).min() >= 0.999
@@ -50,11 +50,11 @@ def test_a_row_depends_on_its_text_alone(minilm: TextEncoder) -> None:
     """Bit for bit, on a CPU: alone, in other company, in another order; a small model would hide what batches do."""
     assert minilm.compute.device.type == "cpu"
     texts = random_texts(48)
-    rows = minilm.encode(texts)
+    rows = minilm.encode(texts).rows
     some = np.random.default_rng(0).permutation(len(texts))[:24]
-    np.testing.assert_array_equal(minilm.encode([texts[i] for i in some]), rows[some])
+    np.testing.assert_array_equal(minilm.encode([texts[i] for i in some]).rows, rows[some])
     for i in some[:8]:
-        np.testing.assert_array_equal(minilm.encode([texts[i]])[0], rows[i])
+        np.testing.assert_array_equal(minilm.encode([texts[i]]).rows[0], rows[i])
 
 
 def test_beauty_text_differs_from_beauty_text_npy_in_the_features_alone() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import psutil
@@ -15,11 +16,13 @@ from PIL import Image
 
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.config.features import PixelsFeature
+from shards.build import main as build_main
 from shards.encoders.item_images import ImageTable
 from shards.encoders.pixels import DIM, encode_image
+from shards.images import image_keys
 from shards.store.builder import build_store
 from shards.tables.item_ids import ItemIds
-from tests.fixtures.stores import png, read_items, tiny_config, write_raw
+from tests.fixtures.stores import png, read_items, store_contents, tiny_config, write_raw
 
 
 def test_pixels_skip_what_cannot_be_decoded(tmp_path: Path) -> None:
@@ -49,6 +52,58 @@ def test_too_many_bad_images_stop_the_build(tmp_path: Path) -> None:
         build_store(tiny_config(tmp_path, tmp_path / "store", features=features, dirt={"max_bad_images": 0.66}))
     assert not (tmp_path / "store").exists()
     build_store(tiny_config(tmp_path, tmp_path / "store", features=features, dirt={"max_bad_images": 0.67}))
+
+
+def write_images(root: Path, colours: list[int]) -> None:
+    """A table of images, of which the last is one more that cannot be decoded; two are equal."""
+    images = [*(png((colour, 0, 0)) for colour in colours), b"<html>"]
+    items = [list("abcdef")[number % 6] for number in range(len(images))]
+    pq.write_table(pa.table({"item_id": items, "image": images}), root / "images.parquet")
+
+
+def test_rows_are_kept_and_shared_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Any number of parts give the store of one build; one new image is the only one that is encoded."""
+    monkeypatch.setattr(image_keys, "UNIT_ROWS", 2)
+    write_raw(tmp_path)
+    features = {"image": {"source": "pixels", "path": "images.parquet"}}
+
+    def words(store: str) -> list[str]:
+        (tmp_path / f"{store}.yaml").write_text(tiny_config(tmp_path, tmp_path / store, features=features).to_yaml())
+        return ["--config", str(tmp_path / f"{store}.yaml")]
+
+    write_images(tmp_path, [200, 20, 90, 20, 140])
+    build_main(words("whole"))
+    assert "feature 'image': 5 images encoded, 0 were kept" in capsys.readouterr().out
+    for number in (3, 1, 2):
+        build_main([*words("parts"), "--part", f"{number}/3"])
+        assert f"part {number}/3: encoded its share of image" in capsys.readouterr().out
+    build_main(words("parts"))
+    assert "feature 'image': 0 images encoded, 5 were kept" in capsys.readouterr().out
+    assert store_contents(tmp_path / "parts") == store_contents(tmp_path / "whole")
+    write_images(tmp_path, [1, 200, 20, 90, 20, 140])
+    build_main([*words("parts"), "--overwrite"])
+    out = capsys.readouterr().out
+    assert "feature 'image': 1 images encoded, 5 were kept" in out and "1 bad: 1 not an image" in out
+    build_main(words("fresh"))
+    assert store_contents(tmp_path / "parts") == store_contents(tmp_path / "fresh")
+
+
+def test_an_image_file_that_changes_while_it_is_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_raw(tmp_path)
+    (tmp_path / "a.png").write_bytes(png((200, 0, 0)))
+    pq.write_table(pa.table({"item_id": ["a"], "image": ["a.png"]}), tmp_path / "images.parquet")
+    features = {"image": {"source": "pixels", "path": "images.parquet"}}
+    missing = image_keys.ImageKeys.missing
+
+    def and_replaced(*arguments: Any) -> np.ndarray:
+        (tmp_path / "a.png").write_bytes(png((0, 0, 200)))
+        return missing(*arguments)
+
+    monkeypatch.setattr(image_keys.ImageKeys, "missing", and_replaced)
+    with pytest.raises(UserError, match=r"feature 'image': image a.png changed while it was encoded; build again"):
+        build_store(tiny_config(tmp_path, tmp_path / "store", features=features))
 
 
 def test_pixel_descriptor_distinguishes_images() -> None:

@@ -22,6 +22,8 @@ from shards.encoders import compute
 from shards.encoders.compute import choose_compute
 from shards.encoders.text_encoder import TextEncoder
 from shards.encoders.text_feature import UNIT_TEXTS
+from shards.inspect import main as inspect_main
+from shards.store.build_report import UsedTexts, read_report
 from shards.store.builder import build_store
 from tests.fixtures.processes import REPOSITORY, clean_environment
 from tests.fixtures.stores import store_contents, write_histories
@@ -156,12 +158,37 @@ def test_a_model_that_is_not_there_is_refused(shop: Path) -> None:
     assert not [path for path in shop.iterdir() if path.name.startswith("refused") and path != config]
 
 
+def test_texts_that_are_cut_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By items, whoever encoded the text: another part, or an earlier build. One that just fits is whole."""
+    write_text_model(tmp_path / "model")
+    titles = ["red " * 9, "rose " * 50, "rose " * 50, "mint " * 8, "oil", None]
+    pq.write_table(pa.table({"item_id": range(len(titles)), "title": titles}), tmp_path / "items.parquet")
+    write_histories(tmp_path / "sequences.parquet", {"u": [1, 2, 3]})
+    config = ["--config", str(write_config(tmp_path, "store", max_tokens=10))]
+    for words in (["--part", "1/2"], ["--part", "2/2"], [], ["--overwrite"]):
+        capsys.readouterr()
+        main([*config, *words])
+    assert "feature 'text': 0 texts encoded" in (out := capsys.readouterr().out)
+    report = read_report(Store.open(tmp_path / "store"))
+    assert report is not None and report.features["text"].texts == UsedTexts(given=5, cut=3, max_tokens=10)
+    assert "5 texts, 3 cut at 10 tokens (60.0 %)" in out
+    inspect_main([str(tmp_path / "store"), "--html", str(tmp_path / "store.html")])
+    assert "5 texts, 3 cut at 10 tokens (60.0 %)" in capsys.readouterr().out
+    assert "longer texts" in (tmp_path / "store.html").read_text(encoding="utf-8")
+    main([*config, "--overwrite", "--data.features.text.max_tokens", "48"])
+    assert "5 texts, 1 cut" not in (out := capsys.readouterr().out) and "5 texts, 2 cut at 48 tokens" in out
+
+
 def test_rows_that_are_no_rows_are_not_published(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An encoder that is broken may give zeros."""
     config = write_config(shop, "unwritten")
     encode = TextEncoder.encode
     monkeypatch.setattr(
-        TextEncoder, "encode", lambda self, texts: encode(self, texts) * (np.arange(len(texts)) != 5)[:, None]
+        TextEncoder,
+        "encode",
+        lambda self, texts: (found := encode(self, texts))._replace(
+            rows=found.rows * (np.arange(len(texts)) != 5)[:, None]
+        ),
     )
     line = refusal(main, "--config", config)
     assert "is all zero" in line and "; remove what earlier builds kept in" in line

@@ -97,11 +97,11 @@ def test_a_row_depends_on_its_text_alone(model: Path, pooling: Pooling) -> None:
     """Bit for bit, on a CPU: alone, among others, in another order, beside longer ones."""
     encoder = load_encoder(config(model, pooling, batch_tokens=512))
     texts = random_texts(60) + ["red " * 40, "rose " * 40, "red"]
-    rows = encoder.encode(texts)
+    rows = encoder.encode(texts).rows
     shuffled = np.random.default_rng(1).permutation(len(texts))
-    np.testing.assert_array_equal(encoder.encode([texts[i] for i in shuffled]), rows[shuffled])
+    np.testing.assert_array_equal(encoder.encode([texts[i] for i in shuffled]).rows, rows[shuffled])
     for i in range(0, len(texts), 5):
-        np.testing.assert_array_equal(encoder.encode([texts[i]])[0], rows[i])
+        np.testing.assert_array_equal(encoder.encode([texts[i]]).rows[0], rows[i])
 
 
 def test_forward_passes_of_a_length_have_one_shape(model: Path) -> None:

@@ -75,6 +75,21 @@ def test_whatever_was_added_in_whatever_order_is_found(
             assert np.array_equal(found.gather(keys_of(*every), np.ones(len(every), bool)), rows_of(*every))
 
 
+def test_what_is_noted_of_a_row_is_kept_with_it(tmp_path: Path) -> None:
+    """Segments of older versions have no notes."""
+    kept = opened(tmp_path)
+    failures = keys_of("broken"), np.array([7], np.uint8)
+    kept.add(keys_of("red", "blue"), rows_of("red", "blue"), failures, notes=np.array([0, 3], np.uint8))
+    arrays = {"keys": keys_of("mint").view(np.uint8).reshape(-1, 32), "rows": rows_of("mint")}
+    arrays |= {"failed": np.zeros((0, 32), np.uint8), "causes": np.zeros(0, np.uint8)}
+    data = save(arrays)
+    (kept.folder / f"{hashlib.sha256(data).hexdigest()}.safetensors").write_bytes(data)
+    kept.refresh(at_once=True)
+    for found in (kept, opened(tmp_path)):
+        assert found.notes(keys_of("blue", "new", "broken", "red", "mint")).tolist() == [3, 0, 0, 0, 0]
+        assert found.has_row(keys_of("mint")).all()
+
+
 def test_another_recipe_is_another_folder(tmp_path: Path) -> None:
     opened(tmp_path).add(keys_of("red"), rows_of("red"))
     for other in (opened(tmp_path, precision="bf16"), KeptRows(tmp_path, "title", RECIPE, DIM)):

@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -223,6 +224,32 @@ def test_a_cut_is_exact_to_the_microsecond(number: int, tmp_path: Path) -> None:
         split = {"by": "time", "valid_from": text, "test_from": str(first + 3)}
         (history,) = histories_of(prepared(tmp_path / text, rows, split=split, sequences={"time_unit": "us"})).values()
         assert (history.train, history.valid, history.items) == (2, 1, list("abcd"))
+
+
+@pytest.mark.parametrize("form", ["numbers", "timestamps", "ISO"])
+@pytest.mark.parametrize("by", ["leave_one_out", "time", "duplicates"])
+def test_events_of_one_microsecond_are_sorted_to_the_nanosecond(by: str, form: str, tmp_path: Path) -> None:
+    """However the ids' hashes would order them; cuts, ties and duplicates are as fine."""
+    first, items = 1_700_000_000_123_456_100, [f"i{number}" for number in range(9)]
+    stamps = pa.array([first + 100 * number for number in range(9)], pa.timestamp("ns"))
+    times = {"numbers": stamps.cast(pa.int64()), "timestamps": stamps, "ISO": stamps.cast(pa.string())}[form]
+    table = pa.table({"user": ["u"] * 9, "item": items, "time": times})
+    pq.write_table(table.take(np.random.default_rng(1).permutation(9)), tmp_path / "e.parquet")
+    sequences = {"rating": "", "event": "", "split": ""}
+    cuts = {"by": "time", "valid_from": "2023-11-14T22:13:20.123456550", "test_from": "2023-11-14T22:13:20.1234568Z"}
+    data = {
+        "leave_one_out": {},
+        "time": {"split": cuts},
+        "duplicates": {"interactions": {"duplicates": "event"}},
+    }[by]
+    config = config_of(tmp_path, ["e.parquet"], sequences=sequences, **data)
+    result = prepare(config.data, tmp_path / "interactions", None, None, {})
+    history = histories_of(result)["u"]
+    assert history.items == items and history.times == [1_700_000_000] * 9
+    assert (result.funnel.tied_events, result.funnel.repeated_events) == (0, 0)
+    if by == "time":
+        assert (history.train, history.valid) == (5, 2)
+        assert "from 2023-11-14T22:13:20.123456+00:00 and 550 ns" in result.split_rule
 
 
 def test_one_clock_that_was_never_set_does_not_change_the_unit(tmp_path: Path) -> None:

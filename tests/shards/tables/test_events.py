@@ -90,7 +90,13 @@ TIMES: dict[str, tuple[list[Any], pa.DataType | None, list[int], str]] = {
     "seconds": ([0, 1_406_073_600], pa.int64(), [0, MOMENT], "s"),
     "milliseconds": ([1, 1_406_073_600_001], pa.int64(), [1000, MOMENT + 1000], "ms"),
     "microseconds": ([MOMENT + 1, -5], pa.int64(), [MOMENT + 1, -5], "us"),
-    "nanoseconds": ([1000 * MOMENT + 1999, -1], pa.int64(), [MOMENT + 1, -1], "ns"),
+    "nanoseconds": ([1000 * MOMENT + 1999, -1], pa.int64(), [1000 * MOMENT + 1999, -1], "ns"),
+    "ISO to the nanosecond": (
+        ["2014-07-23T00:00:00.0000019Z", "1969-12-31 23:59:59.999999999"],
+        None,
+        [1000 * MOMENT + 1900, -1],
+        "text",
+    ),
     "unsigned": ([7, 1_406_073_600], pa.uint32(), [7_000_000, MOMENT], "s"),
     "floats": ([1_406_073_600.25, 0.5], pa.float64(), [MOMENT + 250_000, 500_000], "s"),
     "floats of milliseconds": ([1_406_073_600_000.5, 1.0], pa.float64(), [MOMENT + 500, 1000], "ms"),
@@ -109,6 +115,7 @@ def test_times_of_every_form(name: str, kind: str, tmp_path: Path, capsys: pytes
     write_columns(tmp_path / f"e{kind}", {"u": ["a", "b"], "i": ["x", "y"], "t": values}, types)
     rows, counts = read_events(data_config(tmp_path, sequences=interactions(f"e{kind}")), "time")
     assert ([time for (time,) in rows], counts.time_unit) == (expected, unit)
+    assert counts.per_second == (10**9 if "nanosecond" in name else 10**6)
     assert "events: 't' holds" in capsys.readouterr().out
 
 
@@ -120,7 +127,26 @@ def test_timestamps_of_parquet(unit: str, zone: str | None, tmp_path: Path) -> N
     table = pa.table({"u": ["a", "b"], "i": ["x", "y"], "t": times.cast(pa.timestamp(unit, zone))})
     pq.write_table(table, tmp_path / "e.parquet")
     rows, counts = read_events(data_config(tmp_path, sequences=interactions("e.parquet")), "time")
-    assert (rows, counts.time_unit) == ([(MOMENT,), (-1_000_000,)], "timestamp")
+    assert (rows, counts.time_unit, counts.per_second) == ([(MOMENT,), (-1_000_000,)], "timestamp", 10**6)
+
+
+def test_timestamps_finer_than_microseconds(tmp_path: Path) -> None:
+    """They alone make all times nanoseconds; a year that these cannot hold is a bad row."""
+    far = pa.array([10**9, -1, -(2**63) + 10], pa.timestamp("ns"))
+    pq.write_table(pa.table({"u": ["a", "b", "c"], "i": ["x", "y", "z"], "t": far}), tmp_path / "e.parquet")
+    rows, counts = read_events(data_config(tmp_path, sequences=interactions("e.parquet")), "time")
+    assert ([time for (time,) in rows], counts.per_second) == ([10**9, -1, -(2**63) + 10], 10**9)
+    texts = ["2014-07-23T00:00:00.0000019Z", "0800-12-25T00:00:00Z"]
+    write_columns(tmp_path / "e.csv", {"u": ["a", "b"], "i": ["x", "y"], "t": texts})
+    data = data_config(tmp_path, sequences=interactions("e.csv"), dirt={"max_bad_rows": 0.5})
+    rows, counts = read_events(data, "time")
+    assert (rows, counts.bad) == ([(1000 * MOMENT + 1900,)], {"time": 1})
+
+
+def test_a_column_without_a_time_is_all_bad(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"u": ["a"], "i": ["x"], "t": pa.nulls(1)}), tmp_path / "e.parquet")
+    with pytest.raises(UserError, match="1 of 1 rows cannot be used .time: 1."):
+        read_events(data_config(tmp_path, sequences=interactions("e.parquet")))
 
 
 def test_dates_of_parquet_and_a_unit_that_is_chosen(tmp_path: Path) -> None:
@@ -142,6 +168,12 @@ def test_integer_ids(kind: str, tmp_path: Path) -> None:
     assert rows == [("7", str(2**62)), ("-1", "0")]
     rows, _ = read_events(data_config(tmp_path, sequences=sequences, ids="integer"), "user", "item")
     assert rows == [(7, 2**62), (-1, 0)]
+    for ids, expected in (
+        ({"items": "integer"}, ("7", 2**62)),
+        ({"items": "text", "users": "integer"}, (7, str(2**62))),
+    ):
+        rows, _ = read_events(data_config(tmp_path, sequences=sequences, ids=ids), "user", "item")
+        assert rows[0] == expected
 
 
 @pytest.mark.parametrize("kind", [".csv", ".jsonl", ".parquet"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
@@ -11,8 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from fmrl_dist.base.errors import UserError
+from fmrl_dist.config.sections import DataConfig
 from shards.encoders.item_text import item_texts
 from shards.store.builder import build_store
+from shards.store.inputs import check_built_from
 from shards.store.raw_data import RawData
 from tests.fixtures.stores import (
     HISTORIES,
@@ -119,6 +122,34 @@ def test_events_that_stand_twice_are_kept_and_counted(
     assert "stand twice" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("data", [{}, {"interactions": {"duplicates": "event"}}, {"split": {"by": "time"}}])
+@pytest.mark.parametrize("again", [["a", "b", "c"], ["c"], []])
+def test_a_user_of_two_rows_is_refused_on_every_path(again: list[str], data: dict[str, Any], tmp_path: Path) -> None:
+    """Also where one of the two would be dropped."""
+    write_items(tmp_path / "items.parquet")
+    lists = [list("abc"), ["c"], ["c"], again, list("def")]
+    times = [list(range(len(one))) for one in lists]
+    table = pa.table({"user_id": ["u", "v", "v", "u", "w"], "item_ids": lists, "times": times})
+    pq.write_table(table, tmp_path / "s.parquet")
+    sequences = {"path": "s.parquet", "times": "times"}
+    problem = (
+        r"^column 'user_id' of \S+s.parquet holds 2 ids more than once, the first is 'u'; expected one row for each"
+    )
+    with pytest.raises(UserError, match=problem):
+        build_store(tiny_config(tmp_path, tmp_path / "store", features={}, sequences=sequences, **data))
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_user_may_have_a_row_in_each_table_of_a_given_split(tmp_path: Path) -> None:
+    write_items(tmp_path / "items.parquet")
+    for name, items in (("train", ["a", "b"]), ("valid", ["c"]), ("test", ["d"])):
+        write_histories(tmp_path / f"{name}.parquet", {"u": items}, {"u": list(range(len(items)))})
+    split = {"by": "given", "valid": "valid.parquet", "test": "test.parquet"}
+    sequences = {"path": "train.parquet", "times": "times"}
+    store, _ = build_store(tiny_config(tmp_path, tmp_path / "store", features={}, sequences=sequences, split=split))
+    assert read_split(store, "test") == {0: rows_of(["a", "b", "c", "d"])}
+
+
 def write_csvs(folder: Path, items: list[str], events: list[tuple[str, str]]) -> dict[str, dict[str, str]]:
     (folder / "items.csv").write_text("\n".join(["item_id", *items]) + "\n")
     (folder / "events.csv").write_text("\n".join(["who,what", *map(",".join, events)]) + "\n")
@@ -188,6 +219,52 @@ def test_what_is_not_written_like_an_integer_id_is_unknown(word: str, tmp_path: 
     build_store(tiny_config(tmp_path, tmp_path / "store", features={}, ids="integer", **tables))
     vocabulary = pq.read_table(tmp_path / "store" / "vocab.parquet")["external_id"]
     assert vocabulary.type == pa.int64() and vocabulary.to_pylist() == [42, 7, -1, 2**62]
+
+
+@pytest.mark.parametrize("layout", ["sequences", "interactions"])
+@pytest.mark.parametrize("integer", ["items", "users"])
+def test_ids_of_items_and_users_of_different_kinds(integer: str, layout: str, tmp_path: Path) -> None:
+    """On both paths; the record of a store names each kind, and one kind where both are the same."""
+    items, users = [30, 10, 20], ["7", "007"] if integer == "items" else ["7", "12"]
+    write_items(tmp_path / "items.parquet", items)
+    if layout == "sequences":
+        write_histories(tmp_path / "events.parquet", {user: [str(item) for item in items] for user in users})
+    else:
+        events = [(user, str(item), time) for time, user in enumerate(users) for item in items]
+        columns = dict(zip(("user_id", "item_ids", "t"), map(list, zip(*events, strict=True)), strict=True))
+        pq.write_table(pa.table(columns), tmp_path / "events.parquet")
+    sequences = {"path": "events.parquet", "layout": layout}
+    other = {"items": "users", "users": "items"}[integer]
+    config = tiny_config(
+        tmp_path, tmp_path / "store", features={}, ids={integer: "integer", other: "text"}, sequences=sequences
+    )
+    store, _ = build_store(config)
+    ids = {"items": pq.read_table(store.path / "vocab.parquet"), "users": pq.read_table(store.path / "users.parquet")}
+    kinds = {side: table["external_id"].type for side, table in ids.items()}
+    assert kinds == {integer: pa.int64(), other: pa.large_string()}
+    assert sorted(ids["items"]["external_id"].to_pylist(), key=int) == (
+        [10, 20, 30] if integer == "items" else ["10", "20", "30"]
+    )
+    assert store.manifest.built_from is not None
+    assert store.manifest.built_from.keys["data.ids"] == {"items": config.data.item_ids, "users": config.data.user_ids}
+    assert check_built_from(store, config, "")
+    both = tiny_config(tmp_path, tmp_path / "store", features={}, ids="text", sequences=sequences)
+    with pytest.raises(UserError, match="data.ids is {.*}, the config's 'text'"):
+        check_built_from(store, both, "")
+
+
+def test_one_kind_for_both_may_be_written_either_way(tmp_path: Path) -> None:
+    write_raw(tmp_path)
+    store, _ = build_store(tiny_config(tmp_path, tmp_path / "store", features={}))
+    assert check_built_from(store, tiny_config(tmp_path, tmp_path / "store", features={}, ids={"users": "text"}), "")
+    with pytest.raises(UserError, match="data.ids.items is 'number'; expected one of: text, integer"):
+        tiny_config(tmp_path, tmp_path / "store", ids={"items": "number"})
+    with pytest.raises(UserError, match="unknown config key 'data.ids.item'; did you mean 'data.ids.items'"):
+        tiny_config(tmp_path, tmp_path / "store", ids={"item": "text"})
+    with pytest.raises(UserError, match="data.ids is 'number'; expected text, integer or mapping"):
+        tiny_config(tmp_path, tmp_path / "store", ids="number")
+    with pytest.raises(UserError, match="data.ids is 'number'; expected text, integer or mapping"):
+        DataConfig(ids="number")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("where", ["title", "item_id", "header"])

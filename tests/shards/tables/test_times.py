@@ -57,6 +57,7 @@ def test_dates_are_no_numbers() -> None:
         (pa.array([0.5, 2.0]), "s", [0.5, 2.0], 1),
         (pa.array([5, 6], pa.timestamp("ns")), "s", [5, 6], 10**9),
         (pa.array(["1970-01-01T00:00:00.5", "1970-01-02"]), "s", [500_000, 86_400_000_000], 10**6),
+        (pa.array(["1970-01-01T00:00:00.5", "1970-01-01T00:00:00.000000001Z"]), "s", [500_000_000, 1], 10**9),
         (pa.array(["1", "2.5"]), "s", [1.0, 2.5], 1),
         (pa.array([1], pa.date32()), "s", [86_400_000_000], 10**6),
     ],
@@ -74,6 +75,10 @@ def test_times_to_sort_by(column: pa.Array, unit: TimeUnit, ticks: list[float], 
         (pa.array(["1", "2014-07-23"]), "here holds moment and whole times; expected all numbers, or all dates"),
         (pa.array([float("inf"), 1.0]), "here holds the time inf"),
         (pa.array([1e300, 1.0]), r"here holds the time 1e\+300; no clock has it"),
+        (
+            pa.array(["1970-01-01T00:00:00.000000001", "0800-12-25"]),
+            "holds times to the nanosecond, and one of year 800",
+        ),
         (pa.array([True]), "times of type bool; expected numbers, dates or timestamps"),
     ],
 )

@@ -52,6 +52,10 @@ class LRU(MatmulModule):
         """x [P, D] packed rows, starts int64 [·+1] → y [P, D]."""
         return self._read(packed_scan(self.decay(), self._drive(x), starts, self.scan))
 
+    def initial_state(self, num_histories: int) -> Tensor:
+        """State before the first event, [B, 2, D]."""
+        return self.c.new_zeros(num_histories, 2, self.sizes[-1])
+
     def step(self, state: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """One event: state [B, 2, D], x [B, D] → new state, y [B, D]."""
         state = scan_step(self.decay(), state, self._drive(x))

@@ -1,0 +1,1 @@
+"""What lets the events of a history see each other."""
