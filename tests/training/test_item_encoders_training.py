@@ -131,6 +131,16 @@ def test_from_an_inline_store(kind: str, inline_shop: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("softmax", [FULL, SAMPLED], ids=["full", "sampled"])
+@pytest.mark.parametrize("mixer", ["attention", "bidirectional"])
+def test_with_another_mixer(mixer: str, softmax: list[str], kind: str, shop: Path, tmp_path: Path) -> None:
+    words = [*KINDS[kind], *softmax, *IDS, "--model.mixer", mixer, "--model.head_width", 4, "--train.max_steps", 4]
+    run = train_here(shop, tmp_path / "run", *words)
+    assert np.isfinite([record["loss"] for record in records(run)]).all()
+    assert evaluation(run)["sizes"].keys() == {"4", "8"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_in_bfloat16(kind: str, shop: Path, tmp_path: Path) -> None:
     """Products are narrower, codes are not: those above 256 would be rounded."""
     run = train_here(shop, tmp_path / "run", *KINDS[kind], *FULL, "--train.precision", "bf16", "--train.max_steps", 3)
