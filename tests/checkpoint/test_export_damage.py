@@ -245,7 +245,7 @@ def test_a_foreign_folder_and_another_version(whole: Path, tmp_path: Path) -> No
     with pytest.raises(UserError, match=found.format(None) + "; expected an export: make one with fmrl_dist.export$"):
         FMRLRec.from_pretrained(tmp_path)
     shutil.copytree(whole, tmp_path / "export")
-    for version in (5, 10**30):
+    for version in (6, 10**30):
         edit(format_version=version)(tmp_path / "export")
         with pytest.raises(UserError, match=found.format(version) + ": update fmrl_dist, or export the run again with"):
             read_export(tmp_path / "export")
