@@ -216,10 +216,15 @@ class RankingModel:
         check_has_state(self.model, "sessions need")
         return OneEvent(self.model)
 
+    @property
+    def has_state(self) -> bool:
+        """Whether the model has a state of fixed size, which sessions need."""
+        return self.model.mixing.mixer == "lru"
+
     @cached_property
     def _reader(self) -> OneEvent | WholeHistories:
         """What reads histories."""
-        return self.one_event if self.model.mixing.mixer == "lru" else WholeHistories(self.model)
+        return self.one_event if self.has_state else WholeHistories(self.model)
 
     @cached_property
     def start_output(self) -> np.ndarray:

@@ -15,11 +15,19 @@ from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.files import file_sha256, json_sha256
 from fmrl_dist.model.stored_tensors import DTYPES
 
+VERSION_WITH_KINDS = 5  # a model of another kind, which readers of 4 could not construct
 VERSION_WITH_REMOVALS = 4  # as 3, with items that must not be recommended: readers of 3 would recommend them
 FORMAT_VERSION = 3
 VERSION_WITHOUT_DTYPE = 2  # float32 throughout
 VERSION_WITHOUT_HASHES = 1  # likewise
-READ_VERSIONS = (VERSION_WITHOUT_HASHES, VERSION_WITHOUT_DTYPE, FORMAT_VERSION, VERSION_WITH_REMOVALS)
+READ_VERSIONS = (
+    VERSION_WITHOUT_HASHES,
+    VERSION_WITHOUT_DTYPE,
+    FORMAT_VERSION,
+    VERSION_WITH_REMOVALS,
+    VERSION_WITH_KINDS,
+)
+KINDS = ("mixer", "item_encoder")  # arguments of a model that only those of another kind have
 CONFIG_FILE = "config.json"
 # Keys of config.json of an export whose catalogue has changed since: how many items were added, updated and removed,
 # and how many must not be recommended.
@@ -29,9 +37,19 @@ FORMATS = ("safetensors", "onnx")  # of a folder of this kind; only the first is
 
 def export_config_text(config: Mapping[str, Any], folder: Path, names: Sequence[str]) -> str:
     """The file's text: ``config`` with version, the hashes of the files ``names`` in ``folder``, and its own."""
-    version = VERSION_WITH_REMOVALS if config.get(REMOVED) else FORMAT_VERSION
-    config = {"format_version": version, **config, "sha256_of": {n: file_sha256(folder / n) for n in names}}
+    config = {
+        "format_version": _version_for(config),
+        **config,
+        "sha256_of": {n: file_sha256(folder / n) for n in names},
+    }
     return _with_hash(config)
+
+
+def _version_for(config: Mapping[str, Any]) -> int:
+    """The oldest version whose readers understand the export."""
+    if set(KINDS) & config["model"].keys():
+        return VERSION_WITH_KINDS
+    return VERSION_WITH_REMOVALS if config.get(REMOVED) else FORMAT_VERSION
 
 
 def config_text_with_file(config: Mapping[str, Any], name: str, content: bytes) -> str:
@@ -69,8 +87,10 @@ def read_export_config(folder: Path) -> dict[str, Any]:
     elif "sha256_of" in config:
         raise ValueError(f"{CONFIG_FILE} of version {version} has hashes")
     if version >= FORMAT_VERSION:
-        if (version == VERSION_WITH_REMOVALS) != bool(config.get(REMOVED)):
-            raise ValueError(f"format_version is {version}, {REMOVED} is {config.get(REMOVED)!r}")
+        if version != _version_for(config):
+            raise ValueError(
+                f"format_version is {version}, {REMOVED} {config.get(REMOVED)!r}, model {config['model']!r}"
+            )
         if config.get("format") not in FORMATS or config.get("dtype") not in DTYPES:
             raise ValueError(f"format and dtype are {config.get('format')!r} and {config.get('dtype')!r}")
         return config

@@ -123,7 +123,7 @@ def test_every_byte_is_checked(dtype: str, whole: Path, whole_int8: Path, tmp_pa
         size = (folder / name).stat().st_size
         for position in range(3, size, size // 12):
             flip(folder / name, position)
-            with pytest.raises(UserError, match=r"is damaged|has format_version \d; this fmrl_dist reads 1 to 4"):
+            with pytest.raises(UserError, match=r"is damaged|has format_version \d; this fmrl_dist reads 1 to 5"):
                 read(folder)
             flip(folder / name, position)
         read(folder)
@@ -241,11 +241,11 @@ def test_a_foreign_folder_and_another_version(whole: Path, tmp_path: Path) -> No
     with pytest.raises(UserError, match="is not an export: it has no config.json; make one with"):
         FMRLRec.from_pretrained(tmp_path)
     (tmp_path / CONFIG_FILE).write_text('{"model_type": "bert"}')
-    found = "config.json has format_version {}; this fmrl_dist reads 1 to 4"
+    found = "config.json has format_version {}; this fmrl_dist reads 1 to 5"
     with pytest.raises(UserError, match=found.format(None) + "; expected an export: make one with fmrl_dist.export$"):
         FMRLRec.from_pretrained(tmp_path)
     shutil.copytree(whole, tmp_path / "export")
-    for version in (5, 10**30):
+    for version in (6, 10**30):
         edit(format_version=version)(tmp_path / "export")
         with pytest.raises(UserError, match=found.format(version) + ": update fmrl_dist, or export the run again with"):
             read_export(tmp_path / "export")

@@ -22,6 +22,7 @@ from fmrl_dist.data.item_table import ItemTable
 from fmrl_dist.deploy.recommender import Recommender
 from fmrl_dist.losses.nested_cross_entropy import Negatives, nested_cross_entropy, sampled_cross_entropy
 from fmrl_dist.losses.settings import LossSettings
+from fmrl_dist.model.export_config import VERSION_WITH_KINDS
 from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.training.id_table.rows import IdDropout, ModelIdTable
 from fmrl_dist.training.item_columns import catalogue_columns
@@ -99,6 +100,7 @@ def test_from_training_to_recommendations(kind: str, softmax: list[str], shop: P
         run_here(export.main, ["--checkpoint", run, "--output", folder, "--measure-users", 0, *words])
         model = FMRLRec.from_pretrained(folder)
         assert model.arguments["item_encoder"] == kind and model.width == size
+        assert json.loads((folder / "config.json").read_text())["format_version"] == VERSION_WITH_KINDS
         evaluate_here(folder)
         assert evaluation(folder)["sizes"][str(size)] == sizes[str(size)]
         found = Recommender.from_pretrained(folder).recommend([["i1", "i2"], []], k=3)

@@ -82,6 +82,7 @@ def test_exports_of_every_size_recommend_what_the_large_model_does(mixer: str, r
     whole = export_here(runs[mixer], 8)
     arguments = json.loads((whole / "config.json").read_text())["model"]
     assert arguments["mixer"] == mixer and "r_min" not in arguments
+    assert json.loads((whole / "config.json").read_text())["format_version"] == 5
     small = export_here(runs[mixer], 4)
     histories = [["i3"], [], ["i1", "i7", "i1", "i12"], [f"i{k}" for k in range(12)]]
     sliced = Recommender.from_pretrained(whole, size=4)

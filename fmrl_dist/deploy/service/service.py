@@ -103,9 +103,10 @@ class Service:
         """Compute what is kept, before threads could do it twice, and before the first user has to wait for it."""
         for recommender in self.recommenders.values():
             recommender.recommend([[], recommender.item_ids[:1]], 1)
-            session = recommender.session(recommender.item_ids[:1])
-            session.restore(session.state())
-            session.recommend(1)
+            if recommender.model.has_state:
+                session = recommender.session(recommender.item_ids[:1])
+                session.restore(session.state())
+                session.recommend(1)
 
     def close(self) -> None:
         """End the threads; no request is in flight."""

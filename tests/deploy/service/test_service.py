@@ -22,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from fmrl_dist.deploy.item_vocabulary import ItemVocabulary
 from fmrl_dist.deploy.recommender import Recommender
 from fmrl_dist.deploy.service.item_search import ItemSearch
-from tests.fixtures.exports import vocabulary_bytes, write_random_export
+from tests.fixtures.exports import random_export, random_model, vocabulary_bytes, write_random_export
 from tests.fixtures.processes import REPOSITORY, clean_environment
 from tests.fixtures.services import RunningService, running_service
 
@@ -336,3 +336,18 @@ def test_schemathesis_finds_no_server_error(service: RunningService, tmp_path: P
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "fmrl_crashes_total 0.0" in service.get("/metrics").body.decode()
+
+
+@pytest.mark.parametrize("mixer", ["attention", "bidirectional"])
+def test_a_model_without_a_state_answers_for_whole_histories(mixer: str, tmp_path: Path) -> None:
+    """Lists as the recommender's; sessions of either kind are refused in one line."""
+    exported = random_export(random_model(mixer=mixer))
+    export = write_random_export(tmp_path / "export", exported)
+    expected = Recommender.from_pretrained(export, 8).recommend([["i3", "i14"], []], 4)
+    with running_service(export) as running:
+        answer = running.post("/v1/recommend", histories=[["i3", "i14"], []], size=8, k=4)
+        assert answer.status == 200 and answer.json["recommendations"] == [listed(found) for found in expected]
+        for address, body in (("/v1/sessions", {"history": ["i3"]}), ("/v1/state", {"observe": ["i3"]})):
+            answer = running.post(address, **body)
+            assert 400 <= answer.status < 500
+            assert f"the model's mixer is {mixer}, and sessions need a state of fixed size" in json.dumps(answer.json)
