@@ -289,8 +289,7 @@ def learn(run: Run, learner: Learner, step: int, batches: Sequence[Packed], num_
     """One optimiser step, on the micro-batches of this process."""
     runtime, engine = run.runtime, learner.engine
     seed_dropout(run.config.train.seed, step, runtime.rank)
-    if learner.module.id_rows is not None:
-        learner.module.id_rows.begin_step(step)
+    learner.module.begin_step(step)
     weights_S = torch.tensor(size_weights(run.config), device=runtime.device)
     loss_of = partial(mean_loss, weights_S, runtime.world_size, num_targets)
     loss_sums = torch.zeros_like(weights_S)

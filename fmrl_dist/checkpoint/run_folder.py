@@ -61,6 +61,7 @@ FIXED = {
         "id_width",
         "id_init",
         "id_dropout",
+        "feature_dropout",
         "feature_scale",
         "item_encoder",
         "experts",

@@ -235,6 +235,9 @@ class ModelConfig:
     # share of the items whose ids a training step leaves out, wherever these items occur, so that features learn to
     # carry new items; auto: 0.1 if there are features
     id_dropout: Fraction | Literal["auto"] = "auto"
+    # share of the items of which a training step leaves out a feature, each feature by itself, wherever these items
+    # occur, so that the model learns to bear items that lack one
+    feature_dropout: Fraction = 0.0
     # how the recurrence is computed in training: auto: by device and shape | stepwise: one event of all histories at a
     # time | doubling | triton | plain: one event of one history at a time
     scan: Literal["auto", "stepwise", "doubling", "triton", "plain"] = "auto"
@@ -268,6 +271,11 @@ class ModelConfig:
             self.features != () or self.item_encoder == "projection",
             f"model.item_encoder is {self.item_encoder}, which embeds features, and model.features is empty; name "
             "some, or choose projection",
+        )
+        require(
+            self.features != () or self.feature_dropout == 0,
+            f"model.feature_dropout is {self.feature_dropout} and model.features is empty: there is nothing to leave "
+            "out; set it to 0",
         )
         require(
             self.features != () or self.id_dropout in ("auto", 0),

@@ -18,7 +18,9 @@ from fmrl_dist.data.item_table import ItemTable
 from fmrl_dist.losses.item_tiles import RowMatrix
 from fmrl_dist.losses.split_catalogue import CatalogueSlice
 from fmrl_dist.model.item_encoders.item_encoder import ItemEncoder
+from fmrl_dist.training.id_table.left_out import LeftOut
 
+STREAM = 0x66656174  # "feat": a separate random stream
 RESIDENT_BYTES = 2 * 2**30  # on the CPU, for each process
 RESIDENT_SHARE = 0.25  # of a GPU's memory
 MADE_AT_ONCE = 4096  # items
@@ -50,6 +52,47 @@ class TableColumns:
         rows = rows if isinstance(rows, slice) else rows.to(self._table.values.device)
         values, present = self._table.values[rows].to(device), self._table.present[rows].to(device)
         return self._encoder.columns(self._encoder.normalize(values, present), present).to(self._dtype)
+
+
+class FeatureDropout:
+    """Leaves features of a random share of the items out of a step, each feature by itself; stand-ins take their place.
+
+    So a model learns to bear items that lack one. It is left out wherever an item occurs: as input, target, candidate.
+
+    Args:
+        encoder: of the columns.
+        rate: share of the items, for each feature.
+        seed: of the run.
+    """
+
+    def __init__(self, encoder: ItemEncoder, rate: float, seed: int) -> None:
+        self._encoder = encoder
+        self._of_features = [LeftOut(rate, STREAM, seed, feature) for feature in range(len(encoder.feature_dims))]
+
+    def begin_step(self, step: int) -> None:
+        """Choose what ``step`` leaves out; the same on all ranks, for all micro-batches."""
+        for left_out in self._of_features:
+            left_out.begin_step(step)
+
+    def __call__(self, columns: Tensor, ids: Tensor) -> Tensor:
+        """Columns [n, C] of items, int64 [n], without what is left out."""
+        return self._encoder.leave_out(columns, torch.stack([left_out(ids) for left_out in self._of_features], 1))
+
+
+class DroppedColumns:
+    """A matrix of columns, read through :class:`FeatureDropout`; its first row is of item ``first_item``."""
+
+    def __init__(self, matrix: RowMatrix, dropout: FeatureDropout, first_item: int = 0) -> None:
+        self._matrix, self._dropout, self._first_item = matrix, dropout, first_item
+
+    @property
+    def shape(self) -> Sequence[int]:
+        return self._matrix.shape
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        columns = self._matrix[rows]
+        ids = torch.arange(self.shape[0], device=columns.device)[rows] if isinstance(rows, slice) else rows
+        return self._dropout(columns, ids.to(columns.device) + self._first_item)
 
 
 class SomeRows:

@@ -32,7 +32,13 @@ from fmrl_dist.training.checks import check_scan_impl, resolve_loss_impl, splits
 from fmrl_dist.training.engine import Engine, prepare_engine
 from fmrl_dist.training.id_table.prepare import prepare_id_table
 from fmrl_dist.training.id_table.rows import SeparateIdTable
-from fmrl_dist.training.item_columns import TableColumns, catalogue_columns, catalogue_slice, columns_dtype
+from fmrl_dist.training.item_columns import (
+    FeatureDropout,
+    TableColumns,
+    catalogue_columns,
+    catalogue_slice,
+    columns_dtype,
+)
 from fmrl_dist.training.module import TrainingModule
 from fmrl_dist.training.optimizer import ID_TABLE, build_optimizer
 from fmrl_dist.training.run import Run
@@ -119,9 +125,10 @@ def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
     elif table is not None:
         columns = catalogue_columns(model.encoder, table, dtype)
     scored = scored_rows(run, part) if table is not None and config.loss.softmax == "full" else None
-    module = TrainingModule(
-        model, columns, settings, config.loss.normalize, part, id_rows, scored, config.loss.mask_rate
-    )
+    rate = config.model.feature_dropout
+    dropout = FeatureDropout(model.encoder, rate, config.train.seed) if rate else None
+    mask_rate = config.loss.mask_rate
+    module = TrainingModule(model, columns, settings, config.loss.normalize, part, id_rows, scored, mask_rate, dropout)
     optimizer = build_optimizer(
         model,
         lr=config.train.lr,

@@ -28,7 +28,7 @@ from fmrl_dist.model.item_encoders.projection import ProjectionEncoder
 from fmrl_dist.model.nested import add_prefix, matmul_linear
 from fmrl_dist.model.objectives import Outputs, outputs_to_learn
 from fmrl_dist.training.id_table.rows import IdRows
-from fmrl_dist.training.item_columns import SomeRows, columns_dtype
+from fmrl_dist.training.item_columns import DroppedColumns, FeatureDropout, SomeRows, columns_dtype
 
 
 class TrainingModule(nn.Module):
@@ -43,6 +43,7 @@ class TrainingModule(nn.Module):
         part: the items that this rank scores for all ranks; None for all items, for its own positions. Only with a
             projection, and not with ``normalize``.
         id_rows: the model's id table as a step reads it; None for a model without one.
+        feature_dropout: what leaves features of some items out of a step, if anything does.
         mask_rate: share of a window's items that mixer bidirectional fills in.
         scored: int64, the rows of ``columns`` (of ``part``, if there is one) that the full softmax scores, every target
             among them; None for all.
@@ -58,6 +59,7 @@ class TrainingModule(nn.Module):
         id_rows: IdRows | None = None,
         scored: Tensor | None = None,
         mask_rate: float = 0.2,
+        feature_dropout: FeatureDropout | None = None,
     ) -> None:
         super().__init__()
         assert settings.sizes == model.sizes
@@ -66,7 +68,19 @@ class TrainingModule(nn.Module):
         self.model = model
         # A plain attribute, not a buffer: DDP would broadcast it, a checkpoint would hold it, and it may lie on disk.
         self.columns, self.part, self.id_rows = columns, part, id_rows
+        self.feature_dropout = feature_dropout
+        if feature_dropout is not None and columns is not None:
+            self.columns = DroppedColumns(columns, feature_dropout)
+        if feature_dropout is not None and part is not None:
+            self.part = CatalogueSlice(DroppedColumns(part.columns, feature_dropout, part.begin), part.begin)
         self.settings, self.normalize, self.scored, self.mask_rate = settings, normalize, scored, mask_rate
+
+    def begin_step(self, step: int) -> None:
+        """Choose what the step leaves out; the same on all ranks, for all micro-batches."""
+        if self.id_rows is not None:
+            self.id_rows.begin_step(step)
+        if self.feature_dropout is not None:
+            self.feature_dropout.begin_step(step)
 
     def forward(self, batch: Packed) -> Tensor:
         """Loss of each size, summed over the batch's targets, [S]; zero for an empty batch.
@@ -130,6 +144,8 @@ class TrainingModule(nn.Module):
         encoder, values, present = self.model.encoder, batch.feature_values, batch.feature_present
         assert values is not None and present is not None and len(values) == len(ids), "the stream brings just these"
         columns = encoder.columns(encoder.normalize(values, present), present)
+        if self.feature_dropout is not None:
+            columns = self.feature_dropout(columns, ids)
         return columns.to(columns_dtype(encoder, self.settings.dtype))
 
     def _sampled(self, batch: SampledBatch, outputs: Outputs, own: Tensor, others: Tensor) -> Tensor:

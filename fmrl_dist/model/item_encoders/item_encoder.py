@@ -99,6 +99,11 @@ class ItemEncoder(MatmulModule, ABC):
         """All that the encoder needs of n items in one matrix [n, C], as training keeps a catalogue."""
         return torch.cat((features, present.to(features.dtype)), 1)
 
+    def leave_out(self, columns: Tensor, left_out: Tensor) -> Tensor:
+        """:meth:`columns` [n, C] of the same items without some features, bool [n, M], as if they never had them."""
+        features, present = columns.split((self.total, len(self.feature_dims)), 1)
+        return torch.cat((features.masked_fill(self._spread(left_out), 0), present.masked_fill(left_out, 0)), 1)
+
     def of_columns(self, columns: Tensor) -> Tensor:
         """:meth:`without_ids` of the items with these :meth:`columns`."""
         features, present = columns.split((self.total, len(self.feature_dims)), 1)

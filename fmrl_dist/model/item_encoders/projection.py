@@ -50,6 +50,10 @@ class ProjectionEncoder(DenseItemEncoder):
         result[:, self.total + len(self.feature_dims)] = 1
         return result
 
+    def leave_out(self, columns: Tensor, left_out: Tensor) -> Tensor:
+        features, absent, rest = columns.tensor_split((self.total, self.total + len(self.feature_dims)), 1)
+        return torch.cat((features.masked_fill(self._spread(left_out), 0), absent.masked_fill(left_out, 1), rest), 1)
+
     def projection(self) -> Tensor:
         """Weight, stand-ins and bias as one matrix [D, C]: eq. 7 is ``columns · projectionᵀ``, plus the id table."""
         whole = torch.cat((self.weight, self.stand_ins.T, self.bias[:, None]), 1)

@@ -22,16 +22,14 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.model.item_encoders.item_encoder import ItemEncoder
+from fmrl_dist.training.id_table.left_out import LeftOut
 
 STREAM = 0x69640064  # "id d": a separate random stream
-LOW_BITS = 2**32 - 1
-MULTIPLIER = 0x45D9F3B  # its product with 32 bits fits into 63
 
 
 class IdRows(Protocol):
@@ -77,7 +75,7 @@ class SeparateIdTable(IdRows, Protocol):
 
 
 class IdDropout:
-    """Which items' rows a step leaves out: a hash of (seed, step, item), so that nothing is drawn for all V items.
+    """Leaves the rows of a random share of the items out of a step.
 
     Args:
         rate: share of the items.
@@ -85,21 +83,9 @@ class IdDropout:
     """
 
     def __init__(self, rate: float, seed: int) -> None:
-        self.rate, self._seed = rate, seed
-        self.begin_step(0)
-
-    def begin_step(self, step: int) -> None:
-        self._keys = np.random.SeedSequence((STREAM, self._seed, step)).generate_state(2, np.uint32).tolist()
-
-    def left_out(self, ids: Tensor) -> Tensor:
-        """Whether this step leaves out each of ``ids``, bool [n]."""
-        hashed = ids ^ (ids >> 32)
-        for key in self._keys:
-            hashed = (hashed ^ key) & LOW_BITS
-            for _ in range(2):
-                hashed = ((hashed ^ (hashed >> 16)) * MULTIPLIER) & LOW_BITS
-            hashed = hashed ^ (hashed >> 16)
-        return hashed < self.rate * 2**32
+        self.rate = rate
+        self.left_out = LeftOut(rate, STREAM, seed)
+        self.begin_step = self.left_out.begin_step
 
     def __call__(self, rows: Tensor, ids: Tensor) -> Tensor:
         """Rows [n, w] of items, zero where they are left out."""
