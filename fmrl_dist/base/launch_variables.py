@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 from fmrl_dist.base.errors import UserError, require
 
@@ -17,6 +18,11 @@ def refuse_one_process_trap(environment: os._Environ[str] | dict[str, str]) -> N
             "several processes were requested but one was started (accelerate launch --cpu does that silently); "
             "start them with accelerate launch --multi_gpu --num_processes N …"
         )
+
+
+def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment for a process that is by itself, whoever started this one."""
+    return {name: value for name, value in environment.items() if name not in MEETING}
 
 
 def is_alone(environment: os._Environ[str] | dict[str, str]) -> bool:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.base.launch_variables import without_launcher
 from fmrl_dist.base.locks import lock_path
 from fmrl_dist.base.urls import is_url
 from fmrl_dist.config.sections import Config
@@ -39,7 +40,8 @@ def build_missing_demo_store(config: Config) -> None:
     with tempfile.TemporaryDirectory() as folder:
         with_config = Path(folder) / "config.yaml"
         with_config.write_text(config.to_yaml())
-        built = subprocess.run([sys.executable, "-m", "shards.build", "--config", str(with_config)], check=False)
+        command = [sys.executable, "-m", "shards.build", "--config", str(with_config)]
+        built = subprocess.run(command, check=False, env=without_launcher(os.environ))  # the others do not build
     lock = lock_path(Path(config.store.path).resolve())
     while built.returncode != 0 and lock.exists():  # another run builds it
         time.sleep(POLL_S)

@@ -59,5 +59,7 @@ def _state_of(file: Path) -> FileState:
     try:
         found = file.stat()
     except FileNotFoundError:
-        raise UserError(f"{file} was removed while it was needed; {MEND}") from None
+        raise UserError(
+            f"{file} does not exist: it was never there, or was removed while it was needed; {MEND}"
+        ) from None
     return FileState(found.st_size, found.st_mtime_ns, found.st_ino, found.st_ctime_ns)

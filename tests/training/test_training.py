@@ -331,6 +331,7 @@ def test_ids_alone(shop: Path, tmp_path: Path) -> None:
     tensors = load_file(run / "checkpoints" / "best" / "model.safetensors")
     assert tensors["encoder.id_table"].shape == (NUM_ITEMS, 8)
     assert tensors["encoder.weight"].shape == (8, 0)
+    assert (run / "report.html").is_file()
     losses = [record["loss"] for record in records(run)]
     assert sum(losses[-4:]) / 4 < 0.97 * losses[0]
 

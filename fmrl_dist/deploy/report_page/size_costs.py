@@ -58,7 +58,7 @@ def size_costs(config: ModelConfig, feature_dims: Mapping[str, int], num_items: 
 
 def _cost(config: ModelConfig, feature_dims: Mapping[str, int], num_items: int, size: int) -> SizeCost:
     sizes = tuple(s for s in config.sizes if s <= size)
-    without_ids = replace(config, sizes=sizes, id_table=False, id_width=0)
+    without_ids = replace(config, sizes=sizes, features=None, id_table=False, id_width=0)  # of a run of ids alone, too
     model = construct_model(without_ids, dict(feature_dims), 0, None)
     named = dict(model.named_parameters())
     id_table = num_items * min(config.id_width or size, size) if config.has_ids else 0
