@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -60,8 +61,11 @@ def main(argv: list[str]) -> None:
         return
     if arguments.submit:
         for row in rows:
+            places.check_is_the_rows(row)
+            places.begin(row)
             subprocess.run(submit_command(row, places), cwd=REPOSITORY, check=True)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the rows are told, too
     failed = [] if arguments.table else train_all(rows, places, arguments.jobs, arguments.threads)
     if not failed or any(map(places.is_finished, rows)):
         write_page(rows, places, arguments.output)
@@ -86,6 +90,7 @@ def train_all(rows: list[Row], places: Places, num_jobs: int, num_threads: int) 
                 if built != 0:
                     failed.append(row.name)
                     continue
+                places.begin(row)
                 running[row] = start(train_command(row, places, num_threads), log_of(row, places))
                 print(f"{row.name}: begun, {len(waiting)} wait; log {log_of(row, places)}", flush=True)
             for row, process in list(running.items()):
@@ -115,7 +120,8 @@ def write_page(rows: list[Row], places: Places, folder: Path) -> None:
     require(len(evaluations) > 0, f"no row in {places.runs} is finished; run without --table first")
     for row in found.keys() - evaluations.keys():
         print(f"{row.name}: not finished, so not in the table", file=sys.stderr)
-    text = table_text(evaluations, describe_setting())
+    words = {"further settings of every row": shlex.join(places.further)} if places.further else {}
+    text = table_text(evaluations, describe_setting() | words)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "paper-table.md").write_text(text, encoding="utf-8")
     draw(evaluations, folder)

@@ -56,6 +56,7 @@ def main(argv: list[str]) -> None:
         model = restore_model(config.model, checkpoint).eval()
         match_id_table(model, checkpoint, store)
         table = load_catalogue_table(store, checkpoint)
+        require(len(table.dims) > 0, f"{folder} is a run of ids alone: there is no feature to take")
         print(f"\n{folder.name}: NDCG@10, seen items masked\n")
         print(f"| taken | of items | {' | '.join(map(str, model.sizes))} |")
         print(f"|---|---:|{'---:|' * len(model.sizes)}")

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from benchmarks import REPOSITORY
+from fmrl_dist.base.errors import require
 from fmrl_dist.config.loading import load_config
 
 SETS = ("beauty", "sports")
@@ -54,7 +58,42 @@ class Places:
         return [*paths, *OURS_CHANGED.get(row.model, []), *self.further]
 
     def is_finished(self, row: Row) -> bool:
+        """Whether the row's run has ended.
+
+        Raises:
+            UserError: the run that is there is of another configuration, or began with other words.
+        """
+        self.check_is_the_rows(row)
         return (self.runs / row.name / "finished.json").is_file()
+
+    def begin(self, row: Row) -> None:
+        """Record what the row's run is begun with."""
+        self.runs.mkdir(parents=True, exist_ok=True)
+        self._record(row).write_text(json.dumps(self._meaning(row), indent=1) + "\n", encoding="utf-8")
+
+    def check_is_the_rows(self, row: Row) -> None:
+        """Refuse a run that is not what the row says now.
+
+        Raises:
+            UserError: it was begun with another configuration or other words, or by something else.
+        """
+        if not (self.runs / row.name).exists():
+            return
+        found = json.loads(self._record(row).read_text(encoding="utf-8")) if self._record(row).is_file() else None
+        require(
+            found == self._meaning(row),
+            f"{self.runs / row.name} is no run of {row.config} as it is now with the words "
+            f"{shlex.join(self.further) or 'none'}; delete it, or choose another --runs",
+        )
+
+    def _record(self, row: Row) -> Path:
+        return self.runs / f"{row.name}.begun.json"
+
+    def _meaning(self, row: Row) -> dict[str, Any]:
+        """What the row's figures depend on."""
+        text = (REPOSITORY / row.config).read_text(encoding="utf-8")
+        values = yaml.safe_load(text)  # comments may change
+        return {"config": values, "words": [*OURS_CHANGED.get(row.model, []), *self.further]}
 
     def evaluation(self, row: Row) -> dict[str, Any] | None:
         """What ``evaluation.json`` of a finished run says; None if there is none."""

@@ -220,9 +220,9 @@ class ModelConfig:
     head_width: PositiveInt = 32  # channels of an attention head, at most; each lies within one of sizes' chunks
     # how attention knows where an event stands: rotary: distances | learned: a row per position | none: it does not
     positions: Literal["rotary", "learned", "none"] = "rotary"
-    # events that attention and filters read of a history; auto: data.max_length, and one for bidirectional's mask
+    # events that attention and filters read of a history, bidirectional's mask included; auto: data.max_length
     window: PositiveInt | Literal["auto"] = "auto"
-    low_pass: PositiveInt = 5  # low frequencies that bsarec keeps as they are
+    low_pass: PositiveInt = 5  # frequencies that bsarec keeps as they are, on both sides of the spectrum together
     low_pass_share: Fraction = 0.7  # share of bsarec's rescaled frequencies in the mix, the rest is attention's
     input_norm: bool = True  # a layer-norm per chunk before the first block (not in the paper)
     output_norm: bool = True  # and one after the last block, before scoring
@@ -541,11 +541,22 @@ class Config:
             f"loss.catalogue is split, which needs items that are projected, and model.item_encoder is "
             f"{self.model.item_encoder}; choose whole, or projection",
         )
-        window, needed = self.model.window, self.data.max_length + (self.model.mixer == "bidirectional")
+        window, mixer = self.model.window, self.model.mixer
         require(
-            self.model.mixer == "lru" or window == "auto" or window >= needed,
-            f"model.window is {window}, less than the {needed} events that data.max_length {self.data.max_length} lets "
-            f"mixer {self.model.mixer} read; leave model.window out, or shorten data.max_length",
+            mixer == "lru" or window == "auto" or window >= self.data.max_length,
+            f"model.window is {window}, less than the {self.data.max_length} events of data.max_length that mixer "
+            f"{mixer} is to read; leave model.window out, or shorten data.max_length",
+        )
+        components = 2 * ((self.data.max_length if window == "auto" else window) // 2) + 1
+        require(
+            mixer != "bsarec" or self.model.low_pass < components,
+            f"model.low_pass is {self.model.low_pass}, which leaves no high frequencies of a window's {components}; "
+            "lower it, or raise model.window",
+        )
+        require(
+            mixer != "bidirectional" or self.loss.predict_first,
+            "model.mixer is bidirectional and loss.predict_first is off: training would never see a history's first "
+            "event; turn it on",
         )
         for key in ("size_weights", "temperatures", "distillation"):
             values = getattr(self.loss, key)
@@ -596,7 +607,7 @@ class Config:
             epochs = max(AUTO_EPOCHS, -(-AUTO_STEPS // steps_per_epoch))
         window = self.model.window
         if window == "auto" and self.model.mixer != "lru":
-            window = self.data.max_length + (self.model.mixer == "bidirectional")
+            window = self.data.max_length
         return dataclasses.replace(
             self,
             model=dataclasses.replace(self.model, id_table=ids, id_dropout=id_dropout, window=window),

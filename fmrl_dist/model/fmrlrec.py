@@ -136,10 +136,21 @@ class FMRLRec(nn.Module):
         return self.mixed(rows, begins)
 
     def mixed(self, rows: Tensor, starts: Tensor) -> Tensor:
-        """All blocks over packed rows as they are: rows [P, D], starts int64 [·+1] → z [P, D]."""
+        """All blocks over packed rows as they are: rows [P, D], starts int64 [·+1] → z [P, D].
+
+        Raises:
+            UserError: a sequence is longer than the mixer's window, and the mixer has such a limit.
+        """
         x = self.input_norm(rows)
+        if self.mixing.has_limit and len(starts) > 1:
+            longest = int(starts.diff().max())
+            if longest > self.mixing.window:
+                raise UserError(
+                    f"a history has {longest} events, and a model with mixer {self.mixing.mixer} reads at most "
+                    f"{self.mixing.window} (model.window); give its last ones"
+                )
         if self.positions is not None:
-            x = x + self.positions[places_in_sequences(starts, len(x)).clamp_max(self.mixing.window - 1)]
+            x = x + self.positions[places_in_sequences(starts, len(x))]
         x = self.input_dropout(x)
         for block in self.blocks:
             x = block(x, starts)
@@ -168,12 +179,14 @@ class FMRLRec(nn.Module):
             z of the masked items, in their order.
         """
         assert self.mask is not None, "this mixer masks nothing"
-        return self.mixed(torch.where(is_masked[:, None], self.mask, embeddings), starts)[is_masked]
+        mask = self.mask + 0.0 * self.encoder.bias  # engines want a gradient of every parameter
+        return self.mixed(torch.where(is_masked[:, None], mask, embeddings), starts)[is_masked]
 
     def _with_mask_after_the_last(self, embeddings: Tensor, starts: Tensor, from_start: Tensor) -> Tensor:
         """Outputs where the next item is asked for by the mask after the last one, or alone at a start position.
 
-        The outputs of all other items are their own.
+        The outputs of all other items are their own. Of a history that fills the window, the oldest item makes room for
+        the mask, as in training.
         """
         assert self.mask is not None
         last_rows = (starts[1:] - 1)[starts.diff() > 0]
@@ -181,7 +194,9 @@ class FMRLRec(nn.Module):
         before = F.pad(is_last.cumsum(0), (1, 0))  # masks before each item, and in all
         items = torch.arange(len(embeddings), device=starts.device) + before[:-1]
         rows = self.mask.expand(len(embeddings) + len(last_rows) + 1, -1).index_copy(0, items, embeddings)
-        z = self.mixed(rows, torch.cat((starts + before[starts], starts.new_tensor([len(rows)]))))
+        begins = torch.cat((starts + before[starts], starts.new_tensor([len(rows)])))
+        too_long = begins.diff() > self.mixing.window  # with its mask: the events that are read are the last ones
+        z = self.mixed(rows, torch.cat((begins, begins[1:][too_long] - self.mixing.window)).sort().values)
         z_items, z_start = z[items + is_last], z[-1:]  # the last row is a mask by itself
         inserted, _ = self._insert_start_positions(z_items, starts, from_start, z_start)
         return inserted

@@ -16,7 +16,7 @@ from torch import Tensor
 
 DTYPES = ("float32", "float16", "int8")
 # Last words of their names.
-MATRICES = ("weight", "B", "C", "id_table", "code_table", "item_embeddings", "item_vectors")
+MATRICES = ("weight", "B", "C", "qkv", "out", "id_table", "code_table", "item_embeddings", "item_vectors")
 SCALE = ".scale"  # ends the name of an int8 matrix' scales
 LARGEST = 127  # of int8: symmetric, so -128 is not used
 

@@ -12,12 +12,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.launch_variables import is_alone, refuse_one_process_trap
 from fmrl_dist.base.parts import Part
 
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
 PATIENCE = timedelta(days=30)  # one may encode for days longer than another
+MEETING_PATIENCE = timedelta(minutes=10)  # but all are started together
 POLL_S = 0.1
 
 
@@ -27,6 +35,7 @@ class BuildProcesses:
 
     number: int = 0  # of this one
     count: int = 1
+    group: dist.ProcessGroup | None = None  # in which they meet; None if there is one
 
     @property
     def is_main(self) -> bool:
@@ -47,7 +56,7 @@ class BuildProcesses:
         import torch.distributed as dist
 
         try:
-            arrival = dist.barrier(async_op=True)
+            arrival = dist.barrier(self.group, async_op=True)
             while not arrival.is_completed():  # here a signal ends this process; it would not within the call
                 time.sleep(POLL_S)
             arrival.wait()
@@ -74,8 +83,14 @@ def build_processes() -> Iterator[BuildProcesses]:
 
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    dist.init_process_group("gloo", timeout=PATIENCE)
     try:
-        yield BuildProcesses(dist.get_rank(), dist.get_world_size())
+        dist.init_process_group("gloo", timeout=MEETING_PATIENCE)
+    except RuntimeError:
+        raise UserError(
+            f"the {os.environ['WORLD_SIZE']} processes of this build (WORLD_SIZE) did not meet within "
+            f"{MEETING_PATIENCE.seconds // 60} minutes; start all of them together, with accelerate launch"
+        ) from None
+    try:
+        yield BuildProcesses(dist.get_rank(), dist.get_world_size(), dist.new_group(timeout=PATIENCE, backend="gloo"))
     finally:
         dist.destroy_process_group()

@@ -65,5 +65,7 @@ def test_rows_are_trained_and_not_repeated(
     main(words)
     assert "2 of 2 rows are finished" in capsys.readouterr().out
     assert contents(tmp_path / "runs") == before
+    with pytest.raises(UserError, match="beauty-sasrec is no run of .* with the words --train.max_steps 4 .*; delete"):
+        main(["4" if word == "3" else word for word in words])
     with pytest.raises(UserError, match="1 of 1 rows failed: beauty-lrurec; the logs in .* say why"):
         main([str(w) for w in (*places, "--sets", "beauty", "--models", "lrurec", "--model.nonsense", "1")])

@@ -15,12 +15,13 @@ from safetensors.numpy import load_file
 from fmrl_dist import export
 from fmrl_dist.checkpoint.export_folder import ITEMS_FILE, read_export
 from fmrl_dist.model.fmrlrec import MODEL_FILE, FMRLRec
+from fmrl_dist.model.mixers.mixing import MIXERS
 from tests.fixtures.processes import REPOSITORY
 from tests.fixtures.training import FEATURE_DIMS, NUM_ITEMS, make_shop, run_here, train_here
 
 DEPTH, SIZE, ID_WIDTH = 2, 8, 4
 DIMENSIONS = {"M": SIZE, "F": sum(FEATURE_DIMS.values()), "V": NUM_ITEMS, "features": len(FEATURE_DIMS), "2": 2}
-DIMENSIONS |= {"w": ID_WIDTH, "G": 3, "P": DIMENSIONS["F"], "K": 16}
+DIMENSIONS |= {"w": ID_WIDTH, "G": 3, "P": DIMENSIONS["F"], "K": 16, "3": 3, "H": 7}
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +97,13 @@ def test_a_new_items_embedding_is_as_documented(exported: Path) -> None:
         found = encoder(features, present, torch.tensor([0]))
         found[:, :ID_WIDTH] -= encoder.id_table[:1]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mixer", [mixer for mixer in MIXERS if mixer != "lru"])
+def test_tensors_of_other_mixers(mixer: str) -> None:
+    page = (REPOSITORY / "docs" / "format.md").read_text().partition("\n## Other mixers\n")[2].partition("\n## ")[0]
+    of_mixer = page.partition(f"\n### {mixer}\n")[2].partition("\n### ")[0]
+    model = FMRLRec((4, SIZE), DEPTH, FEATURE_DIMS, mixer=mixer, window=2 * DIMENSIONS["H"] - 2)
+    names = (f".{mixer}.", "mask")
+    own = {name: tensor.shape for name, tensor in model.state_dict().items() if any(part in name for part in names)}
+    assert documented_shapes(of_mixer) == own

@@ -25,6 +25,7 @@ from tests.fixtures.training import (
     make_shop,
     records,
     refusal,
+    run_here,
     train_here,
 )
 
@@ -111,9 +112,30 @@ def test_a_run_of_one_mixer_is_not_resumed_with_another(runs: dict[str, Path], s
     assert "model.mixer" in refusal(train.main, *words)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["bsarec", "--data.max_length", "5"], "model.low_pass is 5, which leaves no high frequencies of a window's 5"),
+        (["bidirectional", "--loss.predict_first", "false"], "loss.predict_first is off: training would never see"),
+    ],
+)
+def test_combinations_that_would_teach_nothing_are_refused(words: list[str], message: str, shop: Path) -> None:
+    assert message in refusal(train.main, "--config", shop, "--model.mixer", *words)
+
+
+def test_an_exports_matrices_have_its_dtype(runs: dict[str, Path], tmp_path: Path) -> None:
+    words = ["--checkpoint", runs["attention"], "--dtype", "int8", "--output", tmp_path / "export"]
+    run_here(export.main, words)
+    tensors = load_file(tmp_path / "export" / "model.safetensors")
+    assert all(tensors[f"blocks.0.attention.{name}"].dtype == torch.int8 for name in ("qkv", "out"))
+    assert tensors["positions"].dtype == torch.float32
+    whole, small = (Recommender.from_pretrained(tmp_path / "export", size) for size in (8, 4))
+    assert len(whole.recommend([["i3"]])[0]) == len(small.recommend([["i3"]])[0]) == 10
+
+
 def test_a_window_that_is_too_short_is_refused(shop: Path) -> None:
     line = refusal(train.main, "--config", shop, "--model.mixer", "filter", "--model.window", "10")
-    assert "model.window is 10, less than the 50 events that data.max_length 50 lets mixer filter read" in line
+    assert "model.window is 10, less than the 50 events of data.max_length that mixer filter is to read" in line
 
 
 # Two ranks
@@ -126,6 +148,8 @@ def train_on_each_rank(config: str, folder: str) -> None:
         Path(config), Path(folder) / "split", *NO_DROPOUT, "--model.mixer", "attention", "--loss.catalogue", "split"
     )
     cloze = ["--model.mixer", "bidirectional", "--loss.catalogue", "split"]
+    experts = ["--model.mixer", "bidirectional", "--model.item_encoder", "unisrec", "--train.max_steps", 3]
+    train_here(Path(config), Path(folder) / "experts", *NO_DROPOUT, *experts)
     train_here(Path(config), Path(folder) / "split-cloze", *NO_DROPOUT, *cloze)
 
 

@@ -32,7 +32,9 @@ class SizeCost:
     # by dtype, as exports store them: what one event needs beside item vectors (blocks, norms, the start row)
     network_bytes: Mapping[str, int]
     item_bytes: Mapping[str, int]  # by dtype: of all item vectors
-    state_bytes: int  # of a user's session, float32, without SEEN_ITEM_BYTES for each item seen
+    state_bytes: (
+        int | None
+    )  # of a user's session, float32, without SEEN_ITEM_BYTES for each item seen; None: none
 
     @property
     def device_bytes(self) -> int:
@@ -78,7 +80,7 @@ def _cost(config: ModelConfig, feature_dims: Mapping[str, int], num_items: int, 
             for dtype in DTYPES
         },
         item_bytes={dtype: _stored_bytes((num_items, size), True, dtype) for dtype in DTYPES},
-        state_bytes=FLOAT * (HEADER_LENGTH + 2 * model.depth * size + size),
+        state_bytes=FLOAT * (HEADER_LENGTH + 2 * model.depth * size + size) if config.mixer == "lru" else None,
     )
 
 

@@ -256,15 +256,20 @@ def size_table(costs: Costs, width: int) -> Markup:
     for size, cost in costs.items():
         of_types = (number_of_bytes(cost.network_bytes[dtype]) for dtype in DTYPES)
         items = (number_of_bytes(cost.item_bytes[dtype]) for dtype in DTYPES)
-        state = number_of_bytes(cost.state_bytes)
+        state = "none" if cost.state_bytes is None else number_of_bytes(cost.state_bytes)
         rows.append((str(size), f"{cost.parameters:,}", *of_types, *items, number_of_bytes(FLOAT * size), state))
     head = ("size", "trained", *DTYPES, *DTYPES, "one item", "one user")
     groups = [("parameters", 1), ("network", 3), ("all item vectors", 3), ("float32", 2)]
     of_whole = costs[width]
+    of_session = "the whole history of each user: the model's mixer has no state of fixed size"
+    if of_whole.state_bytes is not None:
+        of_session = (
+            f"for each user the state of a session, which grows by {SEEN_ITEM_BYTES} bytes with each item seen and by "
+            "nothing else"
+        )
     note = paragraph(
         "Trained parameters include those that embed items (projection, stand-ins, id table). To serve, a device needs "
-        "the network of one event and the item vectors, in the bytes that an export stores, and for each user the "
-        f"state of a session, which grows by {SEEN_ITEM_BYTES} bytes with each item seen and by nothing else. "
+        f"the network of one event and the item vectors, in the bytes that an export stores, and {of_session}. "
         f"Of the {of_whole.parameters:,} parameters of the whole, {of_whole.masked:,} are kept at zero by the nesting.",
         class_="note",
     )

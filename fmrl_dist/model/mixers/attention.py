@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -100,13 +101,13 @@ def rotate(x: Tensor, places: Tensor, heads: Heads) -> Tensor:
         places: [P], of each row in its sequence.
         heads: from :func:`chunk_heads`; the last channel of a head of odd width does not turn.
     """
-    partner, sign, frequency = _rotary_layout(heads, x.device)
+    partner, sign, frequency = (torch.from_numpy(values).to(x.device) for values in _rotary_layout(heads))
     angle = (places[:, None].double() * frequency).to(x.dtype)[:, None]  # [P, 1, D]
     return x * angle.cos() + x[..., partner] * (angle.sin() * sign.to(x.dtype))
 
 
 @lru_cache(maxsize=32)
-def _rotary_layout(heads: Heads, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _rotary_layout(heads: Heads) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each channel: with which it turns int64 [D], the sign of what that adds, and the frequency, float64 [D]."""
     partner: list[int] = []
     sign: list[float] = []
@@ -119,8 +120,7 @@ def _rotary_layout(heads: Heads, device: torch.device) -> tuple[Tensor, Tensor, 
             partner += [begin + half + i for i in range(half)] + [begin + i for i in range(half)] + rest
             sign += [-1.0] * half + [1.0] * half + [0.0] * len(rest)
             frequency += turned + turned + [0.0] * len(rest)
-    doubles = [torch.tensor(values, dtype=torch.float64, device=device) for values in (sign, frequency)]
-    return torch.tensor(partner, device=device), doubles[0], doubles[1]
+    return np.array(partner, np.int64), np.array(sign), np.array(frequency)
 
 
 class Attention(MatmulModule):

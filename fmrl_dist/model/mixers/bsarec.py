@@ -1,6 +1,6 @@
 """BSARec's layer (arXiv 2312.10325, section 4): causal attention beside a rescaling of high frequencies.
 
-P packed rows, D channels, L the window, c the number of low frequencies.
+P packed rows, D channels, L the window, c the number of low frequencies, both sides of the spectrum together.
 
     low = the c lowest frequencies of the window, by FFT;  high = x - low
     y = α·(low + β²⊙high) + (1 - α)·Attention(x)
@@ -19,8 +19,11 @@ from fmrl_dist.model.mixers.filter import packed_filter
 
 
 def low_pass_kernel(window: int, num_frequencies: int) -> Tensor:
-    """The kernel [L] whose circular convolution keeps the lowest frequencies, float64."""
-    spectrum = (torch.arange(window // 2 + 1) < num_frequencies).to(torch.complex128)
+    """The kernel [L] whose circular convolution keeps the lowest frequencies, float64.
+
+    As the authors count them: of the L components of the spectrum, the mean and c // 2 on each of its two sides.
+    """
+    spectrum = (torch.arange(window // 2 + 1) <= num_frequencies // 2).to(torch.complex128)
     return torch.fft.irfft(spectrum, window)
 
 

@@ -73,6 +73,11 @@ class Mixing:
         return self.mixer not in READ_AHEAD
 
     @property
+    def has_limit(self) -> bool:
+        """Whether no sequence may be longer than the window. The LRU has none, the causal filter forgets by itself."""
+        return self.mixer not in ("lru", "filter")
+
+    @property
     def learns_positions(self) -> bool:
         """Whether the model adds a learned row per position to its input."""
         return self.mixer in ATTEND and self.positions == "learned"

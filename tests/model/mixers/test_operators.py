@@ -163,11 +163,11 @@ def test_prefixes(lengths: list[int]) -> None:
 @pytest.mark.parametrize("window", [9, 10])
 @pytest.mark.parametrize("num_frequencies", [1, 3, 6])
 def test_the_low_pass_is_the_published_one(window: int, num_frequencies: int) -> None:
-    """BSARec's own order: padded on the left, FFT, frequencies from c on set to zero, back."""
+    """BSARec's own order: padded on the left, FFT, all but the first c // 2 + 1 set to zero, back."""
     torch.manual_seed(0)
     x = torch.randn(7, 2, dtype=torch.float64)
     spectrum = torch.fft.rfft(torch.cat((x.new_zeros(window - 7, 2), x)), dim=0)
-    spectrum[num_frequencies:] = 0
+    spectrum[num_frequencies // 2 + 1 :] = 0
     expected = torch.fft.irfft(spectrum, window, dim=0)[window - 7 :]
     kernel = low_pass_kernel(window, num_frequencies)[:, None].expand(-1, 2)
     assert_relatively_close(packed_filter(x, kernel, torch.tensor([0, 7]), causal=False), expected, 1e-12)
