@@ -31,7 +31,7 @@ from torch import Tensor
 from fmrl_dist.model.packing import places_in_sequences
 
 SCAN_IMPLS = ("auto", "stepwise", "doubling", "triton", "plain")
-STEP_NUMBERS = 400  # complex numbers of a step, on average, from which on stepwise is faster: a step costs some 20 µs
+STEP_NUMBERS = 800  # complex numbers of a step, on average, from which on stepwise is faster: a step costs some 20 µs
 ScanRows = Callable[[Tensor, Tensor, Tensor, bool], Tensor]  # decay, x, starts, whether newest first → states
 
 

@@ -19,7 +19,9 @@ CPU = torch.device("cpu")
 def test_the_configuration_refuses_an_unknown_implementation(impl: str) -> None:
     with pytest.raises(UserError, match=f"loss.impl is '{impl}'; expected one of: auto, tiled, triton, plain"):
         load_config(None, ["--loss.impl", impl])
-    with pytest.raises(UserError, match=f"model.scan is '{impl}'; expected one of: auto, doubling, triton, plain"):
+    with pytest.raises(
+        UserError, match=f"model.scan is '{impl}'; expected one of: auto, stepwise, doubling, triton, plain"
+    ):
         load_config(None, ["--model.scan", impl])
 
 

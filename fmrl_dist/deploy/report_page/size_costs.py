@@ -32,9 +32,7 @@ class SizeCost:
     # by dtype, as exports store them: what one event needs beside item vectors (blocks, norms, the start row)
     network_bytes: Mapping[str, int]
     item_bytes: Mapping[str, int]  # by dtype: of all item vectors
-    state_bytes: (
-        int | None
-    )  # of a user's session, float32, without SEEN_ITEM_BYTES for each item seen; None: none
+    state_bytes: int | None  # of a user's session, float32, without SEEN_ITEM_BYTES for each item seen; None: none
 
     @property
     def device_bytes(self) -> int:
