@@ -57,8 +57,14 @@ def test_it_learns_and_every_size_is_evaluated(mixer: str, runs: dict[str, Path]
     assert evaluation(runs[mixer])["sizes"]["8"]["recall@10"] > 0.33  # 0.25 by chance
 
 
-@pytest.mark.parametrize("mixer", OTHERS)
-@pytest.mark.parametrize("softmax", SOFTMAX)
+RESUMED = [(mixer, "full") for mixer in OTHERS] + [
+    ("bsarec", "sampled"),
+    ("bidirectional", "sampled"),
+    ("bidirectional", "lanes"),
+]
+
+
+@pytest.mark.parametrize(("mixer", "softmax"), RESUMED)
 def test_a_resumed_run_is_the_uninterrupted_one(mixer: str, softmax: str, shop: Path, tmp_path: Path) -> None:
     stop = STEPS_PER_EPOCH + 3
     words = ["--model.mixer", mixer, *SOFTMAX[softmax], "--train.epochs", 2, "--eval.every_steps", stop]
