@@ -34,7 +34,8 @@ POLL_S = 2.0
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("python -m benchmarks.paper", description=(__doc__ or "").partition("\n")[0])
+    description = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser("python -m benchmarks.paper", description=description, allow_abbrev=False)
     parser.add_argument("--data", default="../shared/data", help="folder of the raw tables (default: %(default)s)")
     parser.add_argument("--stores", type=Path, default=Path("stores"), help="of the sets (default: %(default)s)")
     parser.add_argument("--runs", type=Path, default=Path("runs/paper"), help="one per row (default: %(default)s)")
@@ -63,7 +64,8 @@ def main(argv: list[str]) -> None:
         for row in rows:
             places.check_is_the_rows(row)
             places.begin(row)
-            subprocess.run(submit_command(row, places), cwd=REPOSITORY, check=True)
+            submitted = subprocess.run(submit_command(row, places), cwd=REPOSITORY, check=False)
+            require(submitted.returncode == 0, f"{row.name} was not submitted, nor what follows it; see the line above")
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the rows are told, too
     failed = [] if arguments.table else train_all(rows, places, arguments.jobs, arguments.threads)

@@ -44,10 +44,9 @@ def outputs_to_learn(
         starts, from_start: of the windows, as :meth:`FMRLRec.forward` takes them.
         mask_rate: share of a window's items that are masked.
     """
-    if model.mixing.mixer in ("circular", "bsarec"):
-        return Outputs(model.of_prefixes(inputs, starts, from_start))
-    if model.mixing.mixer != "bidirectional":
-        return Outputs(model(inputs, starts, from_start))
+    if model.mask is None:
+        read = model if model.mixing.has_step else model.of_prefixes
+        return Outputs(read(inputs, starts, from_start))
     lengths = starts.diff() + from_start  # a window's targets are all its items
     is_masked = masked_items(lengths, mask_rate)
     return Outputs(model.of_masked(targets, F.pad(lengths.cumsum(0), (1, 0)), is_masked), is_masked.nonzero()[:, 0])

@@ -21,9 +21,6 @@ from fmrl_dist.base.parts import Part
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-if TYPE_CHECKING:
-    import torch.distributed as dist
-
 PATIENCE = timedelta(days=30)  # one may encode for days longer than another
 MEETING_PATIENCE = timedelta(minutes=10)  # but all are started together
 POLL_S = 0.1

@@ -51,9 +51,8 @@ class Mixing:
                 f"mixer {self.mixer!r} with positions {self.positions!r}; expected of {MIXERS}, {POSITIONS}"
             )
         if min(self.head_width, self.window, self.low_pass) < 1:
-            raise ValueError(
-                f"{self.head_width, self.window, self.low_pass} are head_width, window, low_pass; at least 1"
-            )
+            numbers = self.head_width, self.window, self.low_pass
+            raise ValueError(f"head_width, window and low_pass are {numbers}; expected at least 1")
 
     @property
     def arguments(self) -> dict[str, Any]:
