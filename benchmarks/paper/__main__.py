@@ -2,6 +2,7 @@
 
 Every row is a configuration, trained by ``fmrl_dist.train --resume auto``; finished rows are not repeated. ``--submit``
 hands the rows to SLURM instead, a chain of jobs each, and a later ``--table`` writes the page of those that have ended.
+The page is made of ``--records``, one per finished row, which can be committed.
 Further ``--section.key value`` go to every row.
 """
 
@@ -16,7 +17,8 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import REPOSITORY, describe_setting
+from benchmarks import REPOSITORY
+from benchmarks.paper.records import Records, keep_record, read_records
 from benchmarks.paper.rows import (
     MODELS,
     SETS,
@@ -44,6 +46,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--jobs", type=int, default=2, help="rows at a time (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of each (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of the page (default: %(default)s)")
+    parser.add_argument(
+        "--records",
+        type=Path,
+        default=REPOSITORY / "benchmarks" / "results" / "paper",
+        help="folder of the figures of finished rows (default: benchmarks/results/paper)",
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="print the commands")
     what.add_argument("--submit", action="store_true", help="to SLURM")
@@ -68,9 +76,12 @@ def main(argv: list[str]) -> None:
             require(submitted.returncode == 0, f"{row.name} was not submitted, nor what follows it; see the line above")
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the rows are told, too
-    failed = [] if arguments.table else train_all(rows, places, arguments.jobs, arguments.threads)
-    if not failed or any(map(places.is_finished, rows)):
-        write_page(rows, places, arguments.output)
+    failed = [] if arguments.table else train_all(rows, places, arguments.jobs, arguments.threads, arguments.records)
+    for row in rows:
+        keep_record(row, places, arguments.threads, arguments.records)
+    records = read_records(rows, places, arguments.records)
+    if records or not failed:
+        write_page(records, places, arguments.output)
     require(
         not failed,
         f"{len(failed)} of {len(rows)} rows failed: {', '.join(failed)}; the logs in {places.runs} say why, and the "
@@ -78,8 +89,8 @@ def main(argv: list[str]) -> None:
     )
 
 
-def train_all(rows: list[Row], places: Places, num_jobs: int, num_threads: int) -> list[str]:
-    """Build and train what is not finished, some rows at a time; the names of those that failed."""
+def train_all(rows: list[Row], places: Places, num_jobs: int, num_threads: int, records: Path) -> list[str]:
+    """Build, train and record what is not finished, some rows at a time; the names of those that failed."""
     waiting = [row for row in rows if not places.is_finished(row)]
     print(f"{len(rows) - len(waiting)} of {len(rows)} rows are finished", flush=True)
     running: dict[Row, subprocess.Popen[bytes]] = {}
@@ -100,7 +111,9 @@ def train_all(rows: list[Row], places: Places, num_jobs: int, num_threads: int) 
                     continue
                 del running[row]
                 print(f"{row.name}: {'finished' if code == 0 else f'exit code {code}'}", flush=True)
-                if code != 0:
+                if code == 0:
+                    keep_record(row, places, num_threads, records)
+                else:
                     failed.append(row.name)
             time.sleep(POLL_S)
     finally:  # interrupted: they save a checkpoint, and the next call resumes them
@@ -115,15 +128,12 @@ def log_of(row: Row, places: Places) -> Path:
     return places.runs / f"{row.name}.log"
 
 
-def write_page(rows: list[Row], places: Places, folder: Path) -> None:
-    """The page and its pictures, of the finished rows."""
-    found = {row: places.evaluation(row) for row in rows}
-    evaluations = {row: evaluation for row, evaluation in found.items() if evaluation is not None}
-    require(len(evaluations) > 0, f"no row in {places.runs} is finished; run without --table first")
-    for row in found.keys() - evaluations.keys():
-        print(f"{row.name}: not finished, so not in the table", file=sys.stderr)
-    words = {"further settings of every row": shlex.join(places.further)} if places.further else {}
-    text = table_text(evaluations, describe_setting() | words)
+def write_page(records: Records, places: Places, folder: Path) -> None:
+    """The page and its pictures, of the rows that have a record."""
+    require(len(records) > 0, f"no row in {places.runs} is finished, nor recorded; run without --table first")
+    evaluations = {row: record["evaluation"] for row, record in records.items()}
+    settings = {row: record["setting"] for row, record in records.items()}
+    text = table_text(evaluations, settings, places.further)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "paper-table.md").write_text(text, encoding="utf-8")
     draw(evaluations, folder)

@@ -69,7 +69,7 @@ class Places:
     def begin(self, row: Row) -> None:
         """Record what the row's run is begun with."""
         self.runs.mkdir(parents=True, exist_ok=True)
-        self._record(row).write_text(json.dumps(self._meaning(row), indent=1) + "\n", encoding="utf-8")
+        self._record(row).write_text(json.dumps(self.meaning(row), indent=1) + "\n", encoding="utf-8")
 
     def check_is_the_rows(self, row: Row) -> None:
         """Refuse a run that is not what the row says now.
@@ -81,7 +81,7 @@ class Places:
             return
         found = json.loads(self._record(row).read_text(encoding="utf-8")) if self._record(row).is_file() else None
         require(
-            found == self._meaning(row),
+            found == self.meaning(row),
             f"{self.runs / row.name} is no run of {row.config} as it is now with the words "
             f"{shlex.join(self.further) or 'none'}; delete it, or choose another --runs",
         )
@@ -89,7 +89,7 @@ class Places:
     def _record(self, row: Row) -> Path:
         return self.runs / f"{row.name}.begun.json"
 
-    def _meaning(self, row: Row) -> dict[str, Any]:
+    def meaning(self, row: Row) -> dict[str, Any]:
         """What the row's figures depend on."""
         text = (REPOSITORY / row.config).read_text(encoding="utf-8")
         values = yaml.safe_load(text)  # comments may change

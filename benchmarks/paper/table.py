@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,17 @@ the published ones.
 """
 
 
-def table_text(evaluations: Evaluations, setting: Mapping[str, str]) -> str:
+def table_text(evaluations: Evaluations, settings: Mapping[Row, Mapping[str, str]], further: Sequence[str]) -> str:
     """The page.
 
     Args:
         evaluations: of the finished rows, in their order.
-        setting: what they were measured with, by name.
+        settings: what each was measured with, by name.
+        further: words that every row was given beside its configuration.
     """
-    parts = [HEAD, "\n".join(f"- {name}: {value}" for name, value in setting.items()) + "\n"]
+    parts = [HEAD, _settings_text(settings)]
+    if further:
+        parts.append(f"Further settings of every row: `{shlex.join(further)}`\n")
     for of_set in dict.fromkeys(row.of_set for row in evaluations):
         rows = {row: evaluation for row, evaluation in evaluations.items() if row.of_set == of_set}
         parts.append(f"## {of_set.capitalize()}\n")
@@ -38,6 +42,16 @@ def table_text(evaluations: Evaluations, setting: Mapping[str, str]) -> str:
             parts.append(_table(of_set, rows, metric))
         parts.append(f"![NDCG@10 against size](paper-table-{of_set}.png)\n")
     return "\n".join(parts)
+
+
+def _settings_text(settings: Mapping[Row, Mapping[str, str]]) -> str:
+    """A line per setting, with the rows it is of; only one where all rows have the same."""
+    rows_of: dict[str, list[str]] = {}
+    for row, setting in settings.items():
+        rows_of.setdefault("; ".join(f"{name} {value}" for name, value in setting.items()), []).append(row.name)
+    if len(rows_of) == 1:
+        return f"Measured with {next(iter(rows_of))}.\n"
+    return "\n".join(f"- {', '.join(names)}: {text}" for text, names in rows_of.items()) + "\n"
 
 
 def _table(of_set: str, rows: Evaluations, metric: str) -> str:

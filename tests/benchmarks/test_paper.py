@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.paper.__main__ import main
-from benchmarks.paper.rows import MODELS, RIVALS, SETS, Row
+from benchmarks.paper.rows import MODELS, RIVALS, SETS, Places, Row
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.config.loading import load_config
 from tests.fixtures.config_keys import flat
@@ -42,8 +42,35 @@ def test_it_prints_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_page_without_a_finished_row_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no row in .* is finished"):
-        main(["--table", "--runs", str(tmp_path), "--output", str(tmp_path / "docs")])
-    assert not (tmp_path / "docs").exists()
+        main(["--table", *(f"--{name}={tmp_path / name}" for name in ("runs", "records"))])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_page_is_made_of_the_records_that_are_of_the_rows_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [f"--{name}={tmp_path / name}" for name in ("runs", "records", "output")]
+    places = Places("", tmp_path / "stores", tmp_path / "runs")
+    (tmp_path / "records").mkdir()
+    values = {"ndcg@10": 0.01234, "recall@10": 0.5}
+    figures = {"sizes": {"8": values}, "baselines": {}}
+    for model in ("sasrec", "lrurec"):
+        row = Row("beauty", model)
+        setting, meaning = {"commit": f"of {model}"}, places.meaning(row)
+        record = {"setting": setting, "meaning": meaning, "evaluation": figures | {"masked": figures}}
+        if model == "lrurec":
+            meaning["config"]["model"]["depth"] = 7
+        (tmp_path / "records" / f"{row.name}.json").write_text(json.dumps(record))
+    main(["--table", *paths])
+    page = (tmp_path / "output" / "paper-table.md").read_text()
+    assert "Measured with commit of sasrec." in page and "| sasrec | 0.0123 &#124; 0.0123 |" in page
+    assert "| lrurec |" not in page
+    said = capsys.readouterr().err
+    assert "beauty-lrurec: not in the table, for its configuration has changed since" in said
+    assert "beauty-bsarec: not in the table, for it is not finished" in said
+    (tmp_path / "records" / "beauty-sasrec.json").write_text("[]")
+    with pytest.raises(UserError, match="beauty-sasrec.json is no record of a row; delete it, and run the row again"):
+        main(["--table", *paths])
 
 
 @pytest.mark.slow
@@ -53,6 +80,7 @@ def test_rows_are_trained_and_not_repeated(
 ) -> None:
     places = ["--data", shared_data, "--runs", tmp_path / "runs", "--stores", tmp_path / "stores"]
     rows = ["--sets", "beauty", "--models", "sasrec", "fmlprec", "--output", tmp_path / "docs"]
+    places += ["--records", tmp_path / "records"]
     words = [str(word) for word in (*places, *rows, *FEW)]
     main(words)
     page = (tmp_path / "docs" / "paper-table.md").read_text()
@@ -65,6 +93,8 @@ def test_rows_are_trained_and_not_repeated(
     main(words)
     assert "2 of 2 rows are finished" in capsys.readouterr().out
     assert contents(tmp_path / "runs") == before
+    record = json.loads((tmp_path / "records" / "beauty-sasrec.json").read_text())
+    assert record["evaluation"]["masked"]["sizes"] == evaluation["masked"]["sizes"]
     with pytest.raises(UserError, match="beauty-sasrec is no run of .* with the words --train.max_steps 4 .*; delete"):
         main(["4" if word == "3" else word for word in words])
     with pytest.raises(UserError, match="1 of 1 rows failed: beauty-lrurec; the logs in .* say why"):
