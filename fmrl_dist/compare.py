@@ -35,6 +35,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--split", choices=("valid", "test"), default="test")
     parser.add_argument("--samples", type=int, default=10_000, help="of the bootstrap (10000)")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
+    parser.add_argument("--by-history", action="store_true", help="compare the users of each history length, too")
     parser.add_argument("--output", type=Path, default=Path(), help="folder of comparison.json and .png (here)")
     arguments = parser.parse_args(argv)
     require(arguments.samples >= 100, f"--samples is {arguments.samples}; expected at least 100")
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> None:
     require(arguments.output.is_dir(), f"--output {arguments.output} is no folder; create it first")
 
     models = group_models([load_evaluated_run(path, arguments.split) for path in arguments.runs])
-    result = compare(models, arguments.metric, arguments.samples, arguments.seed)
+    result = compare(models, arguments.metric, arguments.samples, arguments.seed, arguments.by_history)
     json_path, picture_path = (arguments.output / f"comparison.{ending}" for ending in ("json", "png"))
     try:
         print("\n".join(table(result)), flush=True)
@@ -71,10 +72,24 @@ def table(result: Mapping[str, Any]) -> Iterator[str]:
         f"± over seeds; difference to {first} with its 95 % interval, paired bootstrap over users "
         f"({result['samples']:,} samples); * p < {SIGNIFICANT} (Holm)"
     )
-    rows = [[name(row), *(figure(row[protocol]) for protocol in PROTOCOLS.values())] for row in result["rows"]]
-    for baseline, values in result["baselines"].items():
-        rows.append([baseline, *(f"{values[protocol]:.4f}" for protocol in PROTOCOLS.values())])
-    rows.insert(0, ["model and size", "all items ranked", "seen items masked"])
+    baselines = [
+        [baseline, *(f"{values[protocol]:.4f}" for protocol in PROTOCOLS.values())]
+        for baseline, values in result["baselines"].items()
+    ]
+    yield from aligned([*cells(result["rows"]), *baselines])
+    for length, group in result.get("history", {}).items():
+        yield f"histories of {length} events: {group['users']:,} users"
+        yield from aligned(cells(group["rows"]))
+
+
+def cells(rows: list[Mapping[str, Any]]) -> list[list[str]]:
+    """A row of the table for each row of the result."""
+    return [[name(row), *(figure(row[protocol]) for protocol in PROTOCOLS.values())] for row in rows]
+
+
+def aligned(rows: list[list[str]]) -> Iterator[str]:
+    """The rows as lines, under a heading."""
+    rows = [["model and size", "all items ranked", "seen items masked"], *rows]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     for row in rows:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

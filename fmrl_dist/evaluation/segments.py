@@ -46,6 +46,14 @@ class Segments:
         return popularity * len(LENGTHS) + torch.searchsorted(bounds, lengths, right=True)
 
 
+def users_by_length(lengths: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Each group of history lengths that has users: its name, and which they are, bool [U]; ``lengths`` int64 [U]."""
+    groups = np.searchsorted(list(LENGTHS.values())[1:], lengths, side="right")
+    for place, name in enumerate(LENGTHS):
+        if (groups == place).any():
+            yield name, groups == place
+
+
 def segments_of_cells() -> Iterator[tuple[str, list[int]]]:
     """Name and cells of each segment."""
     cells = np.arange(NUM_CELLS).reshape(len(POPULARITIES), len(LENGTHS))

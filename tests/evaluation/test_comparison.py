@@ -87,6 +87,26 @@ def test_seeds_are_aggregated_and_users_are_paired(runs: list[Path], tmp_path: P
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_users_of_each_history_length(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same figures as an evaluation of those users has, and as a comparison of all."""
+    result = compared(tmp_path, runs[2], runs[0], runs[1], "--by-history")
+    said = capsys.readouterr().out
+    assert len(result["history"]) > 1
+    for name, group in result["history"].items():
+        own = evaluation(runs[0])["segments"][f"history {name}"]
+        assert group["users"] == own["users"]
+        row = next(row for row in group["rows"] if (row["model"], row["row"]) == ("a0", "8"))
+        assert row["unmasked"]["by_seed"][0] == pytest.approx(own["sizes"]["8"]["ndcg@10"])
+        assert row["unmasked"]["difference"]["to"] == "b 8"
+        assert f"histories of {name} events: {group['users']:,} users\n" in said
+    whole = next(row for row in result["rows"] if (row["model"], row["row"]) == ("a0", "8"))["unmasked"]["mean"]
+    parts = [
+        group["users"] * next(r for r in group["rows"] if (r["model"], r["row"]) == ("a0", "8"))["unmasked"]["mean"]
+        for group in result["history"].values()
+    ]
+    assert sum(parts) / result["users"] == pytest.approx(whole)
+
+
 def test_seeds_with_other_rows_are_refused(runs: list[Path], tmp_path: Path) -> None:
     evaluate_here(runs[1], "--no-cut-vectors")
     line = refusal(compare.main, runs[0], runs[1], "--output", tmp_path)

@@ -23,6 +23,7 @@ from fmrl_dist.config.loading import config_from_dict
 from fmrl_dist.evaluation.metrics import metric_of_users
 from fmrl_dist.evaluation.results.bootstrap import bootstrap, holm
 from fmrl_dist.evaluation.results.user_ranks import UserRanks, read_user_ranks, row_names
+from fmrl_dist.evaluation.segments import users_by_length
 from fmrl_dist.evaluation.target_ranks import ALL, UNSEEN
 
 PROTOCOLS = {ALL: "unmasked", UNSEEN: "masked"}
@@ -164,16 +165,53 @@ def shared_users(runs: Sequence[EvaluatedRun]) -> list[np.ndarray]:
     return rows
 
 
-def compare(models: Sequence[Model], metric: str, num_samples: int, seed: int) -> dict[str, Any]:
+def compare(
+    models: Sequence[Model], metric: str, num_samples: int, seed: int, by_history: bool = False
+) -> dict[str, Any]:
     """The content of ``comparison.json``: every row of every model, by protocol, against the first model.
 
     A row is compared with the reference's row of the same name, or else with its last, the largest size.
+
+    Args:
+        models: the first is the reference.
+        metric: such as ndcg@10.
+        num_samples: of the bootstrap.
+        seed: of the bootstrap.
+        by_history: compare the users of each history length, too.
 
     Raises:
         UserError: the runs have no common users, or other targets.
     """
     runs = [run for model in models for run in model.runs]
     user_rows = {id(run): rows for run, rows in zip(runs, shared_users(runs), strict=True)}
+    first = runs[0]
+    facts = first.figures
+    result = {
+        "metric": metric,
+        "split": facts["split"],
+        "split_rule": facts["split_rule"],
+        "ties": facts["ties"],
+        "users": len(user_rows[id(first)]),
+        "users_of_runs": {str(run.path): len(run.ranks.users) for run in runs},
+        "samples": num_samples,
+        "seed": seed,
+        "models": {model.name: [str(run.path) for run in model.runs] for model in models},
+        "rows": _compared_rows(models, user_rows, metric, num_samples, seed),
+        "baselines": _baselines(facts, metric),
+    }
+    if by_history:
+        result["history"] = {}
+        for name, is_inside in users_by_length(first.ranks.lengths[user_rows[id(first)]]):
+            inside = {run: rows[is_inside] for run, rows in user_rows.items()}
+            rows = _compared_rows(models, inside, metric, num_samples, seed)
+            result["history"][name] = {"users": int(is_inside.sum()), "rows": rows}
+    return result
+
+
+def _compared_rows(
+    models: Sequence[Model], user_rows: Mapping[int, np.ndarray], metric: str, num_samples: int, seed: int
+) -> list[dict[str, Any]]:
+    """Figures of every row of every model for some users: ``user_rows`` has their rows in each run, by its id."""
     reference = models[0]
 
     def values(model: Model, which: int, row: str) -> np.ndarray:
@@ -207,20 +245,7 @@ def compare(models: Sequence[Model], metric: str, num_samples: int, seed: int) -
         compared = [entry[protocol]["difference"] for entry in entries if "difference" in entry[protocol]]
         for figure, p in zip(compared, holm([figure["p"] for figure in compared]), strict=True):
             figure["p_holm"] = p
-    facts = reference.runs[0].figures
-    return {
-        "metric": metric,
-        "split": facts["split"],
-        "split_rule": facts["split_rule"],
-        "ties": facts["ties"],
-        "users": len(next(iter(user_rows.values()))),
-        "users_of_runs": {str(run.path): len(run.ranks.users) for model in models for run in model.runs},
-        "samples": num_samples,
-        "seed": seed,
-        "models": {model.name: [str(run.path) for run in model.runs] for model in models},
-        "rows": entries,
-        "baselines": _baselines(facts, metric),
-    }
+    return entries
 
 
 def _baselines(figures: Mapping[str, Any], metric: str) -> dict[str, dict[str, float]]:
