@@ -176,6 +176,7 @@ def construct_model(
         num_items=num_items if config.id_table else 0,
         dropout=config.dropout,
         lru_dropout=config.lru_dropout,
+        dropout_power=config.dropout_power,
         r_min=config.r_min,
         r_max=config.r_max,
         input_norm=config.input_norm,

@@ -47,6 +47,7 @@ FIXED = {
         "dropout",
         "mixer",
         "lru_dropout",
+        "dropout_power",
         "r_min",
         "r_max",
         "head_width",

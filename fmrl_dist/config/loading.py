@@ -19,7 +19,7 @@ DEMO_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 # What a recorded configuration means that is older than a key, where that is not the key's default.
 UNRECORDED: dict[str, dict[str, Any]] = {
     "model": {"input_norm": False, "output_norm": False, "id_table": False, "id_init": None, "id_dropout": 0.0}
-    | {"feature_scale": "none"},
+    | {"feature_scale": "none", "dropout_power": 0.0},
     "loss": {"softmax": "full", "negatives": "uniform", "num_negatives": 256, "scope": "lane"}
     | {"distillation": 0.0, "temperature_power": 0.0, "score_untrained": True},
 }

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fmrl_dist.model.dropout import NestedDropout
 from fmrl_dist.model.mixers.mixing import Mixer, Mixing, build_mixer
 from fmrl_dist.model.nested import NestedLayerNorm, NestedLinear
 
@@ -16,12 +17,14 @@ from fmrl_dist.model.nested import NestedLayerNorm, NestedLinear
 class FeedForward(nn.Module):
     """Gated FFN (SiLU(x W_g + b_g) ⊙ (x W_1 + b_1)) W_2 + b_2, dropout after W_1 and after W_2."""
 
-    def __init__(self, sizes: Sequence[int], dropout: float, matmul_dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, sizes: Sequence[int], dropout: float, matmul_dtype: torch.dtype | None, dropout_power: float = 0.0
+    ) -> None:
         super().__init__()
         self.gate = NestedLinear(sizes, matmul_dtype)
         self.w_1 = NestedLinear(sizes, matmul_dtype)
         self.w_2 = NestedLinear(sizes, matmul_dtype)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = NestedDropout(sizes, dropout, dropout_power)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden: Tensor = F.silu(self.gate(x)) * self.dropout(self.w_1(x))
@@ -39,6 +42,7 @@ class ResidualBlock(nn.Module):
         dropout: rate in the FFN.
         mixer_dropout: rate after the mixer.
         matmul_dtype: of the products' inputs in training mode.
+        dropout_power: how fast both rates fall towards smaller sizes.
         scan: see :func:`~fmrl_dist.model.mixers.mixing.build_mixer`.
     """
 
@@ -49,15 +53,16 @@ class ResidualBlock(nn.Module):
         dropout: float,
         mixer_dropout: float,
         matmul_dtype: torch.dtype | None = None,
+        dropout_power: float = 0.0,
         scan: str = "auto",
     ) -> None:
         super().__init__()
         self._mixer_name = mixing.mixer
         self.add_module(f"{mixing.mixer}_norm", NestedLayerNorm(sizes))
         self.add_module(mixing.mixer, build_mixer(mixing, sizes, matmul_dtype, scan))
-        self.mixer_dropout = nn.Dropout(mixer_dropout)
+        self.mixer_dropout = NestedDropout(sizes, mixer_dropout, dropout_power)
         self.ffn_norm = NestedLayerNorm(sizes)
-        self.ffn = FeedForward(sizes, dropout, matmul_dtype)
+        self.ffn = FeedForward(sizes, dropout, matmul_dtype, dropout_power)
 
     @property
     def mixer(self) -> Mixer:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.model.block import ResidualBlock
+from fmrl_dist.model.dropout import NestedDropout
 from fmrl_dist.model.export_config import CONFIG_FILE, check_export_file, check_is_readable, read_export_config
 from fmrl_dist.model.item_encoders.choice import make_item_encoder
 from fmrl_dist.model.mixers.mixing import Mixing
@@ -51,6 +52,7 @@ class FMRLRec(nn.Module):
         num_items: rows of the trained id table; 0 for no table.
         dropout: rate on the input embeddings and in the FFN.
         lru_dropout: rate after the mixer.
+        dropout_power: how fast both rates fall towards smaller sizes (:mod:`fmrl_dist.model.dropout`).
         r_min, r_max: ring of |Λ| at initialisation, of the LRU.
         input_norm, output_norm: whether a nested layer-norm comes before the first block, and after the last.
         matmul_dtype: of the products' inputs in training mode; None keeps the parameters' own, and so does evaluation.
@@ -89,21 +91,24 @@ class FMRLRec(nn.Module):
         item_encoder: str = "projection",
         experts: int = 8,
         codes: int = 256,
+        dropout_power: float = 0.0,
     ) -> None:
         super().__init__()
         self.sizes = tuple(sizes)
         self.depth, self.num_items, self.id_width = depth, num_items, id_width
         self.rates = {"dropout": dropout, "lru_dropout": lru_dropout}
+        self.dropout_power = dropout_power
         self.mixing = Mixing(mixer, r_min, r_max, head_width, positions, window, low_pass, low_pass_share)
         self.matmul_dtype, self.scan = matmul_dtype, scan
         self.encoder = make_item_encoder(
             item_encoder, self.width, feature_dims, num_items, matmul_dtype, id_width, id_init, experts, codes
         )
         self.input_norm = NestedLayerNorm(self.sizes) if input_norm else nn.Identity()
-        self.input_dropout = nn.Dropout(dropout)
+        self.input_dropout = NestedDropout(self.sizes, dropout, dropout_power)
         self.output_norm = NestedLayerNorm(self.sizes) if output_norm else nn.Identity()
         self.blocks = nn.ModuleList(
-            ResidualBlock(self.sizes, self.mixing, dropout, lru_dropout, matmul_dtype, scan) for _ in range(depth)
+            ResidualBlock(self.sizes, self.mixing, dropout, lru_dropout, matmul_dtype, dropout_power, scan)
+            for _ in range(depth)
         )
         self.positions = self.mask = None
         if self.mixing.learns_positions:
@@ -253,7 +258,7 @@ class FMRLRec(nn.Module):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What defines the model, as JSON can carry it; ``matmul_dtype`` and ``scan`` say how to compute it."""
+        """What defines the model, as JSON can carry it; ``matmul_dtype``, ``scan``, ``dropout_power``: how to train."""
         return {
             "sizes": list(self.sizes),
             "depth": self.depth,
@@ -276,8 +281,10 @@ class FMRLRec(nn.Module):
         if size not in self.sizes:
             raise UserError(f"size {size} was not trained; the trained sizes are {list(self.sizes)}")
         sizes = self.sizes[: self.sizes.index(size) + 1]
-        computed = {"matmul_dtype": self.matmul_dtype, "scan": self.scan}
-        nested = {"sizes": sizes, "id_width": min(self.id_width, size)}
+        computed = {"matmul_dtype": self.matmul_dtype, "scan": self.scan, "dropout_power": self.dropout_power}
+        share = (size / self.width) ** self.dropout_power
+        rates = {name: rate * share for name, rate in self.rates.items()}  # of the channels that stay: the same
+        nested = {"sizes": sizes, "id_width": min(self.id_width, size), **rates}
         small = FMRLRec(**self.arguments | nested | computed).to(self.encoder.bias)
         full = self.state_dict()
         small.load_state_dict({k: full[k][tuple(map(slice, v.shape))] for k, v in small.state_dict().items()})
