@@ -94,6 +94,7 @@ FIXED = {
         "warmup_steps",
         "weight_decay",
         "id_lr_factor",
+        "id_lr_power",
         "id_weight_decay",
         "beta1",
         "beta2",

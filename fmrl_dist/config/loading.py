@@ -22,6 +22,7 @@ UNRECORDED: dict[str, dict[str, Any]] = {
     | {"feature_scale": "none", "dropout_power": 0.0},
     "loss": {"softmax": "full", "negatives": "uniform", "num_negatives": 256, "scope": "lane"}
     | {"distillation": 0.0, "temperature_power": 0.0, "score_untrained": True},
+    "train": {"id_lr_power": 0.0},
 }
 
 # Of the section train; every version has recorded them.

@@ -53,6 +53,7 @@ MAX_SIZES = 64  # far more than anyone deploys
 FULL_SOFTMAX_ITEMS = 4096  # so many are scored at once anyway
 AUTO_EPOCHS, AUTO_STEPS = 20, 3500  # at least
 AUTO_ID_DROPOUT = 0.1
+AUTO_ID_LR_POWER = 0.5
 TrainPrecision = Literal["fp32", "bf16"]
 
 
@@ -209,16 +210,16 @@ class ModelConfig:
     sizes: tuple[int, ...] = (8, 16, 32, 64, 128)  # Matryoshka sizes, increasing by at least 4; the last is the width
     depth: Annotated[int, Limits(1, 1000)] = 2  # number of blocks
     # rate on the input embeddings and in the feed-forward network, of the last channels
-    dropout: Fraction = 0.4
+    dropout: Fraction = 0.5
     # what lets the events of a history see each other: lru: the paper's linear recurrence | attention: causal, as
     # SASRec's | filter: FMLP-Rec's learned filter, causal | circular: the same as published, over all of a window |
     # bsarec: causal attention beside a rescaling of high frequencies | bidirectional: attention to all of a history,
     # trained to fill in masked items, as BERT4Rec
     mixer: Literal["lru", "attention", "filter", "circular", "bsarec", "bidirectional"] = "lru"
-    lru_dropout: Fraction = 0.4  # rate after the mixer, of the last channels
+    lru_dropout: Fraction = 0.5  # rate after the mixer, of the last channels
     # how fast both rates fall towards smaller sizes: the channels that size m adds have the rate times
     # (m / width)^dropout_power; 0: all have the same
-    dropout_power: Annotated[float, Limits(0, 2)] = 0.0
+    dropout_power: Annotated[float, Limits(0, 2)] = 0.5
     r_min: float = 0.5  # inner radius of the ring on which |Λ| starts, below r_max
     r_max: float = 0.99  # outer radius of that ring, at most 1
     head_width: PositiveInt = 32  # channels of an attention head, at most; each lies within one of sizes' chunks
@@ -409,6 +410,9 @@ class TrainConfig:
     min_lr_ratio: NonNegativeFloat = 0.0  # learning rate at the end of the cosine, as a share of the peak
     weight_decay: NonNegativeFloat = 1e-2  # AdamW's weight decay, of nested and projection matrices only
     id_lr_factor: PositiveFloat = 1.0  # learning rate of the id table, as a multiple of all others'
+    # how fast that grows towards smaller sizes: the channels that size m adds have the multiple times
+    # (width / m)^id_lr_power; for a sampled softmax; auto: 0.5 with one, else 0
+    id_lr_power: Annotated[float, Limits(0, 2)] | Literal["auto"] = "auto"
     id_weight_decay: NonNegativeFloat = 0.0  # AdamW's weight decay of the id table; sampled: of a batch's rows
     beta1: Fraction = 0.9  # AdamW's decay of the first moment
     beta2: Fraction = 0.999  # AdamW's decay of the second moment
@@ -441,6 +445,12 @@ class TrainConfig:
         """Epochs of a configuration that is resolved for a store."""
         assert isinstance(self.epochs, int), "resolved"
         return self.epochs
+
+    @property
+    def id_lr_power_in_force(self) -> float:
+        """How fast the ids' rates grow towards smaller sizes, likewise."""
+        assert not isinstance(self.id_lr_power, str), "resolved"
+        return self.id_lr_power
 
     @property
     def num_lanes(self) -> int:
@@ -562,6 +572,11 @@ class Config:
             "model.mixer is bidirectional and loss.predict_first is off: training would never see a history's first "
             "event; turn it on",
         )
+        require(
+            self.loss.softmax != "full" or self.train.id_lr_power in ("auto", 0),
+            f"train.id_lr_power is {self.train.id_lr_power} and the softmax is full, whose optimiser has one rate for "
+            "all channels of the ids; set it to 0, or loss.softmax to sampled",
+        )
         for key in ("size_weights", "temperatures", "distillation"):
             values = getattr(self.loss, key)
             if isinstance(values, tuple):
@@ -609,6 +624,9 @@ class Config:
             softmax = "sampled" if samples else "full"
         if epochs == "auto":
             epochs = max(AUTO_EPOCHS, -(-AUTO_STEPS // steps_per_epoch))
+        id_lr_power = self.train.id_lr_power
+        if id_lr_power == "auto":
+            id_lr_power = AUTO_ID_LR_POWER if softmax == "sampled" else 0.0
         window = self.model.window
         if window == "auto" and self.model.mixer != "lru":
             window = self.data.max_length
@@ -616,7 +634,7 @@ class Config:
             self,
             model=dataclasses.replace(self.model, id_table=ids, id_dropout=id_dropout, window=window),
             loss=dataclasses.replace(self.loss, softmax=softmax),
-            train=dataclasses.replace(self.train, epochs=epochs),
+            train=dataclasses.replace(self.train, epochs=epochs, id_lr_power=id_lr_power),
         )
 
     @property

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from fmrl_dist.model.nested import chunks
 
 ID_TABLE = "encoder.id_table"
 LR_FACTOR = "lr_factor"  # key of a group: its learning rate as a multiple of the schedule's
@@ -48,6 +51,23 @@ def build_optimizer(
         eps=eps,
         fused=True,  # one pass over the memory, which dominates the cost of a step
     )
+
+
+def id_learning_rates(sizes: Sequence[int], width: int, factor: float, power: float) -> Tensor:
+    """Learning rates of an id table's channels, as multiples of the schedule's, float32 [width].
+
+    Small sizes learn from few channels, which are far from overfitting: the channels that size m adds to the next
+    smaller one have factor · (D / m)^power.
+
+    Args:
+        sizes: Matryoshka sizes m_1 < … < m_S; the last is D.
+        width: channels of the table, one of them.
+        factor: of the last channels.
+        power: how fast the rates grow towards smaller sizes; 0: not at all.
+    """
+    widths = torch.tensor([end - begin for begin, end in chunks(sizes)])
+    rates = torch.tensor([factor * (sizes[-1] / size) ** power for size in sizes])
+    return rates.repeat_interleave(widths)[:width]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

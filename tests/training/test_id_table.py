@@ -26,17 +26,18 @@ from fmrl_dist.training.optimizer import build_optimizer
 from tests.fixtures.item_encoders import projection_of
 from tests.fixtures.processes import run_processes
 
-NUM_ITEMS, WIDTH = 53, 4
+SIZES = (4, 8, 12)
+NUM_ITEMS, WIDTH = 53, 8
 STEPS, MICRO_BATCHES = 5, 2
 NOT_FINITE = 3  # a step whose gradient is not
 CLIPPED = 0.37
 COLD = [3, 17, 40]
-TRAIN = TrainConfig(id_lr_factor=0.5, id_weight_decay=0.2, beta2=0.95)
+TRAIN = TrainConfig(id_lr_factor=0.5, id_lr_power=0.7, id_weight_decay=0.2, beta2=0.95)
 
 
 def make_model() -> FMRLRec:
     torch.manual_seed(3)
-    model = FMRLRec((4, 8), 1, {"text": 3}, NUM_ITEMS, id_width=WIDTH).double()
+    model = FMRLRec(SIZES, 1, {"text": 3}, NUM_ITEMS, id_width=WIDTH).double()
     assert model.encoder.id_table is not None
     model.encoder.id_table.detach()[COLD] = 0.0
     return model
@@ -125,6 +126,9 @@ def specification(num_ranks: int, full: bool) -> dict[str, Any]:
         kept = [tensor.clone() for tensor in (table.detach(), *(state[name] for name in state if name != "step"))]
         optimizer.param_groups[0]["lr"] = 0.1 / (step + 1) * TRAIN.id_lr_factor
         optimizer.step()
+        if not full:  # an update is proportional to the rate of its channel
+            growth = torch.tensor([(12 / 4) ** 0.7] * 4 + [(12 / 8) ** 0.7] * 4)
+            table.detach().copy_(kept[0] + (table.detach() - kept[0]) * growth)
         kept += [torch.zeros_like(table)] * (3 - len(kept))
         for tensor, old in zip((table.detach(), state["exp_avg"], state["exp_avg_sq"]), kept, strict=True):
             tensor[~touched] = old[~touched]

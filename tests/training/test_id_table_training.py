@@ -243,6 +243,13 @@ def test_an_older_runs_cold_rows_are_cleared(shop: Path, tmp_path: Path) -> None
         (["--model.id_init", -1], "model.id_init is -1"),
         (["--model.id_dropout", 1.5], "model.id_dropout is 1.5"),
         (["--train.id_lr_factor", 0], "train.id_lr_factor is 0"),
+        (["--train.id_lr_power", -1], "train.id_lr_power is -1"),
+        (["--train.id_lr_power", 0.5], "train.id_lr_power is 0.5 and the softmax is full"),
+        (
+            ["--train.id_lr_power", 0.5, "--loss.softmax", "full"],
+            "train.id_lr_power is 0.5 and the softmax is full, whose optimiser has one rate for all channels of the "
+            "ids; set it to 0, or loss.softmax to sampled",
+        ),
         (
             ["--model.features", "[]", "--model.id_dropout", 0.5],
             "model.id_dropout is 0.5 and model.features is empty: nothing would distinguish items without their ids",
@@ -257,7 +264,7 @@ def test_refusals(words: list[object], line: str, shop: Path, tmp_path: Path) ->
 
 def test_other_settings_do_not_resume(shop: Path, one: Path) -> None:
     before = json.dumps(figures(one))
-    for key, value in (("model.id_width", 8), ("model.id_dropout", 0.1), ("train.id_lr_factor", 1)):
+    for key, value in (("model.id_width", 8), ("model.id_dropout", 0.1), ("train.id_lr_factor", 1), ("train.id_lr_power", 0.3)):
         words = [*WORDS, f"--{key}", value, "--train.epochs", 3, "--train.schedule_epochs", 2, "--resume", "auto"]
         said = refusal(train.main, "--config", shop, "--run.dir", one, *words)
         assert f" has {key} " in said and "restore the value, or start another run" in said

@@ -22,6 +22,7 @@ from fmrl_dist.distributed.collectives import to_everyone
 from fmrl_dist.distributed.processes import Runtime
 from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.training.id_table.rows import IdDropout, attached, detach_table
+from fmrl_dist.training.optimizer import id_learning_rates
 
 Rows = tuple[Tensor, Tensor]  # int64 [n], sorted and distinct, and [n, w]
 
@@ -45,7 +46,10 @@ class ReplicatedIdTable:
         self._cold = cold.to(self._table.device)
         self._moments = torch.zeros_like(self._table), torch.zeros_like(self._table)
         self._num_steps = torch.zeros((), device=self._table.device)
-        self._lr = 0.0
+        self._factors = id_learning_rates(
+            model.sizes, self._table.shape[1], train.id_lr_factor, train.id_lr_power_in_force
+        ).to(self._table.device)
+        self._lr = torch.zeros_like(self._factors)
         self._read: list[Rows] = []  # by the micro-batches of this step; the rows are leaves with gradients
         self._gradient: Rows | None = None
 
@@ -65,7 +69,7 @@ class ReplicatedIdTable:
         return self._table.numel()
 
     def set_learning_rate(self, lr: float) -> None:
-        self._lr = lr * self._train.id_lr_factor
+        self._lr = lr * self._factors
 
     def gradient_norm(self) -> Tensor:
         own = [(ids, torch.zeros_like(rows) if rows.grad is None else rows.grad) for ids, rows in self._read]
@@ -116,7 +120,7 @@ def add_up(parts: list[Rows]) -> Rows:
 
 
 def update_rows(
-    rows: list[Tensor], gradient: Tensor, num_steps: Tensor, lr: float, train: TrainConfig
+    rows: list[Tensor], gradient: Tensor, num_steps: Tensor, lr: Tensor, train: TrainConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weights and both moments [n, w] after a step of AdamW.
 
@@ -124,7 +128,7 @@ def update_rows(
         rows: weights, first and second moments before it.
         gradient: [n, w].
         num_steps: [], including this one.
-        lr: of this step.
+        lr: of this step by channel, [w].
         train: AdamW's settings.
     """
     weights, mean, square = rows
