@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fmrl_dist.model.fmrlrec import FMRLRec
-from fmrl_dist.training.optimizer import build_optimizer, learning_rate, set_learning_rate
+from fmrl_dist.training.optimizer import build_optimizer, id_learning_rates, learning_rate, set_learning_rate
 
 DECAYED_IN_BLOCK = ("lru.B", "lru.C", "ffn.gate.weight", "ffn.w_1.weight", "ffn.w_2.weight")
 KEPT_IN_BLOCK = (
@@ -84,3 +84,11 @@ def test_a_schedule_shorter_than_its_warmup() -> None:
     rates = [learning_rate(step, 1.0, warmup_steps=10, schedule_steps=4, min_ratio=0.0) for step in range(13)]
     assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert rates[10:] == pytest.approx([1.0, 0.0, 0.0], abs=1e-15)
+
+
+def test_the_ids_of_smaller_sizes_learn_faster() -> None:
+    """Each channel by the size that adds it; a table's prefix has the rates of its channels."""
+    rates = id_learning_rates((4, 9, 16), 16, 2.0, 0.5)
+    assert rates.tolist() == pytest.approx([4.0] * 4 + [2 * (16 / 9) ** 0.5] * 5 + [2.0] * 7)
+    assert torch.equal(id_learning_rates((4, 9, 16), 9, 2.0, 0.5), rates[:9])
+    assert id_learning_rates((4, 9), 9, 3.0, 0.0).tolist() == [3.0] * 9
