@@ -25,10 +25,15 @@ class NestedDropout(nn.Module):
         sizes: Matryoshka sizes m_1 < … < m_S; the last is the width D.
         rate: p of the largest size's own channels, in [0, 1).
         power: how fast p falls towards smaller sizes; 0: not at all.
+
+    Raises:
+        ValueError: ``rate`` is no such number.
     """
 
     def __init__(self, sizes: Sequence[int], rate: float, power: float) -> None:
         super().__init__()
+        if not 0 <= rate < 1:
+            raise ValueError(f"dropout rate {rate}; expected 0 <= rate < 1")
         self.sizes = tuple(sizes)
         self.rates = tuple(rate * (size / sizes[-1]) ** power for size in sizes)  # p_m
 

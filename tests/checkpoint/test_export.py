@@ -264,6 +264,7 @@ def test_files_hold_the_slice(run: Path, shop: Path, size: int) -> None:
     assert found.pop("sha256") == json_sha256(found)
     assert found.pop("sha256_of") == {name: file_sha256(folder / name) for name in FILES if name != CONFIG_FILE}
     assert found.pop("quality")["users"] == 100
+    last_rate = 0.2 * (size / SIZES[-1]) ** 0.5  # of the channels that the size adds
     assert found == {
         "format_version": 3,
         "format": "safetensors",
@@ -274,8 +275,8 @@ def test_files_hold_the_slice(run: Path, shop: Path, size: int) -> None:
             "feature_dims": {"vector": 6, "colour": 4},
             "num_items": 0,
             "id_width": 0,
-            "dropout": 0.2,
-            "lru_dropout": 0.2,
+            "dropout": pytest.approx(last_rate),
+            "lru_dropout": pytest.approx(last_rate),
             "r_min": 0.0,
             "r_max": 0.1,
             "input_norm": False,
@@ -398,14 +399,15 @@ def test_refusals_write_nothing(run: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     shutil.copytree(shop_store(run), store)
     (store / "vocab.parquet").unlink()
-    latest = (run / "checkpoints" / "latest").resolve()
+    best = (run / "checkpoints" / "best").resolve()
+    other = next(path for path in (run / "checkpoints").resolve().glob("step-*") if path != best)
     load_item_table(Store.open(tmp_path / "store"), None)  # unpacked beside the store on first use
     before = contents(tmp_path)
     for words, complaint in {
         (run, "--size", 48): "error: size 48 was not trained; the trained sizes are [4, 8, 16]",
         (run, "--size", 8, "--store", store): f"store {store} has no vocab.parquet",
         (run, "--size", 8, "--store", tmp_path / "gone"): "gone does not exist; build it",
-        (latest, "--size", 8): f"checkpoint {latest} is not the best of its run; choose a folder with --output",
+        (other, "--size", 8): f"checkpoint {other} is not the best of its run; choose a folder with --output",
         (tmp_path / "nowhere", "--size", 8): "nowhere holds no checkpoint; expected a run folder",
         (run, "--size", "small"): "invalid int value: 'small'",
     }.items():

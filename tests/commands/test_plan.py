@@ -95,7 +95,7 @@ def make_ids(model: FMRLRec, step: Step, loss: str) -> IdRows:
     dropout, cold = IdDropout(0.1 * step.id_dropout, 0), torch.zeros(step.num_items, dtype=torch.bool)
     if loss == "whole":
         return ModelIdTable(model.encoder, dropout)
-    runtime, train = start_runtime(1, lanes=None), TrainConfig()
+    runtime, train = start_runtime(1, lanes=None), TrainConfig(id_lr_power=0.5)
     if loss == "sampled":
         return ReplicatedIdTable(model, train, dropout, cold, runtime)
     return OwnedIdTable(model, slice_bounds(step.num_items, step.num_ranks), train, dropout, cold, runtime)

@@ -56,6 +56,12 @@ def test_nothing_is_dropped_in_evaluation_or_at_rate_0() -> None:
     assert NestedDropout(SIZES, 0.0, 1.0)(x) is x
 
 
+@pytest.mark.parametrize("rate", [-0.1, 1.0, 2, float("nan")])
+def test_impossible_rates_are_refused(rate: float) -> None:
+    with pytest.raises(ValueError, match="expected 0 <= rate < 1"):
+        NestedDropout(SIZES, rate, 0.5)
+
+
 def test_a_slice_has_the_rates_of_its_channels() -> None:
     model = FMRLRec(SIZES, 1, {"text": 3}, dropout=0.5, lru_dropout=0.3, dropout_power=0.7)
     small = model.truncate(9)
