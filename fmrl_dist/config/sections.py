@@ -53,7 +53,7 @@ MAX_SIZES = 64  # far more than anyone deploys
 FULL_SOFTMAX_ITEMS = 4096  # so many are scored at once anyway
 AUTO_EPOCHS, AUTO_STEPS = 20, 3500  # at least
 AUTO_ID_DROPOUT = 0.1
-AUTO_ID_LR_POWER = 0.5
+AUTO_ID_LR_POWER = 0.67
 TrainPrecision = Literal["fp32", "bf16"]
 
 
@@ -210,16 +210,16 @@ class ModelConfig:
     sizes: tuple[int, ...] = (8, 16, 32, 64, 128)  # Matryoshka sizes, increasing by at least 4; the last is the width
     depth: Annotated[int, Limits(1, 1000)] = 2  # number of blocks
     # rate on the input embeddings and in the feed-forward network, of the last channels
-    dropout: Fraction = 0.5
+    dropout: Fraction = 0.4
     # what lets the events of a history see each other: lru: the paper's linear recurrence | attention: causal, as
     # SASRec's | filter: FMLP-Rec's learned filter, causal | circular: the same as published, over all of a window |
     # bsarec: causal attention beside a rescaling of high frequencies | bidirectional: attention to all of a history,
     # trained to fill in masked items, as BERT4Rec
     mixer: Literal["lru", "attention", "filter", "circular", "bsarec", "bidirectional"] = "lru"
-    lru_dropout: Fraction = 0.5  # rate after the mixer, of the last channels
-    # how fast both rates fall towards smaller sizes: the channels that size m adds have the rate times
-    # (m / width)^dropout_power; 0: all have the same
-    dropout_power: Annotated[float, Limits(0, 2)] = 0.5
+    lru_dropout: Fraction = 0.4  # rate after the mixer, of the last channels
+    # how fast both rates fall in sizes below half of the width: the channels that such a size m adds have the rate
+    # times (2m / width)^dropout_power; 0: all have the same
+    dropout_power: Annotated[float, Limits(0, 2)] = 0.67
     r_min: float = 0.5  # inner radius of the ring on which |Λ| starts, below r_max
     r_max: float = 0.99  # outer radius of that ring, at most 1
     head_width: PositiveInt = 32  # channels of an attention head, at most; each lies within one of sizes' chunks
@@ -409,9 +409,9 @@ class TrainConfig:
     lr: PositiveFloat = 2e-3  # peak learning rate of AdamW, reached after warm-up
     min_lr_ratio: NonNegativeFloat = 0.0  # learning rate at the end of the cosine, as a share of the peak
     weight_decay: NonNegativeFloat = 1e-2  # AdamW's weight decay, of nested and projection matrices only
-    id_lr_factor: PositiveFloat = 1.0  # learning rate of the id table, as a multiple of all others'
-    # how fast that grows towards smaller sizes: the channels that size m adds have the multiple times
-    # (width / m)^id_lr_power; for a sampled softmax; auto: 0.5 with one, else 0
+    id_lr_factor: PositiveFloat = 1.0  # learning rate of the id table's last channels, as a multiple of all others'
+    # how fast that grows in sizes below half of the width: the channels that such a size m adds have the multiple times
+    # (width / 2m)^id_lr_power; for a sampled softmax; auto: 0.67 with one, else 0
     id_lr_power: Annotated[float, Limits(0, 2)] | Literal["auto"] = "auto"
     id_weight_decay: NonNegativeFloat = 0.0  # AdamW's weight decay of the id table; sampled: of a batch's rows
     beta1: Fraction = 0.9  # AdamW's decay of the first moment

@@ -1,7 +1,7 @@
-"""Dropout whose rate grows with the channel: small sizes lack capacity, the last channels overfit.
+"""Dropout whose rate grows with the channel: small sizes lack capacity, large ones overfit.
 
-A size's own channels are those that the next smaller size lacks. They are dropped at p_m = rate · (m / width)^power,
-so that every slice is regularised for its size.
+A size's own channels are those that the next smaller size lacks. They are dropped at p_m = rate · min(1, 2m / D)^power:
+in full from half of the width on, and less in sizes that have less than that.
 """
 
 from __future__ import annotations
@@ -18,13 +18,18 @@ LEVELS = 2**16  # of the 16-bit numbers that decide which entries are kept
 DRAWN = 4  # of them in one draw of 64 bits: on a CPU, draws are most of dropout's time
 
 
+def rates_of_sizes(sizes: Sequence[int], rate: float, power: float) -> tuple[float, ...]:
+    """p_m of each size's own channels."""
+    return tuple(rate * min(1.0, 2 * size / sizes[-1]) ** power for size in sizes)
+
+
 class NestedDropout(nn.Module):
     """In training, zeroes entries at random, each at its channel's rate p, and scales the others by 1 / (1 - p).
 
     Args:
         sizes: Matryoshka sizes m_1 < … < m_S; the last is the width D.
         rate: p of the largest size's own channels, in [0, 1).
-        power: how fast p falls towards smaller sizes; 0: not at all.
+        power: how fast p falls in sizes below D / 2; 0: not at all.
 
     Raises:
         ValueError: ``rate`` is no such number.
@@ -35,7 +40,7 @@ class NestedDropout(nn.Module):
         if not 0 <= rate < 1:
             raise ValueError(f"dropout rate {rate}; expected 0 <= rate < 1")
         self.sizes = tuple(sizes)
-        self.rates = tuple(rate * (size / sizes[-1]) ** power for size in sizes)  # p_m
+        self.rates = rates_of_sizes(sizes, rate, power)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, D] → [N, D]."""

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.model.block import ResidualBlock
-from fmrl_dist.model.dropout import NestedDropout
+from fmrl_dist.model.dropout import NestedDropout, rates_of_sizes
 from fmrl_dist.model.export_config import CONFIG_FILE, check_export_file, check_is_readable, read_export_config
 from fmrl_dist.model.item_encoders.choice import make_item_encoder
 from fmrl_dist.model.mixers.mixing import Mixing
@@ -282,10 +282,12 @@ class FMRLRec(nn.Module):
             raise UserError(f"size {size} was not trained; the trained sizes are {list(self.sizes)}")
         sizes = self.sizes[: self.sizes.index(size) + 1]
         computed = {"matmul_dtype": self.matmul_dtype, "scan": self.scan, "dropout_power": self.dropout_power}
-        share = (size / self.width) ** self.dropout_power
-        rates = {name: rate * share for name, rate in self.rates.items()}  # of the channels that stay: the same
-        nested = {"sizes": sizes, "id_width": min(self.id_width, size), **rates}
-        small = FMRLRec(**self.arguments | nested | computed).to(self.encoder.bias)
+        nested = {"sizes": sizes, "id_width": min(self.id_width, size)}
+        rates = {
+            name: rates_of_sizes(self.sizes, rate, self.dropout_power)[len(sizes) - 1]
+            for name, rate in self.rates.items()
+        }
+        small = FMRLRec(**self.arguments | nested | rates | computed).to(self.encoder.bias)
         full = self.state_dict()
         small.load_state_dict({k: full[k][tuple(map(slice, v.shape))] for k, v in small.state_dict().items()})
         return small.train(self.training)

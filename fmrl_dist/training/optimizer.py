@@ -57,16 +57,16 @@ def id_learning_rates(sizes: Sequence[int], width: int, factor: float, power: fl
     """Learning rates of an id table's channels, as multiples of the schedule's, float32 [width].
 
     Small sizes learn from few channels, which are far from overfitting: the channels that size m adds to the next
-    smaller one have factor · (D / m)^power.
+    smaller one have factor · max(1, D / 2m)^power.
 
     Args:
         sizes: Matryoshka sizes m_1 < … < m_S; the last is D.
         width: channels of the table, one of them.
         factor: of the last channels.
-        power: how fast the rates grow towards smaller sizes; 0: not at all.
+        power: how fast the rates grow in sizes below D / 2; 0: not at all.
     """
     widths = torch.tensor([end - begin for begin, end in chunks(sizes)])
-    rates = torch.tensor([factor * (sizes[-1] / size) ** power for size in sizes])
+    rates = torch.tensor([factor * max(1.0, sizes[-1] / (2 * size)) ** power for size in sizes])
     return rates.repeat_interleave(widths)[:width]
 
 

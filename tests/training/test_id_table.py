@@ -127,7 +127,7 @@ def specification(num_ranks: int, full: bool) -> dict[str, Any]:
         optimizer.param_groups[0]["lr"] = 0.1 / (step + 1) * TRAIN.id_lr_factor
         optimizer.step()
         if not full:  # an update is proportional to the rate of its channel
-            growth = torch.tensor([(12 / 4) ** 0.7] * 4 + [(12 / 8) ** 0.7] * 4)
+            growth = torch.tensor([(12 / 8) ** 0.7] * 4 + [1.0] * 4)
             table.detach().copy_(kept[0] + (table.detach() - kept[0]) * growth)
         kept += [torch.zeros_like(table)] * (3 - len(kept))
         for tensor, old in zip((table.detach(), state["exp_avg"], state["exp_avg_sq"]), kept, strict=True):

@@ -264,7 +264,12 @@ def test_refusals(words: list[object], line: str, shop: Path, tmp_path: Path) ->
 
 def test_other_settings_do_not_resume(shop: Path, one: Path) -> None:
     before = json.dumps(figures(one))
-    for key, value in (("model.id_width", 8), ("model.id_dropout", 0.1), ("train.id_lr_factor", 1), ("train.id_lr_power", 0.3)):
+    for key, value in (
+        ("model.id_width", 8),
+        ("model.id_dropout", 0.1),
+        ("train.id_lr_factor", 1),
+        ("train.id_lr_power", 0.3),
+    ):
         words = [*WORDS, f"--{key}", value, "--train.epochs", 3, "--train.schedule_epochs", 2, "--resume", "auto"]
         said = refusal(train.main, "--config", shop, "--run.dir", one, *words)
         assert f" has {key} " in said and "restore the value, or start another run" in said

@@ -89,6 +89,6 @@ def test_a_schedule_shorter_than_its_warmup() -> None:
 def test_the_ids_of_smaller_sizes_learn_faster() -> None:
     """Each channel by the size that adds it; a table's prefix has the rates of its channels."""
     rates = id_learning_rates((4, 9, 16), 16, 2.0, 0.5)
-    assert rates.tolist() == pytest.approx([4.0] * 4 + [2 * (16 / 9) ** 0.5] * 5 + [2.0] * 7)
+    assert rates.tolist() == pytest.approx([2 * 2**0.5] * 4 + [2.0] * 12)
     assert torch.equal(id_learning_rates((4, 9, 16), 9, 2.0, 0.5), rates[:9])
     assert id_learning_rates((4, 9), 9, 3.0, 0.0).tolist() == [3.0] * 9
