@@ -210,16 +210,16 @@ class ModelConfig:
     sizes: tuple[int, ...] = (8, 16, 32, 64, 128)  # Matryoshka sizes, increasing by at least 4; the last is the width
     depth: Annotated[int, Limits(1, 1000)] = 2  # number of blocks
     # rate on the input embeddings and in the feed-forward network, of the last channels
-    dropout: Fraction = 0.4
+    dropout: Fraction = 0.5
     # what lets the events of a history see each other: lru: the paper's linear recurrence | attention: causal, as
     # SASRec's | filter: FMLP-Rec's learned filter, causal | circular: the same as published, over all of a window |
     # bsarec: causal attention beside a rescaling of high frequencies | bidirectional: attention to all of a history,
     # trained to fill in masked items, as BERT4Rec
     mixer: Literal["lru", "attention", "filter", "circular", "bsarec", "bidirectional"] = "lru"
-    lru_dropout: Fraction = 0.4  # rate after the mixer, of the last channels
-    # how fast both rates fall in sizes below half of the width: the channels that such a size m adds have the rate
-    # times (2m / width)^dropout_power; 0: all have the same
-    dropout_power: Annotated[float, Limits(0, 2)] = 0.67
+    lru_dropout: Fraction = 0.5  # rate after the mixer, of the last channels
+    # how fast both rates fall towards smaller sizes: the channels that size m adds have the rate times
+    # (m / width)^dropout_power; 0: all have the same
+    dropout_power: Annotated[float, Limits(0, 2)] = 0.4
     r_min: float = 0.5  # inner radius of the ring on which |Λ| starts, below r_max
     r_max: float = 0.99  # outer radius of that ring, at most 1
     head_width: PositiveInt = 32  # channels of an attention head, at most; each lies within one of sizes' chunks

@@ -1,7 +1,7 @@
 """Dropout whose rate grows with the channel: small sizes lack capacity, large ones overfit.
 
-A size's own channels are those that the next smaller size lacks. They are dropped at p_m = rate · min(1, 2m / D)^power:
-in full from half of the width on, and less in sizes that have less than that.
+A size's own channels are those that the next smaller size lacks. They are dropped at p_m = rate · (m / D)^power, so
+that every slice is regularised for its size.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DRAWN = 4  # of them in one draw of 64 bits: on a CPU, draws are most of dropout
 
 def rates_of_sizes(sizes: Sequence[int], rate: float, power: float) -> tuple[float, ...]:
     """p_m of each size's own channels."""
-    return tuple(rate * min(1.0, 2 * size / sizes[-1]) ** power for size in sizes)
+    return tuple(rate * (size / sizes[-1]) ** power for size in sizes)
 
 
 class NestedDropout(nn.Module):
@@ -29,7 +29,7 @@ class NestedDropout(nn.Module):
     Args:
         sizes: Matryoshka sizes m_1 < … < m_S; the last is the width D.
         rate: p of the largest size's own channels, in [0, 1).
-        power: how fast p falls in sizes below D / 2; 0: not at all.
+        power: how fast p falls towards smaller sizes; 0: not at all.
 
     Raises:
         ValueError: ``rate`` is no such number.

@@ -264,7 +264,7 @@ def test_files_hold_the_slice(run: Path, shop: Path, size: int) -> None:
     assert found.pop("sha256") == json_sha256(found)
     assert found.pop("sha256_of") == {name: file_sha256(folder / name) for name in FILES if name != CONFIG_FILE}
     assert found.pop("quality")["users"] == 100
-    last_rate = 0.2 * min(1, 2 * size / SIZES[-1]) ** 0.67  # of the channels that the size adds
+    last_rate = 0.2 * (size / SIZES[-1]) ** 0.4  # of the channels that the size adds
     assert found == {
         "format_version": 3,
         "format": "safetensors",

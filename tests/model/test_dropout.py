@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fmrl_dist.model.dropout import NestedDropout, rates_of_sizes
+from fmrl_dist.model.dropout import NestedDropout
 from fmrl_dist.model.fmrlrec import FMRLRec
 
 SIZES = (4, 9, 16)
@@ -14,9 +14,9 @@ SIZES = (4, 9, 16)
 def test_a_channel_is_dropped_at_the_rate_of_its_size() -> None:
     torch.manual_seed(0)
     dropout = NestedDropout(SIZES, 0.5, 0.5)
-    assert dropout.rates == pytest.approx((0.5 * 0.5**0.5, 0.5, 0.5))  # 9 is more than half of 16
+    assert dropout.rates == pytest.approx((0.25, 0.375, 0.5))
     found = (dropout(torch.ones(40_000, 16)) == 0).float().mean(0)
-    expected = torch.tensor([0.5 * 0.5**0.5] * 4 + [0.5] * 12)
+    expected = torch.tensor([0.25] * 4 + [0.375] * 5 + [0.5] * 7)
     torch.testing.assert_close(found, expected, rtol=0, atol=0.012)  # five standard errors
 
 
@@ -62,11 +62,14 @@ def test_impossible_rates_are_refused(rate: float) -> None:
         NestedDropout(SIZES, rate, 0.5)
 
 
-def test_a_slice_has_the_rates_of_its_last_channels() -> None:
-    """Trained further, it is a model of its own."""
-    model = FMRLRec((4, 9, 32), 1, {"text": 3}, dropout=0.5, lru_dropout=0.3, dropout_power=0.7)
-    share = (18 / 32) ** 0.7
-    assert model.truncate(9).rates == pytest.approx({"dropout": 0.5 * share, "lru_dropout": 0.3 * share})
-    assert model.truncate(32).rates == model.rates
-    rates = model.truncate(9).get_submodule("input_dropout").rates
-    assert rates == pytest.approx(rates_of_sizes((4, 9), 0.5 * share, 0.7))
+def test_a_slice_has_the_rates_of_its_channels() -> None:
+    model = FMRLRec(SIZES, 1, {"text": 3}, dropout=0.5, lru_dropout=0.3, dropout_power=0.7)
+    small = model.truncate(9)
+    assert small.rates == pytest.approx({"dropout": 0.5 * (9 / 16) ** 0.7, "lru_dropout": 0.3 * (9 / 16) ** 0.7})
+    for size in (4, 9, 16):
+        cut, place = model.truncate(size), SIZES.index(size) + 1
+        for name, module in cut.named_modules():
+            if isinstance(module, NestedDropout):
+                whole = model.get_submodule(name)
+                assert isinstance(whole, NestedDropout)
+                assert module.rates == pytest.approx(whole.rates[:place])
