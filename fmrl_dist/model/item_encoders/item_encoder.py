@@ -50,12 +50,15 @@ class ItemEncoder(MatmulModule, ABC):
             id_width: w, the first channels of an embedding that the table's rows are added to; 0 for all.
             id_init: standard deviation of the table's initial rows; None for 1/√D.
         """
-        bound = 1 / math.sqrt(max(self.total, 1))
-        self.bias = nn.Parameter(torch.empty(self.width).uniform_(-bound, bound))
+        deviation = 1 / math.sqrt(self.width) if id_init is None else id_init
+        if self.total:
+            bound = 1 / math.sqrt(self.total)
+            self.bias = nn.Parameter(torch.empty(self.width).uniform_(-bound, bound))
+        else:  # every embedding holds it: were it larger than the ids, all items would look alike for long
+            self.bias = nn.Parameter(torch.randn(self.width) * deviation)
         self.stand_ins = nn.Parameter(torch.zeros(len(self.feature_dims), self.width))
         self.id_table = None
         if num_items:
-            deviation = 1 / math.sqrt(self.width) if id_init is None else id_init
             self.id_table = nn.Parameter(torch.randn(num_items, id_width or self.width) * deviation)
 
     @property
