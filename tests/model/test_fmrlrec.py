@@ -395,6 +395,18 @@ def test_nothing_is_dropped_in_evaluation_or_anywhere_else() -> None:
 # Numbers: initialisation, bfloat16
 
 
+@pytest.mark.parametrize("id_init", [0.02, None])
+def test_ids_alone_tell_items_apart_from_the_start(id_init: float | None) -> None:
+    """What all embeddings share, the start position's row, is no larger than what they do not."""
+    torch.manual_seed(0)
+    encoder = FMRLRec((8, 128), 1, {}, 300, id_init=id_init).encoder
+    nothing, present = torch.empty(300, 0), torch.empty(300, 0, dtype=torch.bool)
+    embeddings = encoder(encoder.normalize(nothing, present), present)
+    rows = nn.functional.normalize(embeddings, dim=1)
+    cosines = (rows @ rows.T)[~torch.eye(300, dtype=torch.bool)]
+    assert 0.3 < cosines.mean() < 0.7
+
+
 @pytest.mark.parametrize(("r_min", "r_max"), [(0.0, 0.1), (0.1, 0.2), (0.9, 1.0)])
 def test_the_ring_is_where_it_should_be(r_min: float, r_max: float) -> None:
     torch.manual_seed(0)
