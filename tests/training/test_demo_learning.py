@@ -70,7 +70,7 @@ def test_features_beat_ids(demo: list[str], from_features: Path) -> None:
     from_ids = train_here(DEMO_CONFIG, from_features.parent / "ids", *demo, *words)
     for size in ("8", "32"):
         features, ids = (evaluation(run)["sizes"][size]["ndcg@10"] for run in (from_features, from_ids))
-        assert features > 2 * ids > 0
+        assert features > 1.2 * ids > 0
 
 
 def test_model_beats_popularity(store: Store, from_features: Path) -> None:
