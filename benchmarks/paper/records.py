@@ -1,7 +1,7 @@
 """A record per finished row in ``benchmarks/results/paper``: its figures, and what they were measured with.
 
 The page is made of records, so a row that another machine trained is in it, and one whose configuration has changed
-since is not.
+since, be it by a default, is not.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import describe_setting
+from benchmarks import describe_setting, processor_name
 from benchmarks.paper.rows import Places, Row
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.files import write_atomically
@@ -30,7 +30,7 @@ def keep_record(row: Row, places: Places, threads: int, folder: Path) -> None:
     figures["masked"] = {key: evaluation["masked"][key] for key in KEPT}
     record = {
         "row": row.name,
-        "setting": describe_setting() | {"threads of a row": str(threads)},
+        "setting": describe_setting() | {"hardware": f"{processor_name()}, {threads} thread(s) each"},
         "meaning": places.meaning(row),
         "evaluation": figures,
     }
@@ -58,7 +58,7 @@ def _read(row: Row, places: Places, folder: Path) -> dict[str, Any] | None:
         return None
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return record if record["meaning"] == places.meaning(row) else None
+        return record if places.is_meaning(record["meaning"], row) else None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no record of a row; delete it, and run the row again") from error
 

@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from benchmarks import REPOSITORY
-from fmrl_dist.base.errors import require
-from fmrl_dist.config.loading import load_config
+from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.config.loading import config_from_dict, load_config
 
 SETS = ("beauty", "sports")
 RIVALS = ("sasrec", "bert4rec", "fmlprec", "lrurec", "bsarec", "esasrec", "unisrec", "vqrec")
@@ -81,7 +79,7 @@ class Places:
             return
         found = json.loads(self._record(row).read_text(encoding="utf-8")) if self._record(row).is_file() else None
         require(
-            found == self.meaning(row),
+            self.is_meaning(found, row),
             f"{self.runs / row.name} is no run of {row.config} as it is now with the words "
             f"{shlex.join(self.further) or 'none'}; delete it, or choose another --runs",
         )
@@ -90,10 +88,17 @@ class Places:
         return self.runs / f"{row.name}.begun.json"
 
     def meaning(self, row: Row) -> dict[str, Any]:
-        """What the row's figures depend on."""
-        text = (REPOSITORY / row.config).read_text(encoding="utf-8")
-        values = yaml.safe_load(text)  # comments may change
-        return {"config": values, "words": [*OURS_CHANGED.get(row.model, []), *self.further]}
+        """What the row's figures depend on: the configuration in force, defaults included."""
+        words = [*OURS_CHANGED.get(row.model, []), *self.further]
+        return {"config": load_config(REPOSITORY / row.config, words).to_dict()}
+
+    def is_meaning(self, found: Any, row: Row) -> bool:
+        """Whether ``found``, a meaning that was recorded, is the row's now; keys newer than it have their old values."""
+        now = self.meaning(row)
+        try:
+            return {"config": config_from_dict(found["config"]).to_dict()} == now
+        except (TypeError, LookupError, UserError):
+            return False
 
     def evaluation(self, row: Row) -> dict[str, Any] | None:
         """What ``evaluation.json`` of a finished run says; None if there is none."""

@@ -1,7 +1,7 @@
 """Dropout whose rate grows with the channel: small sizes lack capacity, large ones overfit.
 
 A size's own channels are those that the next smaller size lacks. They are dropped at p_m = rate · (m / D)^power, so
-that every slice is regularised for its size.
+that every slice is regularised for its size (not in the paper, which has one rate).
 """
 
 from __future__ import annotations

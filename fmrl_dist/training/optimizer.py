@@ -57,7 +57,7 @@ def id_learning_rates(sizes: Sequence[int], width: int, factor: float, power: fl
     """Learning rates of an id table's channels, as multiples of the schedule's, float32 [width].
 
     Small sizes learn from few channels, which are far from overfitting: the channels that size m adds to the next
-    smaller one have factor · max(1, D / 2m)^power.
+    smaller one have factor · max(1, D / 2m)^power (not in the paper).
 
     Args:
         sizes: Matryoshka sizes m_1 < … < m_S; the last is D.

@@ -58,8 +58,8 @@ def test_a_page_is_made_of_the_records_that_are_of_the_rows_as_they_are(
         row = Row("beauty", model)
         setting, meaning = {"commit": f"of {model}"}, places.meaning(row)
         record = {"setting": setting, "meaning": meaning, "evaluation": figures | {"masked": figures}}
-        if model == "lrurec":
-            meaning["config"]["model"]["depth"] = 7
+        if model == "lrurec":  # another default, which no configuration names
+            meaning["config"]["model"]["id_init"] = 0.5
         (tmp_path / "records" / f"{row.name}.json").write_text(json.dumps(record))
     main(["--table", *paths])
     page = (tmp_path / "output" / "paper-table.md").read_text()
