@@ -93,7 +93,7 @@ class Places:
         return {"config": load_config(REPOSITORY / row.config, words).to_dict()}
 
     def is_meaning(self, found: Any, row: Row) -> bool:
-        """Whether ``found``, a meaning that was recorded, is the row's now; keys newer than it have their old values."""
+        """Whether ``found``, a meaning that was recorded, is the row's now; newer keys have their old values."""
         now = self.meaning(row)
         try:
             return {"config": config_from_dict(found["config"]).to_dict()} == now
