@@ -109,13 +109,15 @@ def compare_scans(names: list[str], num_rows: int, rounds: int) -> None:
         print(f"| {width} | {name} | {times['stepwise']} | {times['doubling']} | {ratio} |")
 
 
-def make_steps(mixer: str, lengths: list[int], compared: bool = True) -> dict[str, Callable[[int], object]]:
+def make_steps(
+    mixer: str, lengths: list[int], compared: bool = True, device: str | torch.device = "cpu"
+) -> dict[str, Callable[[int], object]]:
     """Forward and backward of both sides, which agree."""
     torch.manual_seed(0)
-    starts = torch.tensor([0, *itertools.accumulate(lengths)])
+    starts = torch.tensor([0, *itertools.accumulate(lengths)], device=device)
     window = max(lengths)
-    module = build_mixer(Mixing(mixer, 0.5, 0.99, 32, "rotary", window), SIZES, None, "auto")
-    x = torch.randn(int(starts[-1]), SIZES[-1], requires_grad=True)
+    module = build_mixer(Mixing(mixer, 0.5, 0.99, 32, "rotary", window), SIZES, None, "auto").to(device)
+    x = torch.randn(int(starts[-1]), SIZES[-1], device=device, requires_grad=True)
     sides = {"ours": lambda: module(x, starts), "plain": lambda: plain(module, x, starts)}
     if compared:
         with torch.no_grad():
@@ -137,7 +139,7 @@ def make_steps(mixer: str, lengths: list[int], compared: bool = True) -> dict[st
 def plain(module: nn.Module, x: Tensor, starts: Tensor) -> Tensor:
     """The mixer of ``module``'s weights, in plain PyTorch over a padded batch."""
     lengths = starts.diff()
-    is_row = torch.arange(int(lengths.max())) < lengths[:, None]  # [B, L]
+    is_row = torch.arange(int(lengths.max()), device=x.device) < lengths[:, None]  # [B, L]
     padded = x.new_zeros(*is_row.shape, x.shape[1]).masked_scatter(is_row[..., None], x)
     if isinstance(module, LRU):
         return _plain_lru(module, padded)[is_row]
@@ -154,7 +156,7 @@ def plain(module: nn.Module, x: Tensor, starts: Tensor) -> Tensor:
 
 
 def _plain_lru(module: LRU, padded: Tensor) -> Tensor:
-    mask = nested_mask(module.sizes)
+    mask = nested_mask(module.sizes).to(padded)
     real, imaginary = (F.linear(padded, module.B[part] * mask, module.b[part]) for part in (0, 1))
     driven = torch.complex(real, imaginary) * torch.exp(module.gamma_log)
     decay = torch.complex(*module.decay())
@@ -167,13 +169,13 @@ def _plain_lru(module: LRU, padded: Tensor) -> Tensor:
 
 
 def _plain_attention(module: Attention, padded: Tensor, is_row: Tensor) -> Tensor:
-    mask = nested_mask(module.sizes)
+    mask = nested_mask(module.sizes).to(padded)
     qkv = [F.linear(padded, module.qkv[part] * mask, module.qkv_bias[part]) for part in range(3)]
-    places = torch.arange(padded.shape[1])
+    places = torch.arange(padded.shape[1], device=padded.device)
     turned = [rotate(rows.transpose(0, 1), places, module.heads).transpose(0, 1) for rows in qkv[:2]]
     seen = is_row[:, None, None, :]
     if module.causal:
-        seen = torch.ones(len(places), len(places), dtype=torch.bool).tril()
+        seen = torch.ones(len(places), len(places), dtype=torch.bool, device=padded.device).tril()
     mixed = []
     for low, high, width in module.heads:
         q, k, v = (rows[..., low:high].unflatten(2, (-1, width)).transpose(1, 2) for rows in (*turned, qkv[2]))

@@ -42,11 +42,12 @@ class GpuStage:
 
 STAGES = (
     GpuStage("machine", 14, "Rates of the machine"),
-    GpuStage("tests", 85, "Tests marked `gpu`"),
-    GpuStage("equality", 55, "One training step: CPU against GPU"),
-    GpuStage("loss", 100, "The loss: forward and backward"),
+    GpuStage("tests", 75, "Tests marked `gpu`"),
+    GpuStage("equality", 65, "One training step: CPU against GPU"),
+    GpuStage("loss", 70, "The loss: forward and backward"),
     GpuStage("scan", 35, "The scan: forward and backward"),
-    GpuStage("step", 65, "A training step, and the price of nesting"),
+    GpuStage("mixers", 40, "Mixers: forward and backward, against plain PyTorch"),
+    GpuStage("step", 60, "A training step, and the price of nesting"),
     GpuStage("catalogue", 60, "A training step by the size of the catalogue"),
     GpuStage("training", 80, "A short training, killed and resumed"),
 )

@@ -29,6 +29,7 @@ from fmrl_dist.data.batches import Packed
 
 LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 2e-4
+CASES = (("full", "lru"), ("sampled", "lru"), ("sampled", "attention"), ("sampled", "filter"))  # softmax and mixer
 BF16_FACTOR = 2.0
 
 
@@ -47,13 +48,14 @@ def main(argv: list[str]) -> None:
     cpu = torch.device("cpu")
     columns = make_columns(num_items, num_columns_of(feature_dim), torch.float32, cpu)
     full = make_batch(num_positions, num_items, cpu)
-    for softmax, batch in (("full", full), ("sampled", with_negatives(full, num_items))):
+    batches: dict[str, Packed] = {"full": full, "sampled": with_negatives(full, num_items)}
+    for softmax, mixer in CASES:
 
         def result(
-            device: torch.device, precision: str, impl: str, batch: Packed = batch, columns: Tensor = columns
+            device: torch.device, precision: str, impl: str, batch: Packed = batches[softmax], mixer: str = mixer
         ) -> LossesAndGradients:
             typed = columns.to(device, DTYPES[precision] or torch.float32)
-            module = make_module(typed, feature_dim, sizes, impl, precision)
+            module = make_module(typed, feature_dim, sizes, impl, precision, mixer)
             losses = module(batch.to(device))
             losses.sum().backward()
             gradients = {n: p.grad.cpu() for n, p in module.model.named_parameters() if p.grad is not None}
@@ -64,7 +66,7 @@ def main(argv: list[str]) -> None:
             on_cpu = reference if precision == "fp32" else result(cpu, precision, "tiled")
             for impl in run.impls(precision):
                 found = result(run.device, precision, impl)
-                compare(run, f"{softmax} softmax, {precision}, {impl}", found, reference, on_cpu)
+                compare(run, f"{mixer}, {softmax} softmax, {precision}, {impl}", found, reference, on_cpu)
     run.finish()
 
 

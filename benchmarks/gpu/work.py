@@ -63,11 +63,13 @@ def with_negatives(batch: Packed, num_items: int, num_negatives: int = NUM_NEGAT
     )
 
 
-def make_module(columns: Tensor, feature_dim: int, sizes: tuple[int, ...], impl: str, precision: str) -> TrainingModule:
+def make_module(
+    columns: Tensor, feature_dim: int, sizes: tuple[int, ...], impl: str, precision: str, mixer: str = "lru"
+) -> TrainingModule:
     """A training module with seeded weights on the columns' device; ``columns`` [V, C] as its encoder takes them."""
     torch.manual_seed(0)
     dtype = DTYPES[precision]
-    model = FMRLRec(sizes, 2, {"text": feature_dim}, matmul_dtype=dtype).to(columns.device)
+    model = FMRLRec(sizes, 2, {"text": feature_dim}, matmul_dtype=dtype, mixer=mixer).to(columns.device)
     return TrainingModule(model, columns, LossSettings(sizes, impl=impl, dtype=dtype))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import warnings
 from collections.abc import Callable
 
@@ -11,6 +13,8 @@ from torch import Tensor
 
 from fmrl_dist.losses.log_sum_exp import catalogue_log_sum_exp
 from fmrl_dist.losses.settings import LossSettings
+from fmrl_dist.model.dropout import NestedDropout
+from fmrl_dist.model.mixers.mixing import MIXERS, Mixing, build_mixer
 from fmrl_dist.model.nested import nested_linear
 from fmrl_dist.model.scan import packed_scan
 from tests.fixtures.normalizers import DISTILLED, values_and_gradients
@@ -25,6 +29,7 @@ FEATURES = 23
 # float64 on a GPU sums in another order; float32 also multiplies in float32
 BUDGET = {torch.float64: 1e-10, torch.float32: 5e-6}
 SCAN_BUDGET = 3e-5  # float32, powers of the decay by squaring
+MIXER_BUDGET = 3e-5  # float32, through all of a mixer
 TRITON_DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -130,6 +135,41 @@ def count_waits(work: Callable[[], object]) -> int:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return sum("synchronizing" in str(warning.message) for warning in caught)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_mixer(mixer: str) -> None:
+    """Outputs and all gradients; the plain twin takes one sequence at a time."""
+    lengths = (5, 1, 0, 64, 17)
+    starts = torch.tensor([0, *itertools.accumulate(lengths)])
+    mixing = Mixing(mixer, 0.5, 0.99, 16, "rotary", max(lengths))
+    plain, ours = (build_mixer(mixing, EVEN_SIZES, None, scan).double() for scan in ("plain", "auto"))
+    ours.load_state_dict(copy.deepcopy(plain.state_dict()))
+    x, upstream = draw(sum(lengths), EVEN_SIZES[-1]), draw(sum(lengths), EVEN_SIZES[-1])
+
+    def results(module: torch.nn.Module, x: Tensor, starts: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
+        x.requires_grad_()
+        y = module(x, starts)
+        return y.detach(), *torch.autograd.grad(y, [x, *module.parameters()], upstream)
+
+    given, gradient = on_gpu([x, upstream], torch.float32)
+    found = results(ours.to("cuda", torch.float32), given, starts.cuda(), gradient)
+    check(found, results(plain, x, starts, upstream), MIXER_BUDGET)
+
+
+def test_dropout_has_each_channels_rate_and_never_waits_for_the_device() -> None:
+    sizes, rows = (4, 9, 35), 40_000
+    dropout = NestedDropout(sizes, 0.5, 0.4)
+    x = torch.rand(rows, sizes[-1], device="cuda") + 1
+    dropout(x)  # makes the thresholds
+    found: list[Tensor] = []
+    assert count_waits(lambda: found.append(dropout(x))) == 0
+    for (low, high), rate in zip(((0, 4), (4, 9), (9, 35)), dropout.rates, strict=True):
+        part, given = found[0][:, low:high], x[:, low:high]
+        kept = part != 0
+        deviation = (rate * (1 - rate) / kept.numel()) ** 0.5
+        assert abs(float(kept.double().mean()) - (1 - rate)) < 5 * deviation + 1 / 2**16
+        torch.testing.assert_close(part[kept], given[kept] / (1 - rate), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("dtype", BUDGET)
