@@ -213,8 +213,8 @@ class TorchSoftmax:
                 row *= factor
         if plan.correction is not None:
             correction = plan.correction.of_tile(rows, tile.columns)
-            scores += correction.offsets
-            scores.masked_fill_(correction.target_ids[:, None] == correction.item_ids, LEFT_OUT)
+            hits = correction.target_ids[:, None] == correction.item_ids
+            scores += torch.where(hits, LEFT_OUT, correction.offsets)  # LEFT_OUT plus a score rounds to itself
         return scores
 
     def _reused(self, shape: tuple[int, int, int]) -> Tensor:
