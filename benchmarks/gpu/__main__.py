@@ -41,15 +41,15 @@ class GpuStage:
 
 
 STAGES = (
-    GpuStage("machine", 14, "Rates of the machine"),
-    GpuStage("tests", 75, "Tests marked `gpu`"),
-    GpuStage("equality", 65, "One training step: CPU against GPU"),
+    GpuStage("machine", 12, "Rates of the machine"),
+    GpuStage("tests", 60, "Tests marked `gpu`"),
+    GpuStage("equality", 60, "One training step: CPU against GPU"),
     GpuStage("loss", 70, "The loss: forward and backward"),
-    GpuStage("scan", 35, "The scan: forward and backward"),
-    GpuStage("mixers", 40, "Mixers: forward and backward, against plain PyTorch"),
-    GpuStage("step", 60, "A training step, and the price of nesting"),
-    GpuStage("catalogue", 60, "A training step by the size of the catalogue"),
-    GpuStage("training", 80, "A short training, killed and resumed"),
+    GpuStage("scan", 40, "The scan: forward and backward"),
+    GpuStage("mixers", 38, "Mixers: forward and backward, against plain PyTorch"),
+    GpuStage("step", 58, "A training step, and the price of nesting"),
+    GpuStage("catalogue", 62, "A training step by the size of the catalogue"),
+    GpuStage("training", 100, "A short training, killed and resumed"),
 )
 assert sum(stage.limit_s for stage in STAGES) <= 500, "with what starting and ending takes, nine minutes"
 

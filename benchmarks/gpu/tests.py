@@ -30,6 +30,9 @@ def main(argv: list[str]) -> None:
         if importlib.util.find_spec("xdist") is not None:  # most of the time is Triton's compiler
             command += ["--numprocesses", str(min(os.cpu_count() or 1, PROCESSES))]
         code = subprocess.run([*command, *map(str, modules)], cwd=REPOSITORY, check=False).returncode
+        if not report.exists():
+            run.refuse(f"pytest ended with exit code {code} before any test")
+            run.finish()
         suite = ElementTree.parse(report).getroot().find("testsuite")
     assert suite is not None
     counts = {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}
