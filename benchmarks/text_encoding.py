@@ -22,8 +22,8 @@ import transformers
 from torch.nn import functional as F
 
 from fmrl_dist.base.errors import UserError, require, run_command
+from fmrl_dist.config.data_section import DataConfig
 from fmrl_dist.config.features import TransformersFeature
-from fmrl_dist.config.sections import DataConfig
 from shards.encoders.item_text import DEFAULT_PARTS, item_texts, template_columns
 from shards.encoders.text_encoder import TextEncoder, load_encoder, pool
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from fmrl_dist.base.errors import UserError, require, run_command
 from fmrl_dist.base.files import json_sha256
 from fmrl_dist.config.command_line import CommandParser
-from fmrl_dist.config.sections import EvalConfig
+from fmrl_dist.config.train_section import EvalConfig
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.distributed.processes import start_runtime
 from fmrl_dist.distributed.signals import StopRequest

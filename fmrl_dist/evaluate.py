@@ -32,8 +32,9 @@ from fmrl_dist.checkpoint.folder import load_checkpoint
 from fmrl_dist.checkpoint.run_folder import run_of_best
 from fmrl_dist.config.command_line import CommandParser
 from fmrl_dist.config.credentials import warn_of_credentials
+from fmrl_dist.config.data_section import StoreConfig
 from fmrl_dist.config.loading import config_from_dict
-from fmrl_dist.config.sections import RANK_METRICS, EvalConfig, StoreConfig
+from fmrl_dist.config.train_section import RANK_METRICS, EvalConfig
 from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.vocabulary import external_ids, rows_of

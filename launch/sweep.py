@@ -24,7 +24,7 @@ from fmrl_dist.base.locks import only_writer
 from fmrl_dist.base.urls import is_url
 from fmrl_dist.config.command_line import CommandParser
 from fmrl_dist.config.credentials import refuse_credentials_in_words
-from fmrl_dist.config.sections import check_path
+from fmrl_dist.config.data_section import check_path
 from launch.local.processes import LocalJob, end_jobs
 from launch.local.signals import ENDING, EndedBySignal, ending_signals_raise, listening
 from launch.slurm.follow import summary

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from fmrl_dist.base.errors import require, run_command
 from fmrl_dist.config.command_line import CommandParser
-from fmrl_dist.config.sections import StoreConfig
+from fmrl_dist.config.data_section import StoreConfig
 from fmrl_dist.data.store.derived import damaged_files
 from fmrl_dist.data.store.reader import Store
 from shards.store.problems import foreign_names, store_problems

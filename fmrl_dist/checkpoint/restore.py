@@ -10,7 +10,8 @@ from fmrl_dist import __version__
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.checkpoint.export_folder import ExportedModel, Origin
 from fmrl_dist.checkpoint.folder import Checkpoint
-from fmrl_dist.config.sections import Config, ModelConfig
+from fmrl_dist.config.model_section import ModelConfig
+from fmrl_dist.config.sections import Config
 from fmrl_dist.data.feature_identity import encoder_differences, feature_encoders
 from fmrl_dist.data.item_table import ItemTable, feature_dims, load_item_table
 from fmrl_dist.data.items_differ import check_items_differ

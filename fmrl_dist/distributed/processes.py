@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.launch_variables import is_alone, refuse_one_process_trap
-from fmrl_dist.config.sections import TrainPrecision
+from fmrl_dist.config.train_section import TrainPrecision
 from fmrl_dist.distributed.deepspeed import asks_for_deepspeed, checked_plugin, leave_out_unused_build
 
 # MPI's, which Accelerate reads too, and srun's: processes that such a program starts do not meet.

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fmrl_dist.base.files import json_sha256, write_atomically
-from fmrl_dist.config.sections import MAX_CUTOFF
+from fmrl_dist.config.train_section import MAX_CUTOFF
 from fmrl_dist.data.batches import EvaluationBlock
 from fmrl_dist.data.item_statistics import train_counts
 from fmrl_dist.data.item_table import ItemTable, feature_dims, load_item_table

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fmrl_dist.base.parts import WHOLE, Part
-from fmrl_dist.config.sections import EvalConfig
+from fmrl_dist.config.train_section import EvalConfig
 from fmrl_dist.data.batches import EvaluationBlock, evaluation_blocks
 from fmrl_dist.data.item_statistics import train_counts
 from fmrl_dist.data.store.reader import Store

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fmrl_dist.config.sections import EvalConfig
+from fmrl_dist.config.train_section import EvalConfig
 
 GAINS = {
     "recall": lambda r: 1.0,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fmrl_dist.checkpoint.restore import construct_model
-from fmrl_dist.config.sections import ModelConfig
+from fmrl_dist.config.model_section import ModelConfig
 from fmrl_dist.data.feature_scale import FITTED, block_parts, feature_affine, feature_sums, table_parts
 from fmrl_dist.data.item_statistics import train_counts
 from fmrl_dist.data.item_table import ItemTable, feature_dims

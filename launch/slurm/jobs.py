@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fmrl_dist.base.errors import UserError
-from fmrl_dist.config.sections import check_path
+from fmrl_dist.config.data_section import check_path
 from launch.slurm.job_states import import_submitit, require_slurm
 from launch.slurm.record import SubmittedStage
 

@@ -27,7 +27,7 @@ from fmrl_dist.base.json_text import read_object
 from fmrl_dist.base.locks import LockHeldError, lock_file
 from fmrl_dist.base.urls import hide_credentials
 from fmrl_dist.base.yaml_text import read_yaml
-from fmrl_dist.config.sections import StoreConfig
+from fmrl_dist.config.data_section import StoreConfig
 from fmrl_dist.data.store.reader import Store
 from launch.sweeps.space import SearchSpace, overrides, read_space
 from launch.sweeps.study import JOURNAL, SweepStudy, Trial

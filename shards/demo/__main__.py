@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fmrl_dist.base.errors import run_command
 from fmrl_dist.config.command_line import CommandParser
-from fmrl_dist.config.sections import DemoConfig
+from fmrl_dist.config.data_section import DemoConfig
 from shards.demo.folder import write_demo
 
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.parts import Part
+from fmrl_dist.config.data_section import DataConfig
 from fmrl_dist.config.features import (
     FeatureConfig,
     NpyFeature,
@@ -28,7 +29,6 @@ from fmrl_dist.config.features import (
     TfidfFeature,
     TransformersFeature,
 )
-from fmrl_dist.config.sections import DataConfig
 from shards.encoders.fitted import product_codes
 from shards.encoders.item_feature import ItemFeature
 from shards.encoders.item_text import ItemTexts, item_texts, parts_for

@@ -24,7 +24,7 @@ import numpy as np
 
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.files import final_name, json_sha256, write_atomically
-from fmrl_dist.config.sections import StoreConfig
+from fmrl_dist.config.data_section import StoreConfig
 from shards.encodings.content_keys import KEY
 from shards.encodings.segments import SEGMENT_FILE, DamagedSegmentError, Segment, read_segment, write_segment
 

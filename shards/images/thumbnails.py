@@ -13,8 +13,8 @@ from PIL import Image
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.parquet import open_parquet
 from fmrl_dist.base.progress import Progress
+from fmrl_dist.config.data_section import DataConfig
 from fmrl_dist.config.features import ImageFeature
-from fmrl_dist.config.sections import DataConfig
 from shards.encoders.item_images import ImageTable, read_image
 from shards.images.causes import UnreadableImageError
 from shards.images.decoding import decode_image

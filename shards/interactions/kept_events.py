@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from fmrl_dist.base.errors import UserError, require
-from fmrl_dist.config.sections import DataConfig
+from fmrl_dist.config.data_section import DataConfig
 from fmrl_dist.config.tables import InteractionsConfig
 from shards.interactions.engine import count
 from shards.interactions.funnel import Funnel

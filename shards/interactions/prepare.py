@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from fmrl_dist.base.files import file_sha256, json_sha256, replaced_folder
 from fmrl_dist.base.locks import BeingWrittenError, only_writer
 from fmrl_dist.base.yaml_text import shown
-from fmrl_dist.config.sections import DataConfig
+from fmrl_dist.config.data_section import DataConfig
 from fmrl_dist.config.tables import InteractionsConfig, SplitConfig
 from fmrl_dist.data.store.tables import rows_sha256
 from shards.interactions.engine import open_engine

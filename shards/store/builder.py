@@ -22,7 +22,8 @@ from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import file_sha256, foreign_entries, replaced_folder
 from fmrl_dist.base.progress import Progress
 from fmrl_dist.base.urls import hide_credentials, is_url
-from fmrl_dist.config.sections import Config, DataConfig
+from fmrl_dist.config.data_section import DataConfig
+from fmrl_dist.config.sections import Config
 from fmrl_dist.data.store.block_arrays import row_problem
 from fmrl_dist.data.store.files import FILE_NAME
 from fmrl_dist.data.store.manifest import (

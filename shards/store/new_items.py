@@ -18,6 +18,7 @@ from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import file_sha256
 from fmrl_dist.base.id_columns import IdKind
 from fmrl_dist.base.json_text import read_object
+from fmrl_dist.config.data_section import DataConfig
 from fmrl_dist.config.features import (
     FeatureConfig,
     ImageFeature,
@@ -29,7 +30,7 @@ from fmrl_dist.config.features import (
     TfidfFeature,
     TransformersFeature,
 )
-from fmrl_dist.config.sections import DataConfig, ItemTableConfig
+from fmrl_dist.config.tables import ItemTableConfig
 from fmrl_dist.data.store.block_arrays import row_problem
 from fmrl_dist.data.store.manifest import CODES
 from shards.encoders.item_feature import ItemFeature

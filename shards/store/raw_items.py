@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 
 from fmrl_dist.base.errors import require
 from fmrl_dist.base.id_columns import ids_or_null
+from fmrl_dist.config.data_section import DataConfig
 from fmrl_dist.config.features import NpyFeature, TextFeature
-from fmrl_dist.config.sections import DataConfig
 from shards.encoders.item_text import number_columns, parts_for, template_columns
 from shards.tables.bad_rows import check_bad_rows
 from shards.tables.column_kinds import is_text, require_ids, require_text, require_title

@@ -13,7 +13,7 @@ from fmrl_dist.base.files import write_atomically
 from fmrl_dist.base.pages.document import Heading, Section, document
 from fmrl_dist.base.pages.markup import Markup, element, joined
 from fmrl_dist.base.parquet import bounded_table
-from fmrl_dist.config.sections import DataConfig
+from fmrl_dist.config.data_section import DataConfig
 from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.store.tables import table_batches

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from fmrl_dist.base.id_columns import ids_or_null
-from fmrl_dist.config.sections import DataConfig
+from fmrl_dist.config.data_section import DataConfig
 from fmrl_dist.config.tables import SequenceTableConfig
 from shards.tables.column_kinds import is_text, require_ids, require_lists, require_rating, require_times, require_word
 from shards.tables.formats.choice import event_source

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from fmrl_dist.base.errors import require
-from fmrl_dist.config.sections import DataConfig
+from fmrl_dist.config.data_section import DataConfig
 from shards.tables.bad_rows import check_bad_rows
 from shards.tables.engine import quiet
 from shards.tables.event_batches import (

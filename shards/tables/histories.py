@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.id_columns import as_ids
-from fmrl_dist.config.sections import DataConfig
+from fmrl_dist.config.data_section import DataConfig
 from fmrl_dist.config.tables import SequenceTableConfig, TimeUnit
 from shards.tables.event_batches import check_event_table, event_tables
 from shards.tables.formats.choice import event_source

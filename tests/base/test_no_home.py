@@ -9,7 +9,7 @@ import pytest
 
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.files import home_folder
-from fmrl_dist.config.sections import StoreConfig
+from fmrl_dist.config.data_section import StoreConfig
 from fmrl_dist.data.store.reader import Store
 from launch import submit, sweep
 from launch.slurm.jobs import batch_script

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.urls import hide_credentials, is_url
+from fmrl_dist.config.data_section import StoreConfig
 from fmrl_dist.config.loading import load_config
-from fmrl_dist.config.sections import StoreConfig
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.data.store.remote import PROTOCOLS, checked_url
 from shards.build import main as build_main

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.measuring.timing import forget_peak, peak_resident_bytes
 from fmrl_dist import plan
 from fmrl_dist.config.loading import load_config
-from fmrl_dist.config.sections import TrainConfig
+from fmrl_dist.config.train_section import TrainConfig
 from fmrl_dist.data.batches import Packed, SampledBatch
 from fmrl_dist.data.item_table import ItemTable
 from fmrl_dist.distributed.processes import start_runtime

@@ -18,9 +18,12 @@ from hypothesis import strategies as st
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.checkpoint.folder import TrainState, save_checkpoint
 from fmrl_dist.checkpoint.run_folder import open_run
+from fmrl_dist.config.data_section import DataConfig, StoreConfig
 from fmrl_dist.config.features import NpyFeature
 from fmrl_dist.config.loading import DEMO_CONFIG, config_from_dict, load_config
-from fmrl_dist.config.sections import Config, DataConfig, LossConfig, ModelConfig, RunConfig, StoreConfig, TrainConfig
+from fmrl_dist.config.model_section import LossConfig, ModelConfig
+from fmrl_dist.config.sections import Config
+from fmrl_dist.config.train_section import RunConfig, TrainConfig
 from tests.fixtures.processes import REPOSITORY
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))

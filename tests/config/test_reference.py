@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from fmrl_dist.base.errors import UserError
+from fmrl_dist.config.data_section import DataConfig, DemoConfig
 from fmrl_dist.config.reference import FILE, field_comments, help_config, markdown, reference
-from fmrl_dist.config.sections import Config, DataConfig, DemoConfig
+from fmrl_dist.config.sections import Config
 from fmrl_dist.config.tables import IdKinds
 from tests.fixtures.processes import REPOSITORY
 from tests.fixtures.training import run_module

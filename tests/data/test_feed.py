@@ -19,8 +19,9 @@ import torch.distributed as dist
 from fmrl_dist import train
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.checkpoint.folder import load_checkpoint
+from fmrl_dist.config.data_section import StoreConfig
 from fmrl_dist.config.loading import load_config
-from fmrl_dist.config.sections import Config, StoreConfig
+from fmrl_dist.config.sections import Config
 from fmrl_dist.data.batches import Packed
 from fmrl_dist.data.feed import BatchFeed
 from fmrl_dist.data.negatives import make_sampler

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from fmrl_dist.base.errors import UserError
+from fmrl_dist.config.data_section import StoreConfig
 from fmrl_dist.config.loading import load_config
-from fmrl_dist.config.sections import StoreConfig
 from fmrl_dist.data.item_table import load_item_table
 from fmrl_dist.data.store.derived import damaged_files
 from fmrl_dist.data.store.manifest import Block

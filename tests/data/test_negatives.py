@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from fmrl_dist import evaluate, export, train
 from fmrl_dist.base.errors import UserError
-from fmrl_dist.config.sections import StoreConfig
+from fmrl_dist.config.data_section import StoreConfig
 from fmrl_dist.data import item_statistics
 from fmrl_dist.data.alias import alias_table, draw
 from fmrl_dist.data.batches import SampledBatch

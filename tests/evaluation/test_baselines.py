@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from fmrl_dist.config.data_section import StoreConfig
 from fmrl_dist.config.loading import load_config
-from fmrl_dist.config.sections import StoreConfig
 from fmrl_dist.data.item_statistics import train_counts
 from fmrl_dist.data.item_table import load_item_table
 from fmrl_dist.data.store.reader import Store

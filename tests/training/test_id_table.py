@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fmrl_dist.config.sections import TrainConfig
+from fmrl_dist.config.train_section import TrainConfig
 from fmrl_dist.data.batches import SampledBatch
 from fmrl_dist.data.item_table import ItemTable
 from fmrl_dist.distributed.processes import Runtime, start_runtime

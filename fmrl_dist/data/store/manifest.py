@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.files import json_sha256
-from fmrl_dist.config.sections import FEATURE_NAME
+from fmrl_dist.config.data_section import FEATURE_NAME
 from fmrl_dist.data.store.built_from import BuiltFrom
 from fmrl_dist.data.store.cache import SHA256
 

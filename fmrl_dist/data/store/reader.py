@@ -25,7 +25,7 @@ import numpy as np
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.parquet import memory_bytes
 from fmrl_dist.base.urls import is_url
-from fmrl_dist.config.sections import StoreConfig
+from fmrl_dist.config.data_section import StoreConfig
 from fmrl_dist.data.store.block_arrays import item_problems, parse_block, user_problems
 from fmrl_dist.data.store.cache import RangeCache
 from fmrl_dist.data.store.files import LocalFiles, SourceError, StoreFiles

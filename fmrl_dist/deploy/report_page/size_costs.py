@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fmrl_dist.checkpoint.restore import construct_model
-from fmrl_dist.config.sections import ModelConfig
+from fmrl_dist.config.model_section import ModelConfig
 from fmrl_dist.deploy.session import HEADER_LENGTH, ROW_PARTS
 from fmrl_dist.model.nested import nested_mask
 from fmrl_dist.model.stored_tensors import DTYPES, is_matrix

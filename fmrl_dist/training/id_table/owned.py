@@ -25,7 +25,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from fmrl_dist.config.sections import TrainConfig
+from fmrl_dist.config.train_section import TrainConfig
 from fmrl_dist.distributed.collectives import exchange_counts, exchange_rows
 from fmrl_dist.distributed.processes import Runtime
 from fmrl_dist.evaluation.split_catalogue import tile_bounds

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fmrl_dist.config.sections import TrainConfig
+from fmrl_dist.config.train_section import TrainConfig
 from fmrl_dist.distributed.collectives import to_everyone
 from fmrl_dist.distributed.processes import Runtime
 from fmrl_dist.model.fmrlrec import FMRLRec

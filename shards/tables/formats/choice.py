@@ -10,7 +10,7 @@ from types import ModuleType
 from fmrl_dist.base.errors import require
 from fmrl_dist.base.table_files import rooted, table_files
 from fmrl_dist.base.urls import is_url
-from fmrl_dist.config.sections import DataConfig
+from fmrl_dist.config.data_section import DataConfig
 from fmrl_dist.config.tables import ItemTableConfig, SequenceTableConfig, TablePath
 from shards.tables.formats import amazon2014, amazon2018, amazon2023, movielens
 from shards.tables.formats.item_rows import bad_rows_of, plain_items

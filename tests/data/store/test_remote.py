@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from fmrl_dist.base.errors import UserError
-from fmrl_dist.config.sections import StoreConfig
+from fmrl_dist.config.data_section import StoreConfig
 from fmrl_dist.data.item_table import load_item_table
 from fmrl_dist.data.store import remote
 from fmrl_dist.data.store.files import SourceError

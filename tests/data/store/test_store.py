@@ -17,7 +17,7 @@ import webdataset
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from fmrl_dist.base.errors import UserError
-from fmrl_dist.config.sections import StoreConfig
+from fmrl_dist.config.data_section import StoreConfig
 from fmrl_dist.data.store import files
 from fmrl_dist.data.store.block_arrays import parse_block
 from fmrl_dist.data.store.files import SourceError

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from fmrl_dist.base.errors import UserError
-from fmrl_dist.config.sections import StoreConfig
+from fmrl_dist.config.data_section import StoreConfig
 from shards.encodings.content_keys import as_keys, content_key
 from shards.encodings.kept_rows import ABANDONED_S, KeptRows, encodings_folder
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmrl_dist.base.errors import UserError
-from fmrl_dist.config.sections import StoreConfig
+from fmrl_dist.config.data_section import StoreConfig
 from fmrl_dist.data.store.reader import Store
 from shards.store import builder
 from shards.store.builder import build_store

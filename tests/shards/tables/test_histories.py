@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fmrl_dist.base.errors import UserError
-from fmrl_dist.config.sections import DataConfig
+from fmrl_dist.config.data_section import DataConfig
 from shards.encoders.item_text import item_texts
 from shards.store.builder import build_store
 from shards.store.inputs import check_built_from

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fmrl_dist.base.errors import UserError
-from fmrl_dist.config.sections import DataConfig
+from fmrl_dist.config.data_section import DataConfig
 from shards.encoders.item_text import item_texts, parts_for
 from shards.store.raw_items import check_raw_items, read_raw_items
 from shards.tables.formats.item_rows import price_or_none
