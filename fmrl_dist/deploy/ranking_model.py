@@ -114,6 +114,14 @@ class RankingModel:
         Raises:
             UserError: a history is empty and the start position was not trained; or outputs are not finite.
         """
+        return self.compared_outputs(self.last_outputs(histories))
+
+    def last_outputs(self, histories: Sequence[np.ndarray]) -> np.ndarray:
+        """The network's outputs after each history, float32 [B, D]; see :meth:`encode`.
+
+        Raises:
+            UserError: a history is empty and the start position was not trained.
+        """
         read = [rows[-self.max_length :] for rows in histories]
         is_empty = np.array([len(rows) == 0 for rows in read], bool)
         require(
@@ -123,7 +131,7 @@ class RankingModel:
         z = np.empty((len(read), self.size), np.float32)
         z[is_empty] = self.start_output
         z[~is_empty] = self._reader.last_outputs(self.item_inputs, [rows for rows in read if len(rows)])
-        return self.compared_outputs(z)
+        return z
 
     def compared_outputs(self, z: np.ndarray) -> np.ndarray:
         """The network's outputs [B, D] as they are compared with items, [B, W]: rotated and cut, of unit length.
@@ -213,12 +221,12 @@ class RankingModel:
         Raises:
             UserError: its mixer has no state of fixed size.
         """
-        check_has_state(self.model, "sessions need")
+        check_has_state(self.model, "reading event by event needs")
         return OneEvent(self.model)
 
     @property
     def has_state(self) -> bool:
-        """Whether the model has a state of fixed size, which sessions need."""
+        """Whether the model has a state of fixed size; sessions of others read their last events anew."""
         return self.model.mixing.mixer == "lru"
 
     @cached_property

@@ -1,12 +1,13 @@
 """Sessions: users whose history grows, at a cost per event that does not depend on its length.
 
-A session is the exact recurrence over all events that it has observed. Up to ``max_length`` events that is what
-``Recommender.recommend`` says for the same history; of a longer one, ``recommend`` reads the last ``max_length`` events
-only, as an evaluation does.
+With mixer lru, a session is the exact recurrence over all events that it has observed. Up to ``max_length`` events that
+is what ``Recommender.recommend`` says for the same history; of a longer one, ``recommend`` reads the last
+``max_length`` events only, as an evaluation does. With other mixers a session reads these, too, so that it always says
+what ``recommend`` says (:mod:`fmrl_dist.deploy.session_memory`).
 
 A state is one float32 array, so that any store of numbers can keep it. docs/deploy.md, "The state of a session", has
-its layout: a header of integers, the recurrence's state [depth, 2, D], the output [D] and the rows of the items that
-were seen. Integers are written in parts of 16 bits, the lowest first, which float32 holds exactly.
+its layout: a header of integers, what the session's memory keeps, and the rows of the items that were seen. Integers
+are written in parts of 16 bits, the lowest first, which float32 holds exactly.
 """
 
 from __future__ import annotations
@@ -18,8 +19,20 @@ import numpy as np
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.deploy.item_vocabulary import ItemId, ItemIds, ItemIdsOfEach, ItemVocabulary, Recommendation
 from fmrl_dist.deploy.ranking_model import RankingModel
+from fmrl_dist.deploy.session_memory import (
+    PART,
+    ROW_PARTS,
+    LastEvents,
+    Recurrences,
+    SessionMemory,
+    row_numbers,
+    rows_of_numbers,
+    session_memory,
+    whole_number,
+)
 
-MAGIC, STATE_VERSION = 0x5346, 1  # "FS"
+MAGIC = 0x5346  # "FS"
+LAYOUTS = (Recurrences.layout, LastEvents.layout)  # versions of a state's layout that are read
 # Integers of the header, and the parts of each.
 HEADER = {
     "magic": 1,
@@ -33,8 +46,6 @@ HEADER = {
     "seen": 2,
 }
 HEADER_LENGTH = sum(HEADER.values())
-ROW_PARTS = 2
-PART = 1 << 16
 
 
 class Session:
@@ -43,21 +54,16 @@ class Session:
     Args:
         model: ranks the catalogue.
         vocabulary: its items.
-        state: memory for the recurrence's state, float32 [depth, 2, D]; None: its own.
-        output: memory for the output, float32 [D]; None: its own.
+        memory: of several sessions, where this one is new; None: its own.
+        place: which of them.
     """
 
     def __init__(
-        self,
-        model: RankingModel,
-        vocabulary: ItemVocabulary,
-        state: np.ndarray | None = None,
-        output: np.ndarray | None = None,
+        self, model: RankingModel, vocabulary: ItemVocabulary, memory: SessionMemory | None = None, place: int = 0
     ) -> None:
         self._model, self._vocabulary = model, vocabulary
-        self._state = model.one_event.initial_state() if state is None else state
-        self._output = np.empty(model.size, np.float32) if output is None else output
-        self._state[...], self._output[...] = 0, model.start_output
+        self._memory = session_memory(model, 1) if memory is None else memory
+        self._place = place
         self._seen: dict[int, None] = {}  # rows, in the order of their first event
         self.num_events = 0
 
@@ -72,12 +78,11 @@ class Session:
 
     def observe_row(self, row: int) -> None:
         """:meth:`observe` the item of a row."""
-        model = self._model
-        self._output[...] = model.one_event(self._state, model.item_inputs[row])
+        self._memory.observe(self._place, row)
         self.note(row)
 
     def note(self, row: int) -> None:
-        """Count an event that is part of the state already."""
+        """Count an event that is in the memory already."""
         self._seen[row] = None
         self.num_events += 1
 
@@ -93,8 +98,8 @@ class Session:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the recurrence's state and of the output."""
-        return self._state.nbytes + self._output.nbytes
+        """Memory of the events."""
+        return self._memory.num_bytes(self._place)
 
     @property
     def is_answered(self) -> bool:
@@ -108,7 +113,7 @@ class Session:
             UserError: there is none.
         """
         require(self.is_answered, "the session is empty, and the model was trained without loss.predict_first")
-        return self._model.compared_outputs(self._output[None])
+        return self._model.compared_outputs(self._memory.outputs([self._place]))
 
     def recommend(
         self,
@@ -134,9 +139,9 @@ class Session:
         """All of the session in one array, float32, for :meth:`restore`."""
         header = {
             "magic": MAGIC,
-            "version": STATE_VERSION,
+            "version": self._memory.layout,
             "size": self._model.size,
-            "depth": self._model.one_event.depth,
+            "depth": self._model.model.depth,
             "model": _hash_bits(self._model.model_sha256),
             "num_items": self._model.num_items,
             "items": _hash_bits(self._vocabulary.sha256(self._model.num_items)),
@@ -144,9 +149,7 @@ class Session:
             "seen": len(self._seen),
         }
         numbers = [part for name, value in header.items() for part in _parts(value, HEADER[name])]
-        seen = self.seen
-        rows = np.stack((seen % PART, seen // PART), 1).reshape(-1)
-        return np.concatenate((numbers, self._state.reshape(-1), self._output, rows), dtype=np.float32)
+        return np.concatenate((numbers, self._memory.numbers(self._place), row_numbers(self.seen)), dtype=np.float32)
 
     def restore(self, state: np.ndarray | Sequence[float]) -> None:
         """Become the session that a :meth:`state` is of.
@@ -160,8 +163,9 @@ class Session:
         model = self._model
         for name, value, what in (
             ("size", model.size, "size"),
-            ("depth", model.one_event.depth, "depth"),
+            ("depth", model.model.depth, "depth"),
             ("model", _hash_bits(model.model_sha256), "model, hash"),
+            ("version", self._memory.layout, "layout of states"),
         ):
             require(
                 header[name] == value, f"the state is of another model: {what} {header[name]}; this one has {value}"
@@ -171,22 +175,22 @@ class Session:
             known <= model.num_items and header["items"] == _hash_bits(self._vocabulary.sha256(known)),
             f"the state is of another catalogue of {known} items, not of the first of these {model.num_items}",
         )
-        ends = HEADER_LENGTH + np.cumsum([self._state.size, self._output.size, ROW_PARTS * header["seen"]])
-        require(
-            len(array) == ends[-1], f"the state has {len(array)} numbers; expected {ends[-1]}: it is cut or damaged"
-        )
-        recurrent, output, rows = np.split(array[HEADER_LENGTH:], ends[:2] - HEADER_LENGTH)
-        seen = [_whole(pair) for pair in rows.reshape(-1, ROW_PARTS)]
-        require(
-            bool(np.isfinite(array).all())
-            and None not in seen
-            and len(set(seen)) == len(seen)
-            and all(row < known for row in seen if row is not None)
-            and min(1, header["events"]) <= len(seen) <= header["events"],
-            "the state is damaged: it holds numbers or items that no session has",
-        )
-        self._state[...], self._output[...] = recurrent.reshape(self._state.shape), output
-        self._seen = {row: None for row in seen if row is not None}
+        end_of_memory = HEADER_LENGTH + self._memory.num_numbers(header["events"])
+        end = end_of_memory + ROW_PARTS * header["seen"]
+        require(len(array) == end, f"the state has {len(array)} numbers; expected {end}: it is cut or damaged")
+        seen = rows_of_numbers(array[end_of_memory:])
+        content = None if seen is None else self._memory.read(array[HEADER_LENGTH:end_of_memory], seen)
+        if (
+            seen is None
+            or content is None
+            or not np.isfinite(array).all()
+            or len(set(seen)) < len(seen)
+            or max(seen, default=-1) >= known
+            or not min(1, header["events"]) <= len(seen) <= header["events"]
+        ):
+            raise UserError("the state is damaged: it holds numbers or items that no session has")
+        self._memory.put(self._place, content)
+        self._seen = dict.fromkeys(seen)
         self.num_events = header["events"]
 
 
@@ -203,9 +207,8 @@ class Sessions:
 
     def __init__(self, model: RankingModel, vocabulary: ItemVocabulary, num_sessions: int) -> None:
         self._model, self._vocabulary = model, vocabulary
-        self._states = model.one_event.initial_state(num_sessions)
-        self._outputs = np.empty((num_sessions, model.size), np.float32)
-        self._sessions = [Session(model, vocabulary, *both) for both in zip(self._states, self._outputs, strict=True)]
+        self._memory = session_memory(model, num_sessions)
+        self._sessions = [Session(model, vocabulary, self._memory, place) for place in range(num_sessions)]
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -231,11 +234,16 @@ class Sessions:
         if len(places) == 0:
             return
         rows = np.concatenate(found)
-        states = self._states[places]
-        self._outputs[places] = self._model.one_event(states, self._model.item_inputs[rows])
-        self._states[places] = states
+        self._memory.observe_together(places, rows)
         for place, row in zip(places.tolist(), rows.tolist(), strict=True):
             self._sessions[place].note(row)
+
+    def outputs(self) -> tuple[np.ndarray, np.ndarray]:
+        """What items are compared with, float32 [n, W], of those sessions that have an output, bool [n]."""
+        answered = np.array([session.is_answered for session in self], bool)
+        outputs = np.zeros((len(self), self._model.width_of_vectors), np.float32)
+        outputs[answered] = self._model.compared_outputs(self._memory.outputs(np.flatnonzero(answered).tolist()))
+        return outputs, answered
 
     def recommend(
         self,
@@ -248,9 +256,7 @@ class Sessions:
         """The k best next items of each session; arguments as those of ``Recommender.recommend``."""
         filters = [self._vocabulary.rows_of_lists(lists, unknown) for lists in (allow, deny)]
         exclude = [session.seen for session in self] if exclude_seen else None
-        answered = np.array([session.is_answered for session in self], bool)
-        outputs = np.zeros((len(self), self._model.width_of_vectors), np.float32)
-        outputs[answered] = self._model.compared_outputs(self._outputs[answered])
+        outputs, answered = self.outputs()
         found = self._model.top_k_or_popular(outputs, answered, k, exclude, *filters)
         return self._vocabulary.named(*found)
 
@@ -293,11 +299,11 @@ def _read_header(state: np.ndarray | Sequence[float]) -> tuple[np.ndarray, dict[
     with np.errstate(over="ignore"):
         array = array.astype(np.float32)
     parts = np.split(array[:HEADER_LENGTH], np.cumsum(list(HEADER.values()))[:-1])
-    header = {name: _whole(numbers) for name, numbers in zip(HEADER, parts, strict=True)}
+    header = {name: whole_number(numbers) for name, numbers in zip(HEADER, parts, strict=True)}
     if header["magic"] != MAGIC or None in header.values():
         raise UserError("the array is no state of a session; expected what Session.state() returns")
-    if header["version"] != STATE_VERSION:
-        raise UserError(f"the state has version {header['version']}; this version reads {STATE_VERSION}")
+    if header["version"] not in LAYOUTS:
+        raise UserError(f"the state has version {header['version']}; this version reads {LAYOUTS[0]} and {LAYOUTS[1]}")
     return array, {name: value for name, value in header.items() if value is not None}
 
 
@@ -308,11 +314,3 @@ def _hash_bits(sha256: str) -> int:
 
 def _parts(value: int, count: int) -> list[int]:
     return [value >> (16 * place) & (PART - 1) for place in range(count)]
-
-
-def _whole(parts: np.ndarray) -> int | None:
-    """The integer of some parts; None if they are none."""
-    numbers = parts.tolist()
-    if not all(0 <= number < PART and number == int(number) for number in numbers):
-        return None
-    return sum(int(number) << (16 * place) for place, number in enumerate(numbers))

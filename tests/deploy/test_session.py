@@ -16,6 +16,7 @@ from fmrl_dist.deploy.session import HEADER, HEADER_LENGTH, Session
 from tests.fixtures.exports import ids_of, random_export, random_model, random_recommender, vocabulary_bytes
 
 HISTORY = ["i3", "i14", "i3", "i29", "i0"]
+OTHER_MIXERS = ("attention", "bidirectional", "filter", "bsarec")
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +132,8 @@ def with_number(place: int, number: float) -> Callable[[np.ndarray], object]:
         (lambda state: [[1.0], [1.0, 2.0]], "list is no state of a session"),
         (lambda state: state.astype(np.int64), "ndarray is no state of a session"),
         (with_number(0, 1), "the array is no state of a session"),
-        (with_number(1, 2), "the state has version 2; this version reads 1"),
+        (with_number(1, 3), "the state has version 3; this version reads 1 and 2"),
+        (with_number(1, 2), "the state is of another model: layout of states 2; this one has 1"),
         (with_number(2, 0.5), "the array is no state of a session"),
         (with_number(3, np.nan), "the array is no state of a session"),
         (with_number(HEADER_LENGTH - 2, 5), "the state has 106 numbers; expected 108"),
@@ -209,3 +211,58 @@ def test_without_a_start_position_popularity_answers() -> None:
         recommender.session().output()
     with pytest.raises(UserError, match=r"trained without loss\.predict_first"):
         recommender.encode([np.empty(0, np.int64)])
+
+
+def recommender_of(mixer: str) -> Recommender:
+    return random_recommender(random_export(random_model(mixer=mixer, window=6, head_width=4, low_pass=1)))
+
+
+@pytest.mark.parametrize("mixer", OTHER_MIXERS)
+def test_with_other_mixers_a_session_always_says_what_its_history_does(mixer: str) -> None:
+    """Beyond max_length, too; kept states and sessions together say the same."""
+    recommender = recommender_of(mixer)
+    events = [f"i{item}" for item in np.random.default_rng(0).integers(0, 30, 20)]
+    session, together, kept = recommender.session(), recommender.sessions(2), recommender.session()
+    for num_events in range(len(events) + 1):
+        (expected,) = recommender.recommend([events[:num_events]], k=30)
+        assert_close(session.recommend(30), expected)
+        assert_close(together.recommend(30)[1], expected)
+        assert session.num_events == num_events == together[1].num_events
+        kept.restore(session.state())
+        assert kept.recommend(30) == session.recommend(30)
+        np.testing.assert_array_equal(kept.state(), session.state())
+        if num_events < len(events):
+            session.observe(events[num_events])
+            together.observe([None, events[num_events]])
+    assert recommender.max_length == 6 < len(events)
+    assert session.state().shape == (HEADER_LENGTH + 2 * 6 + 2 * len(set(events)),)
+    assert_close(together.recommend(30)[0], recommender.session().recommend(30))
+    assert recommender.session(events[-6:]).num_bytes == session.num_bytes
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda state: state[:-1], f"the state has {HEADER_LENGTH + 17} numbers; expected {HEADER_LENGTH + 18}: it is"),
+        (with_number(1, 1), "the state is of another model: layout of states 1; this one has 2"),
+        (with_number(HEADER_LENGTH - 4, 4), f"the state has {HEADER_LENGTH + 18} numbers; expected"),
+        (with_number(HEADER_LENGTH, 7), "the state is damaged"),  # an event of an item that was not seen
+        (with_number(HEADER_LENGTH, 0.5), "the state is damaged"),
+        (with_number(HEADER_LENGTH + 1, np.nan), "the state is damaged"),
+        (with_number(-2, 14), "the state is damaged"),
+    ],
+)
+def test_damaged_events_are_refused(change: Callable[[np.ndarray], object], complaint: str) -> None:
+    recommender = recommender_of("attention")
+    state = recommender.session(HISTORY).state()
+    assert refused(recommender.session(["i1"]), change(state)).startswith(complaint)
+
+
+def test_without_a_start_position_popularity_answers_other_mixers_too() -> None:
+    recommender = random_recommender(random_export(random_model(mixer="attention", window=6), predict_first=False))
+    together = recommender.sessions(2)
+    assert [item.item_id for item in together.recommend(3)[0]] == ["i0", "i1", "i2"]
+    together.observe(["i4", None])
+    assert_close(together.recommend(3)[0], recommender.recommend([["i4"]], 3)[0])
+    with pytest.raises(UserError, match=r"trained without loss\.predict_first"):
+        recommender.session().output()

@@ -1,6 +1,7 @@
 """How long a deployment takes on this machine: a small, bounded measurement on one thread.
 
-An event of one user is one step of a session, whatever the history's length; its list is the exact top 10 of all items
+An event of one user is what a session computes after it, whatever the history's length: a step of the recurrence, or,
+with other mixers than the LRU, a pass over the last events. Its list is the exact top 10 of all items
 but those seen. Deployments take turns in short runs, so that other work on the machine disturbs all of them alike.
 """
 
@@ -119,12 +120,14 @@ class Served:
 
     def observe(self, number: int) -> None:
         self.session.observe(self.items[number % MOST_EVENTS])
+        self.session.output()
 
     def recommend(self) -> None:
         self.session.recommend(TOP)
 
     def observe_all(self) -> None:
         self.sessions.observe(self.items[:BATCH])
+        self.sessions.outputs()
 
     def recommend_all(self) -> None:
         self.sessions.recommend(TOP)

@@ -103,10 +103,9 @@ class Service:
         """Compute what is kept, before threads could do it twice, and before the first user has to wait for it."""
         for recommender in self.recommenders.values():
             recommender.recommend([[], recommender.item_ids[:1]], 1)
-            if recommender.model.has_state:
-                session = recommender.session(recommender.item_ids[:1])
-                session.restore(session.state())
-                session.recommend(1)
+            session = recommender.session(recommender.item_ids[:1])
+            session.restore(session.state())
+            session.recommend(1)
 
     def close(self) -> None:
         """End the threads; no request is in flight."""
@@ -205,7 +204,8 @@ class Service:
         deny: np.ndarray | RowsOfEach | None,
     ) -> list[Recommendation]:
         self._check_k(k)
-        output = session.output() if session.is_answered else None
+        reads_events = not self.recommenders[size].model.has_state
+        output = await in_thread_if(reads_events, session.output) if session.is_answered else None
         # Without an output, the empty history answers: by popularity.
         seen = session.seen if output is not None else np.empty(0, np.int64)
         return (await self._batchers[size].rank(RankJob(k, [seen], output, exclude_seen, allow, deny)))[0]

@@ -230,7 +230,7 @@ def test_a_state_is_checked(service: RunningService, recommenders: dict[int, Rec
         (lambda state: state[:-1], "it is cut or damaged"),
         (lambda state: np.append(state[:-1], np.nan), "the state is damaged"),
         (lambda state: np.append(state[:-1], 9), "the state is damaged"),
-        (lambda state: np.concatenate((state[:1], [2.0], state[2:])), "the state has version 2"),
+        (lambda state: np.concatenate((state[:1], [3.0], state[2:])), "the state has version 3"),
         (lambda state: np.concatenate((state[:30], np.full(len(state) - 32, 3e38), state[-2:])), ""),
     ]:
         state = change(recommenders[8].session(["i4"]).state()).astype("<f4")
@@ -339,15 +339,24 @@ def test_schemathesis_finds_no_server_error(service: RunningService, tmp_path: P
 
 
 @pytest.mark.parametrize("mixer", ["attention", "bidirectional"])
-def test_a_model_without_a_state_answers_for_whole_histories(mixer: str, tmp_path: Path) -> None:
-    """Lists as the recommender's; sessions of either kind are refused in one line."""
+def test_a_model_without_a_state_answers_as_it_does_for_whole_histories(mixer: str, tmp_path: Path) -> None:
+    """Histories, sessions that the service keeps, and sessions that the client keeps."""
     exported = random_export(random_model(mixer=mixer))
     export = write_random_export(tmp_path / "export", exported)
     expected = Recommender.from_pretrained(export, 8).recommend([["i3", "i14"], []], 4)
     with running_service(export) as running:
         answer = running.post("/v1/recommend", histories=[["i3", "i14"], []], size=8, k=4)
         assert answer.status == 200 and answer.json["recommendations"] == [listed(found) for found in expected]
-        for address, body in (("/v1/sessions", {"history": ["i3"]}), ("/v1/state", {"observe": ["i3"]})):
-            answer = running.post(address, **body)
-            assert 400 <= answer.status < 500
-            assert f"the model's mixer is {mixer}, and sessions need a state of fixed size" in json.dumps(answer.json)
+        kept = running.post("/v1/sessions", history=["i3"], size=8)
+        assert kept.status == 201
+        address = f"/v1/sessions/{kept.json['session_id']}"
+        assert running.post(f"{address}/observe", items=["i14"]).json["num_events"] == 2
+        state = running.post("/v1/state", observe=["i3"], size=8, k=0).json["state"]
+        answers = (
+            running.get(f"{address}/recommend?k=4"),
+            running.post("/v1/state", state=state, observe=["i14"], k=4),
+        )
+        for answer in answers:
+            found = answer.json["recommendations"]
+            assert [item["item_id"] for item in found] == [item.item_id for item in expected[0]]
+            assert [item["score"] for item in found] == pytest.approx([item.score for item in expected[0]], rel=1e-5)
