@@ -27,6 +27,7 @@ from fmrl_dist.deploy.approximate.ann import calibrated_ann
 from fmrl_dist.deploy.approximate.calibration import calibrated_funnel
 from fmrl_dist.deploy.approximate.sample_histories import sample_histories
 from fmrl_dist.deploy.item_vocabulary import ItemId
+from fmrl_dist.deploy.report_page.size_costs import SEEN_ITEM_BYTES
 from fmrl_dist.deploy.retrieval import Search, top_k
 
 HISTORIES = 1024  # to calibrate with
@@ -77,7 +78,7 @@ def print_sizes(export: Path, sizes: Sequence[int], num_events: int) -> None:
         recommender = Recommender.from_pretrained(export, size)
         generator = np.random.default_rng(SEED)
         session, steps, totals, anew = recommender.session(), [], [], []
-        fresh_bytes = session.state().nbytes
+        state_bytes = 0  # without the items seen
         history: list[ItemId] = []
         for row in generator.integers(recommender.num_items, size=num_events).tolist():
             if len(history) == length:
@@ -85,11 +86,14 @@ def print_sizes(export: Path, sizes: Sequence[int], num_events: int) -> None:
             history.append(recommender.item_ids[row])
             began = time.perf_counter()
             session.observe(history[-1])
+            if not recommender.model.has_state:
+                session.output()
             stepped = time.perf_counter()
             found = session.recommend(K)
             steps.append(stepped - began)
             totals.append(time.perf_counter() - began)
             if len(history) == length:
+                state_bytes = session.state().nbytes - SEEN_ITEM_BYTES * session.num_seen
                 for _ in range(REPEATS):
                     began = time.perf_counter()
                     (expected,) = recommender.recommend([history], K)
@@ -99,7 +103,7 @@ def print_sizes(export: Path, sizes: Sequence[int], num_events: int) -> None:
                     fail(f"size {size}: lists of a session and of its history differ")
         print(
             f"| {size} | {percentiles(steps)} | {percentiles(totals)} | {len(totals) / sum(totals):,.0f} "
-            f"| {1e3 * float(np.median(anew)):.2f} | {fresh_bytes:,} | {4 * recommender.width_of_vectors:,} |",
+            f"| {1e3 * float(np.median(anew)):.2f} | {state_bytes:,} | {4 * recommender.width_of_vectors:,} |",
             flush=True,
         )
 

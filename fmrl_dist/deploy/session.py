@@ -1,4 +1,4 @@
-"""Sessions: users whose history grows, at a cost per event that does not depend on its length.
+"""Sessions: users whose history grows, at a bounded cost per event.
 
 With mixer lru, a session is the exact recurrence over all events that it has observed. Up to ``max_length`` events that
 is what ``Recommender.recommend`` says for the same history; of a longer one, ``recommend`` reads the last
@@ -68,7 +68,7 @@ class Session:
         self.num_events = 0
 
     def observe(self, item_id: ItemId, unknown: str = "error") -> None:
-        """The user's next event. Its cost does not depend on the number of those before.
+        """The user's next event.
 
         Raises:
             UserError: there is no such item, and ``unknown`` is "error" rather than "skip".
@@ -98,13 +98,18 @@ class Session:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the events."""
+        """What its memory takes, without the items seen."""
         return self._memory.num_bytes(self._place)
 
     @property
     def is_answered(self) -> bool:
         """Whether the model has an output: not before the first event, unless the start position was trained."""
         return self.num_events > 0 or self._model.predict_first
+
+    @property
+    def history(self) -> np.ndarray | None:
+        """Rows of the events that the output is read of, int64; None if it is there without reading."""
+        return self._memory.history(self._place)
 
     def output(self) -> np.ndarray:
         """What items are compared with, float32 [1, W].
@@ -179,7 +184,9 @@ class Session:
         end = end_of_memory + ROW_PARTS * header["seen"]
         require(len(array) == end, f"the state has {len(array)} numbers; expected {end}: it is cut or damaged")
         seen = rows_of_numbers(array[end_of_memory:])
-        content = None if seen is None else self._memory.read(array[HEADER_LENGTH:end_of_memory], seen)
+        content = (
+            None if seen is None else self._memory.read(array[HEADER_LENGTH:end_of_memory], header["events"], seen)
+        )
         if (
             seen is None
             or content is None

@@ -10,8 +10,8 @@ n sessions; D the size.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -36,17 +36,20 @@ class SessionMemory(Protocol):
     def outputs(self, places: Sequence[int]) -> np.ndarray:
         """The network's outputs of some sessions, float32 [·, D]; before the first event, of the start position."""
 
+    def history(self, place: int) -> np.ndarray | None:
+        """Rows of the events that a session's output is read of; None if it is there without reading."""
+
     def num_bytes(self, place: int) -> int:
         """Memory that a session takes here."""
 
     def numbers(self, place: int) -> np.ndarray:
-        """All of a session, float32 [·]."""
+        """All that is kept of a session here, float32 [·]."""
 
     def num_numbers(self, num_events: int) -> int:
         """How many :meth:`numbers` has after so many events."""
 
-    def read(self, numbers: np.ndarray, seen: Iterable[int]) -> Any:
-        """What :meth:`put` takes, of :meth:`numbers` and the rows of the items seen; None if they are damaged."""
+    def read(self, numbers: np.ndarray, num_events: int, seen: Sequence[int]) -> Any:
+        """What :meth:`put` takes, of :meth:`numbers`; None if they are damaged, or not of so many events and items."""
 
     def put(self, place: int, content: Any) -> None:
         """Let a session be the one that was read."""
@@ -74,6 +77,9 @@ class Recurrences:
     def outputs(self, places: Sequence[int]) -> np.ndarray:
         return self._outputs[places]
 
+    def history(self, place: int) -> None:
+        return None
+
     def num_bytes(self, place: int) -> int:
         return self._states[place].nbytes + self._outputs[place].nbytes
 
@@ -83,7 +89,7 @@ class Recurrences:
     def num_numbers(self, num_events: int) -> int:
         return self._states[0].size + self._model.size
 
-    def read(self, numbers: np.ndarray, seen: Iterable[int]) -> np.ndarray:
+    def read(self, numbers: np.ndarray, num_events: int, seen: Sequence[int]) -> np.ndarray:
         return numbers
 
     def put(self, place: int, content: np.ndarray) -> None:
@@ -101,12 +107,13 @@ class LastEvents:
 
     def __init__(self, model: RankingModel, num_sessions: int) -> None:
         self._model = model
-        self._events: list[deque[int]] = [deque(maxlen=model.max_length) for _ in range(num_sessions)]
+        self._events = [array("q") for _ in range(num_sessions)]
         self._outputs = np.empty((num_sessions, model.size), np.float32)
         self._has_output = np.zeros(num_sessions, bool)
 
     def observe(self, place: int, row: int) -> None:
         self._events[place].append(row)
+        del self._events[place][: -self._model.max_length]
         self._has_output[place] = False
 
     def observe_together(self, places: np.ndarray, rows: np.ndarray) -> None:
@@ -116,26 +123,33 @@ class LastEvents:
     def outputs(self, places: Sequence[int]) -> np.ndarray:
         missing = [place for place in places if not self._has_output[place]]
         if missing:
-            histories = [np.array(self._events[place], np.int64) for place in missing]
+            histories = [self.history(place) for place in missing]
             self._outputs[missing], self._has_output[missing] = self._model.last_outputs(histories), True
         return self._outputs[places]
 
+    def history(self, place: int) -> np.ndarray:
+        return np.array(self._events[place], np.int64)
+
     def num_bytes(self, place: int) -> int:
-        return np.dtype(np.int64).itemsize * self._model.max_length + self._outputs[place].nbytes
+        return self._events[place].itemsize * self._model.max_length + self._outputs[place].nbytes
 
     def numbers(self, place: int) -> np.ndarray:
-        return row_numbers(np.array(self._events[place], np.int64))
+        return row_numbers(self.history(place))
 
     def num_numbers(self, num_events: int) -> int:
         return ROW_PARTS * min(num_events, self._model.max_length)
 
-    def read(self, numbers: np.ndarray, seen: Iterable[int]) -> list[int] | None:
+    def read(self, numbers: np.ndarray, num_events: int, seen: Sequence[int]) -> list[int] | None:
         rows = rows_of_numbers(numbers)
-        return rows if rows is not None and set(rows) <= set(seen) else None
+        if rows is None or not set(rows) <= set(seen):
+            return None
+        num_before = num_events - len(rows)  # events that are kept no longer, whose items are seen all the same
+        first_seen = list(dict.fromkeys(rows))
+        fits = len(seen) - len(first_seen) <= num_before if num_before else first_seen == list(seen)
+        return rows if fits else None
 
     def put(self, place: int, content: list[int]) -> None:
-        self._events[place].clear()
-        self._events[place].extend(content)
+        self._events[place] = array("q", content)
         self._has_output[place] = False
 
 

@@ -13,10 +13,11 @@ from fmrl_dist.base.errors import UserError
 from fmrl_dist.deploy.item_vocabulary import ItemVocabulary, Recommendation
 from fmrl_dist.deploy.recommender import Recommender
 from fmrl_dist.deploy.session import HEADER, HEADER_LENGTH, Session
+from fmrl_dist.model.mixers.mixing import MIXERS
 from tests.fixtures.exports import ids_of, random_export, random_model, random_recommender, vocabulary_bytes
 
 HISTORY = ["i3", "i14", "i3", "i29", "i0"]
-OTHER_MIXERS = ("attention", "bidirectional", "filter", "bsarec")
+OTHER_MIXERS = tuple(mixer for mixer in MIXERS if mixer != "lru")
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +238,7 @@ def test_with_other_mixers_a_session_always_says_what_its_history_does(mixer: st
     assert recommender.max_length == 6 < len(events)
     assert session.state().shape == (HEADER_LENGTH + 2 * 6 + 2 * len(set(events)),)
     assert_close(together.recommend(30)[0], recommender.session().recommend(30))
-    assert recommender.session(events[-6:]).num_bytes == session.num_bytes
+    assert session.num_bytes == 6 * 8 + 16 * 4  # rows, and the output
 
 
 @pytest.mark.parametrize(
@@ -249,13 +250,26 @@ def test_with_other_mixers_a_session_always_says_what_its_history_does(mixer: st
         (with_number(HEADER_LENGTH, 7), "the state is damaged"),  # an event of an item that was not seen
         (with_number(HEADER_LENGTH, 0.5), "the state is damaged"),
         (with_number(HEADER_LENGTH + 1, np.nan), "the state is damaged"),
-        (with_number(-2, 14), "the state is damaged"),
+        (with_number(HEADER_LENGTH + 4, 0), "the state is damaged"),  # i3 again is i0 now: seen in another order
+        (with_number(-2, 14), "the state is damaged"),  # seen twice
     ],
 )
 def test_damaged_events_are_refused(change: Callable[[np.ndarray], object], complaint: str) -> None:
     recommender = recommender_of("attention")
     state = recommender.session(HISTORY).state()
     assert refused(recommender.session(["i1"]), change(state)).startswith(complaint)
+
+
+def test_a_state_cannot_have_seen_more_than_it_has_observed() -> None:
+    """Of eight events the last six are kept, of five items: two more can have been seen before, and not three."""
+    recommender = recommender_of("attention")
+    state = recommender.session(["i8", "i9", "i1", "i1", "i2", "i3", "i4", "i5"]).state()
+    session = recommender.session()
+    session.restore(state)
+    assert session.num_events == 8 and session.num_seen == 7
+    more = np.concatenate((state, np.array([10, 0], np.float32)))
+    more[HEADER_LENGTH - 2] += 1
+    assert refused(session, more).startswith("the state is damaged")
 
 
 def test_without_a_start_position_popularity_answers_other_mixers_too() -> None:

@@ -1,8 +1,8 @@
 """How long a deployment takes on this machine: a small, bounded measurement on one thread.
 
-An event of one user is what a session computes after it, whatever the history's length: a step of the recurrence, or,
-with other mixers than the LRU, a pass over the last events. Its list is the exact top 10 of all items
-but those seen. Deployments take turns in short runs, so that other work on the machine disturbs all of them alike.
+An event of one user is what a session computes after it: a step of the recurrence, or, with other mixers than the LRU,
+a pass over the events so far. Its list is the exact top 10 of all items but those seen. Deployments take turns in short
+runs, so that other work on the machine disturbs all of them alike.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ THROUGHPUT_SHARE = 0.3  # of the time
 class Latency:
     """Milliseconds of one user's event, and what a batch does in a second."""
 
-    event_ms: tuple[float, float]  # median and 99th percentile, of the step
+    event_ms: tuple[float, float]  # median and 99th percentile, of the event alone
     list_ms: tuple[float, float]  # of the top 10
     total_ms: tuple[float, float]  # of both
     num_events: int  # that were measured
-    events_per_s: float  # steps, BATCH users at once
+    events_per_s: float  # BATCH users at once
     lists_per_s: float  # top 10
 
 
@@ -120,14 +120,16 @@ class Served:
 
     def observe(self, number: int) -> None:
         self.session.observe(self.items[number % MOST_EVENTS])
-        self.session.output()
+        if not self.recommender.model.has_state:  # the events are noted, and wait to be read
+            self.session.output()
 
     def recommend(self) -> None:
         self.session.recommend(TOP)
 
     def observe_all(self) -> None:
         self.sessions.observe(self.items[:BATCH])
-        self.sessions.outputs()
+        if not self.recommender.model.has_state:
+            self.sessions.outputs()
 
     def recommend_all(self) -> None:
         self.sessions.recommend(TOP)

@@ -49,7 +49,9 @@ def write_page(
     measures = measure(run)
     costs, timings, why_not = None, None, NOT_WANTED
     if run.checkpoint is not None:
-        costs = size_costs(run.config.model, run.checkpoint.features, run.checkpoint.num_items)
+        costs = size_costs(
+            run.config.model, run.checkpoint.features, run.checkpoint.num_items, run.config.data.max_length
+        )
         if timing_s > 0:
             cuts = measures.cuts if measures is not None else cuts_of(run.sizes)
             try:

@@ -32,7 +32,7 @@ class SizeCost:
     # by dtype, as exports store them: what one event needs beside item vectors (blocks, norms, the start row)
     network_bytes: Mapping[str, int]
     item_bytes: Mapping[str, int]  # by dtype: of all item vectors
-    state_bytes: int | None  # of a user's session, float32, without SEEN_ITEM_BYTES for each item seen; None: none
+    state_bytes: int  # of a user's session at most, float32, without SEEN_ITEM_BYTES for each item seen
 
     @property
     def device_bytes(self) -> int:
@@ -45,18 +45,21 @@ class SizeCost:
         return MOMENTS * FLOAT * self.parameters
 
 
-def size_costs(config: ModelConfig, feature_dims: Mapping[str, int], num_items: int) -> dict[int, SizeCost]:
+def size_costs(
+    config: ModelConfig, feature_dims: Mapping[str, int], num_items: int, max_length: int
+) -> dict[int, SizeCost]:
     """Costs of each trained size, counted in a model of that size; of the id table, nothing is allocated.
 
     Args:
         config: of the run.
         feature_dims: of the features that its model reads.
         num_items: of the catalogue.
+        max_length: events of a history that are read.
     """
-    return {size: _cost(config, feature_dims, num_items, size) for size in config.sizes}
+    return {size: _cost(config, feature_dims, num_items, max_length, size) for size in config.sizes}
 
 
-def _cost(config: ModelConfig, feature_dims: Mapping[str, int], num_items: int, size: int) -> SizeCost:
+def _cost(config: ModelConfig, feature_dims: Mapping[str, int], num_items: int, max_length: int, size: int) -> SizeCost:
     sizes = tuple(s for s in config.sizes if s <= size)
     without_ids = replace(config, sizes=sizes, features=None, id_table=False, id_width=0)  # of a run of ids alone, too
     model = construct_model(without_ids, dict(feature_dims), 0, None)
@@ -69,6 +72,7 @@ def _cost(config: ModelConfig, feature_dims: Mapping[str, int], num_items: int, 
         for name, parameter in named.items()
         if name.startswith("blocks.") and parameter.shape[-2:] == (size, size)
     )
+    in_memory = 2 * model.depth * size + size if config.mixer == "lru" else ROW_PARTS * max_length
     return SizeCost(
         size=size,
         parameters=sum(parameter.numel() for parameter in named.values()) + id_table,
@@ -78,7 +82,7 @@ def _cost(config: ModelConfig, feature_dims: Mapping[str, int], num_items: int, 
             for dtype in DTYPES
         },
         item_bytes={dtype: _stored_bytes((num_items, size), True, dtype) for dtype in DTYPES},
-        state_bytes=FLOAT * (HEADER_LENGTH + 2 * model.depth * size + size) if config.mixer == "lru" else None,
+        state_bytes=FLOAT * (HEADER_LENGTH + in_memory),
     )
 
 

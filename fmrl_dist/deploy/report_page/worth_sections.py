@@ -256,20 +256,15 @@ def size_table(costs: Costs, width: int) -> Markup:
     for size, cost in costs.items():
         of_types = (number_of_bytes(cost.network_bytes[dtype]) for dtype in DTYPES)
         items = (number_of_bytes(cost.item_bytes[dtype]) for dtype in DTYPES)
-        state = "none" if cost.state_bytes is None else number_of_bytes(cost.state_bytes)
-        rows.append((str(size), f"{cost.parameters:,}", *of_types, *items, number_of_bytes(FLOAT * size), state))
+        of_user = number_of_bytes(FLOAT * size), number_of_bytes(cost.state_bytes)
+        rows.append((str(size), f"{cost.parameters:,}", *of_types, *items, *of_user))
     head = ("size", "trained", *DTYPES, *DTYPES, "one item", "one user")
     groups = [("parameters", 1), ("network", 3), ("all item vectors", 3), ("float32", 2)]
     of_whole = costs[width]
-    of_session = "the whole history of each user: the model's mixer has no state of fixed size"
-    if of_whole.state_bytes is not None:
-        of_session = (
-            f"for each user the state of a session, which grows by {SEEN_ITEM_BYTES} bytes with each item seen and by "
-            "nothing else"
-        )
     note = paragraph(
         "Trained parameters include those that embed items (projection, stand-ins, id table). To serve, a device needs "
-        f"the network of one event and the item vectors, in the bytes that an export stores, and {of_session}. "
+        f"the network of one event and the item vectors, in the bytes that an export stores, and for each user the "
+        f"state of a session, of at most so many bytes and {SEEN_ITEM_BYTES} more for each item seen. "
         f"Of the {of_whole.parameters:,} parameters of the whole, {of_whole.masked:,} are kept at zero by the nesting.",
         class_="note",
     )
@@ -334,9 +329,9 @@ def speed(timings: Timings | None, why_not: str, cuts: tuple[Cut, ...], width: i
     events = min(one.num_events for one in timings.of_cuts.values())
     note = paragraph(
         f"Measured here: {timings.machine}; beside other work unknown, so take them as a guide. One thread, float32; "
-        f"{events:,} events of single users for each deployment, taking turns. An event is a session's observe, a step "
-        f"whatever the history's length; its list is recommend, the exact top {TOP} of all items but those seen. In a "
-        f"second: {BATCH} sessions at once.",
+        f"{events:,} events of single users for each deployment, taking turns. An event is what a session computes after "
+        "it: a step of the recurrence, or, with another mixer than lru, a pass over the events so far, 25 on average. "
+        f"Its list is the exact top {TOP} of all items but those seen. In a second: {BATCH} sessions at once.",
         class_="note",
     )
     return joined((table("Time of every deployment", head, rows, groups), note, paragraph(memory)))

@@ -23,10 +23,11 @@ class RankJob:
 
     k: int
     seen: Sequence[np.ndarray]  # rows of each user's history; of a session, of its items
-    output: np.ndarray | None = None  # of a session, float32 [1, W]; None: encode the history
+    output: np.ndarray | None = None  # of a session, float32 [1, W]; None: encode the histories
     exclude_seen: bool = True
     allow: Rows | RowsOfEach | None = None  # rows, see ItemFilters.of_lists
     deny: Rows | RowsOfEach | None = None
+    histories: Sequence[np.ndarray] | None = None  # rows of what each user's output is read of; None: of ``seen``
 
     @property
     def num_users(self) -> int:
@@ -59,7 +60,7 @@ def rank_jobs(model: RankingModel, jobs: Sequence[RankJob]) -> list[tuple[np.nda
         if job.output is not None:
             outputs[first:end], answered[first:end] = job.output, True
             continue
-        for user, rows in enumerate(job.seen, first):
+        for user, rows in enumerate(job.seen if job.histories is None else job.histories, first):
             if len(rows) or model.predict_first:
                 answered[user] = True
                 histories.append(rows)

@@ -204,11 +204,13 @@ class Service:
         deny: np.ndarray | RowsOfEach | None,
     ) -> list[Recommendation]:
         self._check_k(k)
-        reads_events = not self.recommenders[size].model.has_state
-        output = await in_thread_if(reads_events, session.output) if session.is_answered else None
-        # Without an output, the empty history answers: by popularity.
-        seen = session.seen if output is not None else np.empty(0, np.int64)
-        return (await self._batchers[size].rank(RankJob(k, [seen], output, exclude_seen, allow, deny)))[0]
+        history = session.history
+        output = session.output() if session.is_answered and history is None else None
+        # Without an output or a history, the empty history answers: by the start position, or by popularity.
+        seen = session.seen if output is not None or history is not None else np.empty(0, np.int64)
+        histories = None if history is None else [history]
+        job = RankJob(k, [seen], output, exclude_seen, allow, deny, histories)
+        return (await self._batchers[size].rank(job))[0]
 
     async def _session_of(self, state: str | None, size: int | None, history: Ids, unknown: str) -> tuple[Session, int]:
         _check_count(len(history), self.settings.max_history, "events")

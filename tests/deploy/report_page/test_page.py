@@ -174,7 +174,7 @@ def test_parameters_are_those_of_the_cut_model(trained: Path) -> None:
     checkpoint = load_checkpoint(trained, with_optimizer=False)
     config = config_from_dict(checkpoint.config)
     model = restore_model(config.model, checkpoint)
-    costs = size_costs(config.model, checkpoint.features, checkpoint.num_items)
+    costs = size_costs(config.model, checkpoint.features, checkpoint.num_items, config.data.max_length)
     assert list(costs) == list(SIZES)
     for size, cost in costs.items():
         cut = model.truncate(size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,7 +14,7 @@ pytest.importorskip("pydantic", reason="the serve extra is not installed")
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.deploy.service.batcher import Batcher
 from fmrl_dist.deploy.service.rank_jobs import ALONE, RankJob, rank_jobs
-from tests.fixtures.exports import random_export, random_recommender
+from tests.fixtures.exports import random_export, random_model, random_recommender
 
 
 def rows(*numbers: int) -> np.ndarray:
@@ -42,6 +42,37 @@ def test_jobs_together_are_each_alone(predict_first: bool) -> None:
         assert found.shape == (job.num_users, job.k)
     ids = recommender.vocabulary.named(*together[1])[0]
     assert [item.item_id for item in ids] == [item.item_id for item in session.recommend(2)]
+
+
+@pytest.mark.parametrize("predict_first", [True, False])
+def test_sessions_that_keep_events_are_read_together(predict_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one pass with histories; what was seen long ago is left out, and not read."""
+    exported = random_export(random_model(mixer="attention", window=6), predict_first=predict_first)
+    recommender = random_recommender(exported, size=8)
+    sessions = [recommender.session([f"i{item}" for item in items]) for items in ([3, 4], [], range(20))]
+    jobs = [RankJob(12, [each.seen], histories=[given(each.history)]) for each in sessions]
+    passes: list[int] = []
+    read = recommender.model.encode
+
+    def counted(histories: Sequence[np.ndarray]) -> np.ndarray:
+        passes.append(len(histories))
+        return read(histories)
+
+    monkeypatch.setattr(recommender.model, "encode", counted)
+    together = rank_jobs(recommender.model, [*jobs, RankJob(12, [rows(3, 4)])])
+    assert passes == [4 if predict_first else 3]
+    lists = [recommender.vocabulary.named(*found)[0] for found in together]
+    for found, session in zip(lists, sessions, strict=False):
+        expected = session.recommend(12)
+        assert [item.item_id for item in found] == [item.item_id for item in expected]
+        assert [item.score for item in found] == pytest.approx([item.score for item in expected], rel=1e-5)
+    assert [item.item_id for item in lists[0]] == [item.item_id for item in lists[3]]
+    assert {item.item_id for item in lists[2] if np.isfinite(item.score)} <= {f"i{item}" for item in range(20, 30)}
+
+
+def given(history: np.ndarray | None) -> np.ndarray:
+    assert history is not None
+    return history
 
 
 def answers(
