@@ -330,8 +330,8 @@ def speed(timings: Timings | None, why_not: str, cuts: tuple[Cut, ...], width: i
     note = paragraph(
         f"Measured here: {timings.machine}; beside other work unknown, so take them as a guide. One thread, float32; "
         f"{events:,} events of single users for each deployment, taking turns. An event is what a session computes "
-        "after it: a step of the recurrence, or, with another mixer than lru, a pass over the events so far, 25 on average. "
-        f"Its list is the exact top {TOP} of all items but those seen. In a second: {BATCH} sessions at once.",
+        "after it: a step of the recurrence, or, with another mixer than lru, a pass over the events so far, 25 on "
+        f"average. Its list is the exact top {TOP} of all items but those seen. In a second: {BATCH} sessions at once.",
         class_="note",
     )
     return joined((table("Time of every deployment", head, rows, groups), note, paragraph(memory)))
