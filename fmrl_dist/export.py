@@ -33,6 +33,7 @@ from fmrl_dist.config.sections import Config
 from fmrl_dist.data.feature_identity import feature_encoders, with_origins
 from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.data.store.reader import Store
+from fmrl_dist.deploy.approximate.funnel import is_small
 from fmrl_dist.deploy.dtype_loss import MEASURED_USERS, describe_quality, measure_quality
 from fmrl_dist.deploy.hub import check_can_push, push_to_hub
 from fmrl_dist.deploy.model_card import CardSubject, Licence, model_card, run_figures
@@ -41,7 +42,7 @@ from fmrl_dist.deploy.web.web_format import DEFAULT_NAME, check_web_output, writ
 from fmrl_dist.deploy.web.web_format import DTYPE as WEB_DTYPE
 from fmrl_dist.deploy.web.web_format import FILES as WEB_FILES
 from fmrl_dist.distributed.signals import StopRequest
-from fmrl_dist.evaluation.cut_vectors import fit_rotation, sample_vectors
+from fmrl_dist.evaluation.cut_vectors import fit_rotation, fit_search_rotation, sample_vectors
 from fmrl_dist.evaluation.ranker import ranker_of_export
 from fmrl_dist.model.export_config import FORMATS
 from fmrl_dist.model.stored_tensors import DTYPES
@@ -161,10 +162,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def rotated(exported: ExportedModel, config: Config, store: Store) -> ExportedModel:
-    """With the rotation of cut vectors, if the store has validation users to fit it to."""
-    ranker = replace(ranker_of_export(exported), temperature=config.temperature_of(exported.model.width))
+    """With the rotations of cut vectors and of a funnel's prefix, if the store has validation users to fit them to."""
+    temperatures = tuple(map(config.temperature_of, exported.model.sizes))
+    ranker = replace(ranker_of_export(exported), temperatures=temperatures)
     outputs, items = sample_vectors(ranker, store, StopRequest())
-    return replace(exported, rotation=fit_rotation(ranker, outputs, items)) if len(outputs) else exported
+    if not len(outputs):
+        return exported
+    of_search = None if is_small(len(exported.items)) else fit_search_rotation(ranker, outputs, items)
+    return replace(exported, rotation=fit_rotation(ranker, outputs, items), search_rotation=of_search)
 
 
 def default_output(checkpoint: Checkpoint, size: int, arguments: argparse.Namespace) -> Path:

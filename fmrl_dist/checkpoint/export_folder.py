@@ -51,7 +51,7 @@ from fmrl_dist.model.stored_tensors import restored, stored
 ITEMS_FILE = "item_embeddings.safetensors"
 ITEMS_TENSOR = "item_embeddings"
 ROTATION_FILE = "rotation.safetensors"
-ROTATION_TENSOR = "rotation"
+ROTATION_TENSOR, SEARCH_TENSOR = "rotation", "search_rotation"
 VECTORS_FILE = "item_vectors.safetensors"
 VECTORS_TENSOR = "item_vectors"
 CARD_FILE = "README.md"
@@ -86,10 +86,14 @@ class ExportedModel:
     origin: Origin
     normalize: bool = False  # whether scores are cosines of each size's prefixes
     rotation: Tensor | None = None  # orthogonal [D, D], for cut vectors; older exports have none
+    search_rotation: Tensor | None = None  # orthogonal [D, D], for a funnel's prefix; None: ``rotation``, or none
 
     def to(self, device: torch.device) -> ExportedModel:
-        rotation = None if self.rotation is None else self.rotation.to(device)
-        return replace(self, model=self.model.to(device), items=self.items.to(device), rotation=rotation)
+        rotation, search = (
+            None if matrix is None else matrix.to(device) for matrix in (self.rotation, self.search_rotation)
+        )
+        model, items = self.model.to(device), self.items.to(device)
+        return replace(self, model=model, items=items, rotation=rotation, search_rotation=search)
 
 
 def is_export(folder: Path) -> bool:
@@ -182,7 +186,9 @@ def write_export(recommender: ExportedModel, folder: Path, parts: ExportParts, o
         save_tensors(stored_or_refused(recommender.model.state_dict(), parts.dtype), aside / MODEL_FILE)
         save_tensors(stored_or_refused({ITEMS_TENSOR: recommender.items}, parts.dtype), aside / ITEMS_FILE)
         if recommender.rotation is not None:
-            save_tensors({ROTATION_TENSOR: recommender.rotation}, aside / ROTATION_FILE)
+            rotations = {ROTATION_TENSOR: recommender.rotation, SEARCH_TENSOR: recommender.search_rotation}
+            present = {name: matrix for name, matrix in rotations.items() if matrix is not None}
+            save_tensors(present, aside / ROTATION_FILE)
         if parts.vectors:
             vectors = cut_vectors(recommender, parts.vectors)
             save_tensors(stored_or_refused({VECTORS_TENSOR: vectors}, parts.dtype), aside / VECTORS_FILE)
@@ -296,7 +302,7 @@ def read_export(folder: Path) -> ExportedModel:
         shape = (config["num_items"], model.width)
         if items.shape != shape:
             raise ValueError(f"{ITEMS_FILE} is {list(items.shape)}; expected {list(shape)}")
-        rotation = _read_rotation(folder, config, model.width)
+        rotation, search_rotation = _read_rotations(folder, config, model.width)
         max_length, predict_first, origin = config["max_length"], config["predict_first"], Origin(**config["origin"])
         normalize = config.get("normalize", False)  # missing from older exports
         if type(max_length) is not int or max_length < 1 or {type(predict_first), type(normalize)} != {bool}:
@@ -307,21 +313,26 @@ def read_export(folder: Path) -> ExportedModel:
         raise
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         raise _damaged(folder, error) from None
-    return ExportedModel(model, items, max_length, predict_first, origin, normalize, rotation)
+    return ExportedModel(model, items, max_length, predict_first, origin, normalize, rotation, search_rotation)
 
 
-def _read_rotation(folder: Path, config: Mapping[str, Any], width: int) -> Tensor | None:
-    """The rotation of an export; None if it is from before there was one."""
+def _read_rotations(folder: Path, config: Mapping[str, Any], width: int) -> tuple[Tensor | None, Tensor | None]:
+    """The rotations of an export, for cut vectors and for a search; None where it is from before there was one."""
     if ROTATION_FILE not in config.get("sha256_of", {}):
-        return None
+        return None, None
     check_export_file(folder, config, ROTATION_FILE)
-    rotation = load_file(folder / ROTATION_FILE)[ROTATION_TENSOR]
-    shape = (width, width)
-    if rotation.dtype != torch.float32 or rotation.shape != shape:
-        raise ValueError(f"{ROTATION_FILE} is {rotation.dtype} {list(rotation.shape)}; expected float32 {list(shape)}")
-    if not torch.allclose(rotation.T @ rotation, torch.eye(width), atol=1e-4):
-        raise ValueError(f"{ROTATION_FILE} is not orthogonal")
-    return rotation
+    tensors = load_file(folder / ROTATION_FILE)
+    rotation, search_rotation = tensors[ROTATION_TENSOR], tensors.get(SEARCH_TENSOR)
+    for name, matrix in {ROTATION_TENSOR: rotation, SEARCH_TENSOR: search_rotation}.items():
+        if matrix is None:
+            continue
+        shape = (width, width)
+        if matrix.dtype != torch.float32 or matrix.shape != shape:
+            found = f"{matrix.dtype} {list(matrix.shape)}"
+            raise ValueError(f"{name} of {ROTATION_FILE} is {found}; expected float32 {list(shape)}")
+        if not torch.allclose(matrix.T @ matrix, torch.eye(width), atol=1e-4):
+            raise ValueError(f"{name} of {ROTATION_FILE} is not orthogonal")
+    return rotation, search_rotation
 
 
 def read_export_vocabulary(folder: Path) -> bytes:

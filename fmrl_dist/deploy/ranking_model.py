@@ -74,10 +74,9 @@ class RankingModel:
             compared = F.normalize(compared, eps=torch.finfo(compared.dtype).tiny)
         self.item_vectors: np.ndarray = compared.numpy()  # what outputs are compared with, float32 [V, W]
         self.rotation_of_vectors: np.ndarray | None = None  # [W, W]: its first channels carry the most; None: not known
-        if vectors is not None:
-            self.rotation_of_vectors = np.eye(vectors, dtype=np.float32)  # they are rotated
-        elif exported.rotation is not None and self.size == width:
-            self.rotation_of_vectors = exported.rotation.numpy()
+        of_search = exported.rotation if exported.search_rotation is None else exported.search_rotation
+        if vectors is None and self.size == width and of_search is not None:
+            self.rotation_of_vectors = of_search.numpy()
         self.search: Search = partial(top_k, self.item_vectors)  # what :meth:`top_k` does
 
     def _cut_rotation(self, exported: ExportedModel, vectors: int) -> Tensor:

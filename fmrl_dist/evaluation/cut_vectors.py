@@ -24,7 +24,7 @@ from fmrl_dist.distributed.signals import StopRequest
 from fmrl_dist.evaluation.histograms import EvaluationProtocol, count_target_ranks, groups_of, last_outputs
 from fmrl_dist.evaluation.rank_counts import RankCounts, join_sizes
 from fmrl_dist.evaluation.ranker import Ranker
-from fmrl_dist.model.rotation import learn_rotation
+from fmrl_dist.model.rotation import learn_cuts, learn_rotation
 
 T = TypeVar("T")
 SAMPLED_USERS = 16_384
@@ -76,9 +76,21 @@ def fit_rotation(ranker: Ranker, outputs: Tensor, items: Tensor) -> Tensor:
     sizes = ranker.model.sizes
     if len(outputs) == 0 or len(sizes) == 1:
         return torch.eye(sizes[-1], device=ranker.device)
-    if ranker.normalize:
-        outputs, items = F.normalize(outputs), F.normalize(items)
-    return learn_rotation(outputs, items, sizes[:-1], ranker.temperature)
+    return learn_cuts(*compared(ranker, outputs, items), sizes[:-1], ranker.temperatures or (1.0,) * len(sizes))
+
+
+def fit_search_rotation(ranker: Ranker, outputs: Tensor, items: Tensor) -> Tensor:
+    """The rotation for a search that first reads some channels, float32 [D, D]; likewise."""
+    sizes = ranker.model.sizes
+    if len(outputs) == 0 or len(sizes) == 1:
+        return torch.eye(sizes[-1], device=ranker.device)
+    temperature = ranker.temperatures[-1] if ranker.temperatures else 1.0
+    return learn_rotation(*compared(ranker, outputs, items), sizes[:-1], temperature)
+
+
+def compared(ranker: Ranker, outputs: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors as they are compared."""
+    return (F.normalize(outputs), F.normalize(items)) if ranker.normalize else (outputs, items)
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ class Ranker:
     max_length: int  # number of last events of a history that the model reads
     normalize: bool  # whether scores are cosines of each size's prefixes
     device: torch.device = CPU  # of model and catalogue
-    temperature: float = 1.0  # what whole scores are divided by before a softmax
+    temperatures: tuple[float, ...] = ()  # what each size's scores are divided by before a softmax; empty: 1
     rotation: Tensor | None = None  # of cut vectors, float32 [D, D], if it is known already
 
     def rotated(self, rotation: Tensor, sizes: tuple[int, ...]) -> Ranker:
@@ -90,8 +90,8 @@ def build_ranker(model: FMRLRec, config: Config, store: Store, table: ItemTable 
         catalogue = SplitCatalogue.embed(runtime.rank, runtime.world_size, len(table.values), embed)
     else:
         catalogue = EmbeddedCatalogue(embed_catalogue(model.encoder, table.values, table.present))
-    temperature = config.temperature_of(model.width)
-    return Ranker(model, catalogue, config.data.max_length, config.loss.normalize, runtime.device, temperature)
+    temperatures = config.temperatures
+    return Ranker(model, catalogue, config.data.max_length, config.loss.normalize, runtime.device, temperatures)
 
 
 def ranker_of_checkpoint(checkpoint: Checkpoint, config: Config, store: Store, runtime: Runtime) -> Ranker:

@@ -1,10 +1,14 @@
-"""Cut vectors: a rotation of outputs and item vectors, after which their first channels carry the most.
+"""Rotations of outputs and item vectors, after which a few of their first channels nearly say what all do.
 
-A *cut network* has all its weights cut to a size. *Cut vectors* keep the whole network, and cut only what is compared:
-its outputs z and the item vectors e, both times one orthogonal matrix Q [D, D]. Scores of full width stay what they
-were, (z Q)·(e Q) = z·e. Q starts from the directions in which outputs vary most, and then learns to rank as the whole
-vectors do: at each size m it minimises the Kullback-Leibler divergence of softmax((z Q)_m·(e Q)_m) from softmax(z·e)
-over some items. It stays orthogonal as Q₀ (I + A/2)⁻¹ (I - A/2), the Cayley transform of a skew-symmetric A.
+Outputs z and item vectors e are both multiplied by one orthogonal matrix Q [D, D], so whole scores stay what they were,
+(z Q)·(e Q) = z·e. Q learns to rank as the whole vectors do: at each size m it minimises the Kullback-Leibler divergence
+of softmax((z Q)_m·(e Q)_m / τ) from softmax(z·e / τ_D) over some items. It stays orthogonal as
+Q₀ (I + A/2)⁻¹ (I - A/2), the Cayley transform of a skew-symmetric A. There are two of them:
+
+    learn_cuts      *cut vectors*: the whole network, whose vectors are cut to trained sizes. Starts from channels as
+                    they were trained, with τ of each size, and leaves the largest of these sizes as it is.
+    learn_rotation  a search's prefix, whose scores bound whole ones. Starts from the directions in which outputs vary
+                    most, with the τ of whole scores at every width.
 
 n outputs, v items, D width.
 """
@@ -35,27 +39,54 @@ def principal_rotation(outputs: Tensor) -> Tensor:
     return vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
 
 
-def learn_rotation(outputs: Tensor, items: Tensor, sizes: Sequence[int], temperature: float = 1.0) -> Tensor:
-    """A rotation for vectors that are cut to each of ``sizes``; the same for the same arguments.
+def learn_cuts(outputs: Tensor, items: Tensor, sizes: Sequence[int], temperatures: Sequence[float]) -> Tensor:
+    """A rotation for vectors that are cut to each of some trained sizes; the same for the same arguments.
+
+    Vectors cut to the last of ``sizes`` are scored as the network of that size was trained to score; its channels are
+    rotated among themselves, for the smaller sizes.
 
     Args:
         outputs: float32 [n, D], of the whole network; of unit length if scores are cosines.
         items: vectors of some items, float32 [v, D], likewise.
-        sizes: to which vectors will be cut, each less than D.
+        sizes: trained ones, each less than D.
+        temperatures: what scores of each of ``sizes`` and, last, whole ones are divided by in training.
+
+    Returns:
+        Q, orthogonal, float32 [D, D].
+    """
+    rotation = torch.eye(outputs.shape[1], device=outputs.device)
+    *smaller, kept = sizes
+    if smaller:
+        start = torch.eye(kept, dtype=torch.float64, device=outputs.device)
+        scales = [temperatures[-1] / temperature for temperature in temperatures]
+        rotation[:kept, :kept] = _learn(outputs / temperatures[-1], items, start, smaller, scales)
+    return rotation
+
+
+def learn_rotation(outputs: Tensor, items: Tensor, sizes: Sequence[int], temperature: float = 1.0) -> Tensor:
+    """A rotation whose first channels carry the most, at each of ``sizes``; the same for the same arguments.
+
+    Args:
+        outputs: float32 [n, D], of the whole network; of unit length if scores are cosines.
+        items: vectors of some items, float32 [v, D], likewise.
+        sizes: of prefixes, each less than D.
         temperature: what scores are divided by before the softmax.
 
     Returns:
         Q, orthogonal, float32 [D, D].
     """
-    start = principal_rotation(outputs)
+    return _learn(outputs / temperature, items, principal_rotation(outputs), sizes, [1.0] * len(sizes))
+
+
+def _learn(outputs: Tensor, items: Tensor, start: Tensor, sizes: Sequence[int], scales: Sequence[float]) -> Tensor:
+    """Rotate the first w channels from ``start``, float64 [w, w]; scores of each size are multiplied by its scale."""
     generator = torch.Generator().manual_seed(0)
     free = torch.zeros_like(start, dtype=torch.float32, requires_grad=True)
     optimizer = torch.optim.Adam([free], LEARNING_RATE)
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / STEPS)
-        z = _draw(outputs, OUTPUTS_PER_STEP, generator) / temperature
-        e = _draw(items, ITEMS_PER_STEP, generator)
-        loss = _divergence(z, e, start.float() @ _cayley(free), sizes)
+        z, e = _draw(outputs, OUTPUTS_PER_STEP, generator), _draw(items, ITEMS_PER_STEP, generator)
+        loss = _divergence(z, e, start.float() @ _cayley(free), sizes, scales)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -77,14 +108,14 @@ def _cayley(free: Tensor) -> Tensor:
     return orthogonal
 
 
-def _divergence(z: Tensor, e: Tensor, rotation: Tensor, sizes: Sequence[int]) -> Tensor:
+def _divergence(z: Tensor, e: Tensor, rotation: Tensor, sizes: Sequence[int], scales: Sequence[float]) -> Tensor:
     """Mean divergence of the cut vectors' softmax from that of the whole ones, summed over sizes, plus a constant."""
     whole = torch.softmax(z @ e.T, 1)
-    z, e = z @ rotation, e @ rotation
+    z, e = (rows[:, : len(rotation)] @ rotation for rows in (z, e))
     loss, scores = z.new_zeros(()), z.new_zeros(len(z), len(e))
-    for first, last in chunks(tuple(sizes)):
+    for (first, last), scale in zip(chunks(tuple(sizes)), scales, strict=False):
         scores = scores + z[:, first:last] @ e[:, first:last].T
-        loss = loss + F.cross_entropy(scores, whole)
+        loss = loss + F.cross_entropy(scores * scale, whole)
     return loss
 
 

@@ -178,7 +178,10 @@ def models(draw: st.DrawFn) -> tuple[FMRLRec, int, int]:
 def recommender_of(model: FMRLRec, values: Tensor, present: Tensor) -> ExportedModel:
     with torch.no_grad():
         items = model.encoder(model.encoder.normalize(values, present), present)
-    return ExportedModel(model, items, 50, False, Origin("0", 1, "a", "b", "c"), rotation=torch.eye(items.shape[1]))
+    width = items.shape[1]
+    search = torch.eye(width).flip(0) if len(items) % 2 == 0 else None  # only larger catalogues have one
+    rotations: dict[str, Any] = {"rotation": torch.eye(width), "search_rotation": search}
+    return ExportedModel(model, items, 50, False, Origin("0", 1, "a", "b", "c"), **rotations)
 
 
 @settings(max_examples=40)
@@ -208,9 +211,11 @@ def test_an_export_of_any_model_ranks_like_the_model(case: tuple[FMRLRec, int, i
 
 
 def assert_same_recommender(found: ExportedModel, expected: ExportedModel) -> None:
-    assert replace(found, model=expected.model, items=expected.items, rotation=expected.rotation) == expected
-    assert found.rotation is not None and expected.rotation is not None
-    assert torch.equal(found.rotation, expected.rotation)
+    rotations: dict[str, Any] = {"rotation": expected.rotation, "search_rotation": expected.search_rotation}
+    assert replace(found, model=expected.model, items=expected.items, **rotations) == expected
+    for matrix, wanted in ((found.rotation, expected.rotation), (found.search_rotation, expected.search_rotation)):
+        assert (matrix is None) == (wanted is None)
+        assert matrix is None or wanted is None or torch.equal(matrix, wanted)
     assert torch.equal(found.items, expected.items)
     assert found.model.arguments == expected.model.arguments
     tensors, wanted = found.model.state_dict(), expected.model.state_dict()

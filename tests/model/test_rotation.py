@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fmrl_dist.model.rotation import ROTATED_ITEMS, learn_rotation, principal_rotation, rotate_tiles
+from fmrl_dist.model.rotation import ROTATED_ITEMS, learn_cuts, learn_rotation, principal_rotation, rotate_tiles
 
 
 def vectors(count: int, width: int, seed: int) -> Tensor:
@@ -47,10 +47,33 @@ def test_learned_rotation(width: int, sizes: tuple[int, ...]) -> None:
     assert after < 0.97 * before
 
 
-def divergence(z: Tensor, e: Tensor, rotation: Tensor, size: int) -> float:
+def test_cuts_keep_the_largest_size_and_improve_the_others() -> None:
+    """Channels as a training leaves them: what a size scores is what the whole scores, times τ, and noise."""
+    sizes, width, temperatures = (4, 9, 20), 24, (0.4, 0.6, 0.9, 1.5)
+    z, e = vectors(300, width, 1), vectors(200, width, 2)
+    rotation = learn_cuts(z, e, sizes, temperatures)
+    assert torch.equal(rotation, learn_cuts(z, e, sizes, temperatures)), "the same for the same vectors"
+    assert torch.allclose(rotation.T @ rotation, torch.eye(width), atol=1e-5)
+    assert torch.equal(rotation[20:], torch.eye(width)[20:]) and torch.equal(rotation[:, 20:], torch.eye(width)[:, 20:])
+    kept = (z @ rotation)[:, :20] @ (e @ rotation)[:, :20].T
+    assert torch.allclose(kept, z[:, :20] @ e[:, :20].T, atol=1e-4)
+
+    def loss(matrix: Tensor, size: int, place: int) -> float:
+        return divergence(z / temperatures[-1], e, matrix, size, temperatures[-1] / temperatures[place])
+
+    for place, size in enumerate(sizes[:-1]):
+        assert loss(rotation, size, place) < 0.9 * loss(torch.eye(width), size, place)
+    of_others = learn_cuts(z, e, sizes, (1.0, 1.0, 1.0, 1.0))
+    assert sum(loss(rotation, s, p) for p, s in enumerate(sizes[:-1])) < sum(
+        loss(of_others, s, p) for p, s in enumerate(sizes[:-1])
+    )
+    assert torch.equal(learn_cuts(z, e, (9,), (0.6, 1.0)), torch.eye(width))  # nothing smaller to learn for
+
+
+def divergence(z: Tensor, e: Tensor, rotation: Tensor, size: int, scale: float = 1.0) -> float:
     """KL of the softmax of cut scores from that of whole ones, over all items, by the textbook."""
     whole = torch.log_softmax(z @ e.T, 1)
-    cut = torch.log_softmax((z @ rotation)[:, :size] @ (e @ rotation)[:, :size].T, 1)
+    cut = torch.log_softmax(scale * (z @ rotation)[:, :size] @ (e @ rotation)[:, :size].T, 1)
     return float(F.kl_div(cut, whole, log_target=True, reduction="batchmean"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,19 @@ def test_lists_are_nearly_the_exact_ones(folder: Path, size: int) -> None:
         assert len(items) == 10 and not {item.item_id for item in items} & set(history)
     session = quick.session(histories[5])
     assert [item.item_id for item in session.recommend(10)] == [item.item_id for item in found[5]]
+
+
+def test_a_prefix_is_of_the_rotation_for_searches(tmp_path: Path) -> None:
+    """Of an older export, of its only rotation; of cut vectors and cut networks, of one that is learned."""
+    exported = random_export(num_items=40)
+    both = replace(exported, search_rotation=torch.linalg.qr(torch.randn(16, 16)).Q)
+    for number, (given, expected) in enumerate(((exported, exported.rotation), (both, both.search_rotation))):
+        folder = write_random_export(tmp_path / str(number), given)
+        found = Recommender.from_pretrained(folder).model.rotation_of_vectors
+        assert found is not None and expected is not None
+        np.testing.assert_array_equal(found, expected.numpy())
+        assert Recommender.from_pretrained(folder, size=8).model.rotation_of_vectors is None
+        assert Recommender.from_pretrained(folder, vectors=8).model.rotation_of_vectors is None
 
 
 def test_histories_of_users_can_be_given(folder: Path) -> None:
