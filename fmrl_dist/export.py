@@ -42,7 +42,7 @@ from fmrl_dist.deploy.web.web_format import DEFAULT_NAME, check_web_output, writ
 from fmrl_dist.deploy.web.web_format import DTYPE as WEB_DTYPE
 from fmrl_dist.deploy.web.web_format import FILES as WEB_FILES
 from fmrl_dist.distributed.signals import StopRequest
-from fmrl_dist.evaluation.cut_vectors import fit_rotation, fit_search_rotation, sample_vectors
+from fmrl_dist.evaluation.cut_vectors import fit_rotations, sample_vectors
 from fmrl_dist.evaluation.ranker import ranker_of_export
 from fmrl_dist.model.export_config import FORMATS
 from fmrl_dist.model.stored_tensors import DTYPES
@@ -165,11 +165,11 @@ def rotated(exported: ExportedModel, config: Config, store: Store) -> ExportedMo
     """With the rotations of cut vectors and of a funnel's prefix, if the store has validation users to fit them to."""
     temperatures = tuple(map(config.temperature_of, exported.model.sizes))
     ranker = replace(ranker_of_export(exported), temperatures=temperatures)
-    outputs, items = sample_vectors(ranker, store, StopRequest())
-    if not len(outputs):
+    sample = sample_vectors(ranker, store, StopRequest())
+    if not len(sample.outputs):
         return exported
-    of_search = None if is_small(len(exported.items)) else fit_search_rotation(ranker, outputs, items)
-    return replace(exported, rotation=fit_rotation(ranker, outputs, items), search_rotation=of_search)
+    rotation, of_search = fit_rotations(ranker, sample)
+    return replace(exported, rotation=rotation, search_rotation=None if is_small(len(exported.items)) else of_search)
 
 
 def default_output(checkpoint: Checkpoint, size: int, arguments: argparse.Namespace) -> Path:

@@ -1,14 +1,14 @@
 """Both deployments of a model in one evaluation: the network cut to each size, and its vectors rotated, then cut.
 
-The rotation (:mod:`fmrl_dist.model.rotation`) fits the outputs after the histories of some validation users, whose
-targets are not looked at, and some of the items in them.
+The rotation (:mod:`fmrl_dist.model.rotation`) is learned from the outputs after the histories of some validation users
+and some of the items in them. Their targets choose between two that are learned, as they choose the best checkpoint.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -29,6 +29,8 @@ from fmrl_dist.model.rotation import learn_cuts, learn_rotation
 T = TypeVar("T")
 SAMPLED_USERS = 16_384
 SAMPLED_ITEMS = 8192
+USERS_AT_ONCE = 512  # whose scores of all sampled items are in memory
+TOP = 10
 
 
 def cut_sizes(sizes: Sequence[T], protocol: EvaluationProtocol) -> tuple[T, ...]:
@@ -56,46 +58,71 @@ def count_deployments(
     return replace(join_sizes([counts, of_vectors]), rotation=sha256)
 
 
+@dataclass(frozen=True)
+class VectorSample:
+    """Vectors of n validation users and of v items of theirs, as they are compared."""
+
+    outputs: Tensor  # of the whole network, after each history, float32 [n, D]
+    targets: Tensor  # embeddings of each user's next item, float32 [n, D]
+    items: Tensor  # float32 [v, D]
+    left_out: Tensor  # int64 [2, ·]: users and items that are not to be ranked for them, seen ones and targets
+
+
 def find_rotation(ranker: Ranker, store: Store, runtime: Runtime, stop: StopRequest) -> Tensor:
-    """:func:`fit_rotation` to the store's validation users, on every process the same.
+    """:func:`fit_rotations` to the store's validation users, on every process the same: that of cut vectors.
 
     All processes read the same users in the same blocks, as some catalogues need; the first one learns from them.
 
     Raises:
         Stopped: on all processes, if one of them got a signal before the end.
     """
-    outputs, items = sample_vectors(ranker, store, stop)
+    sample = sample_vectors(ranker, store, stop)
     stop.raise_together(runtime, stop.cut_short)
-    rotation = fit_rotation(ranker, outputs, items) if runtime.is_main else None
+    rotation = fit_rotations(ranker, sample)[0] if runtime.is_main else None
     width = ranker.model.sizes[-1]
     return runtime.sum(torch.zeros(width, width, device=ranker.device) if rotation is None else rotation)
 
 
-def fit_rotation(ranker: Ranker, outputs: Tensor, items: Tensor) -> Tensor:
-    """The rotation for vectors cut to the ranker's sizes, float32 [D, D]; the identity if there are no outputs."""
+def fit_rotations(ranker: Ranker, sample: VectorSample) -> tuple[Tensor, Tensor]:
+    """The rotations of cut vectors and of a search's prefix, float32 [D, D]; the identity if there are no outputs.
+
+    Vectors are cut after that of the two learned ones with which more of the sample's targets are found: where training
+    has run its course, channels as they were trained win; where it has not, those in which outputs vary most.
+    """
     sizes = ranker.model.sizes
-    if len(outputs) == 0 or len(sizes) == 1:
-        return torch.eye(sizes[-1], device=ranker.device)
-    return learn_cuts(*compared(ranker, outputs, items), sizes[:-1], ranker.temperatures or (1.0,) * len(sizes))
-
-
-def fit_search_rotation(ranker: Ranker, outputs: Tensor, items: Tensor) -> Tensor:
-    """The rotation for a search that first reads some channels, float32 [D, D]; likewise."""
-    sizes = ranker.model.sizes
-    if len(outputs) == 0 or len(sizes) == 1:
-        return torch.eye(sizes[-1], device=ranker.device)
-    temperature = ranker.temperatures[-1] if ranker.temperatures else 1.0
-    return learn_rotation(*compared(ranker, outputs, items), sizes[:-1], temperature)
-
-
-def compared(ranker: Ranker, outputs: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
-    """Vectors as they are compared."""
-    return (F.normalize(outputs), F.normalize(items)) if ranker.normalize else (outputs, items)
+    if len(sample.outputs) == 0 or len(sizes) == 1:
+        identity = torch.eye(sizes[-1], device=ranker.device)
+        return identity, identity
+    temperatures = ranker.temperatures or (1.0,) * len(sizes)
+    of_cuts = learn_cuts(sample.outputs, sample.items, sizes[:-1], temperatures)
+    of_search = learn_rotation(sample.outputs, sample.items, sizes[:-1], temperatures[-1])
+    found = [mean_ndcg(sample, rotation, sizes[:-1], ranker.normalize) for rotation in (of_cuts, of_search)]
+    return of_cuts if found[0] >= found[1] else of_search, of_search
 
 
 @torch.no_grad()
-def sample_vectors(ranker: Ranker, store: Store, stop: StopRequest) -> tuple[Tensor, Tensor]:
-    """Outputs of users [n, D] and embeddings of different items of theirs [v, D], of blocks spread over all users.
+def mean_ndcg(sample: VectorSample, rotation: Tensor, sizes: Sequence[int], normalize: bool) -> float:
+    """NDCG@10 of the sample's targets among its items, mean over users and sizes of cut vectors."""
+    outputs, targets, items = (rows @ rotation for rows in (sample.outputs, sample.targets, sample.items))
+    users, left_out = sample.left_out
+    gains, num_users = 0.0, len(outputs)
+    for first in range(0, num_users, USERS_AT_ONCE):
+        last = min(first + USERS_AT_ONCE, num_users)
+        is_ranked = torch.ones(last - first, len(items), dtype=torch.bool, device=items.device)
+        here = (first <= users) & (users < last)
+        is_ranked[users[here] - first, left_out[here]] = False
+        for size in sizes:
+            z, own, others = (rows[:, :size] for rows in (outputs[first:last], targets[first:last], items))
+            if normalize:
+                own, others = F.normalize(own), F.normalize(others)
+            places = ((z @ others.T >= (z * own).sum(1, keepdim=True)) & is_ranked).sum(1)  # no credit for ties
+            gains += float((1 / torch.log2(places[places < TOP] + 2.0)).sum())
+    return gains / (num_users * len(sizes))
+
+
+@torch.no_grad()
+def sample_vectors(ranker: Ranker, store: Store, stop: StopRequest) -> VectorSample:
+    """Vectors of users in blocks spread over all users, and of different items of theirs.
 
     If ``stop.cut_short`` is set afterwards, they are not all.
     """
@@ -104,14 +131,40 @@ def sample_vectors(ranker: Ranker, store: Store, stop: StopRequest) -> tuple[Ten
     numbers = range(0, len(blocks), max(1, -(-sum(block.count for block in blocks) // SAMPLED_USERS)))
     users = evaluation_blocks(store, "valid", ranker.max_length, numbers, inline_dims=catalogue.inline_dims)
     outputs = [torch.empty(0, width, device=ranker.device)]
-    items, known = list(outputs), np.empty(0, np.int64)
+    targets, items, known, num_users = list(outputs), list(outputs), np.empty(0, np.int64), 0
+    left_out: list[tuple[np.ndarray, np.ndarray]] = [(np.empty(0, np.int64), np.empty(0, np.int64))]  # users, item ids
     for group in catalogue.in_step(groups_of(stop.until_requested(users), catalogue.users_at_once)):
         group = [block.to(ranker.device) for block in group]
-        for block, rows in zip(group, catalogue.inputs(group), strict=True):
+        inputs, wanted = catalogue.inputs(group), catalogue.target_items(group)
+        for block, rows, of_targets in zip(group, inputs, wanted, strict=True):
             outputs.append(last_outputs(ranker.model, block, rows))
+            targets.append(of_targets)
+            numbers_here = np.arange(num_users, num_users + len(of_targets))
+            num_seen = block.seen_starts.diff().cpu().numpy()
+            left_out += [(np.repeat(numbers_here, num_seen), block.seen.cpu().numpy())]
+            left_out += [(numbers_here, block.targets.cpu().numpy())]
+            num_users += len(of_targets)
             ids, places = np.unique(block.items.cpu().numpy(), return_index=True)
             is_new = ~np.isin(ids, known)
             if len(known) < SAMPLED_ITEMS:
                 known = np.concatenate((known, ids[is_new]))
                 items.append(rows[torch.from_numpy(places[is_new]).to(rows.device)])
-    return torch.cat(outputs), torch.cat(items)
+
+    def joined(rows: list[Tensor]) -> Tensor:
+        return F.normalize(torch.cat(rows)) if ranker.normalize else torch.cat(rows)
+
+    pairs = _among(known, *(np.concatenate(part) for part in zip(*left_out, strict=True)))
+    return VectorSample(
+        outputs=joined(outputs),
+        targets=joined(targets),
+        items=joined(items),
+        left_out=torch.from_numpy(pairs).to(ranker.device),
+    )
+
+
+def _among(known: np.ndarray, users: np.ndarray, item_ids: np.ndarray) -> np.ndarray:
+    """Users and the places of their items among the known ones, int64 [2, ·]; of other items nothing."""
+    order = np.argsort(known)
+    places = np.searchsorted(known, item_ids, sorter=order).clip(max=max(len(known) - 1, 0))
+    is_known = known[order[places]] == item_ids if len(known) else np.zeros(len(item_ids), bool)
+    return np.stack((users[is_known], order[places[is_known]]))

@@ -213,9 +213,8 @@ def test_an_export_of_any_model_ranks_like_the_model(case: tuple[FMRLRec, int, i
 def assert_same_recommender(found: ExportedModel, expected: ExportedModel) -> None:
     rotations: dict[str, Any] = {"rotation": expected.rotation, "search_rotation": expected.search_rotation}
     assert replace(found, model=expected.model, items=expected.items, **rotations) == expected
-    for matrix, wanted in ((found.rotation, expected.rotation), (found.search_rotation, expected.search_rotation)):
-        assert (matrix is None) == (wanted is None)
-        assert matrix is None or wanted is None or torch.equal(matrix, wanted)
+    for name, matrix in rotations.items():
+        assert torch.equal(*(torch.tensor([]) if each is None else each for each in (getattr(found, name), matrix)))
     assert torch.equal(found.items, expected.items)
     assert found.model.arguments == expected.model.arguments
     tensors, wanted = found.model.state_dict(), expected.model.state_dict()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,8 @@ from fmrl_dist.checkpoint.export_folder import ITEMS_FILE, ROTATION_FILE, VECTOR
 from fmrl_dist.config.loading import load_config
 from fmrl_dist.data.batches import evaluation_blocks
 from fmrl_dist.data.store.reader import Store
+from fmrl_dist.evaluation import cut_vectors
+from fmrl_dist.evaluation.cut_vectors import VectorSample, fit_rotations, mean_ndcg
 from fmrl_dist.model.export_config import CONFIG_FILE
 from shards.store.builder import build_store
 from tests.fixtures.processes import run_processes
@@ -95,6 +99,56 @@ def test_figures_are_those_of_a_naive_computation(run: Path, whole: Path) -> Non
     for size in ("4", "8"):
         assert abs(result["vectors"][size]["ndcg@10"] - naive_ndcg(whole, int(size), masked=False)) < 1e-9
         assert abs(result["masked"]["vectors"][size]["ndcg@10"] - naive_ndcg(whole, int(size), masked=True)) < 1e-9
+
+
+def random_sample(num_users: int = 40, num_items: int = 30, width: int = 16) -> VectorSample:
+    """With ten items left out for each user."""
+    generator = torch.Generator().manual_seed(0)
+    left_out = torch.stack([torch.randperm(num_items, generator=generator)[:10] for _ in range(num_users)])
+    users = torch.arange(num_users).repeat_interleave(10)
+    outputs, targets = (torch.randn(num_users, width, generator=generator) for _ in range(2))
+    items = torch.randn(num_items, width, generator=generator)
+    return VectorSample(outputs, targets, items, torch.stack((users, left_out.flatten())))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_what_chooses_a_rotation_is_a_naive_ndcg(normalize: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cut_vectors, "USERS_AT_ONCE", 7)
+    sample, rotation = random_sample(), torch.linalg.qr(torch.randn(16, 16)).Q
+    hidden = {pair for pair in zip(*sample.left_out.tolist(), strict=True)}
+    gains = []
+    for size in (4, 8):
+        z, own, items = (
+            (rows @ rotation)[:, :size].double() for rows in (sample.outputs, sample.targets, sample.items)
+        )
+        if normalize:
+            own, items = own / own.norm(dim=1, keepdim=True), items / items.norm(dim=1, keepdim=True)
+        for user in range(40):
+            others = [item for item in range(30) if (user, item) not in hidden]
+            rank = 1 + sum(float(z[user] @ items[other]) > float(z[user] @ own[user]) for other in others)
+            gains.append(1 / np.log2(1 + rank) if rank <= 10 else 0.0)
+    assert mean_ndcg(sample, rotation, (4, 8), normalize) == pytest.approx(np.mean(gains), abs=1e-6)
+    assert 0 < np.mean(gains) < 1
+
+
+@pytest.mark.parametrize("better", [0, 1])
+def test_the_rotation_that_finds_more_targets_is_taken(better: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Channels that say something come first or last; the search's rotation stays what it is."""
+    sample, matrices = random_sample(), (torch.eye(16), torch.eye(16).flip(0))
+    told = torch.zeros(16)
+    told[:8] = 1.0
+    z = sample.outputs * (told if better == 0 else told.flip(0)) * 5
+    monkeypatch.setattr(cut_vectors, "learn_cuts", lambda *_: matrices[0])
+    monkeypatch.setattr(cut_vectors, "learn_rotation", lambda *_: matrices[1])
+    ranker = SimpleNamespace(model=SimpleNamespace(sizes=(4, 8, 16)), temperatures=(), normalize=False)
+    of_cuts, of_search = fit_rotations(ranker, replace(sample, outputs=z, targets=z))  # type: ignore[arg-type]
+    assert of_cuts is matrices[better] and of_search is matrices[1]
+
+
+def test_pairs_of_users_and_items_in_a_sample() -> None:
+    known, users = np.array([7, 2, 9]), np.array([0, 0, 1, 1, 2])
+    assert cut_vectors._among(known, users, np.array([2, 3, 9, 7, 10])).tolist() == [[0, 1, 1], [1, 2, 0]]
+    assert cut_vectors._among(known[:0], users, users).shape == (2, 0)
 
 
 def test_users_ranks_are_kept(run: Path) -> None:
