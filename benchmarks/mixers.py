@@ -9,8 +9,8 @@ those of Beauty, geometric with a mean of 9 and at most 50, where padding to the
     filter, circular    plain: FFTs of the padded batch, of twice the longest length, or of the window
     bsarec              plain: both
 
-Both sides' outputs are compared first; nothing is reported where they differ. ``--scans`` times the recurrence alone
-instead: the CPU's two scans, forward and backward.
+Both sides' outputs are compared first; nothing is reported where they differ. Instead, ``--scans`` times the recurrence
+alone, the CPU's two scans, and ``--dropouts`` our dropout against PyTorch's; forward and backward, too.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from benchmarks import describe_setting
 from benchmarks.measuring.timing import forget_peak, in_child, interleave, peak_resident_bytes
 from fmrl_dist.base.errors import require, run_command
+from fmrl_dist.model.dropout import NestedDropout
 from fmrl_dist.model.mixers.attention import Attention, rotate
 from fmrl_dist.model.mixers.bsarec import BSARec, low_pass_kernel
 from fmrl_dist.model.mixers.filter import Filter
@@ -49,6 +50,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--scans", action="store_true")
+    parser.add_argument("--dropouts", action="store_true")
     parser.add_argument("--memory-of", nargs=3, metavar=("MIXER", "LENGTH", "SIDE"), help="only print its peak memory")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
@@ -65,6 +67,9 @@ def main(argv: list[str]) -> None:
         print(f"{name:<12} {value}")
     if arguments.scans:
         compare_scans(arguments.lengths, arguments.rows, arguments.rounds)
+        return
+    if arguments.dropouts:
+        compare_dropouts(arguments.rows, arguments.rounds)
         return
     print("\n| mixer | events of a history | ours | plain | plain / ours | memory, ours | plain |")
     print("|---|---:|---:|---:|---:|---:|---:|")
@@ -107,6 +112,29 @@ def compare_scans(names: list[str], num_rows: int, rounds: int) -> None:
         times = interleave({impl: lambda _, i=impl: run(i) for impl in ("stepwise", "doubling")}, rounds)  # type: ignore[misc]
         ratio = times["doubling"].over(times["stepwise"])
         print(f"| {width} | {name} | {times['stepwise']} | {times['doubling']} | {ratio} |")
+
+
+def compare_dropouts(num_rows: int, rounds: int) -> None:
+    """Rates by size, at once, against one rate; both keep what they should, within five deviations."""
+    print("\n| channels | rows | ours | PyTorch's | PyTorch's / ours |")
+    print("|---:|---:|---:|---:|---:|")
+    for width in (32, 128, 512):
+        sizes = tuple(size for size in (8, 16, 32, 64, 128, 256, 512) if size <= width)
+        modules = {"ours": NestedDropout(sizes, 0.5, 0.4), "torch": nn.Dropout(0.5)}
+        x = torch.randn(num_rows, width, requires_grad=True)
+        for module in modules.values():
+            dropped = float((module(x)[:, sizes[-2] :] == 0).double().mean())
+            require(
+                abs(dropped - 0.5) < 2.5 / math.sqrt(num_rows * (width - sizes[-2])),
+                f"{type(module).__name__} drops {dropped:.4f} of the last channels, not half; nothing is reported",
+            )
+
+        def run(name: str, x: Tensor = x, modules: dict[str, nn.Module] = modules) -> None:
+            modules[name](x).sum().backward()
+
+        times = interleave({name: lambda _, n=name: run(n) for name in modules}, rounds)  # type: ignore[misc]
+        ratio = times["torch"].over(times["ours"])
+        print(f"| {width} | {num_rows:,} | {times['ours']} | {times['torch']} | {ratio} |")
 
 
 def make_steps(
