@@ -33,7 +33,6 @@ from fmrl_dist.config.sections import Config
 from fmrl_dist.data.feature_identity import feature_encoders, with_origins
 from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.data.store.reader import Store
-from fmrl_dist.deploy.approximate.funnel import is_small
 from fmrl_dist.deploy.dtype_loss import MEASURED_USERS, describe_quality, measure_quality
 from fmrl_dist.deploy.hub import check_can_push, push_to_hub
 from fmrl_dist.deploy.model_card import CardSubject, Licence, model_card, run_figures
@@ -169,7 +168,7 @@ def rotated(exported: ExportedModel, config: Config, store: Store) -> ExportedMo
     if not len(sample.outputs):
         return exported
     rotation, of_search = fit_rotations(ranker, sample)
-    return replace(exported, rotation=rotation, search_rotation=None if is_small(len(exported.items)) else of_search)
+    return replace(exported, rotation=rotation, search_rotation=of_search)
 
 
 def default_output(checkpoint: Checkpoint, size: int, arguments: argparse.Namespace) -> Path:

@@ -187,7 +187,8 @@ def write_export(recommender: ExportedModel, folder: Path, parts: ExportParts, o
         save_tensors(stored_or_refused({ITEMS_TENSOR: recommender.items}, parts.dtype), aside / ITEMS_FILE)
         if recommender.rotation is not None:
             rotations = {ROTATION_TENSOR: recommender.rotation, SEARCH_TENSOR: recommender.search_rotation}
-            present = {name: matrix for name, matrix in rotations.items() if matrix is not None}
+            # Copies: one matrix may be both, and safetensors refuses tensors that share memory.
+            present = {name: matrix.clone() for name, matrix in rotations.items() if matrix is not None}
             save_tensors(present, aside / ROTATION_FILE)
         if parts.vectors:
             vectors = cut_vectors(recommender, parts.vectors)

@@ -31,6 +31,7 @@ SAMPLED_USERS = 16_384
 SAMPLED_ITEMS = 8192
 USERS_AT_ONCE = 512  # whose scores of all sampled items are in memory
 TOP = 10
+MARGIN = 0.01  # far more than rounding, so that an evaluation and an export choose the same
 
 
 def cut_sizes(sizes: Sequence[T], protocol: EvaluationProtocol) -> tuple[T, ...]:
@@ -86,8 +87,8 @@ def find_rotation(ranker: Ranker, store: Store, runtime: Runtime, stop: StopRequ
 def fit_rotations(ranker: Ranker, sample: VectorSample) -> tuple[Tensor, Tensor]:
     """The rotations of cut vectors and of a search's prefix, float32 [D, D]; the identity if there are no outputs.
 
-    Vectors are cut after that of the two learned ones with which more of the sample's targets are found: where training
-    has run its course, channels as they were trained win; where it has not, those in which outputs vary most.
+    Two are learned. Vectors are cut after the one from the channels as they were trained, which wins where training has
+    run its course, unless more of the sample's targets are found after the other, by more than ``MARGIN``.
     """
     sizes = ranker.model.sizes
     if len(sample.outputs) == 0 or len(sizes) == 1:
@@ -97,19 +98,19 @@ def fit_rotations(ranker: Ranker, sample: VectorSample) -> tuple[Tensor, Tensor]
     of_cuts = learn_cuts(sample.outputs, sample.items, sizes[:-1], temperatures)
     of_search = learn_rotation(sample.outputs, sample.items, sizes[:-1], temperatures[-1])
     found = [mean_ndcg(sample, rotation, sizes[:-1], ranker.normalize) for rotation in (of_cuts, of_search)]
-    return of_cuts if found[0] >= found[1] else of_search, of_search
+    return of_search if found[1] > found[0] * (1 + MARGIN) else of_cuts, of_search
 
 
 @torch.no_grad()
 def mean_ndcg(sample: VectorSample, rotation: Tensor, sizes: Sequence[int], normalize: bool) -> float:
     """NDCG@10 of the sample's targets among its items, mean over users and sizes of cut vectors."""
     outputs, targets, items = (rows @ rotation for rows in (sample.outputs, sample.targets, sample.items))
-    users, left_out = sample.left_out
+    users, left_out = sample.left_out[:, sample.left_out[0].argsort()]
     gains, num_users = 0.0, len(outputs)
     for first in range(0, num_users, USERS_AT_ONCE):
         last = min(first + USERS_AT_ONCE, num_users)
         is_ranked = torch.ones(last - first, len(items), dtype=torch.bool, device=items.device)
-        here = (first <= users) & (users < last)
+        here = slice(*torch.searchsorted(users, users.new_tensor([first, last])).tolist())
         is_ranked[users[here] - first, left_out[here]] = False
         for size in sizes:
             z, own, others = (rows[:, :size] for rows in (outputs[first:last], targets[first:last], items))
@@ -132,33 +133,35 @@ def sample_vectors(ranker: Ranker, store: Store, stop: StopRequest) -> VectorSam
     users = evaluation_blocks(store, "valid", ranker.max_length, numbers, inline_dims=catalogue.inline_dims)
     outputs = [torch.empty(0, width, device=ranker.device)]
     targets, items, known, num_users = list(outputs), list(outputs), np.empty(0, np.int64), 0
-    left_out: list[tuple[np.ndarray, np.ndarray]] = [(np.empty(0, np.int64), np.empty(0, np.int64))]  # users, item ids
+    pairs, num_items = [np.empty(0, np.int64)], store.manifest.num_items  # user · V + item, of what is left out
     for group in catalogue.in_step(groups_of(stop.until_requested(users), catalogue.users_at_once)):
         group = [block.to(ranker.device) for block in group]
         inputs, wanted = catalogue.inputs(group), catalogue.target_items(group)
         for block, rows, of_targets in zip(group, inputs, wanted, strict=True):
             outputs.append(last_outputs(ranker.model, block, rows))
             targets.append(of_targets)
-            numbers_here = np.arange(num_users, num_users + len(of_targets))
-            num_seen = block.seen_starts.diff().cpu().numpy()
-            left_out += [(np.repeat(numbers_here, num_seen), block.seen.cpu().numpy())]
-            left_out += [(numbers_here, block.targets.cpu().numpy())]
-            num_users += len(of_targets)
             ids, places = np.unique(block.items.cpu().numpy(), return_index=True)
             is_new = ~np.isin(ids, known)
             if len(known) < SAMPLED_ITEMS:
                 known = np.concatenate((known, ids[is_new]))
                 items.append(rows[torch.from_numpy(places[is_new]).to(rows.device)])
+            numbers_here = np.arange(num_users, num_users + len(of_targets))
+            users_here = np.concatenate((numbers_here, np.repeat(numbers_here, block.seen_starts.diff().cpu().numpy())))
+            left_out = np.concatenate((block.targets.cpu().numpy(), block.seen.cpu().numpy()))
+            # Once no more items are added, others than these need not be kept: a history may be very long.
+            is_kept = np.isin(left_out, known) if len(known) >= SAMPLED_ITEMS else np.ones(len(left_out), bool)
+            pairs.append(np.unique(users_here[is_kept] * num_items + left_out[is_kept]))
+            num_users += len(of_targets)
 
     def joined(rows: list[Tensor]) -> Tensor:
         return F.normalize(torch.cat(rows)) if ranker.normalize else torch.cat(rows)
 
-    pairs = _among(known, *(np.concatenate(part) for part in zip(*left_out, strict=True)))
+    users_and_items = _among(known, *np.divmod(np.concatenate(pairs), max(num_items, 1)))
     return VectorSample(
         outputs=joined(outputs),
         targets=joined(targets),
         items=joined(items),
-        left_out=torch.from_numpy(pairs).to(ranker.device),
+        left_out=torch.from_numpy(users_and_items).to(ranker.device),
     )
 
 

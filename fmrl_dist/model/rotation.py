@@ -5,10 +5,10 @@ Outputs z and item vectors e are both multiplied by one orthogonal matrix Q [D, 
 of softmax((z Q)_m·(e Q)_m / τ) from softmax(z·e / τ_D) over some items. It stays orthogonal as
 Q₀ (I + A/2)⁻¹ (I - A/2), the Cayley transform of a skew-symmetric A. There are two of them:
 
-    learn_cuts      *cut vectors*: the whole network, whose vectors are cut to trained sizes. Starts from channels as
-                    they were trained, with τ of each size, and leaves the largest of these sizes as it is.
-    learn_rotation  a search's prefix, whose scores bound whole ones. Starts from the directions in which outputs vary
-                    most, with the τ of whole scores at every width.
+    learn_cuts      for *cut vectors*, the whole network's vectors cut to trained sizes. Starts from channels as they
+                    were trained, with τ of each size, and leaves the largest of these sizes as it is.
+    learn_rotation  for a search's prefix, whose scores bound whole ones; and for cut vectors where it ranks better.
+                    Starts from the directions in which outputs vary most, with the τ of whole scores at every width.
 
 n outputs, v items, D width.
 """

@@ -179,8 +179,9 @@ def recommender_of(model: FMRLRec, values: Tensor, present: Tensor) -> ExportedM
     with torch.no_grad():
         items = model.encoder(model.encoder.normalize(values, present), present)
     width = items.shape[1]
-    search = torch.eye(width).flip(0) if len(items) % 2 == 0 else None  # only larger catalogues have one
-    rotations: dict[str, Any] = {"rotation": torch.eye(width), "search_rotation": search}
+    rotation = torch.eye(width)
+    search = (torch.eye(width).flip(0), rotation, None)[len(items) % 3]  # one may be both; older exports have one only
+    rotations: dict[str, Any] = {"rotation": rotation, "search_rotation": search}
     return ExportedModel(model, items, 50, False, Origin("0", 1, "a", "b", "c"), **rotations)
 
 
