@@ -58,7 +58,7 @@ def learn_cuts(outputs: Tensor, items: Tensor, sizes: Sequence[int], temperature
     *smaller, kept = sizes
     if smaller:
         start = torch.eye(kept, dtype=torch.float64, device=outputs.device)
-        scales = [temperatures[-1] / temperature for temperature in temperatures]
+        scales = [temperatures[-1] / temperature for temperature in temperatures[: len(smaller)]]
         rotation[:kept, :kept] = _learn(outputs / temperatures[-1], items, start, smaller, scales)
     return rotation
 
@@ -113,7 +113,7 @@ def _divergence(z: Tensor, e: Tensor, rotation: Tensor, sizes: Sequence[int], sc
     whole = torch.softmax(z @ e.T, 1)
     z, e = (rows[:, : len(rotation)] @ rotation for rows in (z, e))
     loss, scores = z.new_zeros(()), z.new_zeros(len(z), len(e))
-    for (first, last), scale in zip(chunks(tuple(sizes)), scales, strict=False):
+    for (first, last), scale in zip(chunks(tuple(sizes)), scales, strict=True):
         scores = scores + z[:, first:last] @ e[:, first:last].T
         loss = loss + F.cross_entropy(scores * scale, whole)
     return loss

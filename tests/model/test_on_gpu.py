@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import warnings
 from collections.abc import Callable
@@ -144,7 +143,7 @@ def test_mixer(mixer: str) -> None:
     starts = torch.tensor([0, *itertools.accumulate(lengths)])
     mixing = Mixing(mixer, 0.5, 0.99, 16, "rotary", max(lengths))
     plain, ours = (build_mixer(mixing, EVEN_SIZES, None, scan).double() for scan in ("plain", "auto"))
-    ours.load_state_dict(copy.deepcopy(plain.state_dict()))
+    ours.load_state_dict(plain.state_dict())
     x, upstream = draw(sum(lengths), EVEN_SIZES[-1]), draw(sum(lengths), EVEN_SIZES[-1])
 
     def results(module: torch.nn.Module, x: Tensor, starts: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:

@@ -48,7 +48,7 @@ def test_learned_rotation(width: int, sizes: tuple[int, ...]) -> None:
 
 
 def test_cuts_keep_the_largest_size_and_improve_the_others() -> None:
-    """Channels as a training leaves them: what a size scores is what the whole scores, times τ, and noise."""
+    """The largest keeps its channels; each smaller size comes nearer to the whole, by its own temperature."""
     sizes, width, temperatures = (4, 9, 20), 24, (0.4, 0.6, 0.9, 1.5)
     z, e = vectors(300, width, 1), vectors(200, width, 2)
     rotation = learn_cuts(z, e, sizes, temperatures)
