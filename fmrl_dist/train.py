@@ -25,7 +25,7 @@ from torch import Tensor
 from fmrl_dist.base.errors import UserError, require, run_command
 from fmrl_dist.base.files import json_sha256
 from fmrl_dist.base.progress import Progress
-from fmrl_dist.checkpoint.folder import Checkpoint, TrainState, linked_checkpoint, load_checkpoint
+from fmrl_dist.checkpoint.folder import Checkpoint, TrainState, latest_sha256, linked_checkpoint, load_checkpoint
 from fmrl_dist.checkpoint.run_folder import (
     REPORT_FILE,
     claimed_run_folder,
@@ -125,6 +125,7 @@ def train_and_evaluate(config: Config, runtime: Runtime, resume: str | None, sto
     if note := note_on_other_config(config, store):
         runtime.say(note)
     runtime.require_same("store", store.manifest.sha256)
+    latest_found = latest_sha256(folder / "checkpoints")
     checkpoint = open_run(config, resume, store.manifest.sha256, runtime.say)
     if runtime.is_main:
         forget_requeue(folder)
@@ -134,7 +135,8 @@ def train_and_evaluate(config: Config, runtime: Runtime, resume: str | None, sto
 
     if checkpoint is None or not training_is_over(config, checkpoint, total_steps):
         with ExitStack() as claim:  # until the evaluation is written, the folder is this run's
-            _train_steps(Run(config, runtime, folder, store, order, total_steps), checkpoint, stop, claim)
+            run = Run(config, runtime, folder, store, order, total_steps, latest_found)
+            _train_steps(run, checkpoint, stop, claim)
             runtime.accelerator.wait_for_everyone()
             _evaluate_best(config, runtime, store, folder, stop, began)
         return
@@ -171,7 +173,7 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest, cl
 
     features = model.encoder.feature_dims
     store_files = files_of_store(run.store, features, config.model.has_ids) if runtime.is_main else {}
-    claimed = claim.enter_context(claimed_run_folder(run.folder, config, runtime, store_files))
+    claimed = claim.enter_context(claimed_run_folder(run.folder, config, runtime, store_files, run.latest_found))
     with (
         Logbook(
             run.folder,

@@ -223,7 +223,7 @@ def locked(folder: Path, say: Callable[[str], None] = print) -> Iterator[RunClai
 
 @contextmanager
 def claimed_run_folder(
-    folder: Path, config: Config, runtime: Runtime, store_files: Mapping[str, bytes]
+    folder: Path, config: Config, runtime: Runtime, store_files: Mapping[str, bytes], latest_found: str
 ) -> Iterator[RunClaim]:
     """Claim the run's folder, once nothing can be refused any more, and clear its mark that the run is finished.
 
@@ -232,9 +232,11 @@ def claimed_run_folder(
         config: of the run, kept in it.
         runtime: this process and its group.
         store_files: :func:`files_of_store`, to be kept in it; only rank 0 needs them.
+        latest_found: hash of its latest checkpoint when the run looked for one to resume, "" for none.
 
     Raises:
-        UserError: on every rank; another run is training into it. Later, on the first rank: the folder is gone.
+        UserError: on every rank; another run is training into it, or has done since. Later, on the first rank: the
+            folder is gone.
     """
     claim = RunClaim(folder)
     runtime.accelerator.wait_for_everyone()  # every rank has looked at the folder before one writes to it
@@ -243,6 +245,11 @@ def claimed_run_folder(
         if runtime.is_main:
             try:
                 claim = stack.enter_context(locked(folder, runtime.say))
+                require(
+                    latest_sha256(folder / "checkpoints") == latest_found,
+                    f"another run has trained into {folder} while this one started; go on from there with "
+                    "--resume auto, or choose another --run.dir",
+                )
                 restore_links(folder / "checkpoints", config.train.keep_checkpoints)
             except UserError as error:
                 refusal = str(error)

@@ -21,6 +21,7 @@ class Run:
     store: Store
     order: Order
     total_steps: int
+    latest_found: str  # hash of the folder's latest checkpoint when the run looked for one, "" for none
 
     @property
     def inline(self) -> bool:

@@ -38,6 +38,7 @@ from tests.fixtures.training import (
     make_shop,
     records,
     run_here,
+    run_module,
     train_here,
 )
 
@@ -267,6 +268,29 @@ def test_a_second_run_in_the_same_folder_is_refused(shop: Path, tmp_path: Path) 
         finally:
             first.kill()
     train_here(shop, run, *words, "--train.max_steps", records(run)[-1]["step"] + 1)
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_run_that_another_one_overtook_is_refused(
+    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    """It has looked for a checkpoint when another process trains in its folder, to the end: its steps would be lost."""
+    run, words = tmp_path / "run", ["--resume", "auto", "--train.epochs", "2", "--train.max_steps"]
+    if begun:
+        train_here(shop, run, *words, 2)
+    prepare = train.prepare_learner
+
+    def overtaken(*arguments: Any) -> Any:
+        done = run_module("fmrl_dist.train", "--config", shop, "--run.dir", run, *words, 4)
+        assert done.returncode == 0, done.stderr
+        before.update(contents(run))
+        return prepare(*arguments)
+
+    before: dict[str, Any] = {}
+    monkeypatch.setattr(train, "prepare_learner", overtaken)
+    with pytest.raises(UserError, match="another run has trained into .* while this one started; go on from there"):
+        train_here(shop, run, *words, 6)
+    assert before and contents(run) == before
 
 
 def test_a_file_system_without_locks_is_announced(
