@@ -27,13 +27,14 @@ from fmrl_dist.checkpoint.export_folder import (
     VECTORS_TENSOR,
     save_tensors,
 )
+from fmrl_dist.deploy.catalogue.borrowed_ids import borrowed_ids
 from fmrl_dist.deploy.onnx_format import check_installed
 from fmrl_dist.model.embed_catalogue import check_rankable
 from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.model.item_encoders.item_encoder import ItemEncoder
 from fmrl_dist.model.nested import add_prefix
 from fmrl_dist.model.rotation import rotate_tiles
-from fmrl_dist.model.stored_tensors import SCALE, stored
+from fmrl_dist.model.stored_tensors import SCALE, restored, stored
 
 Embed = Callable[[Tensor, Tensor, np.ndarray], Tensor]
 
@@ -42,7 +43,8 @@ def embedder(folder: Path, config: Mapping[str, Any]) -> Embed:
     """What turns features into embeddings, of the export in ``folder``.
 
     Called with raw features float16 [n, F], which of them are there bool [n, M], and the rows int64 [n] that the items
-    have or will have; returns float32 [n, D]. Rows of the id table are added to those of items that have one.
+    have or will have; returns float32 [n, D]. Rows of the id table are added, to items without a trained one
+    :func:`~fmrl_dist.deploy.catalogue.borrowed_ids.borrowed_ids`; for onnxruntime, of which the export has no ids, not.
 
     Raises:
         UserError: the export is damaged; or calling it: the result cannot be ranked with.
@@ -50,17 +52,24 @@ def embedder(folder: Path, config: Mapping[str, Any]) -> Embed:
     if config["format"] == "onnx":
         return lambda values, present, rows: _embed_in_onnx(folder, config, values, present, rows)
     model = FMRLRec.from_pretrained(folder)
-    return lambda values, present, rows: embed(model.encoder, values, present, rows)
+    items = None
+    if model.encoder.id_table is not None:
+        items = restored(load_file(folder / ITEMS_FILE), config["dtype"])[ITEMS_TENSOR]
+    return lambda values, present, rows: embed(model.encoder, items, values, present, rows)
 
 
 @torch.no_grad()
-def embed(encoder: ItemEncoder, values: Tensor, present: Tensor, rows: np.ndarray) -> Tensor:
-    """See :func:`embedder`."""
+def embed(encoder: ItemEncoder, items: Tensor | None, values: Tensor, present: Tensor, rows: np.ndarray) -> Tensor:
+    """See :func:`embedder`; ``items`` are the export's embeddings [V, D], if the encoder has ids."""
     embeddings = encoder.without_ids(encoder.normalize(values, present), present)
     if encoder.id_table is not None:
-        known = torch.from_numpy(np.flatnonzero(rows < len(encoder.id_table)))
-        own = encoder.id_table[torch.from_numpy(rows)[known]]
-        embeddings[known] = add_prefix(embeddings[known], own)
+        assert items is not None
+        num_ids = len(encoder.id_table)
+        ids = encoder.id_table[torch.from_numpy(rows.clip(max=num_ids - 1))]
+        is_new = torch.from_numpy(rows >= num_ids) | ~ids.any(1)
+        ids[is_new] = borrowed_ids(embeddings[is_new], encoder.id_table, items[:num_ids])
+        ids[is_new & ~present.any(1)] = 0  # of which nothing is known: it is like no other
+        embeddings = add_prefix(embeddings, ids)
     check_rankable(embeddings, "item embeddings")
     return embeddings
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from fmrl_dist import add_items, export
@@ -501,7 +502,7 @@ def write_encoded(folder: Path, ids: list[str], values: torch.Tensor) -> Path:
 
 
 def test_learned_ids_stay(tmp_path: Path) -> None:
-    """An update moves an item by what its features moved; an item that came later has no id to keep."""
+    """An update moves an item by what its features moved; a later one borrows the id of the item nearest to it."""
     model = random_model(num_items=30, id_width=8)
     features, present = torch.randn(30, 3).half(), torch.ones(30, 1, dtype=torch.bool)
     items = embed_catalogue(model.encoder, features, present).detach()
@@ -513,14 +514,19 @@ def test_learned_ids_stay(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"first holds no titles, and the items of .* have some; encode again with"):
         run_here(add_items.main, [*words, first])
     run_here(add_items.main, [*words, first, "--title", ""])
-    values = torch.tensor([[1.0, -2.0, 0.5], [0.0, 0.0, 0.0]])
-    run_here(add_items.main, [*words, write_encoded(tmp_path / "second", ["newer", "i7"], values), "--update"])
+    values = torch.stack((torch.tensor([1.0, -2.0, 0.5]), torch.zeros(3), torch.zeros(3)))
+    run_here(add_items.main, [*words, write_encoded(tmp_path / "second", ["newer", "i7", "new"], values), "--update"])
     after, encoder = read_export(tmp_path / "export").items, projection_of(model)
     with torch.no_grad():
         moved = encoder.normalize(values[:1], present[:1]) @ encoder.weight.T + encoder.bias
         of_seven = (encoder.bias + encoder.stand_ins[0]).clone()
         assert encoder.id_table is not None
+        unknown = of_seven.clone()  # without features it is like no other item
         of_seven[:8] += encoder.id_table[7]
+        of_features = encoder.normalize(features, present) @ encoder.weight.T + encoder.bias
+        nearest = int(F.cosine_similarity(of_features, moved).argmax())
+        moved[0, :8] += encoder.id_table[nearest]
+    torch.testing.assert_close(after[30], unknown, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(after[31], moved[0], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(after[7], of_seven, rtol=1e-6, atol=1e-6)
     assert len(after) == 32 and torch.equal(after[:7], items[:7]) and torch.equal(after[8:30], items[8:])
