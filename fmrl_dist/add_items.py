@@ -73,6 +73,11 @@ def main(argv: list[str]) -> None:
         export.check_unchanged()  # --output does not lock it
         left_out = evaluations_in(output) if output.exists() else []
     report(counts, output, left_out)
+    if counts.added and not export.can_lend_ids:
+        print(
+            "note: the model has ids, of which an export of format onnx holds none: the new items have features "
+            "alone, and will hardly be recommended; add items to a safetensors export of the run"
+        )
 
 
 def check_options(arguments: argparse.Namespace) -> None:

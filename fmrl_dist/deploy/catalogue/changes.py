@@ -86,6 +86,11 @@ class OpenExport:
         require(is_same, f"export {self.folder} was changed or removed meanwhile; nothing is written: begin again")
 
     @property
+    def can_lend_ids(self) -> bool:
+        """Whether new items can borrow ids, where the model has any."""
+        return self.config["format"] != "onnx" or not self.config["model"].get("num_items")
+
+    @property
     def feature_dims(self) -> dict[str, int]:
         """Name → dim of each feature that the model reads."""
         return dict(self.config["model"]["feature_dims"])

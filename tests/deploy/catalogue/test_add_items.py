@@ -36,7 +36,7 @@ from tests.fixtures.exports import ids_of, random_export, random_model, vocabula
 from tests.fixtures.item_encoders import projection_of
 from tests.fixtures.processes import REPOSITORY, clean_environment
 from tests.fixtures.stores import read_items
-from tests.fixtures.training import evaluate_here, evaluation, run_here, run_module
+from tests.fixtures.training import evaluate_here, evaluation, run_here, run_module, train_here
 
 NEW = [f"i{item}" for item in range(NUM_KNOWN, NUM_ITEMS)]
 
@@ -197,6 +197,21 @@ def test_for_onnxruntime(shop: Path, tmp_path: Path, dtype: str) -> None:
         items *= np.load(more / "item_scales.npy")[:, None]
     expected = read_export(added(shop, tmp_path / "exact")).items.numpy()
     np.testing.assert_allclose(items, expected, rtol=0, atol=(1e-5 if dtype == "float32" else 0.06) * expected.max())
+
+
+def test_onnxruntime_has_no_ids_to_lend(shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime")
+    words = ["--model.id_table", "true", "--model.features", "[vector, terms, image]"]
+    run = train_here(shop / "known.yaml", tmp_path / "run", "--train.max_steps", 3, *words)
+    onnx = added(shop, tmp_path / "more-onnx", source=export_of(tmp_path, tmp_path / "onnx", "--format", "onnx"))
+    assert "note: the model has ids, of which an export of format onnx holds none" in capsys.readouterr().out
+    whole = added(shop, tmp_path / "more", source=export_of(tmp_path, tmp_path / "plain", run=run.name))
+    assert "note:" not in capsys.readouterr().out
+    borrowed = read_export(whole).items[NUM_KNOWN:].numpy() - np.load(onnx / "item_embeddings.npy")[NUM_KNOWN:]
+    ids = read_export(whole).model.encoder.id_table
+    assert ids is not None
+    of_items = np.abs(borrowed[:, None] - ids.detach().numpy()[None]).max(2).min(1)  # how near to any item's
+    assert (of_items < 1e-5).all() and (np.abs(borrowed).max(1) > 1e-3).all()
 
 
 def test_removed_items_are_never_recommended(shop: Path, tmp_path: Path) -> None:
