@@ -33,7 +33,7 @@ from fmrl_dist.model.mixers.attention import Attention, rotate
 from fmrl_dist.model.mixers.bsarec import BSARec, low_pass_kernel
 from fmrl_dist.model.mixers.filter import Filter
 from fmrl_dist.model.mixers.lru import LRU
-from fmrl_dist.model.mixers.mixing import BLOCK_MIXERS, Mixing, build_mixer
+from fmrl_dist.model.mixers.mixing import MIXERS, Mixing, build_mixer
 from fmrl_dist.model.nested import nested_mask
 from fmrl_dist.model.scan import packed_scan
 
@@ -44,7 +44,7 @@ TOLERANCE = 1e-4  # of the largest output: float32, sums in another order
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.mixers", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--mixers", nargs="+", choices=BLOCK_MIXERS, default=list(BLOCK_MIXERS))
+    parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=list(MIXERS))
     parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=list(LENGTHS))
     parser.add_argument("--rows", type=int, default=10_000, help="events of a step")
     parser.add_argument("--rounds", type=int, default=5)

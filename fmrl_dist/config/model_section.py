@@ -31,11 +31,10 @@ class ModelConfig:
     # rate on the input embeddings and in the feed-forward network, of the last channels
     dropout: Fraction = 0.5
     # what lets the events of a history see each other: lru: the paper's linear recurrence | attention: causal, as
-    # SASRec's | hybrid: lru in the first half of the blocks, attention in the others | filter: FMLP-Rec's learned
-    # filter, causal | circular: the same as published, over all of a window | bsarec: causal attention beside a
-    # rescaling of high frequencies | bidirectional: attention to all of a history, trained to fill in masked items, as
-    # BERT4Rec
-    mixer: Literal["lru", "attention", "hybrid", "filter", "circular", "bsarec", "bidirectional"] = "lru"
+    # SASRec's | filter: FMLP-Rec's learned filter, causal | circular: the same as published, over all of a window |
+    # bsarec: causal attention beside a rescaling of high frequencies | bidirectional: attention to all of a history,
+    # trained to fill in masked items, as BERT4Rec
+    mixer: Literal["lru", "attention", "filter", "circular", "bsarec", "bidirectional"] = "lru"
     lru_dropout: Fraction = 0.5  # rate after the mixer, of the last channels
     # how fast both rates fall towards smaller sizes: the channels that size m adds have the rate times
     # (m / width)^dropout_power; 0: all have the same
@@ -81,11 +80,6 @@ class ModelConfig:
         require(
             0 <= self.r_min < self.r_max <= 1,
             f"model.r_min, r_max are {self.r_min}, {self.r_max}; expected 0 <= r_min < r_max <= 1",
-        )
-        require(
-            self.mixer != "hybrid" or self.depth > 1,
-            f"model.mixer is hybrid, one kind of block after another, and model.depth is {self.depth}; raise it to "
-            "2 or more, or choose lru or attention",
         )
         names = self.features or ()
         require(len(set(names)) == len(names), f"model.features {list(names)} name a feature twice; name each once")

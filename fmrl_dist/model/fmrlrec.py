@@ -107,10 +107,8 @@ class FMRLRec(nn.Module):
         self.input_dropout = NestedDropout(self.sizes, dropout, dropout_power)
         self.output_norm = NestedLayerNorm(self.sizes) if output_norm else nn.Identity()
         self.blocks = nn.ModuleList(
-            ResidualBlock(
-                self.sizes, self.mixing.of_block(number, depth), dropout, lru_dropout, matmul_dtype, dropout_power, scan
-            )
-            for number in range(depth)
+            ResidualBlock(self.sizes, self.mixing, dropout, lru_dropout, matmul_dtype, dropout_power, scan)
+            for _ in range(depth)
         )
         self.positions = self.mask = None
         if self.mixing.learns_positions:
@@ -247,10 +245,10 @@ class FMRLRec(nn.Module):
         return torch.stack(new_states, 1), self.output_norm(x)
 
     def check_has_step(self) -> None:
-        """Refuse what needs one event at a time, if the mixer sees all of a history at once, or is a hybrid.
+        """Refuse what needs one event at a time, if the mixer sees all of a history at once.
 
         Raises:
-            UserError: it does, or is.
+            UserError: it does.
         """
         if not self.mixing.has_step:
             raise UserError(

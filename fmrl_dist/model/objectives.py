@@ -1,8 +1,8 @@
 """Which outputs a mixer learns from: those of all positions, of all prefixes, or of masked items.
 
-    lru, attention, filter, hybrid   each position's output predicts its target: nothing has seen it
-    circular, bsarec                 outputs have seen their future: each target is predicted from a prefix of its own
-    bidirectional                    likewise: a share of a window's items is masked, and filled in (BERT4Rec's Cloze)
+    lru, attention, filter   each position's output predicts its target: nothing has seen it
+    circular, bsarec         outputs have seen their future: each target is predicted from a prefix of its own
+    bidirectional            likewise: a share of a window's items is masked, and filled in (BERT4Rec's Cloze)
 
 P positions of the batch, T of them learned from, D width, N items of the windows.
 """
@@ -45,7 +45,7 @@ def outputs_to_learn(
         mask_rate: share of a window's items that are masked.
     """
     if model.mask is None:
-        read = model if model.mixing.is_causal else model.of_prefixes
+        read = model if model.mixing.has_step else model.of_prefixes
         return Outputs(read(inputs, starts, from_start))
     lengths = starts.diff() + from_start  # a window's targets are all its items
     is_masked = masked_items(lengths, mask_rate)

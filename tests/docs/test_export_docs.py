@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from fmrl_dist import export
 from fmrl_dist.checkpoint.export_folder import ITEMS_FILE, read_export
 from fmrl_dist.model.fmrlrec import MODEL_FILE, FMRLRec
-from fmrl_dist.model.mixers.mixing import BLOCK_MIXERS
+from fmrl_dist.model.mixers.mixing import MIXERS
 from tests.fixtures.processes import REPOSITORY
 from tests.fixtures.training import FEATURE_DIMS, NUM_ITEMS, make_shop, run_here, train_here
 
@@ -99,7 +99,7 @@ def test_a_new_items_embedding_is_as_documented(exported: Path) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("mixer", [mixer for mixer in BLOCK_MIXERS if mixer != "lru"])
+@pytest.mark.parametrize("mixer", [mixer for mixer in MIXERS if mixer != "lru"])
 def test_tensors_of_other_mixers(mixer: str) -> None:
     page = (REPOSITORY / "docs" / "format.md").read_text().partition("\n## Other mixers\n")[2].partition("\n## ")[0]
     of_mixer = page.partition(f"\n### {mixer}\n")[2].partition("\n### ")[0]

@@ -13,7 +13,7 @@ from torch import Tensor
 from fmrl_dist.losses.log_sum_exp import catalogue_log_sum_exp
 from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.model.dropout import NestedDropout
-from fmrl_dist.model.mixers.mixing import BLOCK_MIXERS, Mixing, build_mixer
+from fmrl_dist.model.mixers.mixing import MIXERS, Mixing, build_mixer
 from fmrl_dist.model.nested import nested_linear
 from fmrl_dist.model.scan import packed_scan
 from tests.fixtures.normalizers import DISTILLED, values_and_gradients
@@ -136,7 +136,7 @@ def count_waits(work: Callable[[], object]) -> int:
     return sum("synchronizing" in str(warning.message) for warning in caught)
 
 
-@pytest.mark.parametrize("mixer", BLOCK_MIXERS)
+@pytest.mark.parametrize("mixer", MIXERS)
 def test_mixer(mixer: str) -> None:
     """Outputs and all gradients; the plain twin takes one sequence at a time."""
     lengths = (5, 1, 0, 64, 17)

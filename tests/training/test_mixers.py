@@ -32,7 +32,6 @@ OTHERS = tuple(mixer for mixer in MIXERS if mixer != "lru")
 SAMPLED = ["--loss.softmax", "sampled", "--loss.negatives", "stratified", "--loss.num_negatives", "2"]
 SOFTMAX = {"full": ["--loss.softmax", "full"], "sampled": SAMPLED, "lanes": [*SAMPLED, "--loss.scope", "lane"]}
 NO_DROPOUT = ["--model.dropout", "0", "--model.lru_dropout", "0", "--train.epochs", "2"]
-DEPTH = {"hybrid": ["--model.depth", "2"]}  # one of each kind; of others the shop's single block
 FIGURES = ("loss", "loss@4", "loss@8", "grad_norm", "lr")
 
 
@@ -46,11 +45,7 @@ def runs(shop: Path) -> dict[str, Path]:
     """A whole run of each mixer."""
     words = ["--model.positions", "learned", "--train.epochs", 30, "--eval.size", 8, "--model.id_table", "true"]
     words += ["--loss.mask_rate", 0.5, "--train.lr", 0.01]
-    return {mixer: train_here(shop, shop.parent / mixer, *chosen(mixer), *words) for mixer in OTHERS}
-
-
-def chosen(mixer: str) -> list[str]:
-    return ["--model.mixer", mixer, *DEPTH.get(mixer, [])]
+    return {mixer: train_here(shop, shop.parent / mixer, "--model.mixer", mixer, *words) for mixer in OTHERS}
 
 
 @pytest.mark.parametrize("mixer", OTHERS)
@@ -71,7 +66,7 @@ RESUMED = [(mixer, "full") for mixer in OTHERS] + [
 @pytest.mark.parametrize(("mixer", "softmax"), RESUMED)
 def test_a_resumed_run_is_the_uninterrupted_one(mixer: str, softmax: str, shop: Path, tmp_path: Path) -> None:
     stop = STEPS_PER_EPOCH + 3
-    words = [*chosen(mixer), *SOFTMAX[softmax], "--train.epochs", 2, "--eval.every_steps", stop]
+    words = ["--model.mixer", mixer, *SOFTMAX[softmax], "--train.epochs", 2, "--eval.every_steps", stop]
     whole = train_here(shop, tmp_path / "whole", *words)
     halved = train_here(shop, tmp_path / "halved", *words, "--train.max_steps", stop)
     train_here(shop, halved, *words, "--resume", "auto")
@@ -83,7 +78,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(mixer: str, softmax: str, shop: 
 @pytest.mark.parametrize("mixer", OTHERS)
 def test_the_loss_is_a_mean_over_targets_however_many_are_predicted(mixer: str, shop: Path, tmp_path: Path) -> None:
     """At a model without signal, each of 40 items has the same chance, so the loss is log 40."""
-    words = [*chosen(mixer), "--train.max_steps", 1, "--model.feature_scale", "1e-6", "--train.lr", "1e-9"]
+    words = ["--model.mixer", mixer, "--train.max_steps", 1, "--model.feature_scale", "1e-6", "--train.lr", "1e-9"]
     (record,) = records(train_here(shop, tmp_path / "run", *words))
     assert record["loss"] == pytest.approx(np.log(40), rel=0.02)
 
@@ -92,7 +87,7 @@ def test_the_loss_is_a_mean_over_targets_however_many_are_predicted(mixer: str, 
 def test_exports_of_every_size_recommend_what_the_large_model_does(mixer: str, runs: dict[str, Path]) -> None:
     whole = export_here(runs[mixer], 8)
     arguments = json.loads((whole / "config.json").read_text())["model"]
-    assert arguments["mixer"] == mixer and ("r_min" in arguments) == (mixer == "hybrid")
+    assert arguments["mixer"] == mixer and "r_min" not in arguments
     assert json.loads((whole / "config.json").read_text())["format_version"] == 5
     small = export_here(runs[mixer], 4)
     histories = [["i3"], [], ["i1", "i7", "i1", "i12"], [f"i{k}" for k in range(12)]]
@@ -124,7 +119,6 @@ def test_a_run_of_one_mixer_is_not_resumed_with_another(runs: dict[str, Path], s
     ("words", "message"),
     [
         (["bsarec", "--data.max_length", "5"], "model.low_pass is 5, which leaves no high frequencies of a window's 5"),
-        (["hybrid"], "model.mixer is hybrid, one kind of block after another, and model.depth is 1; raise it to 2"),
         (["bidirectional", "--loss.predict_first", "false"], "loss.predict_first is off: training would never see"),
     ],
 )
@@ -152,7 +146,7 @@ def test_a_window_that_is_too_short_is_refused(shop: Path) -> None:
 
 def train_on_each_rank(config: str, folder: str) -> None:
     for mixer in OTHERS:
-        train_here(Path(config), Path(folder) / mixer, *NO_DROPOUT, *chosen(mixer))
+        train_here(Path(config), Path(folder) / mixer, *NO_DROPOUT, "--model.mixer", mixer)
     train_here(
         Path(config), Path(folder) / "split", *NO_DROPOUT, "--model.mixer", "attention", "--loss.catalogue", "split"
     )
@@ -173,8 +167,8 @@ def assert_same_losses(found: Path, expected: Path) -> None:
 def test_two_ranks_learn_as_one(shop: Path, tmp_path: Path) -> None:
     """But for masks, which each rank draws for itself, as dropout: there, both learn."""
     run_processes(2, train_on_each_rank, str(shop), str(tmp_path), timeout_s=200)
-    for mixer in ("attention", "filter", "circular", "bsarec", "hybrid"):
-        one = train_here(shop, tmp_path / f"{mixer}-one", *NO_DROPOUT, *chosen(mixer))
+    for mixer in ("attention", "filter", "circular", "bsarec"):
+        one = train_here(shop, tmp_path / f"{mixer}-one", *NO_DROPOUT, "--model.mixer", mixer)
         assert_same_losses(tmp_path / mixer, one)
     assert_same_losses(tmp_path / "split", tmp_path / "attention-one")
     for run in ("bidirectional", "split-cloze"):

@@ -7,9 +7,6 @@
     bsarec         causal attention beside a rescaling of high frequencies, over all of a window, as BSARec has it
     bidirectional  attention over all of a history, trained to fill in masked items, as BERT4Rec has it
 
-These are a block's. A model has the same in all blocks, or it is a ``hybrid``: the recurrence in the first half of its
-blocks, causal attention in the others.
-
 Every mixer is a module ``mixer(x [P, D], starts) → [P, D]`` of packed rows. lru, attention and filter see no later
 event, so a history can grow event by event: ``initial_state(B)`` and ``step(state, x [B, D]) → state, y [B, D]``. The
 others have no step, and their outputs at any but a history's last event have seen that event's future.
@@ -18,7 +15,7 @@ others have no step, and their outputs at any but a history's last event have se
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,12 +25,11 @@ from fmrl_dist.model.mixers.bsarec import BSARec
 from fmrl_dist.model.mixers.filter import Filter
 from fmrl_dist.model.mixers.lru import LRU
 
-BLOCK_MIXERS = ("lru", "attention", "filter", "circular", "bsarec", "bidirectional")
-MIXERS = (*BLOCK_MIXERS, "hybrid")
+MIXERS = ("lru", "attention", "filter", "circular", "bsarec", "bidirectional")
 POSITIONS = ("rotary", "learned", "none")
 Mixer = LRU | Attention | Filter | BSARec
 READ_AHEAD = ("circular", "bsarec", "bidirectional")  # an event's output depends on later ones
-ATTEND = ("attention", "bsarec", "bidirectional", "hybrid")  # to other events by what they are: they need positions
+ATTEND = ("attention", "bsarec", "bidirectional")  # to other events by what they are: they need positions
 
 
 @dataclass(frozen=True)
@@ -66,27 +62,14 @@ class Mixing:
         chosen: dict[str, Any] = {"mixer": self.mixer, "window": self.window}
         if self.mixer in ATTEND:
             chosen |= {"head_width": self.head_width, "positions": self.positions}
-        if self.mixer == "hybrid":
-            chosen |= {"r_min": self.r_min, "r_max": self.r_max}
         if self.mixer == "bsarec":
             chosen |= {"low_pass": self.low_pass, "low_pass_share": self.low_pass_share}
         return chosen
 
-    def of_block(self, number: int, depth: int) -> Mixing:
-        """Those of block ``number``, 0 … depth - 1."""
-        if self.mixer != "hybrid":
-            return self
-        return replace(self, mixer="lru" if number < depth - depth // 2 else "attention")
-
-    @property
-    def is_causal(self) -> bool:
-        """Whether no event's output depends on later ones."""
-        return self.mixer not in READ_AHEAD
-
     @property
     def has_step(self) -> bool:
-        """Whether a history can grow event by event, with a state that is one tensor for all blocks."""
-        return self.is_causal and self.mixer != "hybrid"
+        """Whether a history can grow event by event."""
+        return self.mixer not in READ_AHEAD
 
     @property
     def has_limit(self) -> bool:
@@ -100,8 +83,7 @@ class Mixing:
 
 
 def build_mixer(mixing: Mixing, sizes: Sequence[int], matmul_dtype: torch.dtype | None, scan: str) -> Mixer:
-    """A block's fresh mixer. ``scan``: "plain" for any mixer's specification, else the LRU's implementation."""
-    assert mixing.mixer in BLOCK_MIXERS, mixing.mixer
+    """A freshly initialised mixer. ``scan``: "plain" for any mixer's specification, else the LRU's implementation."""
     plain = scan == "plain"
     if mixing.mixer == "lru":
         return LRU(sizes, mixing.r_min, mixing.r_max, matmul_dtype, scan)
@@ -112,5 +94,6 @@ def build_mixer(mixing: Mixing, sizes: Sequence[int], matmul_dtype: torch.dtype 
         if mixing.mixer != "bsarec":
             return attention
         return BSARec(attention, mixing.low_pass_share, mixing.low_pass, "plain" if plain else "spectrum")
+    assert mixing.mixer in ("filter", "circular"), mixing.mixer
     impl = "plain" if plain else "spectrum"
     return Filter(sizes[-1], mixing.window, causal=mixing.mixer == "filter", impl=impl)
