@@ -17,8 +17,13 @@ from fmrl_dist.config.loading import config_from_dict, load_config
 
 SETS = ("beauty", "sports")
 RIVALS = ("sasrec", "bert4rec", "fmlprec", "lrurec", "bsarec", "esasrec", "unisrec", "vqrec")
-MODELS = ("ours", "ours-attention", *RIVALS)
-OURS_CHANGED = {"ours": [], "ours-attention": ["--model.mixer", "attention"]}
+PROJECTION = ["--model.item_encoder", "projection"]  # the paper's item encoder
+OURS_CHANGED = {
+    "ours": [],
+    "ours-projection": PROJECTION,
+    "ours-projection-attention": ["--model.mixer", "attention", *PROJECTION],
+}
+MODELS = (*OURS_CHANGED, *RIVALS)
 
 
 @dataclass(frozen=True)

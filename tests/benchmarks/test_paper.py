@@ -33,7 +33,7 @@ def test_every_config_of_a_rival_is_a_row() -> None:
 
 
 def test_it_prints_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--dry-run", "--sets", "sports", "--models", "sasrec", "ours-attention", "--train.seed", "3"])
+    main(["--dry-run", "--sets", "sports", "--models", "sasrec", "ours-projection-attention", "--train.seed", "3"])
     build, train, _, attention = capsys.readouterr().out.splitlines()
     assert "shards.build --config configs/rivals/sports-sasrec.yaml --keep" in build
     assert "fmrl_dist.train --config configs/rivals/sports-sasrec.yaml --resume auto" in train
