@@ -43,6 +43,9 @@ SETTINGS = {
 FLOAT = 4  # bytes
 ADAM_COPIES = 4  # of each parameter: itself, its gradient, two moments
 TABLE_COPIES = 3  # of an id table of which a step updates some rows: no gradient of all
+EXPERT_COPIES = (
+    1.5  # of what each expert makes of an item, kept for the backward pass while the loss is at work; measured
+)
 ROW_COPIES = 3  # of these rows, measured: exchanged, added up, their moments before and after
 BLOCK_FLOATS = 14  # of each position and channel, that a block keeps for its backward pass; measured
 DROPOUT_FLOATS = 3.5  # the same, more with dropout
@@ -73,6 +76,7 @@ class Step:
     memory_bytes: int  # of one rank
     micro_batches: int = 1  # one after the other, their gradients added
     distilled: bool = False  # whether smaller sizes learn from the largest one
+    experts: int = 0  # of UniSRec's item encoder, for a sampled softmax; 0: the paper's projection
 
     @property
     def width(self) -> int:
@@ -97,8 +101,11 @@ class Cost:
 def predict(step: Step, loss: str) -> Cost:
     """Cost of a step under one of ``LOSSES``."""
     with torch.device("meta"):
-        model = FMRLRec(step.sizes, step.depth, {"features": step.num_features})
+        kind = "unisrec" if step.experts else "projection"
+        dims = {"features": step.num_features}
+        model = FMRLRec(step.sizes, step.depth, dims, item_encoder=kind, experts=step.experts)
     num_columns, full = model.encoder.num_columns, loss != "sampled"
+    assert not (full and step.experts), "not predicted"
     copies = ADAM_COPIES + (step.num_ranks > 1)  # data parallelism reduces gradients in buckets
     ids = _ids(step, loss, copies)
     weights = FLOAT * copies * sum(p.numel() for p in model.parameters()) + ids
@@ -110,6 +117,8 @@ def predict(step: Step, loss: str) -> Cost:
     batch_rows = 2 * step.positions  # inputs and targets, gathered from what is embedded once
     batch = FLOAT * (2 * batch_rows * step.width + batch_rows * (num_columns + step.width))
     projection = FLOAT * 3 * step.width * num_columns  # put together of its parts, padded, and its gradient
+    if step.experts:
+        projection = int(FLOAT * EXPERT_COPIES * (batch_rows + step.drawn) * step.experts * step.width)
     channels = FLOAT * step.positions * step.width
     kept = int(channels * step.depth * (BLOCK_FLOATS + DROPOUT_FLOATS * step.dropout))
     # The loss is at work while no block is, and has nothing left when they are.
@@ -121,7 +130,7 @@ def predict(step: Step, loss: str) -> Cost:
         "loss": at_work,
     }
     model_operations = 6 * step.positions * step.depth * BLOCK_PRODUCTS * step.width**2
-    batch_operations = 4 * batch_rows * step.width * num_columns  # features are frozen: no gradient of theirs
+    batch_operations = 4 * batch_rows * step.width * num_columns * max(step.experts, 1)  # frozen: no features' gradient
     shared = is_shared(step.num_items, step.width, step.num_ranks, loss == "split")
     ranked = -(-step.num_items // step.num_ranks) if shared else step.num_items
     ids_again = ranked * step.id_width * (loss == "split")  # by whole tiles, as they are ranked
@@ -166,9 +175,8 @@ def _sampled(step: Step, num_columns: int, split: bool) -> Cost:
     assert not split, "negatives are each rank's own"
     tiles = _tiles(step, step.positions, step.negatives, step.width)
     memory = tiles.num_bytes + FLOAT * (step.drawn * (num_columns + 3 * step.width) + 4 * step.positions * step.width)
-    operations = 4 * step.drawn * step.width * num_columns + 2 * step.positions * step.negatives * step.width * (
-        tiles.scores + 2
-    )
+    embedding = 4 * step.drawn * step.width * num_columns * max(step.experts, 1)
+    operations = embedding + 2 * step.positions * step.negatives * step.width * (tiles.scores + 2)
     return Cost({"loss": memory}, operations, 0, 0)
 
 
@@ -237,7 +245,7 @@ def recommend(
     )
     exact = sorted((loss for loss in fits if loss != "sampled"), key=lambda loss: costs[loss].operations)
     if not exact:
-        return "sampled", "no full softmax fits the memory"
+        return "sampled", "no full softmax fits the memory" if len(costs) > 1 else "the only one that is predicted"
     first = exact[0]
     if seconds is not None and seconds(costs[first]) > max_step_s and "sampled" in fits:
         return "sampled", f"a step of the full softmax takes {seconds(costs[first]):.1f} s, more than {max_step_s:g}"
@@ -288,6 +296,7 @@ def step_of(
         memory_bytes=memory_bytes,
         micro_batches=micro_batches,
         distilled=loss.alphas(len(config.model.sizes)) is not None,
+        experts=config.model.experts * (config.model.item_encoder == "unisrec"),
     )
 
 
@@ -324,9 +333,13 @@ def main(argv: list[str]) -> None:
         not config.loss.normalize, "loss.normalize is on, whose cost is not predicted; turn it off to plan without it"
     )
     require(
-        config.model.item_encoder == "projection",
-        f"model.item_encoder is {config.model.item_encoder}, whose cost is not predicted; choose projection to plan "
-        "without it",
+        config.model.item_encoder != "vqrec",
+        "model.item_encoder is vqrec, whose cost is not predicted; choose projection to plan without it",
+    )
+    require(
+        config.model.item_encoder != "unisrec" or config.loss.softmax == "sampled",
+        "model.item_encoder is unisrec and loss.softmax full, whose cost is not predicted; choose sampled, or "
+        "projection",
     )
     require(
         config.model.mixer == "lru",
@@ -342,7 +355,8 @@ def main(argv: list[str]) -> None:
         on_gpu=arguments.gpus is not None,
         memory_bytes=memory_bytes,
     )
-    costs = {loss: predict(step, loss) for loss in LOSSES if loss != "split" or num_ranks > 1}
+    possible = ("sampled",) if step.experts else LOSSES
+    costs = {loss: predict(step, loss) for loss in possible if loss != "split" or num_ranks > 1}
 
     def seconds(cost: Cost) -> float:
         return cost.operations / (rate_share(step) * teraflops * 1e12)

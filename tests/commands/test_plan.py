@@ -58,6 +58,7 @@ MEASURED = {
     "whole, four micro-batches": (replace(BASE, positions=500, micro_batches=4), "whole"),
     "sampled": (replace(BASE, negatives=4096, drawn=4096), "sampled"),
     "sampled, ids": (replace(BASE, id_width=256, negatives=4096, drawn=4096), "sampled"),
+    "sampled, eight experts": (replace(BASE, id_width=256, negatives=4096, drawn=4096, experts=8), "sampled"),
     "whole, narrow ids with dropout": (replace(BASE, num_items=100_000, id_width=64, id_dropout=True), "whole"),
 }
 MEASURED_BY_TWO = {
@@ -81,7 +82,16 @@ def make_module(step: Step, loss: str) -> TrainingModule:
     table = ItemTable({"features": step.num_features}, values, torch.ones(len(values), 1, dtype=torch.bool))
     products = torch.bfloat16 if step.itemsize == 2 else None
     num_rows = step.num_items if step.id_width else 0
-    model = FMRLRec(step.sizes, step.depth, table.dims, num_rows, matmul_dtype=products, id_width=step.id_width)
+    model = FMRLRec(
+        step.sizes,
+        step.depth,
+        table.dims,
+        num_rows,
+        matmul_dtype=products,
+        id_width=step.id_width,
+        item_encoder="unisrec" if step.experts else "projection",
+        experts=step.experts,
+    )
     dtype, settings = products or torch.float32, LossSettings(step.sizes, dtype=products)
     ids = make_ids(model, step, loss) if step.id_width else None
     if loss != "split":
@@ -180,9 +190,10 @@ def counted_operations(step: Step, loss: str) -> int:
         (replace(BASE, num_items=30_000, positions=400), "whole"),  # some tiles are not kept
         (replace(BASE, num_items=5000, positions=200, id_width=256), "whole"),
         (replace(BASE, num_items=20_000, positions=500, negatives=3000, drawn=3000), "sampled"),
+        (replace(BASE, num_items=20_000, positions=500, negatives=3000, drawn=3000, experts=4), "sampled"),
         (replace(BASE, num_items=5000, positions=100, micro_batches=2), "whole"),
     ],
-    ids=["kept", "back", "again", "ids", "sampled", "micro-batches"],
+    ids=["kept", "back", "again", "ids", "sampled", "experts", "micro-batches"],
 )
 def test_operations_are_as_counted(step: Step, loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if step.num_items == 30_000:

@@ -312,8 +312,11 @@ def test_a_run_of_before_has_a_projection(shop: Path, tmp_path: Path) -> None:
 
 
 def test_a_plan_is_refused(shop: Path) -> None:
-    line = refusal(plan.main, "--config", shop, "--items", 1000, "--cpus", 1, *UNISREC)
-    assert "model.item_encoder is unisrec, whose cost is not predicted; choose projection to plan without it" in line
+    words = ["--config", shop, "--items", 1000, "--cpus", 1]
+    line = refusal(plan.main, *words, *VQREC)
+    assert "model.item_encoder is vqrec, whose cost is not predicted; choose projection to plan without it" in line
+    line = refusal(plan.main, *words, *UNISREC, "--loss.softmax", "full")
+    assert "model.item_encoder is unisrec and loss.softmax full, whose cost is not predicted; choose sampled" in line
 
 
 def test_another_stores_codes_are_refused(shop: Path, tmp_path: Path) -> None:
