@@ -18,7 +18,7 @@ from fmrl_dist.data.item_table import ItemTable
 from fmrl_dist.losses.item_tiles import RowMatrix
 from fmrl_dist.losses.split_catalogue import CatalogueSlice
 from fmrl_dist.model.item_encoders.item_encoder import ItemEncoder
-from fmrl_dist.training.id_table.left_out import LeftOut
+from fmrl_dist.training.id_table.item_draws import LeftOut
 
 STREAM = 0x66656174  # "feat": a separate random stream
 RESIDENT_BYTES = 2 * 2**30  # on the CPU, for each process

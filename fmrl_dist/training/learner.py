@@ -30,6 +30,7 @@ from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.training.build_model import build_inline_model, build_model, fitted_items
 from fmrl_dist.training.checks import check_scan_impl, resolve_loss_impl, splits_catalogue
 from fmrl_dist.training.engine import Engine, prepare_engine
+from fmrl_dist.training.id_table.item_draws import ItemNoise
 from fmrl_dist.training.id_table.prepare import prepare_id_table
 from fmrl_dist.training.id_table.rows import SeparateIdTable
 from fmrl_dist.training.item_columns import (
@@ -43,6 +44,7 @@ from fmrl_dist.training.module import TrainingModule
 from fmrl_dist.training.optimizer import ID_TABLE, build_optimizer
 from fmrl_dist.training.run import Run
 
+NOISE_STREAM = 0x6E6F6973  # "nois": a separate random stream
 # Keys of the model that say what its tensors mean, whatever their shapes; where |Λ| began, and dropout, may change.
 MEANING = (
     "sizes",
@@ -127,8 +129,12 @@ def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
     scored = scored_rows(run, part) if table is not None and config.loss.softmax == "full" else None
     rate = config.model.feature_dropout
     dropout = FeatureDropout(model.encoder, rate, config.train.seed) if rate else None
+    count = model.encoder.num_noises
+    noise = ItemNoise(count, NOISE_STREAM, config.train.seed) if count else None
     mask_rate = config.loss.mask_rate
-    module = TrainingModule(model, columns, settings, config.loss.normalize, part, id_rows, scored, mask_rate, dropout)
+    module = TrainingModule(
+        model, columns, settings, config.loss.normalize, part, id_rows, scored, mask_rate, dropout, noise
+    )
     optimizer = build_optimizer(
         model,
         lr=config.train.lr,

@@ -27,6 +27,7 @@ from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.model.item_encoders.projection import ProjectionEncoder
 from fmrl_dist.model.nested import add_prefix, matmul_linear
 from fmrl_dist.model.objectives import Outputs, outputs_to_learn
+from fmrl_dist.training.id_table.item_draws import ItemNoise
 from fmrl_dist.training.id_table.rows import IdRows
 from fmrl_dist.training.item_columns import DroppedColumns, FeatureDropout, SomeRows, columns_dtype
 
@@ -44,6 +45,7 @@ class TrainingModule(nn.Module):
             projection, and not with ``normalize``.
         id_rows: the model's id table as a step reads it; None for a model without one.
         feature_dropout: what leaves features of some items out of a step, if anything does.
+        noise: of the items, for an encoder that takes some.
         mask_rate: share of a window's items that mixer bidirectional fills in.
         scored: int64, the rows of ``columns`` (of ``part``, if there is one) that the full softmax scores, every target
             among them; None for all.
@@ -60,6 +62,7 @@ class TrainingModule(nn.Module):
         scored: Tensor | None = None,
         mask_rate: float = 0.2,
         feature_dropout: FeatureDropout | None = None,
+        noise: ItemNoise | None = None,
     ) -> None:
         super().__init__()
         assert settings.sizes == model.sizes
@@ -68,7 +71,7 @@ class TrainingModule(nn.Module):
         self.model = model
         # A plain attribute, not a buffer: DDP would broadcast it, a checkpoint would hold it, and it may lie on disk.
         self.columns, self.part, self.id_rows = columns, part, id_rows
-        self.feature_dropout = feature_dropout
+        self.feature_dropout, self.noise = feature_dropout, noise
         if feature_dropout is not None and columns is not None:
             self.columns = DroppedColumns(columns, feature_dropout)
         if feature_dropout is not None and part is not None:
@@ -76,9 +79,11 @@ class TrainingModule(nn.Module):
         self.settings, self.normalize, self.scored, self.mask_rate = settings, normalize, scored, mask_rate
 
     def begin_step(self, step: int) -> None:
-        """Choose what the step leaves out; the same on all ranks, for all micro-batches."""
+        """Choose what the step leaves out, and its noise; the same on all ranks, for all micro-batches."""
         if self.id_rows is not None:
             self.id_rows.begin_step(step)
+        if self.noise is not None:
+            self.noise.begin_step(step)
         if self.feature_dropout is not None:
             self.feature_dropout.begin_step(step)
 
@@ -94,7 +99,7 @@ class TrainingModule(nn.Module):
             needed.append(batch.negatives)
         ids, places = torch.cat(needed).unique(return_inverse=True)
         id_rows = None if self.id_rows is None else self.id_rows.of_batch(ids)
-        items = self._embed(self._columns(ids, batch), projection, id_rows)
+        items = self._embed(self._columns(ids, batch), ids, projection, id_rows)
         inputs, targets, *negatives = places.split([len(part) for part in needed])
         outputs = outputs_to_learn(
             self.model, items[inputs], items[targets], batch.starts, batch.from_start, self.mask_rate
@@ -119,11 +124,13 @@ class TrainingModule(nn.Module):
         catalogue, table = self._scored_catalogue(self.columns)
         if self.normalize or projection is None:
             assert not isinstance(catalogue, CatalogueSlice), "the configuration refuses it"
-            ids = outputs.of(batch.targets)
-            right = ids if self.scored is None else torch.searchsorted(self.scored, ids)
+            right = outputs.of(batch.targets)
+            ids = torch.arange(catalogue.shape[0], device=z.device)
+            if self.scored is not None:
+                right, ids = torch.searchsorted(self.scored, right), self.scored
             return self._of_every_size(
                 lambda rows, settings: nested_cross_entropy(rows[0], rows[1], right, settings),
-                [z, self._embed(catalogue[:], projection, table)],
+                [z, self._embed(catalogue[:], ids, projection, table)],
             )
         return catalogue_cross_entropy(z, own, catalogue, projection, table, self.settings)
 
@@ -187,10 +194,10 @@ class TrainingModule(nn.Module):
             return cosine_per_size(loss, embeddings, self.settings)
         return loss(embeddings, self.settings)
 
-    def _embed(self, columns: Tensor, projection: Tensor | None, table_rows: Tensor | None) -> Tensor:
+    def _embed(self, columns: Tensor, ids: Tensor, projection: Tensor | None, table_rows: Tensor | None) -> Tensor:
         columns = columns.to(self.model.encoder.bias.dtype)
         if projection is None:
-            embeddings = self.model.encoder.of_columns(columns)
+            embeddings = self.model.encoder.of_columns(columns, None if self.noise is None else self.noise(ids))
         else:
             embeddings = matmul_linear(columns, projection, self.settings.dtype)
         return embeddings if table_rows is None else add_prefix(embeddings, table_rows)

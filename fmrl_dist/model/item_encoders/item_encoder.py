@@ -35,6 +35,7 @@ class ItemEncoder(MatmulModule, ABC):
     stand_ins: nn.Parameter  # [M, D], what a missing feature gives instead
     id_table: Tensor | None  # [V, w]
     first_id_row: int = 0  # the item of the table's first row, where it holds a run of items
+    num_noises: int = 0  # standard normal numbers that each item is embedded with in training
     has_whole_numbers: bool = False  # whether columns hold integers, which bfloat16 would round
 
     def __init__(self, width: int, feature_dims: Mapping[str, int], matmul_dtype: torch.dtype | None) -> None:
@@ -76,18 +77,21 @@ class ItemEncoder(MatmulModule, ABC):
         """
 
     @abstractmethod
-    def without_ids(self, features: Tensor, present: Tensor) -> Tensor:
+    def without_ids(self, features: Tensor, present: Tensor, noise: Tensor | None = None) -> Tensor:
         """:meth:`forward` of items that have no row in the id table."""
 
-    def forward(self, features: Tensor, present: Tensor, ids: Tensor | None = None) -> Tensor:
+    def forward(
+        self, features: Tensor, present: Tensor, ids: Tensor | None = None, noise: Tensor | None = None
+    ) -> Tensor:
         """Embeddings [n, D] of n items.
 
         Args:
             features: [n, F], from :meth:`normalize`.
             present: bool [n, M], which features each item has.
             ids: int64 [n], rows of the id table; None for the whole catalogue in order. Unused without an id table.
+            noise: [n, ``num_noises``], in training; None for none.
         """
-        embeddings = self.without_ids(features, present)
+        embeddings = self.without_ids(features, present, noise)
         if self.id_table is not None:
             rows = self.id_table if ids is None else self.id_table[ids - self.first_id_row]
             embeddings = add_prefix(embeddings, rows)
@@ -107,10 +111,10 @@ class ItemEncoder(MatmulModule, ABC):
         features, present = columns.split((self.total, len(self.feature_dims)), 1)
         return torch.cat((features.masked_fill(self._spread(left_out), 0), present.masked_fill(left_out, 0)), 1)
 
-    def of_columns(self, columns: Tensor) -> Tensor:
+    def of_columns(self, columns: Tensor, noise: Tensor | None = None) -> Tensor:
         """:meth:`without_ids` of the items with these :meth:`columns`."""
         features, present = columns.split((self.total, len(self.feature_dims)), 1)
-        return self.without_ids(features, present > 0)
+        return self.without_ids(features, present > 0, noise)
 
     def _of_missing(self, present: Tensor) -> Tensor:
         """The stand-ins of the features that each item lacks, [n, D]."""

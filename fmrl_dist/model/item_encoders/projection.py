@@ -59,9 +59,9 @@ class ProjectionEncoder(DenseItemEncoder):
         whole = torch.cat((self.weight, self.stand_ins.T, self.bias[:, None]), 1)
         return F.pad(whole, (0, self.num_columns - whole.shape[1]))
 
-    def of_columns(self, columns: Tensor) -> Tensor:
+    def of_columns(self, columns: Tensor, noise: Tensor | None = None) -> Tensor:
         return matmul_linear(columns, self.projection(), self.product_dtype)
 
-    def without_ids(self, features: Tensor, present: Tensor) -> Tensor:
+    def without_ids(self, features: Tensor, present: Tensor, noise: Tensor | None = None) -> Tensor:
         embeddings = matmul_linear(features, self.weight, self.product_dtype) + self.bias
         return embeddings + self._of_missing(present)

@@ -3,9 +3,9 @@
     E = Σ_g gate_g · ((x - b_g)·W_g)      each expert whitens the features by its own offset and matrix, eq. 3 and 4
     gate = softmax(x·W_gate + δ),  δ = ε·softplus(x·W_noise),  ε ~ N(0, 1)      eq. 5 and 6; δ = 0 in evaluation
 
-ε is drawn by torch's generator, which a training step seeds. The gate reads all features at every size, so cutting the
-experts' channels is exact. The authors' code drops features before the experts, of which the paper says nothing: here
-the model's own dropout of embeddings is the only one.
+ε is given: a training step draws it by item (:mod:`fmrl_dist.training.id_table.item_draws`). The gate reads all
+features at every size, so cutting the experts' channels is exact. The authors' code drops features before the
+experts, of which the paper says nothing: here the model's own dropout of embeddings is the only one.
 
 Cost: the experts' results, n·G·D numbers, which training keeps for the backward pass.
 
@@ -50,23 +50,24 @@ class UniSRecEncoder(DenseItemEncoder):
         self.offsets = nn.Parameter(torch.zeros(experts, self.total))
         self.gate = nn.Parameter(torch.zeros(experts, self.total))  # all experts alike, at first
         self.gate_noise = nn.Parameter(torch.zeros(experts, self.total))
+        self.num_noises = experts
         self._add_rows(num_items, id_width, id_init)
 
     @property
     def arguments(self) -> dict[str, Any]:
         return {"item_encoder": "unisrec", "experts": len(self.weight)}
 
-    def without_ids(self, features: Tensor, present: Tensor) -> Tensor:
+    def without_ids(self, features: Tensor, present: Tensor, noise: Tensor | None = None) -> Tensor:
         features = features.to(self.weight.dtype)
-        gates_NG = F.softmax(self._gate_scores(features), 1)
+        gates_NG = F.softmax(self._gate_scores(features, noise), 1)
         projected = matmul_linear(features, self.weight.flatten(0, 1), self.product_dtype)
         offsets_GD = torch.einsum("gf,gdf->gd", self.offsets, self.weight)
         whitened_NGD = projected.unflatten(1, offsets_GD.shape) - offsets_GD
         return torch.einsum("ng,ngd->nd", gates_NG, whitened_NGD) + self._of_missing(present)
 
-    def _gate_scores(self, features: Tensor) -> Tensor:
-        """[n, G], with noise in training, by which experts share the items."""
+    def _gate_scores(self, features: Tensor, noise: Tensor | None) -> Tensor:
+        """[n, G], with noise ε [n, G] in training, by which experts share the items."""
         scores = features @ self.gate.T
-        if not self.training:
+        if noise is None:
             return scores
-        return scores + torch.randn_like(scores) * F.softplus(features @ self.gate_noise.T)
+        return scores + noise.to(scores.dtype) * F.softplus(features @ self.gate_noise.T)

@@ -53,7 +53,7 @@ class VQRecEncoder(ItemEncoder):
         """The codes as they are: a number that was scaled would be another code."""
         return torch.where(self._spread(present), values.to(self.code_table.dtype), 0.0)
 
-    def without_ids(self, features: Tensor, present: Tensor) -> Tensor:
+    def without_ids(self, features: Tensor, present: Tensor, noise: Tensor | None = None) -> Tensor:
         num_parts, num_codes, _ = self.code_table.shape
         first_rows = torch.arange(num_parts, device=features.device) * num_codes
         weights_NP = self._spread(present).to(self.code_table.dtype) / num_parts

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.model.item_encoders.item_encoder import ItemEncoder
-from fmrl_dist.training.id_table.left_out import LeftOut
+from fmrl_dist.training.id_table.item_draws import LeftOut
 
 STREAM = 0x69640064  # "id d": a separate random stream
 

@@ -19,6 +19,7 @@ from fmrl_dist.model.item_encoders.item_encoder import DenseItemEncoder, ItemEnc
 from fmrl_dist.model.item_encoders.projection import ProjectionEncoder
 from fmrl_dist.model.item_encoders.unisrec import UniSRecEncoder
 from fmrl_dist.model.item_encoders.vqrec import VQRecEncoder
+from fmrl_dist.training.id_table.item_draws import ItemNoise
 from tests.fixtures.numerics import assert_relatively_close
 
 NUM_ITEMS = 11
@@ -123,23 +124,21 @@ def gradients(model: FMRLRec, embeddings: Tensor) -> dict[str, Tensor]:
     return {name: torch.zeros(()) if grad is None else grad for name, grad in zip(named, found, strict=True)}
 
 
-@pytest.mark.parametrize(("kind", "training"), [("unisrec", False), ("unisrec", True), ("vqrec", True)])
+@pytest.mark.parametrize(("kind", "noisy"), [("unisrec", False), ("unisrec", True), ("vqrec", False)])
 @pytest.mark.parametrize("id_width", [0, 4])
-def test_as_item_by_item(kind: str, training: bool, id_width: int) -> None:
-    """Values and every gradient, with the gate's noise in training."""
+def test_as_item_by_item(kind: str, noisy: bool, id_width: int) -> None:
+    """Values and every gradient, with the gate's noise and without."""
     case = make_case(kind, id_width=id_width)
-    encoder, ids = case.model.train(training).encoder, torch.tensor([3, 0, 3, 10, 7])
+    encoder, ids = case.model.encoder, torch.tensor([3, 0, 3, 10, 7])
     features, present = case.features[ids], case.present[ids]
-    torch.manual_seed(5)
-    found = encoder(features, present, ids)
-    torch.manual_seed(5)
-    noise = torch.randn(len(ids), 3, dtype=torch.float64) if training and kind == "unisrec" else None
+    noise = torch.randn(len(ids), encoder.num_noises, dtype=torch.float64) if noisy else None
+    found = encoder(features, present, ids, noise)
     expected = plain(encoder, features, present, ids, noise)
     assert_relatively_close(found, expected, 1e-12)
     expected_grads = gradients(case.model, expected)
     for name, grad in gradients(case.model, found).items():
         assert_relatively_close(grad, expected_grads[name].expand_as(grad), 1e-12)
-        assert grad.abs().max() > 0 or (name == "gate_noise" and not training), name
+        assert grad.abs().max() > 0 or (name == "gate_noise" and not noisy), name
 
 
 @st.composite
@@ -193,7 +192,8 @@ def test_an_empty_batch_gives_every_parameter_a_gradient(kind: str) -> None:
     case = make_case(kind)
     encoder = case.model.train().encoder
     none = torch.empty(0, dtype=torch.int64)
-    embeddings = encoder.of_columns(encoder.columns(case.features, case.present)[none])
+    noise = torch.empty(0, encoder.num_noises, dtype=torch.float64)
+    embeddings = encoder.of_columns(encoder.columns(case.features, case.present)[none], noise)
     assert embeddings.shape == (0, 16)
     case.model(embeddings, torch.tensor([0]), torch.empty(0, dtype=torch.bool)).sum().backward()
     lacking = {name for name, parameter in encoder.named_parameters() if parameter.grad is None}
@@ -251,12 +251,17 @@ def test_arguments_make_the_same_model() -> None:
         FMRLRec((4,), 1, FEATURES, item_encoder="bert")
 
 
-def test_noise_is_of_training_alone() -> None:
-    case = make_case("unisrec")
-    assert torch.equal(case.catalogue(), case.catalogue())
-    case.model.train()
-    assert not torch.equal(case.catalogue(), case.catalogue())
-    torch.manual_seed(1)
-    once = case.catalogue()
-    torch.manual_seed(1)
-    assert torch.equal(case.catalogue(), once)
+def test_items_have_their_own_noise_in_each_step() -> None:
+    """Wherever they occur: standard normal numbers, by seed, step and item."""
+    noise, ids = ItemNoise(3, 1, 7), torch.arange(40_000) * 977
+    noise.begin_step(5)
+    found = noise(ids).double()
+    assert torch.equal(noise(ids[100:200].flip(0)).double(), found[100:200].flip(0))
+    assert abs(float(found.mean())) < 0.01 and abs(float(found.std()) - 1) < 0.01
+    assert abs(float((found**4).mean()) - 3) < 0.1 and float(found.abs().max()) < 7
+    noise.begin_step(6)
+    other_seed = ItemNoise(3, 1, 8)
+    other_seed.begin_step(5)
+    columns = torch.cat((found, noise(ids).double(), other_seed(ids).double()), 1)
+    correlations = torch.corrcoef(torch.cat((columns, columns.roll(1, 0)), 1).T) - torch.eye(18)
+    assert float(correlations.abs().max()) < 0.02
