@@ -36,6 +36,7 @@ from fmrl_dist.checkpoint.run_folder import (
     out_of_patience,
     schedule_epochs,
     training_is_over,
+    wait_for_earlier_life,
 )
 from fmrl_dist.checkpoint.writer import CheckpointWriter
 from fmrl_dist.config.command_line import command_parser, parse_command
@@ -125,8 +126,11 @@ def train_and_evaluate(config: Config, runtime: Runtime, resume: str | None, sto
     if note := note_on_other_config(config, store):
         runtime.say(note)
     runtime.require_same("store", store.manifest.sha256)
-    latest_found = latest_sha256(folder / "checkpoints")
+    wait_for_earlier_life(folder, runtime)
+    found = {latest_sha256(folder / "checkpoints")}
     checkpoint = open_run(config, resume, store.manifest.sha256, runtime.say)
+    if checkpoint is not None:
+        found.add(checkpoint.sha256)
     if runtime.is_main:
         forget_requeue(folder)
     runtime.require_same("checkpoint", json_sha256(checkpoint and asdict(checkpoint.state)))
@@ -135,8 +139,8 @@ def train_and_evaluate(config: Config, runtime: Runtime, resume: str | None, sto
 
     if checkpoint is None or not training_is_over(config, checkpoint, total_steps):
         with ExitStack() as claim:  # until the evaluation is written, the folder is this run's
-            run = Run(config, runtime, folder, store, order, total_steps, latest_found)
-            _train_steps(run, checkpoint, stop, claim)
+            run = Run(config, runtime, folder, store, order, total_steps)
+            _train_steps(run, checkpoint, found, stop, claim)
             runtime.accelerator.wait_for_everyone()
             _evaluate_best(config, runtime, store, folder, stop, began)
         return
@@ -153,7 +157,9 @@ def train_and_evaluate(config: Config, runtime: Runtime, resume: str | None, sto
     _evaluate_best(config, runtime, store, folder, stop, began)
 
 
-def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest, claim: ExitStack) -> None:
+def _train_steps(
+    run: Run, resume_from: Checkpoint | None, found: set[str], stop: StopRequest, claim: ExitStack
+) -> None:
     config, runtime, order = run.config, run.runtime, run.order
     learner = prepare_learner(run, resume_from)
     model = learner.module.model
@@ -173,7 +179,7 @@ def _train_steps(run: Run, resume_from: Checkpoint | None, stop: StopRequest, cl
 
     features = model.encoder.feature_dims
     store_files = files_of_store(run.store, features, config.model.has_ids) if runtime.is_main else {}
-    claimed = claim.enter_context(claimed_run_folder(run.folder, config, runtime, store_files, run.latest_found))
+    claimed = claim.enter_context(claimed_run_folder(run.folder, config, runtime, store_files, found))
     with (
         Logbook(
             run.folder,

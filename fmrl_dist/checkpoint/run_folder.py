@@ -7,7 +7,7 @@ import json
 import math
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -221,9 +221,28 @@ def locked(folder: Path, say: Callable[[str], None] = print) -> Iterator[RunClai
             file.truncate(0)
 
 
+def wait_for_earlier_life(folder: Path, runtime: Runtime) -> None:
+    """After SLURM has restarted a job, wait until what may be left of it elsewhere no longer trains into the folder.
+
+    Before the run looks for the checkpoint to resume: the earlier life saves one as it ends.
+
+    Raises:
+        UserError: on every rank; it still trains.
+    """
+    refusal = ""
+    if runtime.is_main and "SLURM_RESTART_COUNT" in os.environ and folder.is_dir():
+        try:
+            with locked(folder, runtime.say):
+                pass
+        except UserError as error:
+            refusal = str(error)
+    if runtime.agree(bool(refusal))[0]:
+        raise UserError(refusal or f"another run is training into {folder}")
+
+
 @contextmanager
 def claimed_run_folder(
-    folder: Path, config: Config, runtime: Runtime, store_files: Mapping[str, bytes], latest_found: str
+    folder: Path, config: Config, runtime: Runtime, store_files: Mapping[str, bytes], found: Container[str]
 ) -> Iterator[RunClaim]:
     """Claim the run's folder, once nothing can be refused any more, and clear its mark that the run is finished.
 
@@ -232,7 +251,8 @@ def claimed_run_folder(
         config: of the run, kept in it.
         runtime: this process and its group.
         store_files: :func:`files_of_store`, to be kept in it; only rank 0 needs them.
-        latest_found: hash of its latest checkpoint when the run looked for one to resume, "" for none.
+        found: hashes that its latest checkpoint may have, "" for none: of the link when the run looked for one to
+            resume, and of what it resumed, since a network file system may show an old link.
 
     Raises:
         UserError: on every rank; another run is training into it, or has done since. Later, on the first rank: the
@@ -246,7 +266,7 @@ def claimed_run_folder(
             try:
                 claim = stack.enter_context(locked(folder, runtime.say))
                 require(
-                    latest_sha256(folder / "checkpoints") == latest_found,
+                    latest_sha256(folder / "checkpoints") in found,
                     f"another run has trained into {folder} while this one started; go on from there with "
                     "--resume auto, or choose another --run.dir",
                 )

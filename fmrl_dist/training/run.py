@@ -21,7 +21,6 @@ class Run:
     store: Store
     order: Order
     total_steps: int
-    latest_found: str  # hash of the folder's latest checkpoint when the run looked for one, "" for none
 
     @property
     def inline(self) -> bool:

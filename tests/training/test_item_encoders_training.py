@@ -24,6 +24,7 @@ from fmrl_dist.losses.nested_cross_entropy import Negatives, nested_cross_entrop
 from fmrl_dist.losses.settings import LossSettings
 from fmrl_dist.model.export_config import VERSION_WITH_KINDS
 from fmrl_dist.model.fmrlrec import FMRLRec
+from fmrl_dist.training.id_table.item_draws import ItemNoise
 from fmrl_dist.training.id_table.rows import IdDropout, ModelIdTable
 from fmrl_dist.training.item_columns import catalogue_columns
 from fmrl_dist.training.module import TrainingModule
@@ -196,7 +197,9 @@ def test_the_loss_is_a_softmax_over_embeddings(kind: str, loss: str) -> None:
     settings = LossSettings(sizes=(4, 8), temperatures=None, impl="tiled", dtype=None)
     columns = catalogue_columns(encoder, table, torch.float32)
     id_rows = ModelIdTable(encoder, IdDropout(0.0, seed=0))
-    module = TrainingModule(model, columns, settings, id_rows=id_rows, scored=scored)
+    noise = ItemNoise(encoder.num_noises, 1, 7) if encoder.num_noises else None
+    module = TrainingModule(model, columns, settings, id_rows=id_rows, scored=scored, noise=noise)
+    module.begin_step(5)
     batch = Packed(
         users=torch.tensor([0, 1]),
         items=torch.tensor([1, 4, 9]),
@@ -210,7 +213,8 @@ def test_the_loss_is_a_softmax_over_embeddings(kind: str, loss: str) -> None:
         drawn = {"negatives": negatives.ids, "log_expected": negatives.log_expected}
         batch = SampledBatch(**batch.tensors, **starts, **drawn)
 
-    items = encoder(encoder.normalize(table.values, table.present), table.present)
+    of_step = None if noise is None else noise(torch.arange(20))
+    items = encoder(encoder.normalize(table.values, table.present), table.present, noise=of_step)
     z = model(items[batch.items], batch.starts, batch.from_start)
     plain = replace(settings, impl="plain")
     if loss == "sampled":
@@ -222,7 +226,7 @@ def test_the_loss_is_a_softmax_over_embeddings(kind: str, loss: str) -> None:
         expected = nested_cross_entropy(z, rows, right, plain)
     found = module(batch)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    named = {name: p for name, p in model.named_parameters() if name != "encoder.gate_noise"}
+    named = dict(model.named_parameters())
     pairs = zip(
         torch.autograd.grad(found.sum(), list(named.values())),
         torch.autograd.grad(expected.sum(), list(named.values())),
@@ -230,6 +234,8 @@ def test_the_loss_is_a_softmax_over_embeddings(kind: str, loss: str) -> None:
     )
     for own_grad, wanted in pairs:
         torch.testing.assert_close(own_grad, wanted, rtol=1e-4, atol=1e-5)
+    module.begin_step(6)
+    assert torch.equal(module(batch), found) == (noise is None), "each step has noise of its own"
 
 
 def assert_nearly_equal(run: Path, expected: Path) -> None:

@@ -416,7 +416,7 @@ def a_run(shop: Path, folder: Path) -> Run:
     config = load_config(shop)
     store = Store.open(config.store.path)
     order = Order([block.count for block in store.manifest.splits["train"]], 16, 16, 0)
-    return Run(config, start_runtime(1, lanes=16), folder, store, order, total_steps=8, latest_found="")
+    return Run(config, start_runtime(1, lanes=16), folder, store, order, total_steps=8)
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight(shop: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import itertools
+import json
 import math
 import socket
 import subprocess
@@ -291,6 +292,51 @@ def test_a_run_that_another_one_overtook_is_refused(
     with pytest.raises(UserError, match="another run has trained into .* while this one started; go on from there"):
         train_here(shop, run, *words, 6)
     assert before and contents(run) == before
+
+
+def test_a_stale_link_to_the_latest_checkpoint_is_no_other_run(
+    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a network file system may show one for a minute, to a checkpoint that is gone."""
+    run, words = tmp_path / "run", ["--resume", "auto", "--train.epochs", "2", "--train.max_steps"]
+    train_here(shop, run, *words, 2)
+    latest = run / "checkpoints" / "latest"
+    target, prepare = latest.readlink(), train.prepare_learner
+
+    def seen_at_last(*arguments: Any) -> Any:
+        latest.unlink()
+        latest.symlink_to(target)
+        return prepare(*arguments)
+
+    latest.unlink()
+    latest.symlink_to("gone")
+    monkeypatch.setattr(train, "prepare_learner", seen_at_last)
+    train_here(shop, run, *words, 4)
+    assert [record["step"] for record in records(run)][-1] == 4
+
+
+def test_a_restarted_job_goes_on_where_its_earlier_life_has_ended(shop: Path, tmp_path: Path) -> None:
+    """Which still trains when SLURM restarts the job elsewhere, and saves as it is ended."""
+    run = tmp_path / "run"
+    words = ["--config", str(shop), "--run.dir", str(run), "--resume", "auto", "--train.epochs", "2000"]
+    command = [sys.executable, "-m", "fmrl_dist.train", *words]
+    options: dict[str, Any] = {"cwd": REPOSITORY, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=clean_environment(), **options) as first:
+        wait_for_a_checkpoint(run, first)
+        environment = clean_environment() | {"SLURM_RESTART_COUNT": "1"}
+        with subprocess.Popen(command, env=environment, **options) as second:
+            try:
+                time.sleep(8)  # by now it waits
+                assert second.poll() is None
+                first.terminate()
+                assert "stopped by a signal" in first.communicate()[0]
+                saved = json.loads((run / "checkpoints" / "latest" / "state.json").read_text())["state"]["step"]
+                assert second.stdout is not None
+                (began,) = itertools.islice((line for line in second.stdout if "from step" in line), 1)
+                assert f"from step {saved} to at most" in began
+            finally:
+                first.kill()
+                second.kill()
 
 
 def test_a_file_system_without_locks_is_announced(

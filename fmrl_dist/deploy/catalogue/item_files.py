@@ -43,7 +43,7 @@ def embedder(folder: Path, config: Mapping[str, Any]) -> Embed:
     """What turns features into embeddings, of the export in ``folder``.
 
     Called with raw features float16 [n, F], which of them are there bool [n, M], and the rows int64 [n] that the items
-    have or will have; returns float32 [n, D]. Rows of the id table are added, to items without a trained one
+    have or will have; returns float32 [n, D]. Rows of the id table are added, to items that came later
     :func:`~fmrl_dist.deploy.catalogue.borrowed_ids.borrowed_ids`; for onnxruntime, of which the export has no ids, not.
 
     Raises:
@@ -66,7 +66,7 @@ def embed(encoder: ItemEncoder, items: Tensor | None, values: Tensor, present: T
         assert items is not None
         num_ids = len(encoder.id_table)
         ids = encoder.id_table[torch.from_numpy(rows.clip(max=num_ids - 1))]
-        is_new = torch.from_numpy(rows >= num_ids) | ~ids.any(1)
+        is_new = torch.from_numpy(rows >= num_ids)
         ids[is_new] = borrowed_ids(embeddings[is_new], encoder.id_table, items[:num_ids])
         ids[is_new & ~present.any(1)] = 0  # of which nothing is known: it is like no other
         embeddings = add_prefix(embeddings, ids)
