@@ -1,8 +1,10 @@
 """Ids for items that training has not seen: each borrows that of the trained item whose features are most like its own.
 
 Beside items with learned ids, features alone do not win: an id also says how much an item is wanted at all. "Like" is
-the cosine of what features alone give, before ids are added. Not all of the id is borrowed: with the whole of it,
-other users would lose more by new items, at small sizes, than those who want them gain. n new items, V of the id table, D width, w of the table.
+the cosine of what features alone give, before ids are added. Not all of the id is borrowed: with the whole of it, other
+users would lose more by new items, at small sizes, than those who want them gain.
+
+n new items, V of the id table, D width, w of the table.
 """
 
 from __future__ import annotations
