@@ -300,6 +300,30 @@ def step_of(
     )
 
 
+def check_is_predicted(config: Config) -> None:
+    """Refuse a configuration whose cost the terms above do not count.
+
+    Raises:
+        UserError: its scores, item encoder or mixer are of that kind.
+    """
+    require(
+        not config.loss.normalize, "loss.normalize is on, whose cost is not predicted; turn it off to plan without it"
+    )
+    require(
+        config.model.item_encoder != "vqrec",
+        "model.item_encoder is vqrec, whose cost is not predicted; choose projection to plan without it",
+    )
+    require(
+        config.model.item_encoder != "unisrec" or config.loss.softmax == "sampled",
+        "model.item_encoder is unisrec and loss.softmax full, whose cost is not predicted; choose sampled, or "
+        "projection",
+    )
+    require(
+        config.model.mixer == "lru",
+        f"model.mixer is {config.model.mixer}, whose cost is not predicted; plan with lru: its loss costs the same",
+    )
+
+
 def main(argv: list[str]) -> None:
     parser = command_parser("fmrl_dist.plan", "Predict what a training step costs each rank, and recommend a loss.")
     parser.add_argument("--items", type=int, required=True, help="of the catalogue")
@@ -329,22 +353,7 @@ def main(argv: list[str]) -> None:
         value = getattr(arguments, name)
         option = f"--{name.replace('_', '-')}"
         require(value is None or 0 < value < math.inf, f"{option} is {value}; expected a number of more than 0")
-    require(
-        not config.loss.normalize, "loss.normalize is on, whose cost is not predicted; turn it off to plan without it"
-    )
-    require(
-        config.model.item_encoder != "vqrec",
-        "model.item_encoder is vqrec, whose cost is not predicted; choose projection to plan without it",
-    )
-    require(
-        config.model.item_encoder != "unisrec" or config.loss.softmax == "sampled",
-        "model.item_encoder is unisrec and loss.softmax full, whose cost is not predicted; choose sampled, or "
-        "projection",
-    )
-    require(
-        config.model.mixer == "lru",
-        f"model.mixer is {config.model.mixer}, whose cost is not predicted; plan with lru: its loss costs the same",
-    )
+    check_is_predicted(config)
     memory_bytes = int(arguments.memory_gib * 2**30)
     step = step_of(
         config,
