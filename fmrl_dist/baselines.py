@@ -18,7 +18,8 @@ from fmrl_dist.distributed.signals import StopRequest
 from fmrl_dist.evaluation.baselines import VERSION, count_baseline, possible_baselines
 from fmrl_dist.evaluation.histograms import EvaluationProtocol
 from fmrl_dist.evaluation.rank_counts import join_sizes
-from fmrl_dist.evaluation.results.report import EvaluatedModel, report
+from fmrl_dist.evaluation.results.figures import EvaluatedModel
+from fmrl_dist.evaluation.results.report import report
 
 
 def main(argv: list[str]) -> None:

@@ -54,7 +54,8 @@ from fmrl_dist.evaluation.parts import (
 )
 from fmrl_dist.evaluation.rank_counts import RankCounts
 from fmrl_dist.evaluation.ranker import Ranker, ranker_of_checkpoint, ranker_of_export
-from fmrl_dist.evaluation.results.report import EvaluatedModel, num_users_in, report
+from fmrl_dist.evaluation.results.figures import EvaluatedModel, num_users_in
+from fmrl_dist.evaluation.results.report import report
 from fmrl_dist.evaluation.segments import NUM_CELLS
 from fmrl_dist.model.export_config import REMOVED, read_export_config
 

@@ -58,7 +58,8 @@ from fmrl_dist.evaluation.baselines import baseline_histograms
 from fmrl_dist.evaluation.cut_vectors import count_deployments
 from fmrl_dist.evaluation.histograms import EvaluationProtocol
 from fmrl_dist.evaluation.ranker import ranker_of_checkpoint
-from fmrl_dist.evaluation.results.report import EvaluatedModel, report
+from fmrl_dist.evaluation.results.figures import EvaluatedModel
+from fmrl_dist.evaluation.results.report import report
 from fmrl_dist.training.agreement import StepResult, agree, count_targets, stop_if_not_finite
 from fmrl_dist.training.checks import (
     check_inline,

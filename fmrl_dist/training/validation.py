@@ -12,7 +12,7 @@ from fmrl_dist.distributed.signals import Stopped, StopRequest
 from fmrl_dist.evaluation.histograms import EvaluationProtocol, count_target_ranks
 from fmrl_dist.evaluation.metrics import metrics_from_histogram
 from fmrl_dist.evaluation.ranker import build_ranker
-from fmrl_dist.evaluation.results.report import num_users_in
+from fmrl_dist.evaluation.results.figures import num_users_in
 from fmrl_dist.evaluation.target_ranks import ALL
 from fmrl_dist.training.learner import Learner
 from fmrl_dist.training.logbook import Logbook

@@ -18,7 +18,8 @@ from fmrl_dist.checkpoint.run_folder import FINAL_EVALUATION, FINISHED_FILE, is_
 from fmrl_dist.config.loading import config_from_dict
 from fmrl_dist.config.sections import Config
 from fmrl_dist.data.store.reader import Store
-from fmrl_dist.evaluation.results.report import Rows, both_protocols
+from fmrl_dist.evaluation.results.figures import Rows
+from fmrl_dist.evaluation.results.report import both_protocols
 from fmrl_dist.evaluation.results.user_ranks import UserRanks, read_user_ranks, row_names
 from fmrl_dist.evaluation.target_ranks import ALL, UNSEEN
 

@@ -10,37 +10,21 @@ import io
 import json
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
-from fmrl_dist import __version__
 from fmrl_dist.base.files import write_atomically
 from fmrl_dist.checkpoint.run_folder import evaluation_file
-from fmrl_dist.data.item_statistics import train_counts
-from fmrl_dist.data.store.reader import check_lost_users
 from fmrl_dist.evaluation.cut_vectors import cut_sizes
 from fmrl_dist.evaluation.histograms import EvaluationProtocol
-from fmrl_dist.evaluation.metrics import metrics_from_histogram, metrics_of_lists
 from fmrl_dist.evaluation.rank_counts import RankCounts
+from fmrl_dist.evaluation.results.figures import EvaluatedModel, Rows, figures, origin
 from fmrl_dist.evaluation.results.user_ranks import row_names, write_user_ranks
-from fmrl_dist.evaluation.segments import segments_of_cells
 from fmrl_dist.evaluation.target_ranks import ALL, UNSEEN
 
 COLUMNS = 6  # metrics side by side in a table
-Rows = Mapping[str, Mapping[str, float]]  # name of a size or baseline → metric → value
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class EvaluatedModel:
-    """Which model the figures are of."""
-
-    step: int  # of its checkpoint
-    sha256: str  # of its checkpoint's record, or of an export's files
-    manifest_sha256: str  # of the store that it belongs to: a run's, or the one that an export's items are of
 
 
 def report(
@@ -71,94 +55,6 @@ def report(
     print(f"written: {json_path}\npicture: {picture_path}", flush=True)
     if counts.users is not None:
         print(f"users: {users_path}", flush=True)
-
-
-def figures(
-    counts: RankCounts,
-    baselines: Mapping[str, Tensor],
-    sizes: Sequence[object],
-    protocol: EvaluationProtocol,
-    model: EvaluatedModel,
-) -> dict[str, Any]:
-    """The content of ``evaluation.json``; it has ``users_lost`` only if damaged blocks were left out.
-
-    Args:
-        counts: of the model, of cut vectors too if the protocol has them.
-        baselines: histograms of each, int64 [2, 2·K' + 1] with K' at least the protocol's cut-off.
-        sizes: of the model, or what else there are figures of.
-        protocol: whose targets were ranked.
-        model: that was evaluated.
-
-    Raises:
-        UserError: damaged blocks cost too many of the users (``store.max_lost_share``), or all of them.
-    """
-    num_lost = num_users_in(protocol) - counts.num_users
-    check_lost_users(num_lost, num_users_in(protocol), protocol.split, protocol.store)
-    main, other = (UNSEEN, ALL) if protocol.mask_seen else (ALL, UNSEEN)
-    other_name = "unmasked" if protocol.mask_seen else "masked"
-
-    def rows(histograms: Mapping[str, Tensor], which: int) -> dict[str, dict[str, float]]:
-        return {name: metrics_from_histogram(pair[which], protocol.metrics) for name, pair in histograms.items()}
-
-    vector_sizes = cut_sizes(sizes, protocol)
-
-    def by_deployment(of_rows: Sequence[T]) -> dict[str, dict[str, T]]:
-        """What there is of the cut network at each size, then of cut vectors, by deployment and size."""
-        named = {"sizes": sizes, **({"vectors": vector_sizes} if vector_sizes else {})}
-        assert len(of_rows) == len(sizes) + len(vector_sizes)
-        values = iter(of_rows)
-        return {key: {str(size): next(values) for size in its_sizes} for key, its_sizes in named.items()}
-
-    def both(histograms: Tensor) -> dict[str, Any]:
-        """The figures of every size, from histograms [2, S + S', 2·K + 1]."""
-        pairs = by_deployment(list(histograms.transpose(0, 1)))
-        return {key: rows(of_size, main) for key, of_size in pairs.items()} | {
-            other_name: {key: rows(of_size, other) for key, of_size in pairs.items()}
-        }
-
-    segments = {}
-    for name, cells in segments_of_cells() if protocol.segments else ():
-        histograms = counts.histograms[cells].sum(0)
-        segments[name] = {"users": int(histograms[0, 0].sum())} | both(histograms)
-    result = both(counts.all_users)
-    result["baselines"] = rows(baselines, main)
-    result[other_name]["baselines"] = rows(baselines, other)
-    if counts.exposures is not None:
-        trained = train_counts(protocol.store)
-        for which, part in ((main, result), (other, result[other_name])):
-            of_rows = [
-                metrics_of_lists(counts.exposures[:, which, j], trained, protocol.list_metrics)
-                for j in range(counts.exposures.shape[2])
-            ]
-            for key, of_size in by_deployment(of_rows).items():
-                part["lists" if key == "sizes" else "vector_lists"] = of_size
-    return {
-        "split": protocol.split,
-        "split_rule": protocol.store.manifest.split_rule,
-        "users": counts.num_users,
-        **({"users_lost": num_lost} if num_lost else {}),
-        "items": protocol.store.manifest.num_items,
-        "ties": "half",
-        "mask_seen": protocol.mask_seen,
-        **result,
-        "segments": segments,
-        **origin(protocol, model),
-    }
-
-
-def origin(protocol: EvaluationProtocol, model: EvaluatedModel) -> dict[str, Any]:
-    """What model and store an evaluation is of."""
-    return {
-        "checkpoint": {"step": model.step, "sha256": model.sha256},
-        "store": protocol.store.location,
-        "manifest_sha256": protocol.store.manifest.sha256,
-        "fmrl_dist_version": __version__,
-    }
-
-
-def num_users_in(protocol: EvaluationProtocol) -> int:
-    """Users of the whole split, including those in damaged blocks."""
-    return sum(block.count for block in protocol.store.manifest.splits[protocol.split])
 
 
 def describe(result: Mapping[str, Any]) -> str:
