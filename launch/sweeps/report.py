@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fmrl_dist.base.files import write_atomically
 from launch.sweeps.folder import BEST, JOBS, run_of, training_arguments
-from launch.sweeps.space import SearchSpace, metric_of
+from launch.sweeps.space import SearchSpace, as_argument, metric_of
 from launch.sweeps.study import SweepStudy, Trial, best_of
 
 ACCELERATE = "accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
@@ -37,7 +37,17 @@ def status_text(folder: Path, space: SearchSpace, trials: Sequence[Trial]) -> st
         arguments = training_arguments(folder, best.parameters, folder / "best")
         lines += [f"best: trial {best.number}, validation {metric} {best.value:.6f}, in {run_of(folder, best)}"]
         lines += [f"  {ACCELERATE} -m fmrl_dist.train {shlex.join(arguments)}"]
+        if trials[0].value is not None and trials[0].parameters == base_arguments(space):
+            lines += [f"the base's own values: trial 0, validation {metric} {trials[0].value:.6f}"]
     return "\n".join(lines)
+
+
+def base_arguments(space: SearchSpace) -> dict[str, str] | None:
+    """The base's own values as a trial's arguments; None if the space lacks one."""
+    values = space.base_values()
+    if values is None:
+        return None
+    return {key: value if isinstance(value, str) else as_argument(value) for key, value in values.items()}
 
 
 def is_over(study: SweepStudy, space: SearchSpace) -> bool:

@@ -11,7 +11,8 @@
       model.depth: {low: 1, high: 3, step: 1}          # integers give integers
       loss.predict_first: {choices: [true, false]}
 
-A value is passed on as the argument that follows ``--section.key`` on a command line.
+A value is passed on as the argument that follows ``--section.key`` on a command line. The first trial has the base's
+own values where the space has them all, so that a sweep says what its search has gained.
 """
 
 from __future__ import annotations
@@ -57,6 +58,14 @@ class NumberRange:
     def extremes(self) -> tuple[str, ...]:
         return as_argument(self.low), as_argument(self.high)
 
+    def find(self, value: object) -> int | float | None:
+        """A config's value as one of these numbers; None if it is none of them."""
+        if not isinstance(value, int | float) or isinstance(value, bool) or not self.low <= value <= self.high:
+            return None
+        step = self.step or (1 if self.is_integer else None)
+        is_on_grid = step is None or (Decimal(str(value)) - Decimal(str(self.low))) % Decimal(str(step)) == 0
+        return value if is_on_grid else None
+
 
 @dataclass(frozen=True)
 class ValueChoices:
@@ -67,6 +76,11 @@ class ValueChoices:
     @property
     def extremes(self) -> tuple[str, ...]:
         return self.arguments
+
+    def find(self, value: object) -> str | None:
+        """A config's value as one of the arguments; None if it is none of them."""
+        argument = as_argument(list(value) if isinstance(value, tuple) else value)
+        return argument if argument in self.arguments else None
 
 
 @dataclass(frozen=True)
@@ -84,6 +98,20 @@ class SearchSpace:
     def config(self, arguments: Mapping[str, str] | None = None) -> Config:
         """The config of a trial whose parameters have these arguments, by key."""
         return load_config(self.base, overrides({**self.fixed, **(arguments or {})}))
+
+    def base_values(self) -> dict[str, int | float | str] | None:
+        """The base's own value of each parameter, by key; None if one of them is not in the space."""
+        values: dict[str, int | float | str] = {}
+        config = self.config()
+        for key, parameter in self.parameters.items():
+            section, *names = key.split(".")
+            if len(names) > 1:  # within a mapping, such as a feature's
+                return None
+            value = parameter.find(getattr(getattr(config, section), names[0]))
+            if value is None:
+                return None
+            values[key] = value
+        return values
 
 
 def overrides(arguments: Mapping[str, str]) -> list[str]:

@@ -68,6 +68,7 @@ class SweepStudy:
     def take(self, worker: int) -> Trial | None:
         """The next trial to train: the unfinished one of this worker, else a new one; None if none is left.
 
+        The first one has the base's own values, where the space has them.
         A new one is drawn by a sampler seeded by (seed, number of the trial): a restarted worker draws no trial twice,
         and a sweep with one worker has the same trials however often the worker restarts.
         """
@@ -79,11 +80,15 @@ class SweepStudy:
             if len(trials) >= self._space.trials:
                 return None
             drawn_before = self._study.get_trials(deepcopy=False)
+            waiting = self._optuna.trial.TrialState.WAITING
             for trial in drawn_before:
-                if WORKER not in trial.user_attrs and not trial.state.is_finished():  # its worker died right here
-                    self.fail(trial.number, "its worker died before the trial started")
+                if WORKER not in trial.user_attrs and not trial.state.is_finished() and trial.state != waiting:
+                    self.fail(trial.number, "its worker died before the trial started")  # died right here
             seed = int(np.random.SeedSequence((self._space.seed, len(drawn_before))).generate_state(1)[0])
             self._study.sampler = self._optuna.samplers.TPESampler(seed=seed)
+            base_values = self._space.base_values()
+            if base_values is not None and not trials and all(trial.state != waiting for trial in drawn_before):
+                self._study.enqueue_trial(base_values)  # the next one asked for
             drawn = self._study.ask({key: self._distribution(p) for key, p in self._space.parameters.items()})
             drawn.set_user_attr(WORKER, worker)
             return next(trial for trial in self.trials() if trial.number == drawn.number)

@@ -46,6 +46,7 @@ def test_a_space_file(tmp_path: Path) -> None:
         "loss.impl": ValueChoices(("tiled", "plain")),
         "loss.predict_first": ValueChoices(("true", "false")),
     }
+    assert space.base_values() is None  # the demo's sizes are none of the choices
     assert [name for name, p in space.parameters.items() if isinstance(p, NumberRange) and p.is_integer] == [
         "model.depth"
     ]
@@ -144,3 +145,23 @@ def test_no_yaml(tmp_path: Path) -> None:
     path.write_text("a: [")
     assert "is not YAML" in refusal(sweep.main, path)
     assert "does not exist; expected a YAML file" in refusal(sweep.main, tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("parameter", "expected"),
+    [
+        ({"train.lr": {"low": 1e-4, "high": 1e-2, "log": True}}, 2e-3),
+        ({"train.lr": {"low": 1e-4, "high": 1e-3}}, None),
+        ({"model.depth": {"low": 1, "high": 3}}, 2),
+        ({"model.depth": {"low": 1, "high": 3, "step": 2}}, None),
+        ({"model.dropout": {"low": 0.1, "high": 0.3, "step": 0.1}}, 0.2),
+        ({"model.dropout": {"low": 0.1, "high": 0.4, "step": 0.15}}, None),
+        ({"model.sizes": {"choices": [[64, 128], [8, 16, 32, 64, 128]]}}, "[8, 16, 32, 64, 128]"),
+        ({"loss.predict_first": {"choices": [True, False]}}, "true"),
+        ({"data.features.text.dim": {"choices": [256]}}, None),
+    ],
+)
+def test_the_value_of_the_base(tmp_path: Path, parameter: dict[str, Any], expected: object) -> None:
+    space = read_space(write(tmp_path, parameters=parameter))
+    (key,) = parameter
+    assert space.base_values() == (None if expected is None else {key: expected})

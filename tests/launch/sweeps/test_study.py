@@ -13,9 +13,12 @@ import pytest
 import yaml
 from optuna.storages.journal import JournalFileBackend
 
+from launch.sweeps.report import status_text
+from launch.sweeps.space import as_argument
 from launch.sweeps.study import best_of
 from launch.sweeps.worker import Worker
 from launch.sweeps.worker import main as run_worker
+from tests.fixtures.demo_runs import METRIC
 from tests.fixtures.processes import REPOSITORY
 from tests.fixtures.sweeps import start_sweep, trials_of, write_space
 from tests.fixtures.training import refusal
@@ -63,6 +66,29 @@ def test_a_restarted_worker_draws_the_same_trials(tmp_path: Path) -> None:
                 study.complete(trial.number, float(trial.parameters["train.lr"]))
         parameters.append([trial.parameters for trial in trials_of(folder)])
     assert parameters[0] == parameters[1]
+
+
+def test_the_first_trial_is_the_base(tmp_path: Path) -> None:
+    """It has the base's own values, also after a worker died between drawing a trial and taking it, at either point."""
+    path = write_space(tmp_path, trials=3)
+    space, study = start_sweep(path, tmp_path / "sweep")
+    own = {"train.lr": as_argument(space.config().train.lr)}
+    first, second = study.take(0), study.take(1)
+    assert first is not None and second is not None
+    assert first.parameters == own != second.parameters
+    study.complete(first.number, 0.25)
+    study.complete(second.number, 0.5)
+    text = status_text(tmp_path / "sweep", space, study.trials())
+    assert f"best: trial 1, validation {METRIC} 0.500000" in text
+    assert f"the base's own values: trial 0, validation {METRIC} 0.250000" in text
+    for died_after in ("enqueue", "ask"):
+        _, study = start_sweep(path, tmp_path / died_after)
+        if died_after == "enqueue":
+            study._study.enqueue_trial(space.base_values())
+        else:
+            study._study.ask()
+        taken = study.take(0)
+        assert taken is not None and taken.parameters == own
 
 
 def test_a_trial_stays_with_its_worker(tmp_path: Path) -> None:
