@@ -77,6 +77,7 @@ class Step:
     micro_batches: int = 1  # one after the other, their gradients added
     distilled: bool = False  # whether smaller sizes learn from the largest one
     experts: int = 0  # of UniSRec's item encoder, for a sampled softmax; 0: the paper's projection
+    inline: bool = False  # whether features ride with the histories, for a sampled softmax: no columns are held
 
     @property
     def width(self) -> int:
@@ -105,7 +106,7 @@ def predict(step: Step, loss: str) -> Cost:
         dims = {"features": step.num_features}
         model = FMRLRec(step.sizes, step.depth, dims, item_encoder=kind, experts=step.experts)
     num_columns, full = model.encoder.num_columns, loss != "sampled"
-    assert not (full and step.experts), "not predicted"
+    assert not (full and (step.experts or step.inline)), "not predicted"
     copies = ADAM_COPIES + (step.num_ranks > 1)  # data parallelism reduces gradients in buckets
     ids = _ids(step, loss, copies)
     weights = FLOAT * copies * sum(p.numel() for p in model.parameters()) + ids
@@ -125,7 +126,7 @@ def predict(step: Step, loss: str) -> Cost:
     at_work = max(loss_cost.num_bytes, PASSING_FLOATS * channels)
     memory = {
         "weights, gradients, moments": weights,
-        "item columns": columns if resident else 0,
+        "item columns": columns if resident and not step.inline else 0,
         "kept of blocks and batch": kept + batch + projection,
         "loss": at_work,
     }
@@ -297,6 +298,7 @@ def step_of(
         micro_batches=micro_batches,
         distilled=loss.alphas(len(config.model.sizes)) is not None,
         experts=config.model.experts * (config.model.item_encoder == "unisrec"),
+        inline=config.store.feature_mode == "inline",
     )
 
 
@@ -317,6 +319,10 @@ def check_is_predicted(config: Config) -> None:
         config.model.item_encoder != "unisrec" or config.loss.softmax == "sampled",
         "model.item_encoder is unisrec and loss.softmax full, whose cost is not predicted; choose sampled, or "
         "projection",
+    )
+    require(
+        config.store.feature_mode == "table" or config.loss.softmax == "sampled",
+        "store.feature_mode is inline and loss.softmax full, which needs a table of items; choose sampled, or table",
     )
     require(
         config.model.mixer == "lru",
@@ -364,7 +370,7 @@ def main(argv: list[str]) -> None:
         on_gpu=arguments.gpus is not None,
         memory_bytes=memory_bytes,
     )
-    possible = ("sampled",) if step.experts else LOSSES
+    possible = ("sampled",) if step.experts or step.inline else LOSSES
     costs = {loss: predict(step, loss) for loss in possible if loss != "split" or num_ranks > 1}
 
     def seconds(cost: Cost) -> float:

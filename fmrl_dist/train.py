@@ -41,6 +41,7 @@ from fmrl_dist.checkpoint.run_folder import (
 from fmrl_dist.checkpoint.writer import CheckpointWriter
 from fmrl_dist.config.command_line import command_parser, parse_command
 from fmrl_dist.config.credentials import warn_of_credentials
+from fmrl_dist.config.model_section import ModelConfig
 from fmrl_dist.config.sections import Config
 from fmrl_dist.data.batches import Packed
 from fmrl_dist.data.feed import BatchFeed
@@ -376,10 +377,24 @@ def describe_start(run: Run, learner: Learner, step: int) -> str:
     return (
         f"{run.folder}: {run.runtime.describe()}\n"
         f"  config {run.config.hash}, {learner.num_parameters:,} parameters, sizes {list(run.config.model.sizes)}, "
-        f"loss {learner.module.settings.impl}\n"
+        f"loss {learner.module.settings.impl}, {describe_softmax(run.config)}, {describe_ids(run.config.model)}\n"
         f"  {manifest.num_users:,} users, {manifest.num_items:,} items, {run.order.steps_per_epoch} steps per epoch, "
         f"from step {step} to at most {run.total_steps}"
     )
+
+
+def describe_softmax(config: Config) -> str:
+    """What a position's target is compared with."""
+    loss = config.loss
+    if loss.softmax == "full":
+        return f"full softmax, catalogue {loss.catalogue}"
+    drawn = "" if loss.negatives == "in_batch" else f"{loss.num_negatives:,} "
+    return f"sampled softmax, {drawn}{loss.negatives} negatives a lane"
+
+
+def describe_ids(model: ModelConfig) -> str:
+    """Which channels have ids."""
+    return f"ids on {model.id_width or model.width} channels" if model.has_ids else "no ids"
 
 
 def load_best(folder: Path, runtime: Runtime) -> Checkpoint:

@@ -184,6 +184,12 @@ class LossConfig:
             f"loss.size_weights is {list(weights or ())}; expected numbers of at least 0, one of them more",
         )
         require(
+            weights is None or weights[-1] > 0 or self.alphas(len(weights)) is None,
+            f"loss.size_weights is {list(weights or ())}: the largest size, which teaches the others "
+            f"(loss.distillation {shown(self.distillation)}), would learn nothing; give it a weight, or set "
+            "loss.distillation to 0",
+        )
+        require(
             self.catalogue == "whole" or self.softmax != "sampled",
             "loss.catalogue is split and loss.softmax is sampled, which scores no catalogue; choose whole, or full",
         )

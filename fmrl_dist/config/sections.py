@@ -67,6 +67,11 @@ class Config:
             f"model.window is {window}, less than the {self.data.max_length} events of data.max_length that mixer "
             f"{mixer} is to read; leave model.window out, or shorten data.max_length",
         )
+        require(
+            mixer != "bidirectional" or (self.data.max_length if window == "auto" else window) > 1,
+            "model.mixer is bidirectional with a window of one event, whose place its mask takes: it would read "
+            "nothing; raise data.max_length",
+        )
         components = 2 * ((self.data.max_length if window == "auto" else window) // 2) + 1
         require(
             mixer != "bsarec" or self.model.low_pass < components,

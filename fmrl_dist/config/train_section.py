@@ -35,7 +35,8 @@ class TrainConfig:
     micro_batches: PositiveInt = 1  # parts into which a rank divides its share of a batch, to hold one at a time
     shuffle_blocks: PositiveInt = 64  # blocks whose users are shuffled together; each lane's reader holds that many
     lr: PositiveFloat = 2e-3  # peak learning rate of AdamW, reached after warm-up
-    min_lr_ratio: NonNegativeFloat = 0.0  # learning rate at the end of the cosine, as a share of the peak
+    # learning rate at the end of the cosine, as a share of the peak
+    min_lr_ratio: Annotated[float, Limits(0, 1)] = 0.0
     weight_decay: NonNegativeFloat = 1e-2  # AdamW's weight decay, of nested and projection matrices only
     id_lr_factor: PositiveFloat = 1.0  # learning rate of the id table's last channels, as a multiple of all others'
     # how fast that grows in sizes below half of the width: the channels that such a size m adds have the multiple times

@@ -88,13 +88,22 @@ def check_inline(config: Config, store: Store) -> None:
 
 
 def check_something_tells_items_apart(config: Config, store: Store) -> None:
-    """Refuse a model without any feature and without an id table: all its items would be the same."""
+    """Refuse a model without any feature and without an id table, or with one that steps leave out: all its items
+    would be the same.
+    """
     has_features = bool(store.manifest.features if config.model.features is None else config.model.features)
     require(
         has_features or config.model.has_ids,
         f"store {store.location} has no features and model.id_table is off: nothing would tell items apart; turn "
         "model.id_table on, or build the store with data.features",
     )
+    for key, rate in (("id_dropout", config.model.id_dropout_rate), ("feature_dropout", config.model.feature_dropout)):
+        require(
+            has_features or rate == 0,
+            f"model.{key} is {rate} and store {store.location} has no features: "
+            + ("nothing would tell items apart" if key == "id_dropout" else "there is nothing to leave out")
+            + "; set it to 0, or build the store with data.features",
+        )
 
 
 def check_item_encoder(config: Config, store: Store) -> None:

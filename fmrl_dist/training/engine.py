@@ -235,7 +235,9 @@ class ZeroEngine:
         for name, parameter in self._model.named_parameters():
             # DeepSpeed ignores a parameter without elements (the projection of no features).
             whole = {
-                moment: safe_get_full_optimizer_state(parameter, moment) if _numel(parameter) else parameter.detach()
+                moment: safe_get_full_optimizer_state(parameter, moment)
+                if num_elements(parameter)
+                else parameter.detach()
                 for moment in MOMENTS
             }
             if self._runtime.is_main:
@@ -248,7 +250,7 @@ class ZeroEngine:
 
         rank, world_size = self._runtime.rank, self._runtime.world_size
         for name, parameter in self._model.named_parameters():
-            for moment in MOMENTS if _numel(parameter) else ():
+            for moment in MOMENTS if num_elements(parameter) else ():
                 whole = tensors[f"{moment}/{name}"].to(self._runtime.device)
                 if self._partitioned:  # equal shares; the last may extend beyond the end
                     shares = F.pad(whole.flatten(), (0, -whole.numel() % world_size)).view(world_size, -1)
@@ -285,7 +287,7 @@ def restore_id_table(table: SeparateIdTable | None, tensors: dict[str, Tensor]) 
         table.restore({moment: tensors[f"{moment}/{ID_TABLE}"] for moment in ("step", *MOMENTS)})
 
 
-def _numel(parameter: Tensor) -> int:
+def num_elements(parameter: Tensor) -> int:
     """Elements of the full parameter; ZeRO 3 leaves an empty one in its place between passes."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 

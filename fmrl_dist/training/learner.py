@@ -29,7 +29,7 @@ from fmrl_dist.losses.split_catalogue import CatalogueSlice
 from fmrl_dist.model.fmrlrec import FMRLRec
 from fmrl_dist.training.build_model import build_inline_model, build_model, fitted_items
 from fmrl_dist.training.checks import check_scan_impl, resolve_loss_impl, splits_catalogue
-from fmrl_dist.training.engine import Engine, prepare_engine
+from fmrl_dist.training.engine import Engine, num_elements, prepare_engine
 from fmrl_dist.training.id_table.item_draws import ItemNoise
 from fmrl_dist.training.id_table.prepare import prepare_id_table
 from fmrl_dist.training.id_table.rows import SeparateIdTable
@@ -61,6 +61,7 @@ MEANING = (
     "id_table",
     "item_encoder",
 )
+MEANING_OF = {"unisrec": ("experts",), "vqrec": ("codes",), "projection": ()}  # further ones, by item_encoder
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Learner:
     @property
     def num_parameters(self) -> int:
         """Of the whole model."""
-        own = sum(parameter.numel() for parameter in self.module.model.parameters())
+        own = sum(num_elements(parameter) for parameter in self.module.model.parameters())
         return own if self.id_table is None else own + self.id_table.num_weights
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -116,7 +117,7 @@ def prepare_learner(run: Run, resume_from: Checkpoint | None) -> Learner:
     elif config.train.init:
         load_initial_weights(model, run)
     split = table is not None and splits_catalogue(config, runtime)
-    id_rows, id_table = prepare_id_table(model, run, split)
+    id_rows, id_table = prepare_id_table(model, run, split, resumed=resume_from is not None)
     model.to(runtime.device)
     dtype = columns_dtype(model.encoder, runtime.matmul_dtype)
     columns: RowMatrix | None = None
@@ -184,8 +185,11 @@ def load_initial_weights(model: FMRLRec, run: Run) -> None:
         f"model.features {list(source.features)}",
     )
     theirs, ours = config_from_dict(source.config).model, run.config.model
-    for key in MEANING:
+    ids = ("id_width",) if ours.has_ids else ()
+    for key in (*MEANING, *MEANING_OF[ours.item_encoder], *ids):
         before, now = getattr(theirs, key), getattr(ours, key)
+        if key == "id_width":  # 0: all channels
+            before, now = before or theirs.width, now or ours.width
         require(
             before == now,
             f"train.init {source.path} has model.{key} {before!r}, this run {now!r}: its weights mean something else; "

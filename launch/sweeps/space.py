@@ -35,6 +35,7 @@ from fmrl_dist.base.yaml_text import read_yaml
 from fmrl_dist.config.credentials import refuse_credentials, refuse_credentials_in_config
 from fmrl_dist.config.loading import load_config
 from fmrl_dist.config.sections import Config
+from fmrl_dist.data.store.built_from import recorded_keys
 
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 FIXED_SECTIONS = ("run", "eval", "store")  # the sweep sets the first two; all trials read one store
@@ -153,7 +154,27 @@ def read_space(path: Path) -> SearchSpace:
                 space.config({key: argument})
             except UserError as error:
                 raise UserError(f"space {path}: parameters.{key} cannot be {argument}: {error}") from None
+    try:
+        _require_comparable(space)
+    except UserError as error:
+        raise UserError(f"space {path}: {error}") from None
     return space
+
+
+def _require_comparable(space: SearchSpace) -> None:
+    """Refuse parameters that change nothing in a trial, or what its figure means."""
+    base = space.config()
+    for key, parameter in space.parameters.items():
+        require(
+            all(recorded_keys(space.config({key: argument})) == recorded_keys(base) for argument in parameter.extremes),
+            f"parameter {key!r} says what a store holds, and all trials read one store; build a store for each of its "
+            "values, and sweep each of them",
+        )
+    require(
+        "model.sizes" not in space.parameters or base.eval.size != "mean",
+        f"parameter 'model.sizes' changes of which sizes {metric_of(base)} is the mean; name a metric of one size that "
+        "all trials have, such as metric: ndcg@10@64",
+    )
 
 
 def _space(raw: Any) -> SearchSpace:

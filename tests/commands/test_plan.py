@@ -284,11 +284,22 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_inline_store_has_no_ids(capsys: pytest.CaptureFixture[str]) -> None:
     """What is "auto" is planned as it would be trained."""
     words = ["--items", "10000000", "--gpus", "8", "--positions", "4096", "--store.feature_mode", "inline"]
+    words += ["--loss.softmax", "sampled"]
     planned = []
     for ids in ("auto", "false", "true"):
         plan.main([*words, "--model.id_table", ids])
         planned.append(capsys.readouterr().out)
     assert planned[0] == planned[1] != planned[2]
+
+
+def test_an_inline_store_has_the_sampled_softmax_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """And no columns of items: their features come with the histories."""
+    words = ["--config", "configs/demo-inline.yaml", "--items", "10000", "--cpus", "2"]
+    plan.main(words)
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows] == ["| loss", "| sampled"]
+    assert rows[0][3] == "item columns" and float(rows[1][3]) == 0
+    assert "which needs a table of items" in refusal(plan.main, *words, "--loss.softmax", "full")
 
 
 def test_micro_batches_save_memory_and_cost_operations(capsys: pytest.CaptureFixture[str]) -> None:

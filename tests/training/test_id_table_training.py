@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -234,6 +235,28 @@ def test_an_older_runs_cold_rows_are_cleared(shop: Path, tmp_path: Path) -> None
     for path in (run, tmp_path / "next"):
         table = tensors_of(path, "model")["encoder.id_table"]
         assert np.array_equal((table != 0).any(1).numpy(), trained)
+
+
+@pytest.mark.parametrize("loss", [[], SAMPLED], ids=["full", "sampled"])
+def test_trained_rows_outlive_their_blocks(loss: list[str], shop: Path, tmp_path: Path) -> None:
+    """Blocks that are damaged after they were trained on are left out, and their items keep what they have learned."""
+    store = Store.open(Path(shutil.copytree(shop.parent / "store", tmp_path / "store")))
+    blocks = store.manifest.splits["train"]
+    items = [set(store.read_block(block)["items"].tolist()) for block in blocks]
+    of_damaged = sorted(set.union(*items[1:]) - items[0])
+    assert len(of_damaged) > 3
+    skipping = ["--store.on_bad_shard", "skip", "--store.max_lost_share", 0.95, "--eval.baselines", "[]"]
+    words = [*IDS, *loss, "--store.path", store.path, *skipping]
+    run = train_here(shop, tmp_path / "run", *words, "--train.max_steps", STEPS_PER_EPOCH)
+    before = tensors_of(run, "model")["encoder.id_table"][of_damaged]
+    for block in blocks[1:]:
+        with (store.path / block.shard).open("r+b") as file:
+            file.seek(block.offset + 600)
+            file.write(b"\xff" * 8)
+    train_here(shop, run, *words, "--train.max_steps", STEPS_PER_EPOCH + 1, "--resume", "auto")
+    after = tensors_of(run, "model")["encoder.id_table"][of_damaged]
+    assert (before.norm(dim=1) > 0).all()
+    assert (after.norm(dim=1) > 0.5 * before.norm(dim=1)).all()
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,33 @@ def test_no_feature_and_no_id_table(shop: Path, tmp_path: Path) -> None:
     train_here(shop, tmp_path / "ids", "--store.path", tmp_path / "bare", "--model.id_table", "true")
 
 
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [("id_dropout", "nothing would tell items apart"), ("feature_dropout", "there is nothing to leave out")],
+)
+def test_leaving_out_what_a_store_without_features_has(word: str, expected: str, shop: Path, tmp_path: Path) -> None:
+    config = load_config(shop, ["--data.features", "{}", "--store.path", str(tmp_path / "bare")])
+    build_store(config)
+    words = ["--config", shop, "--store.path", tmp_path / "bare", "--run.dir", tmp_path / "run"]
+    line = refusal(train.main, *words, "--model.id_table", "true", f"--model.{word}", 0.1)
+    assert f"model.{word} is 0.1 and store" in line and f"has no features: {expected}; set it to 0" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_that_learns_nothing(shop: Path, tmp_path: Path) -> None:
+    words = ["--config", shop, "--run.dir", tmp_path / "run", "--loss.size_weights", "[1, 0]"]
+    line = refusal(train.main, *words, "--loss.distillation", 0.5)
+    assert "loss.size_weights is [1, 0]: the largest size, which teaches the others" in line
+    assert "would learn nothing" in refusal(train.main, *words, "--loss.distillation", "[0.5, 0]")
+    run_here(train.main, [*words, "--loss.distillation", 0, "--train.max_steps", 1])
+
+
+def test_a_mask_in_the_place_of_the_only_event(shop: Path, tmp_path: Path) -> None:
+    words = ["--config", shop, "--run.dir", tmp_path / "run", "--model.mixer", "bidirectional"]
+    line = refusal(train.main, *words, "--data.max_length", 1)
+    assert "bidirectional with a window of one event, whose place its mask takes" in line
+
+
 @pytest.mark.parametrize("keep", [0, 3])
 def test_too_many_training_users_lost(keep: int, shop: Path, tmp_path: Path) -> None:
     store = damaged_store(shop, tmp_path / "store", "train", keep)
@@ -161,6 +188,24 @@ def test_initial_weights_of_another_model(
     line = refusal(train.main, "--config", shop, "--run.dir", tmp_path / "run", "--train.init", trained, *words)
     assert complaint in line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "other", "complaint"),
+    [
+        (["--model.item_encoder", "unisrec"], ["--model.experts", 3], "has model.experts 8, this run 3"),
+        (["--model.id_table", "true"], ["--model.id_width", 4], "has model.id_width 8, this run 4"),
+    ],
+)
+def test_initial_weights_of_other_shapes(
+    words: list[object], other: list[object], complaint: str, shop: Path, tmp_path: Path
+) -> None:
+    """The key that differs is named, as above; what is the same by another name is no difference."""
+    words = [*words, "--train.max_steps", 1]
+    source = train_here(shop, tmp_path / "source", *words)
+    init = ["--train.init", source, *words]
+    assert complaint in refusal(train.main, "--config", shop, "--run.dir", tmp_path / "run", *init, *other)
+    train_here(shop, tmp_path / "run", *init, "--model.id_width", 8)
 
 
 def test_what_may_change_with_initial_weights(shop: Path, trained: Path, tmp_path: Path) -> None:

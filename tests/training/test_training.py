@@ -100,6 +100,7 @@ def test_start_message(finished: tuple[Path, str]) -> None:
     for fact in (
         *("1 process(es)", "engine no", "device cpu", "1 thread(s) each", "precision fp32", f"config {config.hash}"),
         *(f"{parameters:,} parameters", "sizes [4, 8]", "8 steps per epoch", "from step 0 to at most 24"),
+        "loss tiled, full softmax, catalogue whole, no ids",
     ):
         assert fact in start
 

@@ -15,19 +15,24 @@ from fmrl_dist.training.item_columns import slice_bounds
 from fmrl_dist.training.run import Run
 
 
-def prepare_id_table(model: FMRLRec, run: Run, split: bool) -> tuple[IdRows | None, SeparateIdTable | None]:
+def prepare_id_table(
+    model: FMRLRec, run: Run, split: bool, resumed: bool
+) -> tuple[IdRows | None, SeparateIdTable | None]:
     """The model's id table as a step reads it, and the same again where it is not a parameter of the model.
 
     Args:
         model: on the CPU, with the weights to start from.
         run: the run.
         split: whether each rank scores a slice of the catalogue.
+        resumed: whether the weights are this run's own.
     """
     table = model.encoder.id_table
     if table is None:
         return None, None
     config, runtime = run.config, run.runtime
     cold = cold_items(run)
+    if resumed and run.store.skips_damaged:  # a block that is damaged by now may have been trained on
+        cold &= (table.detach() == 0).all(1)
     table.detach()[cold] = 0.0
     dropout = IdDropout(config.model.id_dropout_rate, config.train.seed)
     if split:

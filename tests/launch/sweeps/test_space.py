@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,24 @@ def test_no_yaml(tmp_path: Path) -> None:
     path.write_text("a: [")
     assert "is not YAML" in refusal(sweep.main, path)
     assert "does not exist; expected a YAML file" in refusal(sweep.main, tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        (
+            {"parameters": {"data.split.target": {"choices": ["first", "last"]}}},
+            "parameter 'data.split.target' says what a store holds, and all trials read one store",
+        ),
+        (
+            {"parameters": {"model.sizes": {"choices": [[8, 16], [8, 16, 32]]}}, "metric": "ndcg@10@mean"},
+            "parameter 'model.sizes' changes of which sizes ndcg@10@mean is the mean",
+        ),
+    ],
+)
+def test_trials_that_do_not_compare(tmp_path: Path, values: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UserError, match=re.escape(complaint)):
+        read_space(write(tmp_path, **values))
 
 
 @pytest.mark.parametrize(
