@@ -79,7 +79,7 @@ def test_leaving_out_what_a_store_without_features_has(word: str, expected: str,
 def test_a_teacher_that_learns_nothing(shop: Path, tmp_path: Path) -> None:
     words = ["--config", shop, "--run.dir", tmp_path / "run", "--loss.size_weights", "[1, 0]"]
     line = refusal(train.main, *words, "--loss.distillation", 0.5)
-    assert "loss.size_weights is [1, 0]: the largest size, which teaches the others" in line
+    assert "loss.size_weights is [1.0, 0.0]: the largest size, which teaches the others" in line
     assert "would learn nothing" in refusal(train.main, *words, "--loss.distillation", "[0.5, 0]")
     run_here(train.main, [*words, "--loss.distillation", 0, "--train.max_steps", 1])
 
