@@ -177,7 +177,7 @@ def test_trials_that_do_not_compare(tmp_path: Path, values: dict[str, Any], comp
         ({"model.dropout": {"low": 0.1, "high": 0.4, "step": 0.15}}, None),
         ({"model.sizes": {"choices": [[64, 128], [8, 16, 32, 64, 128]]}}, "[8, 16, 32, 64, 128]"),
         ({"loss.predict_first": {"choices": [True, False]}}, "true"),
-        ({"data.interactions.threads": {"choices": [0, 1]}}, None),
+        ({"data.interactions.threads": {"choices": [1, 2]}}, None),
     ],
 )
 def test_the_value_of_the_base(tmp_path: Path, parameter: dict[str, Any], expected: object) -> None:
