@@ -63,6 +63,7 @@ from fmrl_dist.evaluation.results.figures import EvaluatedModel
 from fmrl_dist.evaluation.results.report import report
 from fmrl_dist.training.agreement import StepResult, agree, count_targets, stop_if_not_finite
 from fmrl_dist.training.checks import (
+    check_heads,
     check_inline,
     check_item_encoder,
     check_something_tells_items_apart,
@@ -124,6 +125,7 @@ def train_and_evaluate(config: Config, runtime: Runtime, resume: str | None, sto
     check_inline(config, store)
     check_targets(config, store)
     check_something_tells_items_apart(config, store)
+    check_heads(config)
     check_item_encoder(config, store)
     if note := note_on_other_config(config, store):
         runtime.say(note)

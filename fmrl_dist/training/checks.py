@@ -11,6 +11,7 @@ from fmrl_dist.config.sections import Config
 from fmrl_dist.data.store.built_from import list_differences, recorded_keys
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.distributed.processes import Runtime
+from fmrl_dist.model.mixers.attention import chunk_heads
 
 SPLIT_ZERO_STAGES = (1, 2)
 
@@ -103,6 +104,20 @@ def check_something_tells_items_apart(config: Config, store: Store) -> None:
             f"model.{key} is {rate} and store {store.location} has no features: "
             + ("nothing would tell items apart" if key == "id_dropout" else "there is nothing to leave out")
             + "; set it to 0, or build the store with data.features",
+        )
+
+
+def check_heads(config: Config) -> None:
+    """Refuse heads of one channel, which rotary positions cannot turn: they would not know the order of events."""
+    model = config.model
+    if model.mixer not in ("attention", "bsarec", "bidirectional") or model.positions != "rotary":
+        return
+    for low, high, width in chunk_heads(model.sizes, model.head_width):
+        require(
+            width > 1,
+            f"model.sizes {list(model.sizes)} have a chunk of {high - low} channels, which heads of at most "
+            f"{model.head_width} (model.head_width) divide by single channels only, and rotary positions turn pairs; "
+            "choose other sizes or a larger head_width, or model.positions learned",
         )
 
 

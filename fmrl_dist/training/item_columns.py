@@ -91,7 +91,7 @@ class DroppedColumns:
 
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
         columns = self._matrix[rows]
-        ids = torch.arange(self.shape[0], device=columns.device)[rows] if isinstance(rows, slice) else rows
+        ids = torch.arange(*rows.indices(self.shape[0])) if isinstance(rows, slice) else rows
         return self._dropout(columns, ids.to(columns.device) + self._first_item)
 
 

@@ -90,6 +90,14 @@ def test_a_mask_in_the_place_of_the_only_event(shop: Path, tmp_path: Path) -> No
     assert "bidirectional with a window of one event, whose place its mask takes" in line
 
 
+def test_heads_that_know_no_order(shop: Path, tmp_path: Path) -> None:
+    words = ["--config", shop, "--run.dir", tmp_path / "run", "--model.mixer", "attention"]
+    odd = ["--model.width", 13, "--model.sizes", "[8, 13]", "--eval.size", 8]
+    line = refusal(train.main, *words, *odd, "--model.head_width", 4)
+    assert "have a chunk of 5 channels, which heads of at most 4 (model.head_width) divide by single channels" in line
+    run_here(train.main, [*words, *odd, "--model.head_width", 5, "--train.max_steps", 1])
+
+
 @pytest.mark.parametrize("keep", [0, 3])
 def test_too_many_training_users_lost(keep: int, shop: Path, tmp_path: Path) -> None:
     store = damaged_store(shop, tmp_path / "store", "train", keep)
