@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fmrl_dist.base.errors import UserError, require, run_command
+from fmrl_dist.base.errors import require, run_command
 from fmrl_dist.base.files import json_sha256
 from fmrl_dist.config.command_line import CommandParser
 from fmrl_dist.config.train_section import EvalConfig
-from fmrl_dist.data.store.reader import Store
+from fmrl_dist.data.store.reader import Store, require_users
 from fmrl_dist.distributed.processes import start_runtime
 from fmrl_dist.distributed.signals import StopRequest
 from fmrl_dist.evaluation.baselines import VERSION, count_baseline, possible_baselines
@@ -34,8 +34,7 @@ def main(argv: list[str]) -> None:
     require(arguments.threads >= 0, f"--threads is {arguments.threads}; expected at least 1, or 0 to share the cores")
 
     store = Store.open(arguments.store)
-    if not store.manifest.splits[arguments.split]:
-        raise UserError(f"store {store.location} has no {arguments.split} users (all histories have under 3 events)")
+    require_users(store, arguments.split)
     output = arguments.output or store.derived_folder / "baselines"
     runtime = start_runtime(arguments.threads or "auto", lanes=None)
     protocol = EvaluationProtocol.of_report(store, arguments.split, False, EvalConfig(cut_vectors=False))

@@ -63,8 +63,8 @@ def table(result: Mapping[str, Any]) -> Iterator[str]:
     """One line per model and size; on the left all items are ranked, on the right unseen ones."""
     first = next(iter(result["models"]))
     yield (
-        f"{result['metric']}, {result['split']}, {result['users']:,} users in all runs, whole catalogue ranked, "
-        f"{result['split_rule']}, ties count {result['ties']}"
+        f"{result['metric']}, {result['split']}, {result['users']:,} users in all runs, whole catalogue ranked "
+        f"({result['items']:,} items), {result['split_rule']}, ties count {result['ties']}"
     )
     if fewer := {path: n for path, n in result["users_of_runs"].items() if n != result["users"]}:
         yield "of " + ", ".join(f"{n:,} in {path}" for path, n in fewer.items())

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from fmrl_dist.base.errors import UserError, require, run_command
+from fmrl_dist.base.errors import require, run_command
 from fmrl_dist.base.parts import WHOLE, Part
 from fmrl_dist.checkpoint.export_folder import (
     ExportedModel,
@@ -36,7 +36,7 @@ from fmrl_dist.config.data_section import StoreConfig
 from fmrl_dist.config.loading import config_from_dict
 from fmrl_dist.config.train_section import RANK_METRICS, EvalConfig
 from fmrl_dist.data.store.manifest import VOCAB_FILE
-from fmrl_dist.data.store.reader import Store
+from fmrl_dist.data.store.reader import Store, require_users
 from fmrl_dist.data.vocabulary import external_ids, rows_of
 from fmrl_dist.deploy.item_vocabulary import ItemVocabulary
 from fmrl_dist.distributed.processes import Runtime, start_runtime
@@ -293,8 +293,7 @@ def with_items_of(recommender: ExportedModel, path: Path, store: Store) -> Expor
 def open_store(path: str, split: str, access: StoreConfig | None = None) -> Store:
     """The store at ``path``, which must have users in ``split``."""
     store = Store.open(path, access)
-    if not store.manifest.splits[split]:
-        raise UserError(f"store {store.location} has no {split} users (all histories are shorter than 3 events)")
+    require_users(store, split)
     return store
 
 

@@ -12,6 +12,7 @@ import fmrl_dist.base.parent_process  # noqa: F401  # first: importing torch tak
 # isort: split
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from threadpoolctl import threadpool_limits
 
 from fmrl_dist.base.errors import UserError, require, run_command
 from fmrl_dist.base.files import file_sha256, json_sha256
+from fmrl_dist.base.id_columns import INTEGER
 from fmrl_dist.base.launch_variables import is_alone, refuse_one_process_trap
 from fmrl_dist.base.parts import WHOLE, Part
 from fmrl_dist.base.progress import Progress
@@ -27,7 +29,7 @@ from fmrl_dist.checkpoint.export_folder import export_sha256
 from fmrl_dist.config.command_line import CommandParser
 from fmrl_dist.config.credentials import warn_of_credentials
 from fmrl_dist.data.store.manifest import VOCAB_FILE
-from fmrl_dist.deploy.approximate.choice import METHODS
+from fmrl_dist.deploy.approximate.choice import METHODS, recall_of_command
 from fmrl_dist.deploy.batch.history_files import STDIN, HistoryFiles
 from fmrl_dist.deploy.batch.job import ListCounts, one_thread_each, write_parts, write_stream
 from fmrl_dist.deploy.batch.list_files import FORMATS, ListMaker
@@ -59,9 +61,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--revision", help="branch, tag or commit of a repository on the Hub")
     parser.add_argument("--retrieval", choices=METHODS, default="exact", help="how lists are found (default: exact)")
-    parser.add_argument(
-        "--recall", type=float, default=0.99, help="of the exact lists' items, for others (default: 0.99)"
-    )
+    parser.add_argument("--recall", type=float, help="of the exact lists' items, for others (default: 0.99)")
     parser.add_argument("-k", type=int, default=10, help="items of each list (default: 10)")
     parser.add_argument("--include-seen", action="store_true", help="items of the history may be recommended again")
     parser.add_argument(
@@ -84,6 +84,7 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_intermixed_args(argv)
     warn_of_credentials(argv)
     check(arguments)
+    arguments.recall = recall_of_command(arguments.retrieval, arguments.recall)
     folder = export_at(arguments.export, arguments.revision)
     if arguments.histories is None:
         show(load(folder, arguments), arguments)
@@ -136,7 +137,7 @@ def read_ids(path: Path | None, recommender: Recommender) -> list[int | str] | N
         return None
     require(path.is_file(), f"{path} is no file; expected ids of items, one a line")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text; expected ids of items, one a line") from None
     return typed([line.strip() for line in lines if line.strip()], recommender)
@@ -146,7 +147,7 @@ def typed(words: list[str], recommender: Recommender) -> list[int | str]:
     """Words as ids of the export's kind; what is no integer stays text, which no integer equals."""
     if isinstance(recommender.item_ids[0], str):
         return list(words)
-    return [int(word) if word.removeprefix("-").isdecimal() else word for word in words]
+    return [int(word) if re.match(INTEGER, word) else word for word in words]
 
 
 def known_ids(path: Path | None, recommender: Recommender, skip_unknown: bool) -> list[int | str] | None:

@@ -18,7 +18,7 @@ from fmrl_dist.base.errors import UserError, require, run_command
 from fmrl_dist.checkpoint.export_folder import read_export, read_export_vocabulary
 from fmrl_dist.config.command_line import CommandParser
 from fmrl_dist.data.store.manifest import VOCAB_FILE
-from fmrl_dist.deploy.approximate.choice import METHODS
+from fmrl_dist.deploy.approximate.choice import METHODS, recall_of_command
 from fmrl_dist.deploy.download import export_at
 from fmrl_dist.deploy.item_vocabulary import ItemVocabulary
 from fmrl_dist.deploy.service.settings import MIB, ServiceSettings
@@ -33,6 +33,7 @@ MAX_PORT = 65_535
 def main(argv: list[str]) -> None:
     arguments = _parser().parse_args(argv)
     _check_numbers(arguments)
+    recall = recall_of_command(arguments.retrieval, arguments.recall)
     token = _token(arguments)
     try:
         from fmrl_dist.deploy.service.app import build_service_app
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> None:
         vocabulary = ItemVocabulary(read_export_vocabulary(folder), str(folder / VOCAB_FILE))
         sizes = arguments.sizes or exported.model.sizes
         figures = figures_beside(folder, exported)
-        service = Service(exported, vocabulary, sizes, settings, arguments.retrieval, arguments.recall, figures)
+        service = Service(exported, vocabulary, sizes, settings, arguments.retrieval, recall, figures)
         gate = build_service_app(service)
         address = _address(arguments.host, listener)
 
@@ -75,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free (default: 8000)")
     parser.add_argument("--sizes", type=int, nargs="+", metavar="M", help="sizes to serve (default: all of the export)")
     parser.add_argument("--retrieval", choices=METHODS, default="exact", help="how lists are found (default: exact)")
-    parser.add_argument("--recall", type=float, default=0.99, help="of the exact lists, by others (default: 0.99)")
+    parser.add_argument("--recall", type=float, help="of the exact lists, by others (default: 0.99)")
     parser.add_argument("--token-env", metavar="NAME", help="environment variable with a token that requests must send")
     parser.add_argument("--no-token", action="store_true", help="serve others without a token")
     parser.add_argument(

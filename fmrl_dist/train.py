@@ -48,7 +48,7 @@ from fmrl_dist.data.feed import BatchFeed
 from fmrl_dist.data.item_table import feature_dims
 from fmrl_dist.data.negatives import NegativeSampler, make_sampler
 from fmrl_dist.data.order import Order
-from fmrl_dist.data.store.reader import Store
+from fmrl_dist.data.store.reader import Store, require_users
 from fmrl_dist.data.streamed_negatives import StreamedNegatives
 from fmrl_dist.data.train_stream import TrainStream
 from fmrl_dist.data.windows import window_rule
@@ -109,10 +109,8 @@ def train_and_evaluate(config: Config, runtime: Runtime, resume: str | None, sto
     """
     began, folder = time.monotonic(), Path(config.run.dir)
     store = Store.open(config.store.path, config.store)
-    if not store.manifest.splits["test"]:
-        raise UserError(
-            f"store {store.location} has no validation and test users; expected histories of 3 events or more"
-        )
+    for split in ("valid", "test"):
+        require_users(store, split)
     order = Order(
         [block.count for block in store.manifest.splits["train"]],
         batch_size=config.train.batch_size,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import glob
 import hashlib
 import json
 import os
@@ -106,7 +107,7 @@ def _clear_away(target: Path, last_writer: str) -> None:
         last_writer: what its lock file said before, "" if its last writer had ended in good order.
     """
     is_here = last_writer.rstrip().endswith(f" of {socket.gethostname()}")
-    for left in sorted(target.parent.glob(f".{target.name}.*")):
+    for left in sorted(target.parent.glob(f".{glob.escape(target.name)}.*")):
         found = TEMPORARY.fullmatch(left.name.removeprefix(f".{target.name}"))
         if found is None or not left.is_dir():
             continue

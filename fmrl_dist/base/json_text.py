@@ -43,6 +43,19 @@ def read_objects(path: Path, mend: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield line.decode().rstrip("\n"), record
 
 
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object as a dict, for ``object_pairs_hook``: JSON's own would keep the last value of a repeated key, unsaid.
+
+    Raises:
+        ValueError: a key is there twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        repeated = next(key for place, (key, _) in enumerate(pairs) if key in dict(pairs[:place]))
+        raise ValueError(f"key {repeated!r:.60} is there twice")
+    return found
+
+
 def parse_object(data: bytes, where: str, mend: str) -> dict[str, Any]:
     """The object in some JSON text; ``where`` begins the messages, ``mend`` ends them.
 
@@ -50,7 +63,7 @@ def parse_object(data: bytes, where: str, mend: str) -> dict[str, Any]:
         UserError: as :func:`read_object`.
     """
     try:
-        value = json.loads(data.decode("utf-8"))
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=without_repeats)
     except UnicodeDecodeError:
         raise UserError(f"{where} is not UTF-8 text; {mend}") from None
     except RecursionError:

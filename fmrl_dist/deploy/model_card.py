@@ -18,7 +18,7 @@ from fmrl_dist.base.errors import require
 from fmrl_dist.checkpoint.export_folder import ExportedModel
 from fmrl_dist.checkpoint.folder import Checkpoint
 from fmrl_dist.checkpoint.run_folder import FINAL_EVALUATION
-from fmrl_dist.data.store.manifest import Feature
+from fmrl_dist.data.store.manifest import LEAVE_ONE_OUT, Feature
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.deploy.card_source import folder_lines, loading_line
 from fmrl_dist.evaluation.results.report import both_protocols
@@ -168,8 +168,7 @@ def _sections(subject: CardSubject) -> Iterator[str]:
     yield "## Quality\n\n" + _quality(subject)
     yield (
         f"## Data\n\nTrained on {num_events:,} events of {manifest.num_users:,} users; the catalogue has "
-        f"{manifest.num_items:,} items. Of each user with at least three events the last one is the test target and "
-        f"the one before it the validation target: neither is among them.\n\n" + "\n".join(_features(subject))
+        f"{manifest.num_items:,} items. {_split(manifest.split_rule)}\n\n" + "\n".join(_features(subject))
         if _is_of_training(subject)
         else f"## Data\n\nThe catalogue has {manifest.num_items:,} items; it is not the one that was trained on.\n\n"
         + "\n".join(_features(subject))
@@ -181,6 +180,15 @@ def _sections(subject: CardSubject) -> Iterator[str]:
     )
     licence = subject.licence.name or subject.licence.identifier
     yield f"## Licence\n\n{licence or 'None has been stated.'}"
+
+
+def _split(rule: str) -> str:
+    if rule == LEAVE_ONE_OUT:
+        return (
+            "Of each user with at least three events the last one is the test target and the one before it the "
+            "validation target: neither is among them."
+        )
+    return f"The split: {rule}. No event of validation or test is among them."
 
 
 def _is_of_training(subject: CardSubject) -> bool:
@@ -265,7 +273,9 @@ def _onnx_snippet(subject: CardSubject) -> str:
     items = 'np.load(folder / "item_embeddings.npy").astype(np.float32)'
     if subject.dtype == "int8":
         items += ' * np.load(folder / "item_scales.npy")[:, None]'
-    compared = "items / np.linalg.norm(items, axis=1, keepdims=True)" if subject.exported.normalize else "items"
+    scores = "items @ outputs[0]"
+    if subject.exported.normalize:
+        scores += " / (np.linalg.norm(items, axis=1) * np.linalg.norm(outputs[0]))"
     return f"""```python
 from pathlib import Path
 
@@ -277,7 +287,7 @@ step = onnxruntime.InferenceSession(folder / "step.onnx")
 state = np.zeros((1, {model.depth}, 2, {model.width}), np.float32)
 for item in [3, 14, 15]:  # rows of vocab.parquet, oldest first
     state, outputs = step.run(None, {{"state": state, "embeddings": items[[item]]}})
-scores = {compared} @ outputs[0]
+scores = {scores}
 vocabulary = pq.read_table(folder / "vocab.parquet")
 if "removed" in vocabulary.column_names:  # items that must not be recommended
     scores[vocabulary["removed"].to_numpy()] = -np.inf

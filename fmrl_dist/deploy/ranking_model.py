@@ -172,6 +172,10 @@ class RankingModel:
         denied = with_denied(deny, self.removed)
         return top_k(self._popularity, np.ones((num_users, 1), np.float32), k, exclude, allow, denied)
 
+    def possible_k(self, k: int) -> int:
+        """``k``, or the number of items if there are fewer: no list is longer, and rows of k numbers cost memory."""
+        return min(k, len(self.train_counts)) if isinstance(k, int | np.integer) else k
+
     @cached_property
     def _popularity(self) -> np.ndarray:
         counts = self.train_counts

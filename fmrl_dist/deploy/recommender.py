@@ -16,7 +16,7 @@ import numpy as np
 from fmrl_dist.base.errors import require
 from fmrl_dist.checkpoint.export_folder import ExportedModel, read_export, read_export_vocabulary
 from fmrl_dist.data.store.manifest import VOCAB_FILE
-from fmrl_dist.deploy.approximate.choice import Record, chosen_search
+from fmrl_dist.deploy.approximate.choice import DEFAULT_RECALL, Record, chosen_search
 from fmrl_dist.deploy.download import export_at
 from fmrl_dist.deploy.item_filters import Rows, RowsOfEach
 from fmrl_dist.deploy.item_vocabulary import ItemId, ItemIds, ItemIdsOfEach, ItemVocabulary, Recommendation
@@ -56,7 +56,7 @@ class Recommender:
         revision: str | None = None,
         vectors: int | None = None,
         retrieval: str = "exact",
-        recall: float = 0.99,
+        recall: float = DEFAULT_RECALL,
     ) -> Recommender:
         """The recommender of an export.
 
@@ -78,7 +78,9 @@ class Recommender:
         recommender.retrieve_by(retrieval, recall)
         return recommender
 
-    def retrieve_by(self, method: str, recall: float = 0.99, histories: Sequence[ItemIds] | None = None) -> None:
+    def retrieve_by(
+        self, method: str, recall: float = DEFAULT_RECALL, histories: Sequence[ItemIds] | None = None
+    ) -> None:
         """Choose how lists are found, of this recommender and of its sessions.
 
         Args:
@@ -204,6 +206,7 @@ class Recommender:
         """
         rows = self._histories_of(histories, unknown)
         lists = [self.vocabulary.rows_of_lists(lists, unknown) for lists in (allow, deny)]
+        k = self.model.possible_k(k)
         return self.vocabulary.named(*self.model.recommend_rows(rows, k, exclude_seen, *lists))
 
     def _histories_of(self, histories: Iterable[ItemIds], unknown: str) -> list[np.ndarray]:

@@ -134,6 +134,7 @@ class Session:
         """
         lists = [self._vocabulary.rows_of_lists(lists, unknown) for lists in (allow, deny)]
         exclude = [self.seen] if exclude_seen else None
+        k = self._model.possible_k(k)
         if self.is_answered:
             found = self._model.top_k(self.output(), k, exclude, *lists)
         else:

@@ -44,19 +44,22 @@ def test_a_second_writer_is_refused_and_told_of_the_first(tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
-def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["target", "lists[1-9]*"])
+def test_what_a_killed_writer_left_is_removed_by_the_next(name: str, tmp_path: Path) -> None:
+    """Also in a folder whose name looks like a pattern."""
+    target = tmp_path / name
     ours, theirs = FORK.Pipe()
-    process = FORK.Process(target=write_slowly, args=(tmp_path / "target", theirs))
+    process = FORK.Process(target=write_slowly, args=(target, theirs))
     process.start()
     assert ours.recv() == "filling"
     os.kill(process.pid or 0, signal.SIGKILL)
     process.join()
-    (tmp_path / ".target.mine").mkdir()  # of another name: not ours to remove
+    (tmp_path / f".{name}.mine").mkdir()  # of another name: not ours to remove
     assert len(list(tmp_path.iterdir())) == 3
-    with replaced_folder(tmp_path / "target") as folder:
+    with replaced_folder(target) as folder:
         fill(folder, "new")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".target.mine", "target"]
-    assert (tmp_path / "target" / "file").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f".{name}.mine", name]
+    assert (target / "file").read_text() == "new"
 
 
 @pytest.mark.parametrize("in_one_step", [True, False])

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -27,9 +28,11 @@ from fmrl_dist.checkpoint.export_folder import (
     read_export_parts,
     write_export,
 )
+from fmrl_dist.config.loading import load_config
 from fmrl_dist.data.batches import evaluation_blocks
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.model.stored_tensors import restored
+from shards.store.builder import build_store
 from tests.fixtures.checkpoints import flip
 from tests.fixtures.training import contents, evaluate_here, evaluation, make_shop, refusal, run_here, train_here
 
@@ -134,6 +137,26 @@ def test_no_figure_and_no_licence_is_invented(run: Path, tmp_path: Path) -> None
         header, text = card_of(tmp_path / "run", tmp_path / "export", "--overwrite")
         assert "model-index" not in header and "No evaluation on test users was at hand" in text
         assert "license" not in header and "None has been stated." in text
+
+
+def test_the_split_is_the_stores(run: Path, tmp_path: Path) -> None:
+    """As its manifest says it; a card once told of leave-one-out whatever had been held out."""
+    _, text = card_of(run, tmp_path / "one")
+    assert "Of each user with at least three events the last one is the test target" in text
+    shop = load_config(run / "config.yaml")
+    raw = Path(shutil.copytree(shop.data.root, tmp_path / "raw"))
+    table = pq.read_table(raw / "sequences.parquet")
+    times = [list(range(10**9, 10**9 + len(items))) for items in table["item_ids"].to_pylist()]
+    pq.write_table(table.append_column("times", pa.array(times)), raw / "sequences.parquet")
+    split = ["--data.sequences.times", "times", "--data.split.by", "time", "--data.split.valid_quantile", "0.6"]
+    places = ["--data.root", str(raw), "--store.path", str(tmp_path / "store")]
+    config = load_config(run / "config.yaml", [*split, *places])
+    build_store(config)
+    (tmp_path / "shop.yaml").write_text(config.to_yaml())
+    other = train_here(tmp_path / "shop.yaml", tmp_path / "other", "--train.max_steps", 1)
+    _, text = card_of(other, tmp_path / "two")
+    assert "at least three events" not in text
+    assert f"The split: {Store.open(config.store.path).manifest.split_rule}. No event of validation or test" in text
 
 
 def test_a_licence_is_named(run: Path, tmp_path: Path) -> None:

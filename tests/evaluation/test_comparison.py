@@ -127,7 +127,9 @@ def test_any_metric_and_the_baselines(
     capsys.readouterr()
     result = compared(tmp_path, runs[0], tmp_path / "free", "--metric", "recall@3", "--samples", 500)
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].startswith("recall@3, test, 100 users in all runs, whole catalogue ranked, leave-one-out")
+    assert printed[0].startswith(
+        "recall@3, test, 100 users in all runs, whole catalogue ranked (40 items), leave-one-out"
+    )
     assert [row["row"] for row in result["rows"]] == ["4", "8", "vectors-4", *names]
     ranks = pq.read_table(runs[0] / "evaluation-users.parquet")["rank@8"].to_numpy()
     assert result["rows"][1]["unmasked"]["mean"] == pytest.approx((ranks <= 3).mean())
@@ -158,6 +160,14 @@ def test_refusals(runs: list[Path], tmp_path: Path) -> None:
     assert "are the same checkpoint; give each once" in line(a0, a0)
     assert f"{tmp_path} has no evaluation.json; evaluate it with" in line(a0, tmp_path)
     assert "is no metric" in line(a0, b, "--metric", "auc@3") and "at least 100" in line(a0, b, "--samples", "3")
+    figures = json.loads((b / "evaluation.json").read_text())
+    for key, other, complaint in (
+        ("items", 5000, "items ranked: 5000 and 40"),
+        ("split_rule", "given", "split: given"),
+    ):
+        (b / "evaluation.json").write_text(json.dumps(figures | {key: other}))
+        assert f"do not compare, {complaint}" in line(a0, b)
+    (b / "evaluation.json").write_text(json.dumps(figures))
     file = b / "evaluation-users.parquet"
     table, metadata = pq.read_table(file), pq.read_schema(file).metadata
     targets = pa.array(table["target"].to_pylist()[1:] + ["i0"])

@@ -22,14 +22,22 @@ from pathlib import Path
 
 import numpy as np
 
-from fmrl_dist.base.errors import UserError
+from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.parquet import memory_bytes
 from fmrl_dist.base.urls import is_url
 from fmrl_dist.config.data_section import StoreConfig
 from fmrl_dist.data.store.block_arrays import item_problems, parse_block, user_problems
 from fmrl_dist.data.store.cache import RangeCache
 from fmrl_dist.data.store.files import LocalFiles, SourceError, StoreFiles
-from fmrl_dist.data.store.manifest import MANIFEST_FILE, ROW_BYTES, SHARD_NAME, Block, Manifest, fit_file
+from fmrl_dist.data.store.manifest import (
+    LEAVE_ONE_OUT,
+    MANIFEST_FILE,
+    ROW_BYTES,
+    SHARD_NAME,
+    Block,
+    Manifest,
+    fit_file,
+)
 from fmrl_dist.data.store.remote import RemoteFiles, checked_url, default_cache_folder
 from fmrl_dist.data.store.tables import checked_table
 
@@ -239,6 +247,20 @@ class Store:
             raise UserError(f"store {self.location} has no {name}; build the store again") from None
         except UserError as error:
             raise UserError(f"store {self.location}: {error}; build the store again") from None
+
+
+def require_users(store: Store, split: str) -> None:
+    """Refuse a store without a user to evaluate.
+
+    Raises:
+        UserError: ``split`` has none.
+    """
+    rule = store.manifest.split_rule
+    why = "all histories are shorter than 3 events" if rule == LEAVE_ONE_OUT else f"the split is {rule}"
+    require(
+        len(store.manifest.splits[split]) > 0,
+        f"store {store.location} has no {split} users ({why}); build it from more events, or by another data.split",
+    )
 
 
 def check_lost_users(num_lost: int, num_users: int, split: str, store: Store) -> None:

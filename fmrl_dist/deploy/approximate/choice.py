@@ -17,8 +17,23 @@ from fmrl_dist.deploy.ranking_model import RankingModel
 from fmrl_dist.deploy.retrieval import Search, top_k
 
 METHODS = ("exact", "funnel", "ann")
+DEFAULT_RECALL = 0.99
 NUM_HISTORIES = 1024  # that are made up
 Record = dict[str, Any]
+
+
+def recall_of_command(method: str, recall: float | None) -> float:
+    """A command's ``--recall``, or the default where it is not given.
+
+    Raises:
+        UserError: it would have no effect.
+    """
+    require(
+        recall is None or method != "exact",
+        f"--recall is {recall}, and --retrieval exact finds all items that belong into a list; choose another, or "
+        "leave --recall out",
+    )
+    return DEFAULT_RECALL if recall is None else recall
 
 
 def chosen_search(

@@ -254,9 +254,11 @@ class HistoryFiles:
                 pa.types.is_list(lists) or pa.types.is_large_list(lists),
                 f"column {items!r} of {path} is of type {lists}; expected lists of item ids",
             )
+            as_ids(pa.array([], lists.value_type), f"column {items!r} of {path}")
             found = "integers" if pa.types.is_integer(lists.value_type) else "text"
             require(
-                found == self.columns.id_kind or self.columns.id_kind == "text",  # of integers, as a store takes them
+                # text of integers is as a store takes it; a list that is always empty has no type
+                found == self.columns.id_kind or self.columns.id_kind == "text" or pa.types.is_null(lists.value_type),
                 f"column {items!r} of {path} is of type {lists}; the export's ids are {self.columns.id_kind}, like "
                 f"{self.columns.vocabulary.ids[0]!r:.60}",
             )
@@ -294,9 +296,9 @@ class HistoryFiles:
         if values.null_count:
             place = pc.index(pc.is_null(values), True).as_py()
             raise UserError(f"{_owner(row, starts, place)} has a null among its {columns.items!r}; remove it")
-        rows = columns.vocabulary.find(
-            as_ids(values, f"column {columns.items!r}", "text" if columns.id_kind == "text" else None)
-        )
+        where = f"{row(0)} or below: column"
+        ids = as_ids(values, f"{where} {columns.items!r}", "text" if columns.id_kind == "text" else None)
+        rows = columns.vocabulary.find(ids)
         known, num_unknown = rows >= 0, 0
         if not known.all():
             place = int(np.argmin(known))
@@ -305,7 +307,7 @@ class HistoryFiles:
             num_unknown = len(rows) - int(known.sum())
             starts = np.concatenate(([0], np.cumsum(known)))[starts]
             rows = rows[known]
-        users = as_ids(table[columns.user], f"column {columns.user!r}")
+        users = as_ids(table[columns.user], f"{where} {columns.user!r}")
         return UserBatch(first, users, np.split(rows, starts[1:-1]), num_unknown)
 
 

@@ -48,7 +48,8 @@ class ListMaker:
     ) -> None:
         require(k >= 1, f"k is {k}; expected 1 or more items")
         require(not titles or recommender.titles is not None, "the items of this export have no titles; leave them out")
-        self._model, self._k, self._exclude_seen = recommender.model, k, exclude_seen
+        self._model, self._exclude_seen = recommender.model, exclude_seen
+        self._k = self._model.possible_k(k)
         self._allow, self._deny = (None if ids is None else recommender.rows_of(ids) for ids in (allow, deny))
         ids = recommender.item_ids
         self._ids = pa.array(ids, pa.large_string() if isinstance(ids[0], str) else pa.int64())

@@ -147,7 +147,7 @@ def read_ids(path: Path, column: str, like: ItemRecords) -> pa.Array:
             table = bounded_table(table_batches(path.read_bytes(), str(path), [column]), f"table {path}")
             ids = table.column(column).combine_chunks()
         else:
-            ids = pa.array([line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()])
+            ids = pa.array([line.strip() for line in path.read_text(encoding="utf-8").split("\n") if line.strip()])
             if len(ids) and not like.has_text_ids:
                 ids = ids.cast(pa.int64())
     except KeyError:

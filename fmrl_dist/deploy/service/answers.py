@@ -9,6 +9,7 @@ from fastapi import HTTPException, Request, Response
 from fastapi.routing import APIRoute
 
 from fmrl_dist.base.errors import one_line
+from fmrl_dist.base.json_text import without_repeats
 
 MESSAGE_CHARACTERS = 500
 
@@ -31,7 +32,8 @@ class StrictRequest(Request):
     async def json(self) -> Any:
         body = await self.body()
         try:
-            return json.loads(body.decode("utf-8"), parse_constant=_no_number, parse_float=_finite)
+            text = body.decode("utf-8")
+            return json.loads(text, parse_constant=_no_number, parse_float=_finite, object_pairs_hook=without_repeats)
         except RecursionError:
             raise HTTPException(400, "the body is nested too deeply") from None
         except UnicodeDecodeError:

@@ -193,17 +193,23 @@ export function scoreItems(model, count, z) {
   if (scales) for (let row = 0; row < scores.length; row++) scores[row] *= scales[row];
   if (model.normalize) {
     const inverse = inverseNorms(model, count);
-    for (let row = 0; row < scores.length; row++) scores[row] *= inverse[row];
+    const ofOutput = inverseNorm(z);
+    for (let row = 0; row < scores.length; row++) scores[row] *= inverse[row] * ofOutput;
   }
   return scores;
 }
 
-/** One over the length of each item's vector at a size: then scores rank by cosines. */
+/** One over a vector's length, with which products become cosines. */
+function inverseNorm(vector) {
+  return 1 / Math.max(Math.hypot(...vector), 2 ** -126);
+}
+
+/** That of each item's vector at a size. */
 function inverseNorms(model, count) {
   if (!model.inverseNorms.has(count)) {
     const inverse = new Float32Array(model.numItems);
     for (let row = 0; row < model.numItems; row++) {
-      inverse[row] = 1 / Math.max(Math.hypot(...itemVector(model, count, row)), 2 ** -126);
+      inverse[row] = inverseNorm(itemVector(model, count, row));
     }
     model.inverseNorms.set(count, inverse);
   }
@@ -278,7 +284,7 @@ export class LocalModel {
     const count = chunkCount(model, size);
     const rows = history.slice(-model.maxLength);
     if (!rows.length && model.popular) {
-      return { rows: model.popular.rows.slice(0, k), scores: model.popular.counts.slice(0, k), ms: this.meanTime(size) };
+      return { rows: model.popular.rows.slice(0, k), scores: model.popular.shares.slice(0, k), ms: this.meanTime(size) };
     }
     const state = this.stateBeforeLast(count, size, rows);
     const excluded = new Set(history);

@@ -184,9 +184,10 @@ def largest_loss(quality: Mapping[str, Any], dtype: str) -> float | None:
     return max(abs(rows["float32"][size] - rows[dtype][size]) for size in rows[dtype])
 
 
-def _most_popular(counts: np.ndarray) -> dict[str, list[int]]:
+def _most_popular(counts: np.ndarray) -> dict[str, list[Any]]:
+    """Rows with the most training events, and their shares of all events, which are their scores."""
     rows = np.argsort(-counts, kind="stable")[:POPULAR]
-    return {"rows": rows.tolist(), "counts": counts[rows].tolist()}
+    return {"rows": rows.tolist(), "shares": (counts[rows] / max(int(counts.sum()), 1)).tolist()}
 
 
 def _json(value: Mapping[str, Any] | Sequence[Any]) -> bytes:

@@ -146,7 +146,7 @@ def shared_users(runs: Sequence[EvaluatedRun]) -> list[np.ndarray]:
     """For each run the rows of the users that all runs have, in the same order.
 
     Raises:
-        UserError: there is none, or a user's target is not the same in all runs.
+        UserError: there is none, or the catalogue, the split or a user's target is not the same in all runs.
     """
     first = runs[0].ranks
     places = [pc.index_in(first.users, value_set=run.ranks.users) for run in runs]
@@ -156,6 +156,13 @@ def shared_users(runs: Sequence[EvaluatedRun]) -> list[np.ndarray]:
     )
     rows = [place.filter(pa.array(is_shared)).to_numpy(zero_copy_only=False).astype(np.int64) for place in places]
     for run, own in zip(runs, rows, strict=True):
+        for key, what in (("items", "items ranked"), ("split_rule", "split"), ("ties", "tie rule")):
+            ours, theirs = run.figures[key], runs[0].figures[key]
+            require(
+                ours == theirs,
+                f"{run.path} and {runs[0].path} do not compare, {what}: {ours} and {theirs}; evaluate both on the same "
+                "store",
+            )
         same = run.ranks.targets.take(pa.array(own)).equals(first.targets.take(pa.array(rows[0])))
         require(
             same,
@@ -190,6 +197,7 @@ def compare(
         "metric": metric,
         "split": facts["split"],
         "split_rule": facts["split_rule"],
+        "items": facts["items"],
         "ties": facts["ties"],
         "users": len(user_rows[id(first)]),
         "users_of_runs": {str(run.path): len(run.ranks.users) for run in runs},

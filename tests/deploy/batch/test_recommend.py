@@ -6,6 +6,7 @@ import ast
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -330,6 +331,7 @@ BAD_LINES = {
     "": "is not JSON",
     "[1]": "holds a list; expected an object",
     '{"user": 1}': "has no 'history'",
+    '{"user": "a", "history": ["i1"], "history": []}': "is not JSON (key 'history' is there twice)",
     '{"user": null, "history": []}': "holds user None; expected text",
     r'{"user": "\ud83d", "history": []}': r"holds user '\ud83d', half of a surrogate pair, which is no text",
     '{"user": 7, "history": []}': "holds user 7, and line 1 of the input text; expected one kind",
@@ -375,8 +377,35 @@ def test_a_bad_row_is_named(export: Path, tmp_path: Path) -> None:
     assert "has no column 'who', or several; it has: user_id, item_ids" in refusal(
         users, good, "--user", "who", "--overwrite"
     )
+    large = pa.array([2**63] * 4, pa.uint64())
+    assert f"{path}, row 1 or below: column 'user_id' holds ids that do not fit int64" in refusal(
+        large, good, "--overwrite"
+    )
+    shutil.rmtree(tmp_path / "lists")
+    assert f"column 'item_ids' of {path} holds ids of type double" in refusal(users, [[1.0], [], [2.0], [3.0]])
+    assert not (tmp_path / "lists").exists()
     path.write_bytes(b"PAR1 no")
     assert f"table {path} cannot be read" in refused(export, "--histories", path)
+
+
+@pytest.mark.parametrize("text_ids", [False, True])
+def test_histories_that_are_all_empty_have_no_type(text_ids: bool, tmp_path: Path) -> None:
+    ids: list[int | str] = [f"i{row}" if text_ids else row for row in range(20)]
+    export = write_random_export(tmp_path / "export", random_export(num_items=20), ids)
+    table = pa.table({"user_id": [1, 2], "item_ids": pa.array([[], []], pa.list_(pa.null()))})
+    pq.write_table(table, tmp_path / "users.parquet")
+    ended = run(export, "--histories", tmp_path / "users.parquet", "--output", tmp_path / "lists")
+    assert "2 users, 2 of them without history" in ended.stdout
+
+
+def test_more_items_than_there_are(export: Path, lines: Path, users: list[dict[str, Any]], tmp_path: Path) -> None:
+    """Lists have all of them; rows of k numbers for each user would not fit into memory."""
+    recommender = Recommender.from_pretrained(export)
+    assert len(recommender.recommend([[]], k=10**14)[0]) == NUM_ITEMS
+    assert len(recommender.session([]).recommend(k=10**14)) == NUM_ITEMS
+    run(export, "--histories", lines, "--output", tmp_path / "lists", "-k", 10**14)
+    lengths = [len(items) for _, items, _ in read_lists(tmp_path / "lists")]
+    assert lengths == [NUM_ITEMS - len(set(user["history"])) for user in users]
 
 
 def test_unknown_items_may_be_skipped(export: Path, tmp_path: Path) -> None:
@@ -497,6 +526,7 @@ def test_mistakes(export: Path, lines: Path, tmp_path: Path) -> None:
         (export, "--histories", lines, "--output", tmp_path / "x.jsonl", "--part", "1/2"): "would not be joined",
         (export, "--histories", lines, *output, "--part", "1/2", "--overwrite"): "remove it beforehand",
         (export, "-k", 0): "-k is 0",
+        (export, "--recall", 0.9): "--recall is 0.9, and --retrieval exact finds all",
         (export, "--histories", lines, *output, "--deny", tmp_path / "no"): "is no file; expected ids",
     }
     for words, message in cases.items():

@@ -39,7 +39,7 @@ def scores_of(exported: ExportedModel, history: list[int], size: int) -> torch.T
     with torch.no_grad():
         z = model(items[rows], torch.tensor([0, len(rows)]), is_empty)[-1]
     if exported.normalize:
-        items = items / items.norm(dim=1, keepdim=True)
+        items, z = items / items.norm(dim=1, keepdim=True), z / z.norm()
     return items @ z
 
 
@@ -127,6 +127,8 @@ def test_popularity_begins_where_the_start_was_not_trained(open_page: Callable[.
     page, titles = open_page(tmp_path / "web"), titles_of(40)
     popular = sorted(range(40), key=lambda row: (-(7 * row % 10), row))
     assert shown(page) == shown(page, "largest") == [titles[row] for row in popular[:10]]
+    shares = json.loads((tmp_path / "web" / "model.json").read_text())["popular"]["shares"]
+    assert shares[:10] == pytest.approx([7 * row % 10 / 180 for row in popular[:10]])
     page.locator("#chosen button").nth(1).click()
     wait_for_picked(page, 1)
     history = [popular[1]]
