@@ -127,9 +127,12 @@ def test_zero_1_with_a_projection_of_no_features(shop: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_zero_1_and_3_train_as_one_process(stage: int, shop: Path, one: Path, tmp_path: Path) -> None:
     """In two halves: the second resumes from the first one's checkpoint and divides each batch into three."""
+    weights = load_file(one / "checkpoints" / "latest" / "optimizer.safetensors")
+    num_parameters = sum(moment.numel() for name, moment in weights.items() if name.startswith("exp_avg/"))
     for words in (["--train.max_steps", 11], ["--resume", "auto", "--train.micro_batches", 3]):
         said, silent = train_under(zero(stage), shop, tmp_path / "run", *WORDS, *words)
         assert f"engine deepspeed ZeRO {stage}" in said and silent == ""
+        assert f" {num_parameters:,} parameters," in said  # of the whole model, also where it is divided
     assert len(records(tmp_path / "run")) == len(records(one))
     assert_equal_runs(tmp_path / "run", one)
 

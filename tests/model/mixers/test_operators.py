@@ -18,7 +18,7 @@ from fmrl_dist.model.mixers.filter import Filter, fast_period, packed_filter
 from fmrl_dist.model.packing import padded_groups, places_in_sequences, prefixes
 from tests.fixtures.numerics import assert_relatively_close
 
-LENGTHS = ((63,), (1,), (0, 1, 0), (9, 8, 17, 1, 33, 2), (5, 0, 16, 50, 3))
+LENGTHS = ((), (63,), (1,), (0, 1, 0), (9, 8, 17, 1, 33, 2), (5, 0, 16, 50, 3))
 
 
 def starts_of(lengths: tuple[int, ...]) -> Tensor:
