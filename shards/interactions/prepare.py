@@ -30,7 +30,7 @@ from shards.interactions.kept_events import KeptEvents, keep_events
 from shards.tables.bad_rows import check_bad_rows
 from shards.tables.events import load_events
 
-VERSION = 2  # raise it when the same input gives other histories
+VERSION = 3  # raise it when the same input gives other histories
 HISTORIES, ITEMS, MADE_FROM = "histories.parquet", "items.parquet", "made-from.json"
 UNRECORDED = {"memory_gb", "threads"}  # change nothing of the result
 NOT_IN_TABLE = -1

@@ -12,7 +12,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pyarrow as pa
 
 from fmrl_dist.base.errors import require
@@ -29,7 +28,16 @@ from shards.tables.event_batches import (
     optional_columns,
 )
 from shards.tables.item_ids import refuse_repeated
-from shards.tables.times import LIMITS, PER_SECOND, TEXT_TIMES, UNIT_NAMES, UNITS, ticks_sql, unit_of
+from shards.tables.times import (
+    PER_SECOND,
+    TEXT_TIMES,
+    UNITS,
+    is_fine_sql,
+    number_counts,
+    other_units_sql,
+    ticks_sql,
+    unit_of,
+)
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -37,9 +45,10 @@ if TYPE_CHECKING:
 STAGED, ROWS, BATCH, OWNERS = "read_events", "read_rows", "event_batch", "list_owners"
 CAUSES = ("no user", "no item", "time", "rating", "split", NO_LIST, LENGTHS)  # why a row gives no event
 OPTIONAL = {  # columns of rows that not all tables have
-    **{"whole": "BIGINT", "part": "DOUBLE", "moment": "BIGINT", "nanos": "USMALLINT"},
+    **{"whole": "BIGINT", "fraction": "INTEGER", "part": "DOUBLE", "moment": "BIGINT", "nanos": "USMALLINT"},
     **{"rating": "DOUBLE", "event": "VARCHAR", "split": "VARCHAR"},
 }
+TIME_COLUMNS = ("whole", "fraction", "part", "moment", "nanos")
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 SPLITS = " ".join(f"WHEN '{name}' THEN '{split}'" for name, split in SPLIT_NAMES.items())
 
@@ -89,7 +98,7 @@ def load_events(connection: DuckDBPyConnection, data: DataConfig, downloads: Pat
                 is_text |= "time" in names
             _check_owners(connection, table)
         num_rows = num_staged + bad.total()
-        unit = _time_unit(connection, tables[0], is_text)
+        unit = _time_unit(connection, tables[0], is_text, data.dirt.max_bad_rows)
         per_second = _ticks_per_second(connection, unit)
         _create(connection, unit, per_second, bool(tables[0].sequences.times), bad)
         _check(connection, tables, bad, num_rows, data.dirt.max_bad_rows)
@@ -150,49 +159,46 @@ def _check_owners(connection: DuckDBPyConnection, table: EventTable) -> None:
 
 def _parsed(names: list[str], has_times: bool) -> str:
     """SQL: rows of all columns from a batch, whose texts of times and ratings are parsed, with why one is bad."""
-    is_text_time = "time" in names
-    source = f"({TEXT_TIMES % BATCH})" if is_text_time else BATCH
-    whole, part, moment, nanos = (
-        name if is_text_time or name in names else "NULL" for name in ("whole", "part", "moment", "nanos")
-    )
+    source = f"({TEXT_TIMES % BATCH})" if "time" in names else BATCH
+    found = {"whole", "fraction", "moment", "nanos"} if "time" in names else set(names)
+    times = ", ".join(f"{name if name in found else 'NULL'}::{OPTIONAL[name]} AS {name}" for name in TIME_COLUMNS)
     text = "nullif(trim(rating_text), '')" if "rating_text" in names else "NULL"
     rating = "rating" if "rating" in names else f"TRY_CAST({text} AS DOUBLE)"
     event = '"event"' if "event" in names else "NULL"
     split = f'CASE lower(trim("split")) {SPLITS} END' if "split" in names else "NULL"
     return f"""
-        SELECT "user", "item", whole, part, moment, nanos, CASE WHEN isnan(rating) THEN NULL ELSE rating END AS rating,
+        SELECT "user", "item", {", ".join(TIME_COLUMNS)}, CASE WHEN isnan(rating) THEN NULL ELSE rating END AS rating,
             "event", "split", "row", CASE WHEN cause IS NOT NULL THEN cause
                 WHEN "user" IS NULL OR "user"::VARCHAR = '' THEN 'no user'
                 WHEN "item" IS NULL OR "item"::VARCHAR = '' THEN 'no item'
                 WHEN {has_times} AND whole IS NULL AND part IS NULL AND moment IS NULL THEN 'time'
                 WHEN rating IS NULL AND rating_text IS NOT NULL OR isinf(rating) THEN 'rating'
                 WHEN {"split" in names} AND "split" IS NULL THEN 'split' END AS cause
-        FROM (SELECT "user", "item", {whole}::BIGINT AS whole, {part}::DOUBLE AS part, {moment}::BIGINT AS moment,
-            {nanos}::USMALLINT AS nanos, {rating}::DOUBLE AS rating, {text}::VARCHAR AS rating_text,
+        FROM (SELECT "user", "item", {times}, {rating}::DOUBLE AS rating, {text}::VARCHAR AS rating_text,
             {event}::VARCHAR AS "event", {split}::VARCHAR AS "split", "row", cause FROM {source})
     """
 
 
-def _time_unit(connection: DuckDBPyConnection, table: EventTable, is_text: bool) -> str:
-    """What the times are; where there are numbers and dates, the fewer of the two become bad."""
+def _time_unit(connection: DuckDBPyConnection, table: EventTable, is_text: bool, limit: float) -> str:
+    """What the times are; where there are numbers and dates, the fewer of the two become bad, as do the few numbers of
+    another unit, and those that are too large, of clocks that were never set."""
     if not table.sequences.times:
         return "none"
-    size = "greatest(abs(whole::DOUBLE), abs(part))"
-    below = ", ".join(f"count(CASE WHEN {size} < {limit} THEN 1 END)" for limit in LIMITS.values())
-    num_numbers, num_moments, *smaller = connection.execute(
-        f"SELECT count(coalesce(whole, part)), count(moment), {below} FROM {ROWS} WHERE cause IS NULL"
+    num_numbers, num_moments = connection.execute(
+        f"SELECT count(coalesce(whole, part)), count(moment) FROM {ROWS} WHERE cause IS NULL"
     ).fetchall()[0]
     if num_numbers and num_moments:
         fewer = "moment" if num_moments < num_numbers else "coalesce(whole, part)"
         _spoil(connection, f"{fewer} IS NOT NULL")
-    if num_numbers > num_moments:
-        unit = unit_of(np.diff([0, *smaller, num_numbers]), table.sequences.time_unit)
-        place = UNIT_NAMES.index(unit)
-        if table.sequences.time_unit == "auto" and place < len(smaller) and smaller[place] < num_numbers:
-            too_large = f"{size} >= {LIMITS[unit]}"  # no time of this unit: of a clock that was never set
-            _spoil(connection, too_large)
-        return unit
-    return "text" if is_text else "timestamp"
+    if num_numbers <= num_moments:
+        return "text" if is_text else "timestamp"
+    if table.sequences.time_unit != "auto":
+        return table.sequences.time_unit
+    counts = number_counts(connection, f"{ROWS} WHERE cause IS NULL")
+    unit = unit_of(counts, limit, f"column {table.sequences.times!r} of {table.raw}")
+    if counts.num_of_others(unit):
+        _spoil(connection, other_units_sql(counts, unit))
+    return unit
 
 
 def _spoil(connection: DuckDBPyConnection, where: str) -> None:
@@ -203,8 +209,9 @@ def _spoil(connection: DuckDBPyConnection, where: str) -> None:
 
 def _ticks_per_second(connection: DuckDBPyConnection, unit: str) -> int:
     """Of the times: fine enough that none is rounded, so that they are sorted truly."""
-    [(is_fine,)] = connection.execute(f"SELECT bool_or(nanos > 0) FROM {ROWS} WHERE cause IS NULL").fetchall()
-    return PER_SECOND["ns" if unit == "ns" or (unit not in UNITS and is_fine) else "us"]
+    query = f"SELECT bool_or({is_fine_sql(unit)}) FROM {ROWS} WHERE cause IS NULL"
+    [(is_fine,)] = connection.execute(query).fetchall()
+    return PER_SECOND["ns" if unit == "ns" or is_fine else "us"]
 
 
 def _create(connection: DuckDBPyConnection, unit: str, per_second: int, has_times: bool, bad: Counter[str]) -> None:

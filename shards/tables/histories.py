@@ -24,7 +24,7 @@ from shards.tables.formats.choice import event_source
 from shards.tables.item_ids import ItemIds, check_unique
 from shards.tables.list_columns import starts_and_values
 from shards.tables.raw_tables import RawTable, TableBatches, read_batches
-from shards.tables.times import UNIT_NAMES, UNITS, ticks_of, unit_counts, unit_of
+from shards.tables.times import UNITS, NumberCounts, ticks_of, unit_counts, unit_of
 
 
 @dataclass(frozen=True)
@@ -113,17 +113,18 @@ def _list_unit(table: RawTable, names: SequenceTableConfig) -> TimeUnit:
     """
     if names.time_unit != "auto":
         return names.time_unit
-    counts = np.zeros(len(UNITS), np.int64)
+    counts = NumberCounts(np.zeros(len(UNITS), np.int64), np.zeros(len(UNITS), np.int64))
+    where = f"column {names.times!r} of {table}"
     for batch in read_batches(table, [names.times], text=[names.times]).batches:
-        _, values = starts_and_values(batch[names.times], f"column {names.times!r} of {table}")
+        _, values = starts_and_values(batch[names.times], where)
         if pa.types.is_timestamp(values.type):
             break
-        counts += unit_counts(values)
-    unit = unit_of(counts, "auto")
-    if too_large := int(counts[UNIT_NAMES.index(unit) + 1 :].sum()):
+        counts = counts.plus(unit_counts(values))
+    unit = unit_of(counts, 0, where)  # a single one of another unit is a row that cannot be used, which is refused here
+    if too_large := counts.num_of_others(unit):
         raise UserError(
-            f"column {names.times!r} of {table}: {too_large:,} of {counts.sum():,} times are too large for "
-            f"{UNITS[unit]}, which the others are; mend them, or set data.sequences.time_unit"
+            f"{where}: {too_large:,} of {counts.sizes.sum():,} times are too large for {UNITS[unit]}, which the others "
+            "are; mend them, or set data.sequences.time_unit"
         )
     return unit
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,14 @@ TIMES: dict[str, tuple[list[Any], pa.DataType | None, list[int], str]] = {
     "unsigned": ([7, 1_406_073_600], pa.uint32(), [7_000_000, MOMENT], "s"),
     "floats": ([1_406_073_600.25, 0.5], pa.float64(), [MOMENT + 250_000, 500_000], "s"),
     "floats of milliseconds": ([1_406_073_600_000.5, 1.0], pa.float64(), [MOMENT + 500, 1000], "ms"),
+    "text of seconds": (["1406073600.25", ".5"], None, [MOMENT + 250_000, 500_000], "s"),
+    "seconds to the nanosecond": (
+        ["1406073600.000000001", "-0.5"],
+        None,
+        [1000 * MOMENT + 1, -500_000_000],
+        "s",
+    ),
+    "milliseconds to the nanosecond": (["1406073600000.000001", "7"], None, [1000 * MOMENT + 1, 7_000_000], "ms"),
     "dates": (["2014-07-23", "1970-01-02"], None, [MOMENT, 86_400_000_000], "text"),
     "ISO": (["2014-07-23T00:00:00.000001", "2014-07-23 00:00:01"], None, [MOMENT + 1, MOMENT + 1_000_000], "text"),
     "ISO with zones": (["2014-07-23T00:00:00Z", "2014-07-23T02:00:00+02:00"], None, [MOMENT, MOMENT], "text"),
@@ -141,6 +150,66 @@ def test_timestamps_finer_than_microseconds(tmp_path: Path) -> None:
     data = data_config(tmp_path, sequences=interactions("e.csv"), dirt={"max_bad_rows": 0.5})
     rows, counts = read_events(data, "time")
     assert (rows, counts.bad) == ([(1000 * MOMENT + 1900,)], {"time": 1})
+
+
+def test_decimals_are_exact(tmp_path: Path) -> None:
+    """No float holds nanoseconds of today; a date that is too far for the engine is a bad row."""
+    ticks = [1000 * MOMENT + 3, 1000 * MOMENT + 1, -1]
+    times = pa.array(map(Decimal, ticks), pa.decimal128(38, 0))
+    pq.write_table(pa.table({"u": ["a", "b", "c"], "i": ["x", "y", "z"], "t": times}), tmp_path / "e.parquet")
+    rows, counts = read_events(data_config(tmp_path, sequences=interactions("e.parquet")), "time")
+    assert ([time for (time,) in rows], counts.time_unit, counts.per_second) == (ticks, "ns", 10**9)
+
+
+def test_days_that_no_timestamp_holds_are_bad(tmp_path: Path) -> None:
+    days = pa.array([2**31 - 1, 0, -(2**31)], pa.date32())
+    pq.write_table(pa.table({"u": ["a", "b", "c"], "i": ["x", "y", "z"], "t": days}), tmp_path / "e.parquet")
+    data = data_config(tmp_path, sequences=interactions("e.parquet"), dirt={"max_bad_rows": 0.7})
+    rows, counts = read_events(data, "user", "time")
+    assert (rows, counts.bad) == ([("b", 0)], {"time": 2})
+
+
+def test_days_with_years_of_two_digits_are_bad(tmp_path: Path) -> None:
+    write_columns(tmp_path / "e.csv", {"u": list("abc"), "i": list("xyz"), "t": ["28/11/19", "2019-11-28", "03-12-19"]})
+    data = data_config(tmp_path, sequences=interactions("e.csv"), dirt={"max_bad_rows": 0.7})
+    rows, counts = read_events(data, "user")
+    assert (rows, counts.bad) == ([("b",)], {"time": 2})
+    with pytest.raises(UserError, match=r"2 of 3 rows cannot be used \(time: 2\)"):
+        read_events(data_config(tmp_path, sequences=interactions("e.csv")))
+
+
+@pytest.mark.parametrize("kind", [".csv", ".parquet"])
+@pytest.mark.parametrize("layout", ["interactions", "sequences"])
+def test_numbers_that_are_dates_are_refused(kind: str, layout: str, tmp_path: Path) -> None:
+    """As seconds they would be of 1970; a unit that is set says that they are times."""
+    wrap = (lambda value: [value]) if layout == "sequences" else (lambda value: value)
+    columns: Columns = {"u": ["a", "b"], "i": [wrap("x"), wrap("y")], "t": [wrap(20_140_723), wrap(20_140_725)]}
+    write_columns(tmp_path / f"e{kind}", columns)
+    sequences = interactions(f"e{kind}", layout=layout)
+    with pytest.raises(UserError, match="column 't' of .* holds numbers such as 20140723, which look like dates, not"):
+        read_events(data_config(tmp_path, sequences=sequences))
+    rows, _ = read_events(data_config(tmp_path, sequences=sequences | {"time_unit": "s"}), "time")
+    assert rows == [(20_140_723 * 10**6,), (20_140_725 * 10**6,)]
+
+
+@pytest.mark.parametrize("kind", [".csv", ".parquet"])
+def test_seconds_among_milliseconds(kind: str, tmp_path: Path) -> None:
+    """A few are bad rows, whichever are the few; more are refused."""
+    for unit, most, one in (("s", 1_400_000_000, 1_400_000_000_000), ("ms", 1_400_000_000_000, 1_400_000_000)):
+        times = [most] * 199 + [one]
+        write_columns(tmp_path / f"e{kind}", {"u": ["a"] * 200, "i": ["x"] * 200, "t": times})
+        rows, counts = read_events(data_config(tmp_path, sequences=interactions(f"e{kind}")), "time")
+        assert (set(rows), counts.bad, counts.time_unit) == ({(1_400_000_000 * 10**6,)}, {"time": 1}, unit)
+    write_columns(
+        tmp_path / f"e{kind}", {"u": ["a"] * 8, "i": ["x"] * 8, "t": [1_400_000_000] * 7 + [1_400_000_000_000]}
+    )
+    message = (
+        r"holds times of several units: 7 of 8 look like seconds \(they are of 1990 to 2100\), 1 like milliseconds"
+    )
+    with pytest.raises(UserError, match=message):
+        read_events(data_config(tmp_path, sequences=interactions(f"e{kind}")))
+    data = data_config(tmp_path, sequences=interactions(f"e{kind}", time_unit="ms"))
+    assert read_events(data, "time")[0][0] == (1_400_000_000_000,)
 
 
 def test_a_column_without_a_time_is_all_bad(tmp_path: Path) -> None:
