@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -43,7 +44,7 @@ class BoundedParquet:
     def __init__(self, source: Path | pa.Buffer, file: pq.ParquetFile, name: str) -> None:
         self._source, self._file, self._name = source, file, name
         self.num_rows = int(file.metadata.num_rows)
-        self.types = {field.name: _without_dictionary(field.type) for field in file.schema_arrow}  # of the columns
+        self.types = {field.name: _plain(field.type) for field in file.schema_arrow}  # of the columns
         self.names: list[str] = list(file.schema_arrow.names)
 
     @property
@@ -72,7 +73,8 @@ class BoundedParquet:
                 rows, row_groups=[group], columns=list(columns), use_threads=use_threads
             ):
                 batch.validate(full=True)  # Parquet promises neither UTF-8 nor lists that lie within their values
-                table = pa.Table.from_batches([batch]).select(list(columns)).cast(schema)
+                found = [_with_text_of_uuids(batch.column(column)) for column in columns]
+                table = pa.table(found, names=list(columns)).cast(schema)
                 for column in table.columns:
                     self._check_longest(_longest(column))
                 yield table
@@ -176,10 +178,48 @@ def _is_text(kind: pa.DataType) -> bool:
     return any(is_kind(kind) for is_kind in kinds)
 
 
-def _without_dictionary(kind: pa.DataType) -> pa.DataType:
-    """Text that pandas has kept as categories is text."""
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """The type that values of a type are given in, which Arrow's functions know: categories and views of text are text,
+    as are UUIDs."""
     if pa.types.is_list(kind):
-        return pa.list_(_without_dictionary(kind.value_type))
+        return pa.list_(_plain(kind.value_type))
     if pa.types.is_large_list(kind):
-        return pa.large_list(_without_dictionary(kind.value_type))
-    return kind.value_type if pa.types.is_dictionary(kind) and _is_text(kind.value_type) else kind
+        return pa.large_list(_plain(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_plain(field.type)) for field in kind])
+    if pa.types.is_dictionary(kind):
+        return _plain(kind.value_type) if _is_text(_plain(kind.value_type)) else kind
+    if isinstance(kind, pa.BaseExtensionType) and not _is_uuid(kind):  # such as JSON
+        return _plain(kind.storage_type) if _is_text(_plain(kind.storage_type)) else kind
+    if pa.types.is_string_view(kind) or _is_uuid(kind):
+        return pa.large_string()
+    return pa.large_binary() if pa.types.is_binary_view(kind) else kind
+
+
+def _is_uuid(kind: pa.DataType) -> bool:
+    return isinstance(kind, pa.BaseExtensionType) and kind.extension_name == "arrow.uuid"
+
+
+def _with_text_of_uuids(column: pa.Array) -> pa.Array:
+    """UUIDs, or those in lists or structures, as text: 36 characters, in hexadecimal."""
+    kind = column.type
+    if _is_uuid(kind):
+        return _uuid_text(column.storage)
+    if pa.types.is_struct(kind) and _plain(kind) != kind:
+        fields = [_with_text_of_uuids(field) for field in column.flatten()]
+        return pa.StructArray.from_arrays(fields, names=[field.name for field in kind], mask=column.is_null())
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if not is_list or _plain(kind) == kind:
+        return column
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy().astype(np.int64)
+    starts = pa.array(np.concatenate(([0], np.cumsum(lengths))))
+    return pa.LargeListArray.from_arrays(starts, _with_text_of_uuids(column.flatten()), mask=column.is_null())
+
+
+def _uuid_text(column: pa.FixedSizeBinaryArray) -> pa.Array:
+    data = np.frombuffer(column.buffers()[1] or b"", np.uint8)[16 * column.offset :][: 16 * len(column)]
+    digits = np.frombuffer(data.tobytes().hex().encode(), np.uint8).reshape(-1, 32)
+    text = np.full((len(digits), 36), ord("-"), np.uint8)
+    text[:, [place for place in range(36) if place not in (8, 13, 18, 23)]] = digits
+    ends = pa.py_buffer(np.arange(0, 36 * len(digits) + 1, 36, dtype=np.int64))
+    return pc.if_else(column.is_valid(), pa.LargeStringArray.from_buffers(len(digits), ends, pa.py_buffer(text)), None)

@@ -122,11 +122,13 @@ class DataConfig:
         return self.item_ids if self.item_ids == self.user_ids else {"items": self.item_ids, "users": self.user_ids}
 
     def _check_event_columns(self) -> None:
-        """A filter or split of events needs the column that it is about; a published format has its own ratings."""
+        """A filter or split of events needs its column; a published format has its own ratings and times."""
         columns = self.sequences
-        has_rating = bool(columns.rating) or self.format != "tables"
+        is_published = self.format != "tables"
+        has_rating, has_times = bool(columns.rating) or is_published, bool(columns.times) or is_published
         for key, is_set, has_column, name in (
             ("data.interactions.min_rating", self.interactions.min_rating is not None, has_rating, "rating"),
+            ("data.interactions.duplicates: event", self.interactions.duplicates == "event", has_times, "times"),
             ("data.interactions.events", bool(self.interactions.events), bool(columns.event), "event"),
             ("data.split.by: given", self.split.by == "given" and not self.split.valid, bool(columns.split), "split"),
         ):

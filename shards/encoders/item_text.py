@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from fmrl_dist.base.errors import UserError
+from shards.tables.column_kinds import as_float64
 
 DEFAULT_PARTS = ("Title: {title}", "Price: {price}", "Brand: {brand}", "Categories: {categories}")
 UNTITLED = "Untitled Item"
@@ -68,11 +69,11 @@ def item_texts(table: pa.Table, parts: Sequence[str], separator: str) -> ItemTex
     """Text of every row of ``table``.
 
     Raises:
-        UserError: a template is malformed, or its format does not fit a value.
+        UserError: a template is malformed, its format does not fit a value, or a time is of no year from 1 to 9999.
     """
     templates = [_parse(part) for part in parts]
     names = template_columns(parts)
-    columns = [_values(table[name]) for name in names]
+    columns = [_values(table[name], name) for name in names]
     texts = []
     for row in zip(*columns, strict=True):
         fields = dict(zip(names, row, strict=True))
@@ -115,12 +116,39 @@ def _fill(pieces: Pieces, fields: dict[str, Any]) -> str | None:
     return "".join(words)
 
 
-def _values(column: pa.ChunkedArray) -> list[Any]:
+def _values(column: pa.ChunkedArray, name: str) -> list[Any]:
     """Python values; None where missing: null, NaN, an empty list, or only white space."""
     if pa.types.is_floating(column.type):
-        # NumPy scalars keep the stored type and print its shortest decimal: a float32 9.99, not 9.989999771118164.
-        return [None if math.isnan(value) else value for value in column.to_numpy()]
-    return [_plain(value) for value in column.to_pylist()]
+        return [None if math.isnan(value) else value for value in as_float64(column).to_numpy()]
+    column = column.cast(_in_microseconds(column.type), safe=False)
+    try:
+        return [_plain(value) for value in column.to_pylist()]
+    except OverflowError:
+        raise UserError(
+            f"column {name!r} of the item table: {_first_far(column)}; expected years from 1 to 9999, and durations as "
+            "long: mend it, or leave the column out of data.text"
+        ) from None
+
+
+def _in_microseconds(kind: pa.DataType) -> pa.DataType:
+    """A type of times, or of lists of them, without the nanoseconds that Python's times lack."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return pa.large_list(_in_microseconds(kind.value_type))
+    if pa.types.is_timestamp(kind) and kind.unit == "ns":
+        return pa.timestamp("us", kind.tz)
+    if pa.types.is_duration(kind) and kind.unit == "ns":
+        return pa.duration("us")
+    return pa.time64("us") if pa.types.is_time64(kind) else kind
+
+
+def _first_far(column: pa.ChunkedArray) -> str:
+    """The first value that Python cannot hold."""
+    for row, value in enumerate(column):
+        try:
+            value.as_py()
+        except OverflowError:
+            return f"row {row + 1:,} holds {getattr(value, 'value', 'a value')} of type {column.type}"
+    raise AssertionError("no value is out of range")
 
 
 def _plain(value: Any) -> Any:

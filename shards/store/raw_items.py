@@ -90,7 +90,7 @@ def read_raw_items(data: DataConfig, downloads: Path | None = None) -> RawItems:
     check_bad_rows(bad, num_rows, str(source), data.dirt.max_bad_rows)
     require(len(external) > 0, f"table {source} has no row that can be used")
     check_unique(external, where)
-    titles = as_titles(table[title]) if title else None
+    titles = as_titles(table[title], f"column {title!r} of {source}") if title else None
     bad.update(bad_items_of(raw, data))
     return RawItems(table, ItemIds(external), titles, dict(sorted(bad.items())))
 
@@ -117,8 +117,16 @@ def item_table(data: DataConfig, downloads: Path | None = None) -> RawTable:
     return RawTable.at(data.root, data.items.path, data.items.csv, downloads)
 
 
-def as_titles(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Lists of words, as some tables have them, joined by ", "."""
+def as_titles(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
+    """Lists of words, as some tables have them, joined by ", ".
+
+    Raises:
+        UserError: a date or timestamp that Arrow cannot write; ``where`` begins the message.
+    """
+    if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
+        texts = column.cast(pa.large_string())
+        far = texts.filter(pc.starts_with(texts, "<value out of range"))  # Arrow's text for it
+        require(not len(far), f"{where} holds the title {far[:1].to_pylist()}: a date of no calendar; mend it")
     if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
         return column
     titles = [None if words is None else ", ".join(map(str, filter(None, words))) for words in column.to_pylist()]

@@ -70,7 +70,7 @@ def require_title(kind: pa.DataType, where: str) -> None:
     """Text, numbers and dates that can be written as text, or lists of words, which are joined.
 
     Raises:
-        UserError: structures, bytes, or lists of anything else.
+        UserError: structures, bytes, types that extend Arrow's, or lists of anything else.
     """
     inner = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
     is_title = is_text(_plain(inner)) if inner is not kind else _is_scalar(_plain(kind))
@@ -92,6 +92,24 @@ def require_text(kind: pa.DataType, where: str) -> None:
     )
 
 
+def as_float64(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Numbers as float64; of a narrower float its shortest decimal, as a text file has it: 0.7, not 0.699999988079071.
+
+    Args:
+        column: of integers, decimals or floats; nulls stay.
+    """
+    if not (pa.types.is_float16(column.type) or pa.types.is_float32(column.type)):
+        return column.cast(pa.float64(), safe=False)
+    found = column.combine_chunks().dictionary_encode()  # most columns have few values, and texts are slow
+    if pa.types.is_float16(column.type):
+        shortest = pa.array(
+            [float(str(value)) for value in found.dictionary.to_numpy(zero_copy_only=False)], pa.float64()
+        )
+    else:
+        shortest = found.dictionary.cast(pa.string()).cast(pa.float64())
+    return pa.chunked_array([shortest.take(found.indices)])
+
+
 def is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
@@ -106,7 +124,7 @@ def _is_scalar(kind: pa.DataType) -> bool:
             pa.types.is_binary_view,
         )
     )
-    return not (pa.types.is_nested(kind) or is_bytes)
+    return not (pa.types.is_nested(kind) or is_bytes or isinstance(kind, pa.BaseExtensionType))
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:

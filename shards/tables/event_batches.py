@@ -14,7 +14,15 @@ import pyarrow as pa
 from fmrl_dist.base.id_columns import ids_or_null
 from fmrl_dist.config.data_section import DataConfig
 from fmrl_dist.config.tables import SequenceTableConfig
-from shards.tables.column_kinds import is_text, require_ids, require_lists, require_rating, require_times, require_word
+from shards.tables.column_kinds import (
+    as_float64,
+    is_text,
+    require_ids,
+    require_lists,
+    require_rating,
+    require_times,
+    require_word,
+)
 from shards.tables.formats.choice import event_source
 from shards.tables.list_columns import as_lists, lengths_of
 from shards.tables.raw_tables import RawTable, read_batches, table_types
@@ -148,7 +156,7 @@ def _interactions(batch: pa.Table, table: EventTable, data: DataConfig) -> dict[
     if names.rating:
         rating = batch[names.rating]
         as_text = is_text(rating.type)
-        events["rating_text" if as_text else "rating"] = rating if as_text else rating.cast(pa.float64(), safe=False)
+        events["rating_text" if as_text else "rating"] = rating if as_text else as_float64(rating)
     for name, column in (("event", names.event), ("split", names.split)):
         if column:
             events[name] = batch[column].cast(pa.large_string())

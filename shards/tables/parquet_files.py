@@ -73,5 +73,6 @@ def _keys(opened: BoundedParquet, column: str) -> list[str]:
     """A column's own name, then those of the fields that lead to what ``column`` means."""
     if column in opened.names:
         return [column]
-    first = next((name for name in opened.names if column.startswith(f"{name}.")), column)
+    outer = [name for name in opened.names if column.startswith(f"{name}.")]
+    first = max(outer, key=len, default=column)  # a column's own name may have dots
     return [first, *column[len(first) + 1 :].split(".")] if first != column else [column]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from uuid import UUID
 
 import numpy as np
 import psutil
@@ -75,3 +76,40 @@ def test_too_long_a_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path = write(tmp_path / "long.parquet", repeated("x" * (MAX_CELL_BYTES + 1), 2))
     with pytest.raises(UserError, match="holds a value of 64,000,001 bytes; expected at most 64,000,000"):
         batches(path)
+
+
+def test_views_and_uuids_are_text(tmp_path: Path) -> None:
+    """At any depth, with nulls and in slices; what Arrow knows no functions for is given as what it does."""
+    uuids = [UUID(int=number * 2**96 + 1) for number in range(4)]
+    storage = pa.array([uuid.bytes for uuid in uuids], pa.uuid())
+    with_null = pa.array([uuids[0].bytes, None, uuids[2].bytes], pa.uuid())
+    lists = pa.ListArray.from_arrays(pa.array([0, 1, 1, 4], pa.int32()), storage, mask=pa.array([False, True, False]))
+    views = pa.list_(pa.list_(pa.string_view()))
+    table = pa.table(
+        {
+            "uuid": with_null,
+            "none": pa.array([None] * 3, pa.uuid()),
+            "uuids": lists,
+            "view": pa.array(["a", None, "b"], pa.string_view()),
+            "views": pa.array([[["a"], None], None, [["b", None], []]], views),
+            "nested": pa.array(
+                [{"x": "a", "y": 1}, None, {"x": None, "y": 2}], pa.struct([("x", pa.string_view()), ("y", pa.int8())])
+            ),
+            "bytes": pa.array([b"a", b"", None], pa.binary_view()),
+            "json": pa.array(["{}", None, "1"], pa.json_()),
+        }
+    )
+    pq.write_table(table, tmp_path / "t.parquet")
+    expected = {
+        "uuid": [str(uuids[0]), None, str(uuids[2])],
+        "none": [None] * 3,
+        "uuids": [[str(uuids[0])], None, list(map(str, uuids[1:]))],
+        **{name: table[name].to_pylist() for name in ("view", "views", "nested", "bytes", "json")},
+    }
+    with open_parquet(tmp_path / "t.parquet", "the table") as file:
+        for rows_at_once in (1, 2, 3):
+            batches = list(file.batches(file.names, rows_at_once))
+            assert pa.concat_tables(batches).to_pydict() == expected
+            assert batches[0].schema.types == list(file.types.values())
+    assert file.types["uuid"] == file.types["view"] == pa.large_string()
+    assert file.types["views"] == pa.list_(pa.list_(pa.large_string()))

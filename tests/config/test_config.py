@@ -141,6 +141,10 @@ def test_wrong_type(raw: Any, message: str, tmp_path: Path) -> None:
             {"data": {"interactions": {"min_rating": 3}}},
             "data.interactions.min_rating is set, but data.sequences.rating",
         ),
+        (
+            {"data": {"interactions": {"duplicates": "event"}}},
+            "data.interactions.duplicates: event is set, but data.sequences.times",
+        ),
         ({"data": {"interactions": {"events": ["buy"]}}}, "data.interactions.events is set, but data.sequences.event"),
         ({"data": {"split": {"by": "given"}}}, "data.split.by: given is set, but data.sequences.split names no column"),
     ],

@@ -8,6 +8,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -350,6 +351,50 @@ def test_fields_of_nested_columns(kind: str, tmp_path: Path) -> None:
     sequences = interactions(f"e{kind}", user="who.id", items="what.id", times="who.x.y")
     rows, _ = read_events(data_config(tmp_path, sequences=sequences), "user", "item", "time")
     assert rows == [("a", "x", 1_000_000)]
+
+
+def test_fields_of_the_column_with_the_longest_name(tmp_path: Path) -> None:
+    columns: Columns = {"a": ["no"], "a.b": [{"c": "a"}], "i": ["x"]}
+    write_columns(tmp_path / "e.parquet", columns)
+    data = data_config(tmp_path, sequences=interactions("e.parquet", user="a.b.c", times=""))
+    assert read_events(data, "user", "item")[0] == [("a", "x")]
+
+
+@pytest.mark.parametrize("kind", [pa.float16(), pa.float32(), pa.float64()])
+def test_ratings_are_the_decimals_that_were_meant(kind: pa.DataType, tmp_path: Path) -> None:
+    """As in a CSV of the same rows, so that a rating that equals a threshold is not below it."""
+    ratings = pa.array(np.array([0.7, 3.3, np.nan, 5.0], kind.to_pandas_dtype()))
+    pq.write_table(pa.table({"u": list("abcd"), "i": list("xxxx"), "r": ratings}), tmp_path / "e.parquet")
+    rows, _ = read_events(data_config(tmp_path, sequences=interactions("e.parquet", times="", rating="r")), "rating")
+    assert rows == [(0.7,), (3.3,), (None,), (5.0,)]
+
+
+def test_columns_of_views_and_uuids(tmp_path: Path) -> None:
+    view = pa.string_view()
+    uuids = pa.array([bytes(16), b"\xc8" * 16], pa.uuid())
+    columns = {
+        "u": uuids,
+        "i": pa.array([["x", "y"], ["z"]], pa.list_(view)),
+        "t": pa.array([["5", "2014-07-23"], ["2014-07-23"]], pa.list_(view)),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "e.parquet")
+    sequences = interactions("e.parquet", layout="sequences")
+    rows, _ = read_events(
+        data_config(tmp_path, sequences=sequences, dirt={"max_bad_rows": 0.5}), "user", "item", "time"
+    )
+    user = "00000000-0000-0000-0000-000000000000"
+    assert rows == [(user, "y", MOMENT), (user.replace("0", "c8")[:8] + "-c8c8-c8c8-c8c8-" + "c8" * 6, "z", MOMENT)]
+    events = {
+        "u": uuids,
+        "i": pa.array(["x", "y"], view),
+        "t": pa.array(["1", "2"], view),
+        "r": pa.array(["3", "4"], view),
+    }
+    pq.write_table(pa.table(events), tmp_path / "e.parquet")
+    rows, _ = read_events(
+        data_config(tmp_path, sequences=interactions("e.parquet", rating="r")), "item", "time", "rating"
+    )
+    assert rows == [("x", 10**6, 3.0), ("y", 2 * 10**6, 4.0)]
 
 
 def test_a_failure_leaves_no_table(tmp_path: Path) -> None:
