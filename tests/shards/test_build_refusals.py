@@ -218,6 +218,14 @@ CASES: dict[str, tuple[Spoil, str]] = {
     ),
     "title of structs": (column("items.parquet", "title", STRUCTS), "'title' of .* is of type struct"),
     "title of maps": (column("items.parquet", "title", MAPS), "'title' of .* is of type map"),
+    "title of a type that extends Arrow's": (
+        column("items.parquet", "title", pa.array([1] * N, pa.bool8())),
+        "'title' of .* is of type extension<arrow.bool8>; expected text",
+    ),
+    "title of a far date": (
+        column("items.parquet", "title", pa.array([10**18] * N, pa.timestamp("us"))),
+        "column 'title' of .* holds the title .'<value out of range: 1000000000000000000>'.: a date of no calendar",
+    ),
     "title of bytes": (column("items.parquet", "title", BYTES), "'title' of .* is of type binary"),
     "item ids that are lists": (column("items.parquet", "item_id", pa.array([["a"]] * N)), "ids of type list"),
     "item ids that are bytes": (column("items.parquet", "item_id", BYTES), "ids of type binary"),
