@@ -87,6 +87,19 @@ def test_seeds_are_aggregated_and_users_are_paired(runs: list[Path], tmp_path: P
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_runs_of_one_seed_are_no_seeds(shop: Path, runs: list[Path], tmp_path: Path) -> None:
+    """What differs cannot change a figure, it is said, but here it did: another checkpoint came out."""
+    again = Path(shutil.copytree(runs[0], tmp_path / "again", symlinks=True))
+    figures = (again / "evaluation.json").read_text()
+    sha256 = json.loads(figures)["checkpoint"]["sha256"]
+    (again / "evaluation.json").write_text(figures.replace(sha256, "0" * 64))
+    table = pq.read_table(again / "evaluation-users.parquet")
+    origin = {key: value.replace(sha256.encode(), b"0" * 64) for key, value in table.schema.metadata.items()}
+    pq.write_table(table.replace_schema_metadata(origin), again / "evaluation-users.parquet")
+    result = compared(tmp_path, runs[0], again, runs[1])
+    assert result["models"] == {"a0": [str(runs[0]), str(runs[1])], "again": [str(again)]}
+
+
 def test_users_of_each_history_length(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same figures as an evaluation of those users has, and as a comparison of all."""
     result = compared(tmp_path, runs[2], runs[0], runs[1], "--by-history")

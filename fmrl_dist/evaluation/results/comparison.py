@@ -1,7 +1,7 @@
 """Runs compared user by user: means over seeds, differences to a reference, and how sure they are.
 
-Runs whose configurations differ only in the seed, or in what cannot change a figure, are one model. A model's figure
-for a user is the mean over its runs. Users are paired by their external ids.
+Runs of several seeds whose configurations are otherwise the same, but for what cannot change a figure, are one model. A
+model's figure for a user is the mean over its runs. Users are paired by their external ids.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class EvaluatedRun:
     figures: Mapping[str, Any]  # evaluation.json
     ranks: UserRanks
     config: str  # of the model, as canonical JSON; the path where there is none
+    seed: int | None  # None where there is no config
 
     @property
     def rows(self) -> list[str]:
@@ -98,36 +99,41 @@ def load_evaluated_run(path: Path, split: str) -> EvaluatedRun:
         and all((which, row) in ranks.ranks for which in PROTOCOLS for row in rows),
         f"{users_file} and {file.name} are of different evaluations; {mend}",
     )
-    return EvaluatedRun(path, figures, ranks, _model_config(path, figures))
+    return EvaluatedRun(path, figures, ranks, *_model_config(path, figures))
 
 
-def _model_config(path: Path, figures: Mapping[str, Any]) -> str:
+def _model_config(path: Path, figures: Mapping[str, Any]) -> tuple[str, int | None]:
+    """Config and seed of an :class:`EvaluatedRun`."""
     file = path / "config.yaml"
     if not file.exists():
-        return str(path.resolve())
+        return str(path.resolve()), None
     try:
         config = config_from_dict(yaml.safe_load(file.read_text(encoding="utf-8"))).to_dict()
+        seed = int(config["train"]["seed"])
         for section, keys in IRRELEVANT.items():
             for key in keys:
                 config[section].pop(key, None)
     except (OSError, yaml.YAMLError, LookupError, AttributeError, TypeError, UserError) as error:
         raise UserError(f"{file} cannot be read ({' '.join(str(error).split())[:100]}); restore it") from None
-    return json.dumps([config, figures["manifest_sha256"]], sort_keys=True)
+    return json.dumps([config, figures["manifest_sha256"]], sort_keys=True), seed
 
 
 def group_models(runs: Sequence[EvaluatedRun]) -> list[Model]:
     """Runs by model, in the order in which models first appear; a model is named after its first run.
 
+    Runs of one seed are models of their own: what differs between them is no seed, whatever it is.
+
     Raises:
         UserError: a checkpoint is given twice, or runs of one model have figures of different things.
     """
     seen: dict[str, Path] = {}
-    groups: dict[str, list[EvaluatedRun]] = {}
-    for run in runs:
+    groups: dict[tuple[str, int], list[EvaluatedRun]] = {}  # by config, and how many runs of their seed came before
+    for place, run in enumerate(runs):
         sha256 = run.figures["checkpoint"]["sha256"]
         require(sha256 not in seen, f"{run.path} and {seen.get(sha256)} are the same checkpoint; give each once")
         seen[sha256] = run.path
-        group = groups.setdefault(run.config, [])
+        of_seed = [other for other in runs[:place] if (other.config, other.seed) == (run.config, run.seed)]
+        group = groups.setdefault((run.config, len(of_seed)), [])
         group.append(run)
         require(
             run.rows == group[0].rows,
