@@ -111,6 +111,7 @@ def _print_summary(store: Store, features: list[ItemFeature], seconds: float) ->
         f"({dropped_why(manifest.split_rule)}), "
         f"{sum(shard.num_bytes for shard in manifest.shards):,} bytes in {len(manifest.shards)} shards"
     )
+    print(f"  split: {manifest.split_rule}")
     for feature in features:
         entry = feature.manifest_entry
         share = 100 * entry.present / manifest.num_items

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from fmrl_dist.base.errors import require
-from fmrl_dist.base.urls import is_url
+from fmrl_dist.base.urls import hide_credentials, is_url
 from fmrl_dist.config.features import FeatureConfig, PqFeature
 from fmrl_dist.config.parsing import (
     Fraction,
@@ -16,6 +16,7 @@ from fmrl_dist.config.parsing import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    changed_keys,
     check_fields,
 )
 from fmrl_dist.config.tables import (
@@ -88,7 +89,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "data")
+        self._check_format()
         self._check_event_columns()
+        self._check_unknown_items()
         reserved = ", ".join(sorted(RESERVED_NAMES))
         for name, feature in self.features.items():
             require(
@@ -97,8 +100,21 @@ class DataConfig:
             )
             check_fields(feature, f"data.features.{name}")
             feature.check(f"data.features.{name}")
+            self._check_feature_path(name, feature)
             if isinstance(feature, PqFeature):
                 self._check_quantised(name, feature)
+
+    def _check_feature_path(self, name: str, feature: FeatureConfig) -> None:
+        """Tables of events and items may be URLs, which are copied; a feature's file may not."""
+        path = getattr(feature, "path", "")
+        at_url = is_url(path) or (bool(path) and is_url(self.root) and not Path(path).is_absolute())
+        where = f"data.features.{name}.path" if is_url(path) else "data.root"
+        shown = hide_credentials(path if is_url(path) else self.root)
+        require(
+            not at_url,
+            f"{where} is {shown}, a URL, and the file of a feature is read from a folder; copy it there, and name it "
+            f"in data.features.{name}.path",
+        )
 
     def _check_quantised(self, name: str, feature: PqFeature) -> None:
         vectors = [other for other, source in self.features.items() if not isinstance(source, PqFeature)]
@@ -121,21 +137,53 @@ class DataConfig:
         """``ids`` as records of what something was made from name it: one kind where both are the same."""
         return self.item_ids if self.item_ids == self.user_ids else {"items": self.item_ids, "users": self.user_ids}
 
+    def _check_format(self) -> None:
+        """A published data set says itself what its columns are."""
+        if self.format == "tables":
+            return
+        changed = [f"data.sequences.{key}" for key in changed_keys(self.sequences) if key != "path"]
+        changed += [f"data.items.{key}" for key in changed_keys(self.items) if key not in ("path", "keep")]
+        changed += ["data.interactions.events"] * bool(self.interactions.events)
+        require(
+            not changed,
+            f"{', '.join(changed)} is set, but data.format is {self.format}, from which columns and kinds of events "
+            "follow; leave the key out, or set data.format: tables",
+        )
+        require(
+            self.split.by != "given" or bool(self.split.valid),
+            f"data.split.by is given, but events of data.format {self.format} have no column of it; name tables with "
+            "data.split.valid and test, or split otherwise",
+        )
+
     def _check_event_columns(self) -> None:
-        """A filter or split of events needs its column; a published format has its own ratings and times."""
-        columns = self.sequences
-        is_published = self.format != "tables"
-        has_rating, has_times = bool(columns.rating) or is_published, bool(columns.times) or is_published
-        for key, is_set, has_column, name in (
-            ("data.interactions.min_rating", self.interactions.min_rating is not None, has_rating, "rating"),
-            ("data.interactions.duplicates: event", self.interactions.duplicates == "event", has_times, "times"),
-            ("data.interactions.events", bool(self.interactions.events), bool(columns.event), "event"),
-            ("data.split.by: given", self.split.by == "given" and not self.split.valid, bool(columns.split), "split"),
+        """A filter or split of events needs the column that it is about."""
+        if self.format != "tables":
+            return
+        columns, by_column = self.sequences, self.split.by == "given" and not self.split.valid
+        for key, is_set, column, name in (
+            ("data.interactions.min_rating", self.interactions.min_rating is not None, columns.rating, "rating"),
+            ("data.interactions.events", bool(self.interactions.events), columns.event, "event"),
+            ("data.interactions.duplicates: event", self.interactions.duplicates == "event", columns.times, "times"),
+            ("data.split.by: time", self.split.by == "time", columns.times, "times"),
+            ("data.split.by: given", by_column, columns.split, "split"),
         ):
             require(
-                not is_set or has_column,
+                not is_set or bool(column),
                 f"{key} is set, but data.sequences.{name} names no column; name it, or leave {key} out",
             )
+        require(
+            by_column or not columns.split,
+            f"data.sequences.split names column {columns.split!r}, but data.split.by is {self.split.by}"
+            f"{', with tables of its own' if self.split.valid else ''}; set data.split.by: given, without tables, or "
+            "leave the column out",
+        )
+
+    def _check_unknown_items(self) -> None:
+        require(
+            bool(self.items.path) or self.on_unknown_item != "drop",
+            "data.on_unknown_item is drop, but data.items.path is empty: without a table of items none is unknown; "
+            "name it, or leave data.on_unknown_item out",
+        )
 
 
 @dataclass(frozen=True)

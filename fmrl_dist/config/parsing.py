@@ -70,6 +70,17 @@ def check_fields(section: object, where: str) -> None:
             build(kind, value, f"{where}.{name}")
 
 
+def changed_keys(section: object) -> list[str]:
+    """Names of a dataclass's fields whose values are not their defaults."""
+    found = []
+    for one in dataclasses.fields(section):  # type: ignore[arg-type]
+        has_factory = one.default_factory is not dataclasses.MISSING
+        default = one.default_factory() if has_factory else one.default  # type: ignore[misc]
+        if getattr(section, one.name) != default:
+            found.append(one.name)
+    return found
+
+
 def _holds_dataclasses(kind: Any) -> bool:
     return (isinstance(kind, type) and dataclasses.is_dataclass(kind)) or any(
         map(_holds_dataclasses, typing.get_args(kind))

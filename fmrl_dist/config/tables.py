@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from fmrl_dist.base.errors import require
-from fmrl_dist.config.parsing import Fraction, Limits, NonNegativeInt, check_fields
+from fmrl_dist.config.parsing import Fraction, Limits, NonNegativeInt, changed_keys, check_fields
 
 # A file, a folder of parts, a pattern with * or ?, a URL, or a list of these.
 TablePath = str | tuple[str, ...]
@@ -65,6 +65,11 @@ class SequenceTableConfig:
             self.layout == "interactions" or not (self.rating or self.event or self.split),
             "data.sequences.rating, event and split are columns of single events; set layout: interactions",
         )
+        require(
+            self.time_unit == "auto" or bool(self.times),
+            f"data.sequences.time_unit is {self.time_unit}, but data.sequences.times names no column; name it, or "
+            "leave time_unit out",
+        )
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,13 @@ class ItemTableConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "data.items")
+        if not self.path:
+            without_use = [key for key in changed_keys(self) if key not in ("path", "title")]  # titles: see raw_items
+            require(
+                not without_use,
+                f"data.items.{', '.join(without_use)} is set, but data.items.path is empty: there is no table; name "
+                "it, or leave the key out",
+            )
 
 
 @dataclass(frozen=True)
@@ -110,6 +122,13 @@ class InteractionsConfig:
         require(self.max_events != 1, "data.interactions.max_events is 1; expected 0 for all, or at least 2")
 
 
+SPLIT_KEYS = {  # the ways to split that read a key
+    **dict.fromkeys(("valid_from", "test_from", "valid_quantile", "test_quantile"), ("time",)),
+    **dict.fromkeys(("valid", "test"), ("given",)),
+    "target": ("time", "given"),
+}
+
+
 @dataclass(frozen=True)
 class SplitConfig:
     """What trains, and what is held out."""
@@ -129,6 +148,7 @@ class SplitConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "data.split")
+        self._check_use()
         if self.by == "time":
             require(
                 (self.valid_from == "") == (self.test_from == ""),
@@ -140,6 +160,21 @@ class SplitConfig:
                 "first to be smaller",
             )
         require(bool(self.valid) == bool(self.test), "data.split has one of valid and test; expected both, or neither")
+
+    def _check_use(self) -> None:
+        """Refuse keys that this way to split does not read."""
+        changed = changed_keys(self)
+        for key, ways in SPLIT_KEYS.items():
+            require(
+                key not in changed or self.by in ways,
+                f"data.split.{key} needs data.split.by: {' or '.join(ways)}, which is {self.by}; set it, or leave "
+                f"{key} out",
+            )
+        shares = [key for key in changed if key.endswith("_quantile")]
+        require(
+            not shares or self.valid_from == "",
+            f"data.split.{', '.join(shares)} is for a split without valid_from and test_from; leave one of both out",
+        )
 
 
 @dataclass(frozen=True)

@@ -33,14 +33,13 @@ def period_of(
         read: says what the table's times are.
 
     Raises:
-        UserError: a cut is no moment, there are no times, or a period would be empty.
+        UserError: a cut is no moment, or a period would be empty.
     """
     if split.by == "leave_one_out":
         return "0", LEAVE_ONE_OUT
     which = f"the {split.target} event of each user there is to be predicted"
     if split.by == "given":
         return "CASE split WHEN 'train' THEN 0 WHEN 'valid' THEN 1 ELSE 2 END", f"splits as given, {which}"
-    require(read.time_unit != "none", "data.split.by is time, but data.sequences.times names no column; set it")
     valid, test = _cuts(connection, split, events, read)
     shown_valid, shown_test = _shown(valid, read.per_second), _shown(test, read.per_second)
     periods = {

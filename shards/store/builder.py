@@ -1,8 +1,9 @@
 """Building a shard store from the raw tables that a config names.
 
 Items, then features, then histories are written into a folder beside the store, which is renamed in the end. A build
-that fails leaves nothing but the rows that its pretrained encoders have finished, which are kept for all later builds
-(``shards.encodings``). The same input gives the same shards and the same manifest hash.
+that fails leaves nothing but what later builds use again: the rows that its encoders have finished
+(``shards.encodings``), events that were prepared (``shards.interactions``), and copies of tables. The same input gives
+the same shards and the same manifest hash.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ from shards.store.parquet_tables import users_table, vocab_table
 from shards.store.raw_data import RawData
 from shards.store.splits import SplitBlocks, SplitWriter, train_counts
 from shards.store.user_blocks import BlockFields, UserBlocks
+from shards.tables.formats.choice import item_columns
 from shards.tables.item_ids import ItemIds
 
 ITEM_ORDER_SEED = 0
@@ -211,7 +213,7 @@ def _make_features(raw: RawData, encodings: Path, report: BuildReport) -> list[I
 
 def _report_items(report: BuildReport, raw: RawData) -> None:
     items, data = raw.items, raw.config.data
-    report.add_items(items.table, data.items.id, data.items.title)
+    report.add_items(items.table, *item_columns(data))
     if data.items.path:
         num_rows = items.table.num_rows if items.source_rows is None else items.num_source_rows
         report.tables["data.items"] = TableCounts(num_rows + sum(items.bad.values()), dict(items.bad))

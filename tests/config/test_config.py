@@ -136,6 +136,14 @@ def test_wrong_type(raw: Any, message: str, tmp_path: Path) -> None:
         ({"data": {"features": {"Text": {"path": "x.npy"}}}}, "feature name 'Text' is not allowed"),
         ({"data": {"features": {"text": {}}}}, "data.features.text has no path; source 'npy' needs one"),
         ({"data": {"features": {"text": {"source": "tfidf"}}}}, "data.features.text has no dim; source 'tfidf'"),
+        (
+            {"data": {"features": {"image": {"source": "pixels", "path": "s3://me:secret@shop/images.parquet"}}}},
+            "data.features.image.path is s3://***@shop/images.parquet, a URL, and the file of a feature is read from a",
+        ),
+        (
+            {"data": {"root": "https://host/shop", "features": {"text": {"path": "x.npy"}}}},
+            "data.root is https://host/shop, a URL, and the file of a feature is read from a folder; copy it there",
+        ),
         ({"data": {"sequences": {"layout": "rows"}}}, "data.sequences.layout is 'rows'"),
         (
             {"data": {"interactions": {"min_rating": 3}}},
@@ -147,6 +155,64 @@ def test_wrong_type(raw: Any, message: str, tmp_path: Path) -> None:
         ),
         ({"data": {"interactions": {"events": ["buy"]}}}, "data.interactions.events is set, but data.sequences.event"),
         ({"data": {"split": {"by": "given"}}}, "data.split.by: given is set, but data.sequences.split names no column"),
+        ({"data": {"split": {"by": "time"}}}, "data.split.by: time is set, but data.sequences.times names no column"),
+        (
+            {"data": {"split": {"valid_from": "2023-03-01", "test_from": "2023-04-01"}}},
+            "data.split.valid_from needs data.split.by: time, which is leave_one_out; set it, or leave valid_from out",
+        ),
+        (
+            {"data": {"split": {"by": "given", "test_quantile": 0.95}}},
+            "data.split.test_quantile needs data.split.by: time, which is given",
+        ),
+        ({"data": {"split": {"valid": "v.csv", "test": "t.csv"}}}, "data.split.valid needs data.split.by: given"),
+        ({"data": {"split": {"target": "last"}}}, "data.split.target needs data.split.by: time or given"),
+        (
+            {"data": {"split": {"by": "time", "valid_from": 3, "test_from": 4, "test_quantile": 0.95}}},
+            "data.split.test_quantile is for a split without valid_from and test_from",
+        ),
+        (
+            {"data": {"sequences": {"layout": "interactions", "split": "part"}}},
+            "data.sequences.split names column 'part', but data.split.by is leave_one_out; set data.split.by: given",
+        ),
+        (
+            {
+                "data": {
+                    "sequences": {"layout": "interactions", "split": "part"},
+                    "split": {"by": "given", "valid": "v.csv", "test": "t.csv"},
+                }
+            },
+            "data.sequences.split names column 'part', but data.split.by is given, with tables of its own",
+        ),
+        ({"data": {"sequences": {"time_unit": "ms"}}}, "data.sequences.time_unit is ms, but data.sequences.times"),
+        (
+            {"data": {"interactions": {"duplicates": "event"}}},
+            "data.interactions.duplicates: event is set, but data.sequences.times names no column",
+        ),
+        ({"data": {"items": {"path": "", "id": "sku"}}}, "data.items.id is set, but data.items.path is empty"),
+        (
+            {"data": {"items": {"path": ""}, "on_unknown_item": "drop"}},
+            "data.on_unknown_item is drop, but data.items.path is empty",
+        ),
+        *(
+            (
+                {"data": {"format": "amazon2018", section: {key: value}}},
+                f"data.{section}.{key} is set, but data.format is amazon2018, from which columns",
+            )
+            for section, key, value in (
+                ("sequences", "user", "customer"),
+                ("sequences", "items", "article"),
+                ("sequences", "layout", "interactions"),
+                ("sequences", "times", "when"),
+                ("sequences", "csv", {"delimiter": ";"}),
+                ("items", "id", "sku"),
+                ("items", "title", "name"),
+                ("interactions", "events", ["buy"]),
+            )
+        ),
+        (
+            {"data": {"format": "movielens", "split": {"by": "given"}}},
+            "data.split.by is given, but events of data.format movielens have no column of it; name tables",
+        ),
     ],
 )
 def test_impossible_value(raw: Any, message: str, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ COLUMNS = ("item_id", "title", "price", "brand", "categories", "image_url")
 
 def event_columns(given: SequenceTableConfig, file: Path) -> SequenceTableConfig:
     """Columns of the reviews, or of the ratings."""
-    plain = replace(given, layout="interactions", time_unit="s", event="", split="")
+    plain = replace(given, layout="interactions", times="timestamp", time_unit="s")
     if table_kind(file) == ".csv":
         return ratings(plain, ("user", "item", "rating", "timestamp"))
     return replace(plain, user="reviewerID", items="asin", rating="overall", times="unixReviewTime")
@@ -41,7 +41,7 @@ def event_columns(given: SequenceTableConfig, file: Path) -> SequenceTableConfig
 def ratings(plain: SequenceTableConfig, names: tuple[str, ...]) -> SequenceTableConfig:
     """A CSV without a header, of columns of these names."""
     csv = CsvConfig(header=False, names=names)
-    return replace(plain, user="user", items="item", rating="rating", times="timestamp", csv=csv)
+    return replace(plain, user="user", items="item", rating="rating", csv=csv)
 
 
 def read_items(file: Path) -> Iterator[ItemRow | str]:

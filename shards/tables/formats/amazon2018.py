@@ -24,7 +24,7 @@ KEYS = ("asin", "brand", "category")
 
 def event_columns(given: SequenceTableConfig, file: Path) -> SequenceTableConfig:
     """Columns of the reviews, or of the ratings, whose first column is the item."""
-    plain = replace(given, layout="interactions", time_unit="s", event="", split="")
+    plain = replace(given, layout="interactions", times="timestamp", time_unit="s")
     if table_kind(file) == ".csv":
         return ratings(plain, ("item", "user", "rating", "timestamp"))
     return replace(plain, user="reviewerID", items="asin", rating="overall", times="unixReviewTime")

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fmrl_dist.config.tables import CsvConfig, SequenceTableConfig
+from fmrl_dist.config.tables import SequenceTableConfig
 from shards.tables.formats.amazon2014 import COLUMNS, item_rows
 from shards.tables.formats.amazon2018 import json_object
 from shards.tables.formats.item_rows import ItemRow, ItemSource, text_or_none
@@ -32,9 +32,6 @@ def event_columns(given: SequenceTableConfig, _: Path) -> SequenceTableConfig:
         rating="rating",
         times="timestamp",
         time_unit="ms",
-        event="",
-        split="",
-        csv=CsvConfig(),
     )
 
 

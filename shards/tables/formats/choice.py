@@ -11,7 +11,7 @@ from fmrl_dist.base.errors import require
 from fmrl_dist.base.table_files import rooted, table_files
 from fmrl_dist.base.urls import is_url
 from fmrl_dist.config.data_section import DataConfig
-from fmrl_dist.config.tables import ItemTableConfig, SequenceTableConfig, TablePath
+from fmrl_dist.config.tables import InteractionsConfig, ItemTableConfig, SequenceTableConfig, SplitConfig, TablePath
 from shards.tables.formats import amazon2014, amazon2018, amazon2023, movielens
 from shards.tables.formats.item_rows import bad_rows_of, plain_items
 from shards.tables.raw_tables import RawTable
@@ -22,6 +22,7 @@ FORMATS: dict[str, ModuleType] = {
     "amazon2023": amazon2023,
     "movielens": movielens,
 }
+PLAIN_ID, PLAIN_TITLE = "item_id", "title"  # columns of the plain tables that are made of published items
 PUBLISHED = "published"  # kind of files that only their data set's reader reads
 MEND = "data.format names how its publisher writes it; check data.root and the path in the config"
 
@@ -45,6 +46,8 @@ def event_source(data: DataConfig, path: TablePath, downloads: Path | None) -> t
 def with_plain_items(data: DataConfig, downloads: Path | None) -> DataConfig:
     """``data`` with a plain table of items: its own, or one that is made of a data set's in ``downloads``.
 
+    Of a data set, it says nothing more of events: their columns follow from the format.
+
     Raises:
         UserError: the items cannot be read, or there is no folder to write into.
     """
@@ -55,8 +58,20 @@ def with_plain_items(data: DataConfig, downloads: Path | None) -> DataConfig:
     format_ = FORMATS[data.format]
     files = published_items(data, downloads).files
     path = plain_items(data.format, files, format_.ITEMS, downloads, data.dirt.max_bad_rows)
-    items = ItemTableConfig(path=str(path.absolute()), id="item_id", title="title", keep=data.items.keep)
-    return replace(data, format="tables", items=items)
+    items = ItemTableConfig(path=str(path.absolute()), id=PLAIN_ID, title=PLAIN_TITLE, keep=data.items.keep)
+    return replace(
+        data,
+        format="tables",
+        items=items,
+        sequences=SequenceTableConfig(),
+        interactions=InteractionsConfig(),
+        split=SplitConfig(),
+    )
+
+
+def item_columns(data: DataConfig) -> tuple[str, str]:
+    """Columns of ids and titles of the plain table of items; the second "" where there is none."""
+    return (data.items.id, data.items.title) if data.format == "tables" else (PLAIN_ID, PLAIN_TITLE)
 
 
 def published_items(data: DataConfig, downloads: Path | None) -> RawTable:

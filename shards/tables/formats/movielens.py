@@ -32,10 +32,10 @@ FIRST_FLAG = 5  # column of u.item
 
 def event_columns(given: SequenceTableConfig, file: Path) -> SequenceTableConfig:
     """Columns of the ratings."""
-    plain = replace(given, layout="interactions", rating="rating", times="timestamp", time_unit="s", event="", split="")
+    plain = replace(given, layout="interactions", rating="rating", times="timestamp", time_unit="s")
     name = _plain_name(file)
     if name.endswith(".csv"):
-        return replace(plain, user="userId", items="movieId", csv=CsvConfig())
+        return replace(plain, user="userId", items="movieId")
     delimiter = "::" if name.endswith(".dat") else "\t"
     csv_config = CsvConfig(delimiter=delimiter, quote="", encoding="latin-1", header=False, names=NAMES)
     return replace(plain, user="user", items="item", csv=csv_config)

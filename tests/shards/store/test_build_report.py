@@ -138,7 +138,8 @@ def test_a_build_prints_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     config = tiny_config(tmp_path, tmp_path / "store")
     (tmp_path / "tiny.yaml").write_text(config.to_yaml())
     build_main(["--config", str(tmp_path / "tiny.yaml")])
-    assert "- users with fewer than 2 events" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "- users with fewer than 2 events" in shown and "  split: leave-one-out" in shown.splitlines()
     report = read_report(Store.open(tmp_path / "store"))
     assert report is not None and report.config == "tiny.yaml" and report.written.endswith("+00:00")
 

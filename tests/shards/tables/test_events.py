@@ -272,7 +272,8 @@ def test_bad_rows_are_counted_by_their_cause(tmp_path: Path) -> None:
     lines += ["a,x,1,good,test", "a,x,1,inf,dev", "a,x,1,5,later", "a,x,1", "a,y,2,,validation", "a,z,2,nan,TEST"]
     (tmp_path / "e.csv").write_text("\n".join(lines))
     sequences = interactions("e.csv", rating="r", split="s")
-    data = data_config(tmp_path, sequences=sequences, dirt={"max_bad_rows": 0.8})
+    given = {"by": "given"}
+    data = data_config(tmp_path, sequences=sequences, split=given, dirt={"max_bad_rows": 0.8})
     rows, counts = read_events(data)
     assert rows == [
         ("a", "x", 1_000_000, 5.0, None, "train", 0),
@@ -281,7 +282,7 @@ def test_bad_rows_are_counted_by_their_cause(tmp_path: Path) -> None:
     ]
     bad = {"no item": 1, "no user": 1, "rating": 2, "split": 1, "time": 2, "unreadable line": 1}
     assert (counts.rows, counts.bad) == (11, bad)
-    data = data_config(tmp_path, sequences=sequences, dirt={"max_bad_rows": 0.7})
+    data = data_config(tmp_path, sequences=sequences, split=given, dirt={"max_bad_rows": 0.7})
     with pytest.raises(
         UserError, match=r"8 of 11 rows cannot be used \(.*time: 2.*more than the share 0.7 of data.dirt"
     ):

@@ -91,6 +91,15 @@ def test_amazon_2014_items_are_python_literals(tmp_path: Path) -> None:
     assert not list((tmp_path / "other").iterdir())
 
 
+def test_a_rating_filter_needs_no_column_beside_a_format(tmp_path: Path) -> None:
+    """The items are read by a plain config, which has no column of ratings."""
+    write(tmp_path / "reviews.json.gz", [json.dumps(REVIEW)])
+    write(tmp_path / "meta.json.gz", [json.dumps({"asin": "0042", "title": "T"})])
+    data = config(tmp_path, "amazon2018", "reviews.json.gz", "meta.json.gz", interactions={"min_rating": 4})
+    check_raw_items(data, tmp_path / "made")
+    assert read_raw_items(data, tmp_path / "made").ids.external.to_pylist() == ["0042"]
+
+
 def test_amazon_2018_items(tmp_path: Path) -> None:
     item = {"asin": "a", "title": "T", "price": "$1,012.50", "brand": "", "category": ["A", "B"], "imageURL": ["u"]}
     write(tmp_path / "meta.json", [json.dumps(item), json.dumps(item | {"asin": "b", "imageURLHighRes": ["h"]})])
