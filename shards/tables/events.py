@@ -62,6 +62,7 @@ class ReadCounts:
     time_unit: str  # what times were taken for: "s" | "ms" | "us" | "ns" | "text" | "timestamp" | "none"
     per_second: int  # ticks of ``time``: 10⁶, or 10⁹ where times are in nanoseconds or any is finer than microseconds
     sorted_users: int  # of a table of sequences: users whose list was not in order of its own times
+    joined_users: int  # of a table of sequences: users of several rows
 
 
 def load_events(connection: DuckDBPyConnection, data: DataConfig, downloads: Path | None) -> ReadCounts:
@@ -78,12 +79,13 @@ def load_events(connection: DuckDBPyConnection, data: DataConfig, downloads: Pat
         downloads: folder for copies of URLs, made when it is needed; None: there may be none.
 
     Raises:
-        UserError: a table cannot be read, an id is not of its kind, a user has two lists in a table of sequences, or
-            more rows than ``data.dirt.max_bad_rows`` allows cannot be used.
+        UserError: a table cannot be read, an id is not of its kind, a user has two lists in a table of sequences and
+            no item counts once, or more rows than ``data.dirt.max_bad_rows`` allows cannot be used.
     """
     quiet(connection)
     user_type, item_type = ("BIGINT" if kind == "integer" else "VARCHAR" for kind in (data.user_ids, data.item_ids))
     tables, bad, num_staged, is_text = event_tables(data, downloads), Counter[str](), 0, False
+    joined_users = 0
     try:
         columns = _create_staged(connection, tables, user_type, item_type)
         for table in tables:
@@ -96,7 +98,7 @@ def load_events(connection: DuckDBPyConnection, data: DataConfig, downloads: Pat
                     _insert(connection, OWNERS, pa.table({"id": owners}), f"SELECT id FROM {BATCH}")
                 num_staged += len(batch)
                 is_text |= "time" in names
-            _check_owners(connection, table)
+            joined_users += _num_joined(connection, table, data.interactions.duplicates in ("first", "last"))
         num_rows = num_staged + bad.total()
         unit = _time_unit(connection, tables[0], is_text, data.dirt.max_bad_rows)
         per_second = _ticks_per_second(connection, unit)
@@ -110,7 +112,7 @@ def load_events(connection: DuckDBPyConnection, data: DataConfig, downloads: Pat
         _say_times(connection, tables[0], unit, per_second)
         if tables[0].sequences.layout == "sequences":
             sorted_users = _num_unsorted(connection)
-    return ReadCounts(num_rows, dict(sorted(bad.items())), unit, per_second, sorted_users)
+    return ReadCounts(num_rows, dict(sorted(bad.items())), unit, per_second, sorted_users, joined_users)
 
 
 def drop_events(connection: DuckDBPyConnection) -> None:
@@ -145,16 +147,20 @@ def _insert(connection: DuckDBPyConnection, table: str, batch: pa.Table, query: 
     connection.unregister(BATCH)
 
 
-def _check_owners(connection: DuckDBPyConnection, table: EventTable) -> None:
-    """A user of two lists is refused, as where no engine is needed: nothing says how the lists go together."""
+def _num_joined(connection: DuckDBPyConnection, table: EventTable, is_once: bool) -> int:
+    """How many users have several lists. They are refused, as where no engine is needed: nothing says how the lists go
+    together. Only if a user's item counts once (``is_once``), lists that hold the same events again can be joined."""
     repeated = connection.execute(f"""
         SELECT id, count(*) OVER () FROM (SELECT id, min(rowid) AS first FROM {OWNERS}
             WHERE id IS NOT NULL AND id::VARCHAR <> '' GROUP BY id HAVING count(*) > 1) ORDER BY first LIMIT 1
         """).fetchall()
-    if repeated:
-        [(first, number)] = repeated
-        refuse_repeated(number, first, f"column {table.sequences.user!r} of {table.raw}")
     connection.execute(f"DROP TABLE {OWNERS}")
+    if not repeated:
+        return 0
+    [(first, number)] = repeated
+    if not is_once:
+        refuse_repeated(number, first, f"column {table.sequences.user!r} of {table.raw}")
+    return int(number)
 
 
 def _parsed(names: list[str], has_times: bool) -> str:
