@@ -29,6 +29,7 @@ from shards.interactions.funnel import Funnel
 from shards.interactions.k_core import k_core
 from shards.interactions.periods import period_of
 from shards.tables.events import ReadCounts, drop_events
+from shards.tables.item_ids import FLOAT, refuse_floats
 
 # 64 bits of a text, the same in every version of the engine. The order of two items under a user's bits xor theirs is
 # that of a coin, and the same whenever the user and the items are.
@@ -144,6 +145,9 @@ def _code_ids(
         FROM (SELECT item AS id, count(*) AS n FROM raw_events WHERE {wanted} AND item NOT IN (SELECT id FROM items)
               GROUP BY 1)""")
     connection.unregister("catalogue")
+    _check_whole(connection, "users", "data.sequences.path: its column of users")
+    if catalogue is None:
+        _check_whole(connection, "unknown", "data.sequences.path: its column of items")
     num_unknown, events = connection.execute("SELECT count(*), coalesce(sum(n), 0) FROM unknown").fetchall()[0]
     if num_unknown and catalogue is not None:
         if data.on_unknown_item == "stop":
@@ -161,6 +165,15 @@ def _code_ids(
         connection.execute(f"INSERT INTO items SELECT id, i, {BITS.format('id')} FROM unknown")
     ids = connection.sql("SELECT id FROM items ORDER BY i").to_arrow_table()["id"].combine_chunks()
     return len(known), ids
+
+
+def _check_whole(connection: duckdb.DuckDBPyConnection, table: str, where: str) -> None:
+    """As :func:`shards.tables.item_ids.check_whole`, of the texts ``id`` of a table of the engine."""
+    [(first, are_floats)] = connection.execute(
+        f"SELECT min(id::VARCHAR), bool_and(regexp_matches(id::VARCHAR, '{FLOAT}')) FROM {table}"
+    ).fetchall()
+    if are_floats:
+        refuse_floats(first, where)
 
 
 def _drop_duplicates(

@@ -78,7 +78,8 @@ def prepare(
 
     Args:
         data: the config's section.
-        folder: that keeps results, each under a name of its own: other builds may be using theirs.
+        folder: that keeps results, each under a name of its own: other builds may be using theirs. It is made when it
+            is needed, and not left without a result.
         downloads: folder for copies of tables from URLs; None: there may be none.
         catalogue: ids of the item table, int64 or text, in its order; None if there is none.
         files: hashes of the input files, by config key.
@@ -90,7 +91,6 @@ def prepare(
     """
     made_from = _made_from(data, catalogue, files)
     result = folder / json_sha256(made_from)[:16]
-    folder.mkdir(parents=True, exist_ok=True)
     while True:
         record = _read_record(result)
         if record is not None and record["made_from"] == made_from:
@@ -107,7 +107,8 @@ def prepare(
             if not patient:
                 raise
             time.sleep(POLL_S)
-        _remove_oldest(folder)
+        else:
+            _remove_oldest(folder)
 
 
 def _made_from(data: DataConfig, catalogue: pa.Array | None, files: Mapping[str, str]) -> dict[str, Any]:
@@ -191,6 +192,8 @@ def _make(
         funnel.sorted_users = counts.sorted_users
         if counts.sorted_users:
             funnel.notes.append(f"{counts.sorted_users:,} users' events were out of order: sorted by time")
+        if counts.joined_users:
+            funnel.notes.append(f"{counts.joined_users:,} users have several rows: their lists are joined in order")
         connection.execute("SET preserve_insertion_order = false")  # from here on, rows have numbers
         kept = keep_events(connection, data, catalogue, counts, funnel)
         order = _item_order(data, kept)

@@ -19,7 +19,7 @@ from shards.encoders.item_text import number_columns, parts_for, template_column
 from shards.tables.bad_rows import check_bad_rows
 from shards.tables.column_kinds import is_text, require_ids, require_text, require_title
 from shards.tables.formats.choice import bad_items_of, with_plain_items
-from shards.tables.item_ids import ItemIds, check_unique
+from shards.tables.item_ids import ItemIds, check_unique, check_whole
 from shards.tables.raw_tables import RawTable, read_table, table_columns, table_types
 
 NO_ID = "no id"  # why a row is left out
@@ -67,7 +67,7 @@ def read_raw_items(data: DataConfig, downloads: Path | None = None) -> RawItems:
 
     Raises:
         UserError: as :func:`check_raw_items`; or ids are not unique or not of their kind, or more rows than
-            ``data.dirt.max_bad_rows`` allows cannot be used.
+            ``data.dirt.max_bad_rows`` allows cannot be used, or any where a feature is an array.
     """
     raw, data = data, with_plain_items(data, downloads)
     source, title = item_table(data, downloads), data.items.title
@@ -90,9 +90,22 @@ def read_raw_items(data: DataConfig, downloads: Path | None = None) -> RawItems:
     check_bad_rows(bad, num_rows, str(source), data.dirt.max_bad_rows)
     require(len(external) > 0, f"table {source} has no row that can be used")
     check_unique(external, where)
+    check_whole(external, where)
     titles = as_titles(table[title], f"column {title!r} of {source}") if title else None
     bad.update(bad_items_of(raw, data))
+    _check_arrays(data, bad, str(source))
     return RawItems(table, ItemIds(external), titles, dict(sorted(bad.items())))
+
+
+def _check_arrays(data: DataConfig, bad: Counter[str], table: str) -> None:
+    """An array's rows are those of the table's file: with rows left out, all behind them would be another item's."""
+    names = [name for name, feature in data.features.items() if isinstance(feature, NpyFeature)]
+    causes = ", ".join(f"{count:,} {cause}" for cause, count in sorted(bad.items()) if count)
+    require(
+        not (names and causes),
+        f"table {table} has rows that cannot be used ({causes}), and feature {', '.join(names)} is an array with a row "
+        "for each of its rows; mend these rows, or remove them from the table and the array",
+    )
 
 
 def items_of_ids(ids: pa.Array, data: DataConfig, fitted: np.ndarray | None = None) -> RawItems:

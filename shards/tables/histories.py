@@ -21,7 +21,7 @@ from fmrl_dist.config.data_section import DataConfig
 from fmrl_dist.config.tables import SequenceTableConfig, TimeUnit
 from shards.tables.event_batches import check_event_table, event_tables
 from shards.tables.formats.choice import event_source
-from shards.tables.item_ids import ItemIds, check_unique
+from shards.tables.item_ids import ItemIds, check_unique, check_whole
 from shards.tables.list_columns import starts_and_values
 from shards.tables.raw_tables import RawTable, TableBatches, read_batches
 from shards.tables.times import UNITS, NumberCounts, ticks_of, unit_counts, unit_of
@@ -102,7 +102,9 @@ def _parse_sequences(
             times = _seconds(ticks, per_second)
         all_users.append(as_ids(batch[names.user], user_column, data.user_ids))
         yield Histories(all_users[-1], starts, items, times, num_sorted, num_repeated)
-    check_unique(pa.chunked_array(all_users).combine_chunks(), user_column)
+    users = pa.chunked_array(all_users).combine_chunks()
+    check_unique(users, user_column)
+    check_whole(users, user_column)
 
 
 def _list_unit(table: RawTable, names: SequenceTableConfig) -> TimeUnit:

@@ -16,6 +16,8 @@ import pyarrow.compute as pc
 
 from fmrl_dist.base.errors import UserError
 
+FLOAT = r"^-?[0-9]+\.0$"  # an integer as a float is written
+
 
 def check_unique(ids: pa.Array, where: str) -> None:
     """Refuse an id that occurs more than once."""
@@ -24,6 +26,24 @@ def check_unique(ids: pa.Array, where: str) -> None:
         return
     twice = counts.filter(pc.greater(counts.field("counts"), 1))
     refuse_repeated(len(twice), twice.field("values")[0].as_py(), where)
+
+
+def check_whole(ids: pa.Array, where: str) -> None:
+    """Refuse ids of which all are texts like ``42.0``: integers that were written as floats, as if some were missing.
+
+    Args:
+        ids: all ids of a table, without nulls.
+        where: begins the message.
+    """
+    if pa.types.is_large_string(ids.type) and len(ids) and pc.all(pc.match_substring_regex(ids, FLOAT)).as_py():
+        refuse_floats(ids[0].as_py(), where)
+
+
+def refuse_floats(first: str, where: str) -> NoReturn:
+    """Raise what :func:`check_whole` does, for ids of which ``first`` comes first."""
+    raise UserError(
+        f"{where} holds ids such as {first!r}: whole numbers that were written as floats; expected integers or text"
+    )
 
 
 def refuse_repeated(number: int, first: str | int, where: str) -> NoReturn:

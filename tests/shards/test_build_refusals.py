@@ -131,6 +131,26 @@ CASES: dict[str, tuple[Spoil, str]] = {
         lambda root, values: write_items(root / "items.parquet", ["a", "b", None, "d", "e", "f"]),
         r"1 of 6 rows cannot be used \(no id: 1\), more than the share 0.01 of data.dirt.max_bad_rows",
     ),
+    "an array beside a row without an id": (
+        both(
+            lambda root, values: write_items(root / "items.parquet", ["a", "b", None, "d", "e", "f"]),
+            vectors(np.ones((N - 1, 4), np.float32)),
+            data(dirt={"max_bad_rows": 0.5}, on_unknown_item="drop"),
+        ),
+        r"items.parquet has rows that cannot be used \(1 no id\), and feature vector is an array with a row for each",
+    ),
+    "users as floats": (
+        histories({"1.0": U1, "12.0": U1}),
+        "column 'user_id' of .* holds ids such as '1.0': whole numbers that were written as floats",
+    ),
+    "users as floats, prepared": (
+        both(histories({"1.0": U1, "12.0": U1}), data(interactions={"min_user_events": 2})),
+        "data.sequences.path: its column of users holds ids such as '1.0': whole numbers",
+    ),
+    "items as floats": (
+        lambda root, values: write_items(root / "items.parquet", [f"{i}.0" for i in range(6)]),
+        "column 'item_id' of .* holds ids such as '0.0': whole numbers",
+    ),
     "null in a history": (histories({"u1": ["a", None, "b"]}), "column 'item_ids' of .* holds 1 null ids"),
     "null user": (histories({"u1": U1, None: U1}), "column 'user_id' of .* holds 1 null ids"),
     "null history": (histories({"u1": U1, "u2": None}), "holds 1 null lists"),

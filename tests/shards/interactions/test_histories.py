@@ -45,7 +45,9 @@ EVENTS = st.lists(
 
 def config_of(folder: Path, parts: list[str], **data: Any) -> Config:
     sequences = {"path": parts, "layout": "interactions", "user": "user", "items": "item", "times": "time"}
-    sequences |= {"rating": "rating", "event": "event", "split": "split"} | data.pop("sequences", {})
+    is_given = data.get("split", {}).get("by") == "given"
+    sequences |= {"rating": "rating", "event": "event", "split": "split" if is_given else ""}
+    sequences |= data.pop("sequences", {})
     raw = {"root": str(folder), "sequences": sequences, "items": {"path": ""}} | data
     return build(Config, {"data": raw}, "")
 
@@ -282,7 +284,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"split": {"by": "time", "valid_from": "1e30", "test_from": "inf"}},
         "data.split.valid_from is 1e+30; expected a number of s since 1970",
     ),
-    "no times": ({"split": {"by": "time"}, "sequences": {"times": ""}}, "data.sequences.times names no column"),
 }
 
 
@@ -293,4 +294,4 @@ def test_refusals(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
         prepared(tmp_path, rows, **data)
     assert message in str(refused.value) and "\n" not in str(refused.value)
-    assert not list((tmp_path / "build" / "interactions").iterdir())
+    assert not (tmp_path / "build").exists()

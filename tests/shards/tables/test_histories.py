@@ -140,6 +140,21 @@ def test_a_user_of_two_rows_is_refused_on_every_path(again: list[str], data: dic
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.parametrize(
+    ("keep", "joined"), [("first", ["b", "c", "a", "d"]), ("last", ["c", "a", "b", "d"])], ids=["first", "last"]
+)
+def test_lists_of_a_user_are_joined_where_an_item_counts_once(
+    keep: str, joined: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_items(tmp_path / "items.parquet")
+    lists = [["b", "c"], ["d", "e", "f"], ["b", "c", "a"], ["b", "d"]]
+    pq.write_table(pa.table({"user_id": ["u", "w", "u", "u"], "item_ids": lists}), tmp_path / "s.parquet")
+    values: dict[str, Any] = {"sequences": {"path": "s.parquet"}, "interactions": {"duplicates": keep}}
+    store, _ = build_store(tiny_config(tmp_path, tmp_path / "store", features={}, **values))
+    assert read_split(store, "test") == {0: rows_of(joined), 1: rows_of(["d", "e", "f"])}
+    assert "1 users have several rows: their lists are joined in order" in capsys.readouterr().out.splitlines()
+
+
 def test_a_user_may_have_a_row_in_each_table_of_a_given_split(tmp_path: Path) -> None:
     write_items(tmp_path / "items.parquet")
     for name, items in (("train", ["a", "b"]), ("valid", ["c"]), ("test", ["d"])):
