@@ -19,6 +19,7 @@ import pyarrow.csv
 
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.config.tables import CsvConfig
+from shards.tables.quote_pairs import QUOTES_AS_THEY_ARE, PairedQuotes
 from shards.tables.text_streams import STAND_IN, opened_text
 
 BLOCK_BYTES = 1 << 23  # that are parsed at once; a row is no longer
@@ -88,11 +89,23 @@ def csv_batches(file: Path, kind: str, csv: CsvConfig, columns: Sequence[str], b
         bad[UNREADABLE] += 1
         return "skip"
 
-    with readable_csv(file, csv), opened_text(file, csv.encoding, delimiter) as stream:
+    with readable_csv(file, csv), _opened_rows(file, csv, delimiter) as stream:
         reader = pyarrow.csv.open_csv(stream, options, _parse_options(delimiter, csv, leave_out), convert)
         for batch in reader:
             table = pa.Table.from_batches([batch]).rename_columns(list(columns))
             yield _with_delimiters(table, delimiter) if len(delimiter) > 1 else table
+
+
+@contextmanager
+def _opened_rows(file: Path, csv: CsvConfig, delimiter: str) -> Iterator[pa.NativeFile]:
+    """The file's text, whose quotes are checked while it is read."""
+    with opened_text(file, csv.encoding, delimiter) as stream:
+        if not csv.quote:
+            yield stream
+            return
+        checked = PairedQuotes(stream, csv.quote, _sign(delimiter, csv), BLOCK_BYTES, file)
+        with pa.PythonFile(checked, mode="r") as rows:
+            yield rows
 
 
 @contextmanager
@@ -106,10 +119,15 @@ def readable_csv(file: Path, csv: CsvConfig) -> Iterator[None]:
         what = " ".join(str(error).split())
         if "UTF8" in what or "codec can't decode" in what:
             raise _wrong_encoding(file, csv, what) from None
-        if "straddling" in what or "columns, got" in what:  # with the row's number or without
+        if "straddling" in what:
+            raise UserError(
+                f"table {file} has a row of more than {BLOCK_BYTES:,} bytes; expected shorter ones: is it a CSV file, "
+                "with line breaks?"
+            ) from None
+        if "columns, got" in what:  # with the row's number or without
             raise UserError(
                 f"table {file} has a row of many lines that does not fit its columns; is a quote without its pair? "
-                "--data.sequences.csv.quote '' (or data.items) reads quotes as they are"
+                f"{QUOTES_AS_THEY_ARE}"
             ) from None
         raise UserError(f"table {file} cannot be read: {what}; is the file complete, and in that format?") from None
 

@@ -429,7 +429,17 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a quote without its pair": (
         'u,i,t\na,"x,1\n' + "b,y,2\n" * 2_000_000,
         {},
-        "has a row of many lines that does not fit its columns; is a quote without its pair",
+        "a text in quotes that begins in line 2 is not closed in 8,388,608 bytes; is it a quote without its pair",
+    ),
+    "a row of lines and too few columns": (
+        'u,i,t\na,"x\ny"\n',
+        {},
+        "has a row of many lines that does not fit its columns",
+    ),
+    "no line breaks": (
+        "u,i,t\na," + "x" * (1 << 25),
+        {},
+        "has a row of more than 8,388,608 bytes; expected shorter ones",
     ),
 }
 
