@@ -15,6 +15,7 @@ from typing import Any
 
 from fmrl_dist.base.table_files import table_kind
 from fmrl_dist.config.tables import CsvConfig, SequenceTableConfig
+from shards.tables.csv_files import UNREADABLE
 from shards.tables.formats.item_rows import (
     ItemRow,
     ItemSource,
@@ -65,7 +66,7 @@ def item_rows(
     item_id, brand, categories = keys
     for value in values:
         if value is None:
-            yield "unreadable line"
+            yield UNREADABLE
         elif (asin := text_or_none(value.get(item_id))) is None:
             yield "no id"
         else:

@@ -24,11 +24,13 @@ import pyarrow.parquet as pq
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import file_sha256, written_aside
 from shards.tables.bad_rows import check_bad_rows
+from shards.tables.csv_files import UNREADABLE
 from shards.tables.file_states import check_unchanged, file_states
 
-REVISION = 1  # raise it when the same files give other rows
+REVISION = 2  # raise it when the same files give other rows
 ROWS_AT_ONCE = 10_000
 BAD_KEY = b"bad_rows"  # of the file's metadata: cause -> rows that were left out, as JSON
+ROWS_KEY = b"num_rows"  # likewise: how many were read
 TYPES = {
     "item_id": pa.string(),
     "title": pa.string(),
@@ -83,13 +85,16 @@ def plain_items(name: str, files: list[Path], source: ItemSource, folder: Path, 
     hashes = [file_sha256(file) for file in files]
     digest = hashlib.sha256(json.dumps([name, REVISION, source.columns, hashes]).encode()).hexdigest()[:16]
     path = folder / f"items-{name}-{digest}.parquet"
+    shown = ", ".join(map(str, files))
     if path.is_file():
+        # The limit may be lower than when the table was made.
+        bad_rows, num_read = _counts(path)
+        check_bad_rows(Counter(bad_rows), num_read, shown, limit)
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    shown = ", ".join(map(str, files))
     schema, bad, seen, num_rows, twice = pa.schema([(c, TYPES[c]) for c in source.columns]), Counter[str](), set(), 0, 0
     with written_aside(path) as file, pq.ParquetWriter(file, schema) as writer:
-        rows = (row for source_file in files for row in source.rows(source_file))
+        rows = (_writable(row) for source_file in files for row in source.rows(source_file))
         while piece := list(islice(rows, ROWS_AT_ONCE)):
             num_rows += len(piece)
             bad.update(row for row in piece if isinstance(row, str))
@@ -101,7 +106,8 @@ def plain_items(name: str, files: list[Path], source: ItemSource, folder: Path, 
         check_bad_rows(bad, num_rows, shown, limit)
         require(bool(seen), f"table {shown} has no item that can be used")
         check_unchanged(before, file_states(files))
-        writer.add_key_value_metadata({BAD_KEY: json.dumps(dict(sorted(bad.items()))).encode()})
+        counts = {BAD_KEY: dict(sorted(bad.items())), ROWS_KEY: num_rows}
+        writer.add_key_value_metadata({key: json.dumps(count).encode() for key, count in counts.items()})
     note = f"; {twice:,} stand twice, the first is kept" if twice else ""
     print(f"items: {len(seen):,} of {shown}{note}", flush=True)
     return path
@@ -109,9 +115,15 @@ def plain_items(name: str, files: list[Path], source: ItemSource, folder: Path, 
 
 def bad_rows_of(path: Path) -> dict[str, int]:
     """What :func:`plain_items` left out, by cause."""
+    return _counts(path)[0]
+
+
+def _counts(path: Path) -> tuple[dict[str, int], int]:
+    """What was left out, by cause, and how many rows were read."""
     try:
-        return dict(json.loads((pq.read_metadata(path).metadata or {}).get(BAD_KEY, b"{}")))
-    except (pa.ArrowException, OSError, ValueError) as error:
+        metadata = pq.read_metadata(path).metadata or {}
+        return json.loads(metadata[BAD_KEY]), json.loads(metadata[ROWS_KEY])
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise UserError(f"table {path} cannot be read ({error}); remove it, and run this again") from None
 
 
@@ -142,6 +154,17 @@ def price_or_none(value: Any) -> float | None:
         value = float(found[0].replace(",", "")) if found else None
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if is_number and math.isfinite(value) else None
+
+
+def _writable(row: ItemRow | str) -> ItemRow | str:
+    """A row, unless it holds half of a character, which JSON and Python can write and no file of text holds."""
+    if isinstance(row, ItemRow):
+        words = (row.item_id, row.title, row.brand, row.image_url, *(row.categories or ()), *(row.genres or ()))
+        try:
+            "".join(filter(None, words)).encode()
+        except UnicodeEncodeError:
+            return UNREADABLE
+    return row
 
 
 def _plain(row: ItemRow, columns: tuple[str, ...]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.config.tables import CsvConfig, SequenceTableConfig
+from shards.tables.csv_files import UNREADABLE
 from shards.tables.formats.item_rows import ItemRow, ItemSource
 from shards.tables.text_streams import lines_of
 
@@ -51,7 +52,7 @@ def read_items(file: Path) -> Iterator[ItemRow | str]:
     for line in lines_of(file, encoding="latin-1"):
         cells = (line or "").split("|" if is_100k else "::")
         if len(cells) < (FIRST_FLAG + len(GENRES_100K) if is_100k else 3):
-            yield "unreadable line"
+            yield UNREADABLE
         elif is_100k:
             flags = zip(GENRES_100K, cells[FIRST_FLAG:], strict=False)
             yield _row(cells[0], cells[1], [genre for genre, flag in flags if flag == "1"])
@@ -66,7 +67,7 @@ def _of_csv(file: Path) -> Iterator[ItemRow | str]:
         raise UserError(f"table {file} begins with {','.join(header)!r}; expected movieId,title,genres of MovieLens")
     for line in lines:
         cells = next(csv.reader(io.StringIO(line)), [])
-        yield _row(cells[0], cells[1], cells[2].split("|")) if len(cells) == len(header) else "unreadable line"
+        yield _row(cells[0], cells[1], cells[2].split("|")) if len(cells) == len(header) else UNREADABLE
 
 
 def _row(item_id: str, title: str, genres: list[str]) -> ItemRow | str:

@@ -182,6 +182,30 @@ def test_items_are_made_once(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert len(list((tmp_path / "made").iterdir())) == 2
 
 
+def test_items_that_were_made_keep_to_a_lower_limit(tmp_path: Path) -> None:
+    write(tmp_path / "meta.jsonl", ['{"parent_asin": "a"}'] * 6 + ["garbage"] * 3)
+    most = config(tmp_path, "amazon2023", "reviews.jsonl", "meta.jsonl", dirt={"max_bad_rows": 0.5})
+    assert read_raw_items(most, tmp_path / "made").bad == {"unreadable line": 3}
+    few = config(tmp_path, "amazon2023", "reviews.jsonl", "meta.jsonl")
+    with pytest.raises(UserError, match=r"meta.jsonl: 3 of 9 rows cannot be used \(unreadable line: 3\)"):
+        read_raw_items(few, tmp_path / "made")
+    assert read_raw_items(most, tmp_path / "made").bad == {"unreadable line": 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("amazon2014", "{'asin': 'b', 'title': 'x\\ud83d'}"),
+        ("amazon2018", '{"asin": "b", "category": ["x\\ud83d"]}'),
+    ],
+)
+def test_half_a_character_makes_a_line_unreadable(name: str, line: str, tmp_path: Path) -> None:
+    write(tmp_path / "meta.json", ['{"asin": "a"}', line])
+    data = config(tmp_path, name, "reviews.json", "meta.json", dirt={"max_bad_rows": 0.5})
+    raw = read_raw_items(data, tmp_path / "made")
+    assert raw.ids.external.to_pylist() == ["a"] and raw.bad == {"unreadable line": 1}
+
+
 def test_what_is_not_the_data_set_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "movies.csv", ["id,name", "1,A"])
     with pytest.raises(UserError, match="begins with 'id,name'; expected movieId,title,genres of MovieLens"):
