@@ -74,8 +74,7 @@ def changed_keys(section: object) -> list[str]:
     """Names of a dataclass's fields whose values are not their defaults."""
     found = []
     for one in dataclasses.fields(section):  # type: ignore[arg-type]
-        has_factory = one.default_factory is not dataclasses.MISSING
-        default = one.default_factory() if has_factory else one.default  # type: ignore[misc]
+        default = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
         if getattr(section, one.name) != default:
             found.append(one.name)
     return found

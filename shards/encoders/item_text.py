@@ -73,7 +73,7 @@ def item_texts(table: pa.Table, parts: Sequence[str], separator: str) -> ItemTex
     """
     templates = [_parse(part) for part in parts]
     names = template_columns(parts)
-    columns = [_values(table[name], name) for name in names]
+    columns = [cell_values(table[name], name) for name in names]
     texts = []
     for row in zip(*columns, strict=True):
         fields = dict(zip(names, row, strict=True))
@@ -110,14 +110,23 @@ def _fill(pieces: Pieces, fields: dict[str, Any]) -> str | None:
         if value is None:
             return None
         try:
-            words.append(format(value, spec) if spec else str(value))
+            words.append(format(value, spec) if spec else as_text(value))
         except (ValueError, TypeError) as error:
             raise UserError(f"data.text: {{{column}:{spec}}} does not fit the value {value!r} ({error})") from None
     return "".join(words)
 
 
-def _values(column: pa.ChunkedArray, name: str) -> list[Any]:
-    """Python values; None where missing: null, NaN, an empty list, or only white space."""
+def as_text(value: Any) -> str:
+    """A value of a cell, written alike for all kinds of files: truth as JSON has it, numbers as Python prints them."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def cell_values(column: pa.ChunkedArray, name: str) -> list[Any]:
+    """Python values; None where missing: null, NaN, an empty list, or only white space. Lists are joined by ", ".
+
+    Raises:
+        UserError: a time that Python cannot hold, in column ``name`` of the item table.
+    """
     if pa.types.is_floating(column.type):
         return [None if math.isnan(value) else value for value in as_float64(column).to_numpy()]
     column = column.cast(_in_microseconds(column.type), safe=False)
@@ -155,7 +164,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         if value and isinstance(value[0], list):  # several category paths: the first counts
             value = value[0]
-        value = ", ".join(str(word) for word in value if word is not None)
+        value = ", ".join(as_text(word) for word in value if word is not None)
     if isinstance(value, str):
         return value if value.strip() else None
     return value

@@ -11,16 +11,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fmrl_dist.base.errors import require
-from fmrl_dist.base.id_columns import ids_or_null
+from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.config.data_section import DataConfig
 from fmrl_dist.config.features import NpyFeature, TextFeature
-from shards.encoders.item_text import number_columns, parts_for, template_columns
+from shards.encoders.item_text import as_text, cell_values, number_columns, parts_for, template_columns
 from shards.tables.bad_rows import check_bad_rows
 from shards.tables.column_kinds import is_text, require_ids, require_text, require_title
 from shards.tables.formats.choice import bad_items_of, with_plain_items
-from shards.tables.item_ids import ItemIds, check_unique, check_whole
-from shards.tables.raw_tables import RawTable, read_table, table_columns, table_types
+from shards.tables.item_ids import ItemIds, check_unique, check_whole, raw_ids
+from shards.tables.raw_tables import PARQUET, RawTable, read_table, table_columns, table_types
 
 NO_ID = "no id"  # why a row is left out
 
@@ -73,16 +72,17 @@ def read_raw_items(data: DataConfig, downloads: Path | None = None) -> RawItems:
     source, title = item_table(data, downloads), data.items.title
     parts = _text_parts(data, source)
     columns = _columns(data, parts)
-    as_written = [name for name in columns if name == title or name not in number_columns(parts)]
+    formatted = number_columns(parts) - {title}
+    as_written = [name for name in columns if name not in formatted]
     bad = Counter[str]()
     table = read_table(source, columns, text=as_written, ids=[data.items.id], bad=bad)
     kinds = dict(zip(table.column_names, table.schema.types, strict=True))
     _check_kinds(data, source, kinds, template_columns(parts))
+    if source.file_kind != PARQUET:
+        _check_formatted(table.select(sorted(formatted)), str(source))
     where = f"column {data.items.id!r} of {source}"
     num_rows = len(table) + bad.total()
-    external = ids_or_null(table[data.items.id], where, data.item_ids)
-    if is_text(external.type):
-        external = pc.if_else(pc.equal(external, ""), None, external)
+    external = raw_ids(table[data.items.id], where, data.item_ids)
     if external.null_count:
         bad[NO_ID] = external.null_count
         table = table.filter(external.is_valid())
@@ -131,7 +131,7 @@ def item_table(data: DataConfig, downloads: Path | None = None) -> RawTable:
 
 
 def as_titles(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
-    """Lists of words, as some tables have them, joined by ", ".
+    """Lists of words, as some tables have them, joined by ", "; numbers as item texts have them.
 
     Raises:
         UserError: a date or timestamp that Arrow cannot write; ``where`` begins the message.
@@ -140,10 +140,41 @@ def as_titles(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
         texts = column.cast(pa.large_string())
         far = texts.filter(pc.starts_with(texts, "<value out of range"))  # Arrow's text for it
         require(not len(far), f"{where} holds the title {far[:1].to_pylist()}: a date of no calendar; mend it")
+    if pa.types.is_floating(column.type):
+        values = [None if value is None else as_text(value) for value in cell_values(column, where)]
+        return pa.chunked_array([pa.array(values, pa.large_string())])
     if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
         return column
     titles = [None if words is None else ", ".join(map(str, filter(None, words))) for words in column.to_pylist()]
     return pa.chunked_array([pa.array(titles, pa.large_string())])
+
+
+def _check_formatted(table: pa.Table, where: str) -> None:
+    """Columns that are formatted as numbers or dates are still text if not all of their cells are such."""
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        cells = column.drop_null()
+        if is_text(column.type) and len(cells):
+            raise UserError(
+                f"column {name!r} of {where} holds {_first_misfit(cells)!r}, and data.text formats it as a number or "
+                "date; leave such cells empty, or name the column without a format"
+            )
+
+
+def _first_misfit(cells: pa.ChunkedArray) -> str:
+    """The first text that is no number; where none is a number, the first that is no time."""
+    for kind in (pa.float64(), pa.timestamp("us")):
+        fits = [_casts(cell, kind) for cell in cells]
+        if any(fits) and not all(fits):
+            return str(cells[fits.index(False)])
+    return str(cells[0])
+
+
+def _casts(cell: pa.Scalar, kind: pa.DataType) -> bool:
+    try:
+        cell.cast(kind)
+    except pa.ArrowInvalid:
+        return False
+    return True
 
 
 def _columns(data: DataConfig, parts: Sequence[str]) -> list[str]:

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from fmrl_dist.base.id_columns import ids_or_null
 from fmrl_dist.config.data_section import DataConfig
 from fmrl_dist.config.tables import SequenceTableConfig
 from shards.tables.column_kinds import (
@@ -24,6 +23,7 @@ from shards.tables.column_kinds import (
     require_word,
 )
 from shards.tables.formats.choice import event_source
+from shards.tables.item_ids import raw_ids
 from shards.tables.list_columns import as_lists, lengths_of
 from shards.tables.raw_tables import RawTable, read_batches, table_types
 from shards.tables.times import parsed_columns, time_columns
@@ -124,7 +124,13 @@ def event_batches(table: EventTable, data: DataConfig, first_row: int, bad: Coun
     names = table.sequences
     columns = _columns(names)
     found = read_batches(
-        table.raw, columns, text=columns, ids=[names.user, names.items], rows_at_once=ROWS_AT_ONCE, bad=bad
+        table.raw,
+        columns,
+        text=columns,
+        ids=[names.user, names.items],
+        rows_at_once=ROWS_AT_ONCE,
+        bad=bad,
+        lists=[names.items, names.times] if names.layout == "sequences" else [],
     )
     for batch in found.batches:
         owners = None
@@ -147,18 +153,21 @@ def _columns(names: SequenceTableConfig) -> list[str]:
 def _interactions(batch: pa.Table, table: EventTable, data: DataConfig) -> dict[str, pa.Array]:
     names = table.sequences
     events = {
-        "user": ids_or_null(batch[names.user], f"column {names.user!r} of {table.raw}", data.user_ids),
-        "item": ids_or_null(batch[names.items], f"column {names.items!r} of {table.raw}", data.item_ids),
+        "user": raw_ids(batch[names.user], f"column {names.user!r} of {table.raw}", data.user_ids),
+        "item": raw_ids(batch[names.items], f"column {names.items!r} of {table.raw}", data.item_ids),
         "cause": pa.nulls(len(batch), pa.large_string()),
     }
     if names.times:
+        require_times(batch[names.times].type, f"column {names.times!r} of {table.raw}")
         events |= time_columns(batch[names.times])
     if names.rating:
         rating = batch[names.rating]
+        require_rating(rating.type, f"column {names.rating!r} of {table.raw}")
         as_text = is_text(rating.type)
         events["rating_text" if as_text else "rating"] = rating if as_text else as_float64(rating)
     for name, column in (("event", names.event), ("split", names.split)):
         if column:
+            require_word(batch[column].type, f"column {column!r} of {table.raw}")
             events[name] = batch[column].cast(pa.large_string())
     return events
 
@@ -167,21 +176,23 @@ def _flat_sequences(batch: pa.Table, table: EventTable, data: DataConfig) -> tup
     """An event for each item of a list, and one with a cause for each row whose lists cannot be used; the other rows'
     users."""
     names = table.sequences
-    users = ids_or_null(batch[names.user], f"column {names.user!r} of {table.raw}", data.user_ids)
+    users = raw_ids(batch[names.user], f"column {names.user!r} of {table.raw}", data.user_ids)
     where = f"column {names.items!r} of {table.raw}"
     items = as_lists(batch[names.items], where, as_ids=True)
     lengths = lengths_of(items)
     causes = np.where(lengths < 0, NO_LIST, "").astype(object)
     times = None
     if names.times:
-        times = as_lists(batch[names.times], f"column {names.times!r} of {table.raw}")
+        time_where = f"column {names.times!r} of {table.raw}"
+        times = as_lists(batch[names.times], time_where)
+        require_times(times.type.value_type, time_where)
         causes[(lengths >= 0) & (lengths_of(times) != lengths)] = LENGTHS
     good, spoilt = pa.array(causes == ""), np.flatnonzero(causes != "")
     lengths = lengths[causes == ""]
     owners = np.repeat(np.flatnonzero(causes == ""), lengths)
     events = {
         "user": pa.concat_arrays([users.take(pa.array(owners)), users.take(pa.array(spoilt))]),
-        "item": _with_nulls(ids_or_null(items.filter(good).flatten(), where, data.item_ids), len(spoilt)),
+        "item": _with_nulls(raw_ids(items.filter(good).flatten(), where, data.item_ids), len(spoilt)),
         "cause": pa.array([None] * len(owners) + causes[spoilt].tolist(), pa.large_string()),
     }
     if times is not None:

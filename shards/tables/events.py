@@ -152,7 +152,7 @@ def _num_joined(connection: DuckDBPyConnection, table: EventTable, is_once: bool
     together. Only if a user's item counts once (``is_once``), lists that hold the same events again can be joined."""
     repeated = connection.execute(f"""
         SELECT id, count(*) OVER () FROM (SELECT id, min(rowid) AS first FROM {OWNERS}
-            WHERE id IS NOT NULL AND id::VARCHAR <> '' GROUP BY id HAVING count(*) > 1) ORDER BY first LIMIT 1
+            WHERE id IS NOT NULL GROUP BY id HAVING count(*) > 1) ORDER BY first LIMIT 1
         """).fetchall()
     connection.execute(f"DROP TABLE {OWNERS}")
     if not repeated:
@@ -175,8 +175,8 @@ def _parsed(names: list[str], has_times: bool) -> str:
     return f"""
         SELECT "user", "item", {", ".join(TIME_COLUMNS)}, CASE WHEN isnan(rating) THEN NULL ELSE rating END AS rating,
             "event", "split", "row", CASE WHEN cause IS NOT NULL THEN cause
-                WHEN "user" IS NULL OR "user"::VARCHAR = '' THEN 'no user'
-                WHEN "item" IS NULL OR "item"::VARCHAR = '' THEN 'no item'
+                WHEN "user" IS NULL THEN 'no user'
+                WHEN "item" IS NULL THEN 'no item'
                 WHEN {has_times} AND whole IS NULL AND part IS NULL AND moment IS NULL THEN 'time'
                 WHEN rating IS NULL AND rating_text IS NOT NULL OR isinf(rating) THEN 'rating'
                 WHEN {"split" in names} AND "split" IS NULL THEN 'split' END AS cause

@@ -21,7 +21,7 @@ from fmrl_dist.config.data_section import DataConfig
 from fmrl_dist.config.tables import SequenceTableConfig, TimeUnit
 from shards.tables.event_batches import check_event_table, event_tables
 from shards.tables.formats.choice import event_source
-from shards.tables.item_ids import ItemIds, check_unique, check_whole
+from shards.tables.item_ids import ItemIds, check_unique, check_whole, raw_ids
 from shards.tables.list_columns import starts_and_values
 from shards.tables.raw_tables import RawTable, TableBatches, read_batches
 from shards.tables.times import UNITS, NumberCounts, ticks_of, unit_counts, unit_of
@@ -63,7 +63,7 @@ def read_histories(data: DataConfig, ids: ItemIds, downloads: Path | None = None
     """
     table, names = event_source(data, data.sequences.path, downloads)
     columns = [names.user, names.items, *([names.times] if names.times else [])]
-    found = read_batches(table, columns, text=columns[1:], ids=columns[:2])
+    found = read_batches(table, columns, text=columns[1:], ids=columns[:2], lists=columns[1:])
     return HistoryBatches(found.num_rows, _parse_sequences(found, table, names, data, ids))
 
 
@@ -85,7 +85,7 @@ def _parse_sequences(
     user_column, all_users = f"column {names.user!r} of {table}", list[pa.Array]()
     for batch in found.batches:
         starts, values = starts_and_values(batch[names.items], item_column, as_ids=True)
-        items = ids.lookup(as_ids(values, item_column, data.item_ids), item_column)
+        items = ids.lookup(as_ids(raw_ids(values, item_column, data.item_ids), item_column), item_column)
         times, num_sorted, num_repeated = None, 0, 0
         if names.times:
             where = f"column {names.times!r} of {table}"
@@ -100,7 +100,7 @@ def _parse_sequences(
                 ticks, items = ticks[order], items[order]
             num_repeated = num_repeated_events(rows, ticks, items)
             times = _seconds(ticks, per_second)
-        all_users.append(as_ids(batch[names.user], user_column, data.user_ids))
+        all_users.append(as_ids(raw_ids(batch[names.user], user_column, data.user_ids), user_column))
         yield Histories(all_users[-1], starts, items, times, num_sorted, num_repeated)
     users = pa.chunked_array(all_users).combine_chunks()
     check_unique(users, user_column)
@@ -117,7 +117,7 @@ def _list_unit(table: RawTable, names: SequenceTableConfig) -> TimeUnit:
         return names.time_unit
     counts = NumberCounts(np.zeros(len(UNITS), np.int64), np.zeros(len(UNITS), np.int64))
     where = f"column {names.times!r} of {table}"
-    for batch in read_batches(table, [names.times], text=[names.times]).batches:
+    for batch in read_batches(table, [names.times], text=[names.times], lists=[names.times]).batches:
         _, values = starts_and_values(batch[names.times], where)
         if pa.types.is_timestamp(values.type):
             break

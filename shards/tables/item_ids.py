@@ -15,6 +15,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fmrl_dist.base.errors import UserError
+from fmrl_dist.base.id_columns import IdKind, ids_or_null
+from shards.tables.column_kinds import is_text
+
+
+def raw_ids(column: pa.Array | pa.ChunkedArray, where: str, kind: IdKind) -> pa.Array:
+    """Ids of a raw table as int64 or large_string; null where there is none, or one of blanks alone.
+
+    Raises:
+        UserError: as :func:`ids_or_null`.
+    """
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if is_text(column.type):
+        column = column.cast(pa.large_string())
+        is_blank = pc.or_(pc.equal(column, ""), pc.utf8_is_space(column))
+        column = pc.if_else(is_blank, None, column) if pc.any(is_blank).as_py() else column
+    return ids_or_null(column, where, kind)
+
 
 FLOAT = r"^-?[0-9]+\.0$"  # an integer as a float is written
 

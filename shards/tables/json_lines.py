@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +30,7 @@ from shards.tables.text_streams import opened_text
 BLOCK_BYTES = 1 << 24  # that are parsed at once; a line is no longer
 SAMPLE_LINES, SAMPLE_BYTES = 10_000, 1 << 22  # of a file, from which the names of its columns are known
 INTEGERS, TEXT = ("BIGINT", "UBIGINT", "HUGEINT", "UHUGEINT"), "VARCHAR"  # the engine's names of JSON types
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can write it, UTF-8 cannot
 NO_JSON = "\x01"  # no line of JSON holds it, so it parts nothing
 
 Lists = list[Any]
@@ -42,21 +45,25 @@ def json_names(file: Path) -> list[str]:
     return list(_names(file))
 
 
-def json_batches(file: Path, columns: Sequence[str], ids: Sequence[str], bad: Counter[str]) -> Iterator[pa.Table]:
+def json_batches(
+    file: Path, columns: Sequence[str], ids: Sequence[str], lists: Sequence[str], bad: Counter[str]
+) -> Iterator[pa.Table]:
     """Columns of a file, large_string or lists of it (of lists of it), a batch of lines at a time.
 
     Args:
         file: to read.
         columns: names or paths.
         ids: those among them that may hold text and whole numbers only.
+        lists: those of lists: a text among arrays is parsed to one; elsewhere it is a list of itself.
         bad: gets the number of lines that are left out.
 
     Raises:
         UserError: the file cannot be read, or a column holds objects, or one of ids something else than ids.
     """
     names = _names(file)
+    numbers = range(1, len(columns) + 1)
     paths = ", ".join(literal(_pointer(column, names)) for column in columns)
-    parts = [f"kinds[{n + 1}] AS kind{n}, texts[{n + 1}] AS text{n}" for n in range(len(columns))]
+    parts = [f"kinds[{n}] AS kind{n}, {_written(f'kinds[{n}]', f'texts[{n}]')} AS text{n}" for n in numbers]
     query = (
         f"SELECT line IS NOT NULL AND json_type(line) = 'OBJECT' AS is_row, {', '.join(parts)} FROM (SELECT line, "
         f"json_type(line, [{paths}]) AS kinds, json_extract_string(line, [{paths}]) AS texts FROM ("
@@ -73,8 +80,14 @@ def json_batches(file: Path, columns: Sequence[str], ids: Sequence[str], bad: Co
                 bad[UNREADABLE] += len(lines) - len(found)
             yield pa.table(
                 [
-                    _column(found[f"kind{n}"], found[f"text{n}"], f"column {column!r} of {file}", column in ids)
-                    for n, column in enumerate(columns)
+                    _column(
+                        found[f"kind{n}"],
+                        found[f"text{n}"],
+                        f"column {column!r} of {file}",
+                        as_ids=column in ids,
+                        as_lists=column in lists,
+                    )
+                    for n, column in zip(numbers, columns, strict=True)
                 ],
                 names=list(columns),
             )
@@ -101,23 +114,37 @@ def readable_json(file: Path) -> Iterator[None]:
         raise UserError(f"table {file} cannot be read: {what}; is the file complete, and in that format?") from None
 
 
+def list_of_cell(cell: str, where: str, as_ids: bool) -> Lists:
+    """What a text means where a list is expected: a JSON array, or words separated by spaces.
+
+    Raises:
+        UserError: as :func:`lists_of`.
+    """
+    cell = cell.strip()
+    return lists_of(cell, where, as_ids) if cell.startswith("[") else cell.split()
+
+
 def lists_of(cell: str, where: str, as_ids: bool) -> Lists:
     """A JSON array as a list of text, or of lists of text; null stays None.
 
     Raises:
-        UserError: it is none, holds objects, or, as ids, something else than text and whole numbers.
+        UserError: it is none, holds objects or half of a character, or, as ids, something else than text and whole
+            numbers.
     """
 
     def number(text: str) -> str:
         if as_ids:
             raise UserError(f"{where} holds the id {text}; expected integers or text")
-        return text
+        return repr(float(text)) if math.isfinite(float(text)) else text
 
     try:
         value = json.loads(cell, parse_int=str, parse_float=number, parse_constant=number)
     except (json.JSONDecodeError, RecursionError):
         raise UserError(f"{where} holds {cell[:60]!r}; expected a JSON list, or ids separated by spaces") from None
     require(isinstance(value, list), f"{where} holds {cell[:60]!r}; expected a list")
+    if "\\u" in cell:
+        is_text = not HALF_CHARACTER.search(json.dumps(value, ensure_ascii=False))
+        require(is_text, f"{where} holds {cell[:60]!r}, half of a character (a lone surrogate); write the whole one")
     return [_words(word, where, as_ids, 1) for word in value]
 
 
@@ -163,7 +190,7 @@ def _names_at(file: Path, _modified_ns: int, _size: int) -> dict[str, bool]:
         if isinstance(value, dict):
             _add_names(value, "", names)
             names |= dict.fromkeys(value, True)
-    return names
+    return {name: is_own for name, is_own in names.items() if not HALF_CHARACTER.search(name)}  # of an unreadable line
 
 
 def _pointer(column: str, names: Mapping[str, bool]) -> str:
@@ -179,21 +206,31 @@ def _add_names(value: dict[str, Any], prefix: str, names: dict[str, bool]) -> No
             _add_names(inner, f"{prefix}{key}.", names)
 
 
-def _column(kinds: pa.ChunkedArray, texts: pa.ChunkedArray, where: str, as_ids: bool) -> pa.Array:
+def _written(kind: str, text: str) -> str:
+    """SQL: the text of a value; that of a number with a fraction or exponent is Python's, as for any kind of file."""
+    number = f"TRY_CAST({text} AS DOUBLE)"
+    is_fraction = f"{kind} = 'DOUBLE' AND regexp_matches({text}, '[.e]') AND isfinite({number})"
+    return f"CASE WHEN {is_fraction} THEN {number}::VARCHAR ELSE {text} END"
+
+
+def _column(kinds: pa.ChunkedArray, texts: pa.ChunkedArray, where: str, as_ids: bool, as_lists: bool) -> pa.Array:
     found = set(kinds.unique().to_pylist()) - {None, "NULL"}
     require("OBJECT" not in found, f"{where} holds objects; name one of their fields, such as a.b")
     is_missing = pc.or_(pc.equal(kinds, "NULL"), pc.and_(pc.equal(kinds, "DOUBLE"), pc.equal(texts, "NaN")))
     texts = pc.if_else(is_missing, None, texts).cast(pa.large_string())
+    others = texts.filter(pc.invert(pc.is_in(kinds, pa.array([TEXT, *INTEGERS, "ARRAY", None])))).drop_null()
+    if as_ids and len(others):
+        raise UserError(f"{where} holds the id {others[0].as_py()}; expected integers or text")
     if "ARRAY" not in found:
-        others = texts.filter(pc.invert(pc.is_in(kinds, pa.array([TEXT, *INTEGERS, None])))).drop_null()
-        if as_ids and len(others):
-            raise UserError(f"{where} holds the id {others[0].as_py()}; expected integers or text")
         return texts
-    cells = [
-        None if text is None else lists_of(text, where, as_ids) if kind == "ARRAY" else [text]
-        for kind, text in zip(kinds.to_pylist(), texts.to_pylist(), strict=True)
-    ]
-    return list_array(cells)
+
+    def list_of(kind: str, text: str) -> Lists:
+        if kind == "ARRAY":
+            return lists_of(text, where, as_ids)
+        return list_of_cell(text, where, as_ids) if as_lists else [text]
+
+    cells = zip(kinds.to_pylist(), texts.to_pylist(), strict=True)
+    return list_array([None if text is None else list_of(kind, text) for kind, text in cells])
 
 
 def list_array(cells: Lists) -> pa.Array:

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 
 from fmrl_dist.base.errors import UserError
 from shards.tables.column_kinds import is_text
-from shards.tables.json_lines import list_array, lists_of
+from shards.tables.json_lines import list_array, list_of_cell
 
 
 def as_lists(column: pa.ChunkedArray, where: str, as_ids: bool = False) -> pa.Array:
@@ -48,13 +48,7 @@ def lengths_of(lists: pa.Array) -> np.ndarray:
 def _parsed(column: pa.ChunkedArray, where: str, as_ids: bool) -> pa.Array | pa.ChunkedArray:
     column = column.cast(pa.large_string())
     trimmed = pc.utf8_trim_whitespace(column)
-    if not pc.any(pc.or_(pc.starts_with(column, "["), pc.equal(trimmed, ""))).as_py():
+    if not pc.any(pc.or_(pc.starts_with(trimmed, "["), pc.equal(trimmed, ""))).as_py():
         lists = pc.utf8_split_whitespace(trimmed)
         return lists.cast(pa.large_list(pa.large_string()))
-    cells = column.to_pylist()
-    return list_array(
-        [
-            None if cell is None else lists_of(cell, where, as_ids) if cell.startswith("[") else cell.split()
-            for cell in cells
-        ]
-    )
+    return list_array([None if cell is None else list_of_cell(cell, where, as_ids) for cell in trimmed.to_pylist()])

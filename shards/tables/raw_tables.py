@@ -113,15 +113,20 @@ def read_batches(
     ids: Sequence[str] = (),
     rows_at_once: int = BATCH_ROWS,
     bad: Counter[str] | None = None,
+    lists: Sequence[str] = (),
 ) -> TableBatches:
-    """Like :func:`read_table`, in batches: of Parquet at most ``rows_at_once`` rows; text is not guessed."""
+    """Like :func:`read_table`, in batches: of Parquet at most ``rows_at_once`` rows; text is not guessed.
+
+    Texts of the columns ``lists`` become lists, here where JSON Lines have arrays beside them, else by
+    :func:`shards.tables.list_columns.as_lists`.
+    """
     table = as_table(table)
     columns = list(dict.fromkeys(columns))
     if table.file_kind == PARQUET:
         num_rows = _check_parts(table, columns)
         return TableBatches(num_rows, parquet_batches(table.files, columns, rows_at_once))
     _check_text(table, columns)
-    return TableBatches(None, _text_batches(table, columns, ids, bad))
+    return TableBatches(None, _text_batches(table, columns, ids, lists, bad))
 
 
 def table_types(table: RawTable | Path, columns: Sequence[str]) -> dict[str, pa.DataType]:
@@ -181,12 +186,12 @@ def _check_text(table: RawTable, columns: Sequence[str]) -> None:
 
 
 def _text_batches(
-    table: RawTable, columns: Sequence[str], ids: Sequence[str], bad: Counter[str] | None
+    table: RawTable, columns: Sequence[str], ids: Sequence[str], lists: Sequence[str], bad: Counter[str] | None
 ) -> Iterator[pa.Table]:
     for file in table.files:
         found: Counter[str] = Counter()
         batches = (
-            json_batches(file, columns, ids, found)
+            json_batches(file, columns, ids, lists, found)
             if table.file_kind == JSON
             else csv_batches(file, table.file_kind, table.csv, columns, found)
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import json
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,78 @@ def test_cells_of_words(tmp_path: Path) -> None:
     rows, counts = read_events(data, "user", "item", "time")
     assert rows == [("a", "x", None), ("a", "y", None), ("a", "0042", None), ("b", "z", None)]
     assert (counts.rows, counts.bad, counts.time_unit) == (5, {"no list of items": 1}, "none")
+
+
+@pytest.mark.parametrize("cell", [' ["x", "y z"]', '["x", "y z"] ', '\t["x",\n"y z"]'])
+def test_a_json_list_may_have_blanks_around_it(cell: str, tmp_path: Path) -> None:
+    sequences = {"path": "h.parquet", "user": "u", "items": "i"}
+    write_columns(tmp_path / "h.parquet", {"u": ["a"], "i": [cell]})
+    assert read_events(data_config(tmp_path, sequences=sequences), "item")[0] == [("x",), ("y z",)]
+
+
+def test_half_a_character_in_a_list(tmp_path: Path) -> None:
+    (tmp_path / "h.csv").write_text('u;i\na;["x", "\\ud800"]\n')
+    sequences = {"path": "h.csv", "user": "u", "items": "i", "csv": {"delimiter": ";", "quote": ""}}
+    with pytest.raises(UserError, match=r"column 'i' of .* half of a character \(a lone surrogate\); write"):
+        read_events(data_config(tmp_path, sequences=sequences))
+    (tmp_path / "h.csv").write_text('u;i\na;["\\ud83d\\ude00"]\n')
+    assert read_events(data_config(tmp_path, sequences=sequences), "item")[0] == [("\N{GRINNING FACE}",)]
+
+
+@pytest.mark.parametrize("neighbour", ["", '{"u": "b", "i": ["x"], "t": [1]}\n'])
+def test_a_text_among_lists_means_the_same_whatever_is_beside_it(neighbour: str, tmp_path: Path) -> None:
+    """As in a cell of a CSV: a JSON list, or words; also a number, which is a list of one."""
+    lines = ['{"u": "a", "i": "x y  z", "t": " [3, 1, 2]"}', '{"u": "c", "i": 7, "t": "5"}', '{"u": "d", "i": ""}']
+    (tmp_path / "h.jsonl").write_text(neighbour + "\n".join(lines))
+    sequences = {"path": "h.jsonl", "user": "u", "items": "i", "times": "t"}
+    data = data_config(tmp_path, sequences=sequences, dirt={"max_bad_rows": 0.5})
+    rows, counts = read_events(data, "user", "item", "time")
+    expected = [("a", "x", 3), ("a", "y", 1), ("a", "z", 2), ("c", "7", 5)]
+    assert [row for row in rows if row[0] != "b"] == [(user, item, time * 10**6) for user, item, time in expected]
+    assert counts.bad == {"lists of items and times differ in length": 1}
+
+
+@pytest.mark.parametrize("neighbour", ["", '{"u": "b", "i": ["x"]}\n'])
+def test_a_fraction_among_lists_is_no_id(neighbour: str, tmp_path: Path) -> None:
+    (tmp_path / "h.jsonl").write_text(neighbour + '{"u": "a", "i": 4.5}')
+    with pytest.raises(UserError, match="holds the id 4.5; expected integers or text"):
+        read_events(data_config(tmp_path, sequences={"path": "h.jsonl", "user": "u", "items": "i"}))
+
+
+@pytest.mark.parametrize(
+    ("columns", "line", "message"),
+    [
+        ({"times": "x"}, {"x": [2014, 7, 3]}, "column 'x' of .* holds times of type large_list"),
+        ({"rating": "x"}, {"x": [5]}, "column 'x' of .* holds ratings of type large_list.*; expected numbers"),
+        ({"event": "x"}, {"x": ["view"]}, "column 'x' of .* is of type large_list.*; expected text"),
+        ({"split": "x"}, {"x": ["train"]}, "column 'x' of .* is of type large_list.*; expected text"),
+        (
+            {"layout": "sequences", "items": "i", "times": "x"},
+            {"i": ["a"], "x": [[2014, 7, 3]]},
+            "column 'x' of .* holds times of type large_list",
+        ),
+    ],
+)
+def test_arrays_of_json_lines_where_none_fit(
+    columns: dict[str, str], line: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """Only the rows tell their types."""
+    (tmp_path / "e.jsonl").write_text(json.dumps({"u": "a", "i": "x"} | line))
+    with pytest.raises(UserError, match=message):
+        read_events(data_config(tmp_path, sequences=interactions("e.jsonl", times="") | columns))
+
+
+def test_ids_of_blanks_alone_are_none(tmp_path: Path) -> None:
+    (tmp_path / "e.csv").write_text('u,i\na,x\n  ,x\n"",x\na,\t\n')
+    sequences = interactions("e.csv", times="")
+    rows, counts = read_events(data_config(tmp_path, sequences=sequences, dirt={"max_bad_rows": 0.9}), "user", "item")
+    assert rows == [("a", "x")] and counts.bad == {"no user": 2, "no item": 1}
+
+
+def test_the_first_of_two_values_of_one_key_counts(tmp_path: Path) -> None:
+    (tmp_path / "e.jsonl").write_text('{"u": "a", "i": "x", "u": "b"}')
+    rows, _ = read_events(data_config(tmp_path, sequences=interactions("e.jsonl", times="")), "user", "item")
+    assert rows == [("a", "x")]
 
 
 MOMENT = 1_406_073_600_000_000  # 2014-07-23

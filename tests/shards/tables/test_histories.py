@@ -199,6 +199,19 @@ def test_two_columns_of_one_name(ending: str, tmp_path: Path) -> None:
 WRITTEN = ["007", "0x1A", "1.50", "true", "2021-01-01", "1E5"]
 
 
+@pytest.mark.parametrize("blank", ["", "  "])
+def test_an_id_of_blanks_alone_is_missing(blank: str, tmp_path: Path) -> None:
+    write_items(tmp_path / "items.parquet")
+    for column, users, lists in (
+        ("user_id", ["u", blank], [list("abc")] * 2),
+        ("item_ids", ["u", "v"], [list("abc"), ["a", blank, "c"]]),
+    ):
+        pq.write_table(pa.table({"user_id": users, "item_ids": lists}), tmp_path / "s.parquet")
+        config = tiny_config(tmp_path, tmp_path / "store", features={}, sequences={"path": "s.parquet"})
+        with pytest.raises(UserError, match=f"column '{column}' of .* holds 1 null ids; remove or fill these rows"):
+            build_store(config)
+
+
 def test_texts_of_a_csv_stay_as_they_are_written(tmp_path: Path) -> None:
     """Titles, and the columns of a template: each column alone would be taken for numbers, dates or truth values."""
     write_raw(tmp_path)
@@ -222,6 +235,27 @@ def test_a_number_of_a_csv_may_have_a_numbers_format(tmp_path: Path) -> None:
     features, text = {"words": {"source": "tfidf", "dim": 1}}, ["{title} costs {price:.2f}"]
     raw = RawData.read(tiny_config(tmp_path, tmp_path / "store", items=items, features=features, text=text))
     assert item_texts(raw.items.table, text, "").texts == ["007 costs 7.50", "Untitled Item"]
+
+
+@pytest.mark.parametrize(
+    ("cells", "spec", "bad"),
+    [
+        (["0.5", "N/A", "2"], ":.2f", "N/A"),
+        (["N/A", "0.5", "2"], ":.2f", "N/A"),
+        (["2014-01-02", "soon", "2014-01-03"], ":%Y", "soon"),
+        (["a", "b", "c"], ":.2f", "a"),
+    ],
+)
+def test_the_cell_that_is_no_number_is_named(cells: list[str], spec: str, bad: str, tmp_path: Path) -> None:
+    write_raw(tmp_path)
+    rows = "".join(f"{item},{cell}\n" for item, cell in zip("abc", cells, strict=True))
+    (tmp_path / "items.csv").write_text("item_id,price\n" + rows)
+    features, items = {"words": {"source": "tfidf", "dim": 1}}, {"path": "items.csv"}
+    config = tiny_config(
+        tmp_path, tmp_path / "store", items=items, features=features, text=[f"{{price{spec}}}"], on_unknown_item="drop"
+    )
+    with pytest.raises(UserError, match=f"column 'price' of .* holds '{bad}', and data.text formats it as a number"):
+        RawData.read(config)
 
 
 @pytest.mark.parametrize("word", ["0042", "42.0", "+42", "4e1"])

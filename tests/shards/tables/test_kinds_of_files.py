@@ -79,6 +79,40 @@ def test_lists_and_fields_of_items(kind: str, tmp_path: Path) -> None:
     assert {"meta", "meta.brand", "meta.n.m"} <= set(table_columns(tmp_path / f"items{kind}"))
 
 
+@pytest.mark.parametrize("kind", [".csv", ".jsonl", ".parquet"])
+def test_values_are_written_alike(kind: str, tmp_path: Path) -> None:
+    """As Python prints numbers; truth as JSON has it. A CSV is as it was written, here by Python."""
+    numbers = [1.0, 2.5, None, 1e16, 1e-5, 123456789.0]
+    columns: Columns = {
+        "id": list("abcdef"),
+        "title": numbers,
+        "b": [True, False, None, True, True, False],
+        "x": numbers,
+        "xs": [[1.0, 1e16], [], None, [1e-5], [2.5], [4.0]],
+    }
+    if kind == ".csv":
+        columns |= {"b": ["true", "false", None, "true", "true", "false"], "xs": [None] * 6}  # type: ignore[operator]
+    write_columns(tmp_path / f"items{kind}", columns)
+    text = ["{b} {x}", "{xs}"]
+    features = {"words": {"source": "tfidf", "dim": 1, "text": text}}
+    items = {"path": f"items{kind}", "id": "id", "title": "title"}
+    raw = read_raw_items(data_config(tmp_path, items=items, features=features))
+    assert raw.titles is not None
+    assert raw.titles.to_pylist() == ["1.0", "2.5", None, "1e+16", "1e-05", "123456789.0"]
+    texts = [text.split("|") for text in item_texts(raw.table, text, "|").texts]
+    assert [text[0] for text in texts] == [
+        *("true 1.0", "false 2.5", "Untitled Item", "true 1e+16", "true 1e-05", "false 123456789.0")
+    ]
+    if kind != ".csv":
+        assert [text[1:] for text in texts] == [["1.0, 1e+16"], [], [], ["1e-05"], ["2.5"], ["4.0"]]
+
+
+def test_a_title_that_is_no_number_is_none(tmp_path: Path) -> None:
+    write_columns(tmp_path / "items.parquet", {"item_id": ["a", "b"], "title": [float("nan"), 3.0]})
+    raw = read_raw_items(data_config(tmp_path, items={"path": "items.parquet", "title": "title"}))
+    assert raw.titles is not None and raw.titles.to_pylist() == [None, "3.0"]
+
+
 def test_json_lines_may_mix_texts_and_lists(tmp_path: Path) -> None:
     lines = ['{"id": 1, "x": ["a", 2, true]}', '{"id": "2", "x": "b"}', '{"id": 3, "x": null}', '{"id": 4}']
     (tmp_path / "t.jsonl").write_text("\n".join(lines))
@@ -97,7 +131,7 @@ def test_json_lines_may_lack_a_column_in_one_of_the_files(tmp_path: Path) -> Non
 
 
 def test_rows_of_items_that_cannot_be_used(tmp_path: Path) -> None:
-    lines = ['{"item_id": "a"}', "{", '{"title": "no id"}', '{"item_id": ""}', '{"item_id": "b"}']
+    lines = ['{"item_id": "a"}', "{", '{"title": "no id"}', '{"item_id": " "}', '{"item_id": "b"}']
     (tmp_path / "i.jsonl").write_text("\n".join(lines))
     data = data_config(tmp_path, items={"path": "i.jsonl"}, dirt={"max_bad_rows": 0.6})
     raw = read_raw_items(data)
