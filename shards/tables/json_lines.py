@@ -209,8 +209,11 @@ def _add_names(value: dict[str, Any], prefix: str, names: dict[str, bool]) -> No
 def _written(kind: str, text: str) -> str:
     """SQL: the text of a value; that of a number with a fraction or exponent is Python's, as for any kind of file."""
     number = f"TRY_CAST({text} AS DOUBLE)"
-    is_fraction = f"{kind} = 'DOUBLE' AND regexp_matches({text}, '[.e]') AND isfinite({number})"
-    return f"CASE WHEN {is_fraction} THEN {number}::VARCHAR ELSE {text} END"
+    # Most are written so already, and reading a number takes time: those that are not have an exponent, here or there.
+    large = f"(strlen({text}) > 16 AND contains({text}, '.'))"
+    small = f"starts_with({text}, '0.0000') OR starts_with({text}, '-0.0000')"
+    differs = f"{kind} = 'DOUBLE' AND (contains({text}, 'e') OR {large} OR {small})"
+    return f"CASE WHEN {differs} AND isfinite({number}) THEN {number}::VARCHAR ELSE {text} END"
 
 
 def _column(kinds: pa.ChunkedArray, texts: pa.ChunkedArray, where: str, as_ids: bool, as_lists: bool) -> pa.Array:
