@@ -94,7 +94,7 @@ def test_a_killed_build_is_resumed(shop: Path) -> None:
     encoded, kept = (int(word.replace(",", "")) for word in line.split() if word[0].isdigit())
     assert 0 < kept <= done * UNIT_TEXTS and encoded > 0
     # Only our own lines: neither bars nor warnings of the libraries.
-    words = ["feature", "text:", "feature", "item", "histories:", "built", "feature", "table"]
+    words = ["feature", "text:", "feature", "item", "histories:", "built", "split:", "feature", "table"]
     assert [line.split()[0] for line in stdout.splitlines()][: len(words)] == words  # and the rest of the report
     assert stderr == ""
     assert undisturbed.manifest.sha256 == Store.open(shop / "killed").manifest.sha256
