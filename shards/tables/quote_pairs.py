@@ -27,16 +27,17 @@ QUOTES_AS_THEY_ARE = "--data.sequences.csv.quote '' (or data.items) reads quotes
 
 
 class PairedQuotes(io.RawIOBase):
-    """A stream that gives the bytes of another one, once their quotes are checked."""
+    """A stream that gives the bytes of another one, once their quotes are checked.
 
-    def __init__(self, source: pa.NativeFile, quote: str, delimiter: str, longest: int, file: Path) -> None:
-        """Args:
+    Args:
         source: CSV in an encoding that keeps ASCII, such as UTF-8.
         quote: one ASCII character.
         delimiter: likewise.
         longest: bytes that a text in quotes may have.
         file: for messages.
-        """
+    """
+
+    def __init__(self, source: pa.NativeFile, quote: str, delimiter: str, longest: int, file: Path) -> None:
         super().__init__()
         self._source, self._quote, self._longest, self._file = source, quote.encode(), longest, file
         self._ends_cell = np.zeros(256, np.bool_)
