@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.base.table_files import rooted, shown_places
 from fmrl_dist.config.data_section import DataConfig
 from fmrl_dist.config.tables import InteractionsConfig
 from shards.interactions.engine import count
@@ -145,9 +146,10 @@ def _code_ids(
         FROM (SELECT item AS id, count(*) AS n FROM raw_events WHERE {wanted} AND item NOT IN (SELECT id FROM items)
               GROUP BY 1)""")
     connection.unregister("catalogue")
-    _check_whole(connection, "users", "data.sequences.path: its column of users")
+    source = shown_places(rooted(data.root, data.sequences.path))
+    _check_whole(connection, "users", f"the column of users of {source}")
     if catalogue is None:
-        _check_whole(connection, "unknown", "data.sequences.path: its column of items")
+        _check_whole(connection, "unknown", f"the column of items of {source}")
     num_unknown, events = connection.execute("SELECT count(*), coalesce(sum(n), 0) FROM unknown").fetchall()[0]
     if num_unknown and catalogue is not None:
         if data.on_unknown_item == "stop":

@@ -143,7 +143,8 @@ def test_csv_interactions(
     (folder / "items.csv").write_bytes(csv_bytes([["item_id", "x"], *([item, "1"] for item in items)], *style) + noise)
     (folder / "events.csv").write_bytes(csv_bytes([["user_id", "item_id", "time"], *map(list, written)], *style))
     sequences = {"path": "events.csv", "layout": "interactions", "items": "item_id", "times": "time" if timed else ""}
-    sequences["time_unit"] = "s"
+    if timed:
+        sequences["time_unit"] = "s"
     ties = {"ties": "table"}
     store = store_of(folder, items={"path": "items.csv"}, sequences=sequences, interactions=ties)
     if store is not None:

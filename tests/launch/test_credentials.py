@@ -116,7 +116,7 @@ def test_text_templates_are_no_places(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("key", "value"), [("data.root", URLS[0]), ("train.init", URLS[1]), ("store.path", URLS[2])])
 def test_no_key_of_a_config_is_recorded_with_them(key: str, value: str) -> None:
-    config = load_config(None, [f"--{key}", value])
+    config = load_config(None, ["--data.features", "{}", f"--{key}", value])
     assert SECRET not in config.to_yaml() and "***" in config.to_yaml()
 
 

@@ -145,7 +145,7 @@ CASES: dict[str, tuple[Spoil, str]] = {
     ),
     "users as floats, prepared": (
         both(histories({"1.0": U1, "12.0": U1}), data(interactions={"min_user_events": 2})),
-        "data.sequences.path: its column of users holds ids such as '1.0': whole numbers",
+        "column of users of .*sequences.parquet holds ids such as '1.0': whole numbers",
     ),
     "items as floats": (
         lambda root, values: write_items(root / "items.parquet", [f"{i}.0" for i in range(6)]),

@@ -152,8 +152,8 @@ def test_no_yaml(tmp_path: Path) -> None:
     ("values", "complaint"),
     [
         (
-            {"parameters": {"data.split.target": {"choices": ["first", "last"]}}},
-            "parameter 'data.split.target' says what a store holds, and all trials read one store",
+            {"parameters": {"data.interactions.min_user_events": {"choices": [1, 5]}}},
+            "parameter 'data.interactions.min_user_events' says what a store holds, and all trials read one store",
         ),
         (
             {"parameters": {"model.sizes": {"choices": [[8, 16], [8, 16, 32]]}}, "metric": "ndcg@10@mean"},
