@@ -83,7 +83,7 @@ class SweepStudy:
             waiting = self._optuna.trial.TrialState.WAITING
             for trial in drawn_before:
                 if WORKER not in trial.user_attrs and not trial.state.is_finished() and trial.state != waiting:
-                    self.fail(trial.number, "its worker died before the trial started")  # died right here
+                    self.fail(trial.number, "its worker died before the trial started")
             seed = int(np.random.SeedSequence((self._space.seed, len(drawn_before))).generate_state(1)[0])
             self._study.sampler = self._optuna.samplers.TPESampler(seed=seed)
             base_values = self._space.base_values()
