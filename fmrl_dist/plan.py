@@ -343,11 +343,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--max-step-s", type=float, default=2.0, help="longest step of an exact loss (default: 2)")
     arguments, config = parse_command(parser, argv)
     num_ranks = arguments.gpus if arguments.gpus is not None else arguments.cpus
-    positions = config.train.batch_size * config.data.max_length if arguments.positions is None else arguments.positions
     teraflops = arguments.teraflops
     lanes = config.train.num_lanes
     require(arguments.items > 0, f"--items is {arguments.items}; expected at least 1")
-    config = config.resolved(arguments.items, steps_per_epoch=1, has_features=arguments.feature_dims > 0)
+    config = config.resolved(arguments.items, num_users=1, num_events=1, has_features=arguments.feature_dims > 0)
+    positions = config.train.histories_per_step * config.data.max_length
+    positions = positions if arguments.positions is None else arguments.positions
     require(num_ranks > 0, f"--gpus or --cpus is {num_ranks}; expected at least 1")
     require(
         num_ranks <= lanes,

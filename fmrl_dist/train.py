@@ -111,15 +111,20 @@ def train_and_evaluate(config: Config, runtime: Runtime, resume: str | None, sto
     store = Store.open(config.store.path, config.store)
     for split in ("valid", "test"):
         require_users(store, split)
+    blocks = store.manifest.splits["train"]
+    config = config.resolved(
+        store.manifest.num_items,
+        num_users=sum(block.count for block in blocks),
+        num_events=sum(block.events for block in blocks),
+        has_features=bool(feature_dims(store, config.model.features)),
+    )
     order = Order(
-        [block.count for block in store.manifest.splits["train"]],
-        batch_size=config.train.batch_size,
+        [block.count for block in blocks],
+        batch_size=config.train.histories_per_step,
         lanes=config.train.num_lanes,
         seed=config.train.seed,
         pool_blocks=config.train.shuffle_blocks,
     )
-    has_features = bool(feature_dims(store, config.model.features))
-    config = config.resolved(store.manifest.num_items, order.steps_per_epoch, has_features)
     check_inline(config, store)
     check_targets(config, store)
     check_something_tells_items_apart(config, store)
@@ -378,7 +383,8 @@ def describe_start(run: Run, learner: Learner, step: int) -> str:
         f"{run.folder}: {run.runtime.describe()}\n"
         f"  config {run.config.hash}, {learner.num_parameters:,} parameters, sizes {list(run.config.model.sizes)}, "
         f"loss {learner.module.settings.impl}, {describe_softmax(run.config)}, {describe_ids(run.config.model)}\n"
-        f"  {manifest.num_users:,} users, {manifest.num_items:,} items, {run.order.steps_per_epoch} steps per epoch, "
+        f"  {manifest.num_users:,} users, {manifest.num_items:,} items, {run.order.steps_per_epoch} steps per epoch of "
+        f"{run.config.train.histories_per_step} histories each, "
         f"from step {step} to at most {run.total_steps}"
     )
 

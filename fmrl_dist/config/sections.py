@@ -121,8 +121,15 @@ class Config:
         """What a trained size's scores are divided by."""
         return self.temperatures[self.model.sizes.index(size)]
 
-    def resolved(self, num_items: int, steps_per_epoch: int, has_features: bool) -> Config:
-        """This configuration for a store: what is "auto" because it depends on one has its value."""
+    def resolved(self, num_items: int, num_users: int, num_events: int, has_features: bool) -> Config:
+        """This configuration for a store: what is "auto" because it depends on one has its value.
+
+        Args:
+            num_items: of the catalogue.
+            num_users: that train.
+            num_events: of their training histories.
+            has_features: whether the model reads any.
+        """
         inline = self.store.feature_mode == "inline"
         ids, softmax, epochs = self.model.id_table, self.loss.softmax, self.train.epochs
         id_dropout = self.model.id_dropout
@@ -133,8 +140,13 @@ class Config:
         if softmax == "auto":
             samples = self.loss.catalogue == "whole" and (inline or num_items > FULL_SOFTMAX_ITEMS)
             softmax = "sampled" if samples else "full"
+        batch_size = self.train.batch_size
+        if batch_size == "auto":
+            targets = num_events / num_users
+            in_windows = targets if self.data.windows == "all" else min(targets, self.data.max_length)
+            batch_size = self.train.auto_batch_size(in_windows)
         if epochs == "auto":
-            epochs = max(AUTO_EPOCHS, -(-AUTO_STEPS // steps_per_epoch))
+            epochs = max(AUTO_EPOCHS, -(-AUTO_STEPS // -(-num_users // batch_size)))
         id_lr_power = self.train.id_lr_power
         if id_lr_power == "auto":
             id_lr_power = AUTO_ID_LR_POWER if softmax == "sampled" else 0.0
@@ -145,7 +157,7 @@ class Config:
             self,
             model=dataclasses.replace(self.model, id_table=ids, id_dropout=id_dropout, window=window),
             loss=dataclasses.replace(self.loss, softmax=softmax),
-            train=dataclasses.replace(self.train, epochs=epochs, id_lr_power=id_lr_power),
+            train=dataclasses.replace(self.train, epochs=epochs, batch_size=batch_size, id_lr_power=id_lr_power),
         )
 
     @property

@@ -19,6 +19,7 @@ from fmrl_dist.config.parsing import (
 
 RANK_METRICS = ("recall", "ndcg", "mrr")
 MAX_CUTOFF = 1000  # of ranks that are counted
+MAX_AUTO_BATCH, MIN_AUTO_BATCH, AUTO_TARGETS = 128, 16, 2048  # histories of a step, and how many targets they may have
 TrainPrecision = Literal["fp32", "bf16"]
 
 
@@ -30,7 +31,9 @@ class TrainConfig:
     epochs: PositiveInt | Literal["auto"] = "auto"
     max_steps: NonNegativeInt = 0  # optimiser steps, at most; 0: no limit but the epochs
     schedule_epochs: NonNegativeInt = 0  # length of the cosine schedule; 0: train.epochs
-    batch_size: PositiveInt = 128  # histories per step, over all ranks
+    # histories per step, over all ranks, each with all its windows; auto: 128, halved while they have more than 2,048
+    # targets on average, but at least 16 and train.lanes
+    batch_size: PositiveInt | Literal["auto"] = "auto"
     lanes: NonNegativeInt = 0  # equal parts of the batch that ranks share out; 0: the batch's largest divisor up to 16
     micro_batches: PositiveInt = 1  # parts into which a rank divides its share of a batch, to hold one at a time
     shuffle_blocks: PositiveInt = 64  # blocks whose users are shuffled together; each lane's reader holds that many
@@ -65,8 +68,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_fields(self, "train")
         require(
-            self.lanes == 0 or self.batch_size % self.lanes == 0,
-            f"train.lanes is {self.lanes}, which does not divide train.batch_size {self.batch_size}",
+            self.lanes == 0 or self._largest_batch % self.lanes == 0,
+            f"train.lanes is {self.lanes}, which does not divide train.batch_size {self._largest_batch}",
         )
 
     @property
@@ -76,6 +79,12 @@ class TrainConfig:
         return self.epochs
 
     @property
+    def histories_per_step(self) -> int:
+        """Histories of a global batch, likewise."""
+        assert isinstance(self.batch_size, int), "resolved"
+        return self.batch_size
+
+    @property
     def id_lr_power_in_force(self) -> float:
         """How fast the ids' rates grow towards smaller sizes, likewise."""
         assert not isinstance(self.id_lr_power, str), "resolved"
@@ -83,8 +92,20 @@ class TrainConfig:
 
     @property
     def num_lanes(self) -> int:
-        """Lanes that divide the global batch (contracts: the largest divisor up to 16)."""
-        return self.lanes or max(n for n in range(1, 17) if self.batch_size % n == 0)
+        """Lanes that divide the global batch: unless they are set, its largest divisor up to 16."""
+        return self.lanes or max(n for n in range(1, 17) if self._largest_batch % n == 0)
+
+    @property
+    def _largest_batch(self) -> int:
+        """The batch; with auto the largest that it may be, which all lanes that it may have divide alike."""
+        return MAX_AUTO_BATCH if self.batch_size == "auto" else self.batch_size
+
+    def auto_batch_size(self, targets_per_history: float) -> int:
+        """What ``batch_size: auto`` is for histories with so many targets on average."""
+        batch_size = MAX_AUTO_BATCH
+        while batch_size > max(MIN_AUTO_BATCH, self.lanes) and batch_size * targets_per_history > AUTO_TARGETS:
+            batch_size //= 2
+        return batch_size
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,7 @@ def check_targets(config: Config, store: Store) -> None:
         "off: there is no target to learn from; turn it on, or build the store from longer histories",
     )
     loss, data, train = config.loss, config.data, config.train
-    users_together = train.batch_size // (train.num_lanes if loss.scope == "lane" else 1)
+    users_together = train.histories_per_step // (train.num_lanes if loss.scope == "lane" else 1)
     one_target_each = num_events == num_users or (data.max_length == 1 and data.windows == "last")
     require(
         loss.softmax == "full" or loss.negatives != "in_batch" or users_together > 1 or not one_target_each,

@@ -307,7 +307,7 @@ def test_micro_batches_save_memory_and_cost_operations(capsys: pytest.CaptureFix
     words = ["--items", "10000000", "--gpus", "8", "--positions", "4096"]
     once, twice, more = (
         plan.step_of(
-            load_config(None, ["--train.micro_batches", str(n)]).resolved(10**7, 1, True),
+            load_config(None, ["--train.micro_batches", str(n)]).resolved(10**7, 1, 1, True),
             10**7,
             8,
             384,

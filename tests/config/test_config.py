@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
@@ -115,6 +115,7 @@ def test_wrong_type(raw: Any, message: str, tmp_path: Path) -> None:
             "model.feature_scale is 0; expected none, standardize, length or float (more than 0)",
         ),
         ({"train": {"batch_size": 32, "lanes": 5}}, "train.lanes is 5, which does not divide train.batch_size 32"),
+        ({"train": {"lanes": 5}}, "train.lanes is 5, which does not divide train.batch_size 128"),
         ({"train": {"log_every_steps": 0}}, "train.log_every_steps is 0; expected at least 1"),
         ({"train": {"warmup_steps": -1}}, "train.warmup_steps is -1; expected at least 0"),
         ({"train": {"lr": 0}}, "train.lr is 0.0; expected more than 0"),
@@ -316,7 +317,9 @@ def test_width_follows_from_sizes(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_an_older_version_is_resumed(tmp_path: Path) -> None:
-    config = Config(run=RunConfig(dir=str(tmp_path))).resolved(num_items=1, steps_per_epoch=1, has_features=True)
+    config = Config(run=RunConfig(dir=str(tmp_path))).resolved(
+        num_items=1, num_users=1, num_events=1, has_features=True
+    )
     recorded = config.to_dict()
     recorded["model"]["width"] = config.model.width
     recorded["loss"]["impl"] = "compiled"
@@ -361,29 +364,51 @@ def test_a_recorded_file_means_what_was_done_then(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("store", "loss", "num_items", "steps_per_epoch", "has_features", "expected"),
+    ("store", "loss", "num_items", "num_users", "has_features", "expected"),
     [
-        ({}, {}, 4096, 175, True, (True, 0.1, "full", 20)),
-        ({}, {}, 4097, 174, True, (True, 0.1, "sampled", 21)),
-        ({}, {}, 4096, 175, False, (True, 0.0, "full", 20)),
-        ({}, {"catalogue": "split"}, 10**7, 10**5, True, (True, 0.1, "full", 20)),
+        ({}, {}, 4096, 128 * 174 + 1, True, (True, 0.1, "full", 20)),
+        ({}, {}, 4097, 128 * 174, True, (True, 0.1, "sampled", 21)),
+        ({}, {}, 4096, 128 * 175, False, (True, 0.0, "full", 20)),
+        ({}, {"catalogue": "split"}, 10**7, 10**7, True, (True, 0.1, "full", 20)),
         ({"feature_mode": "inline"}, {}, 100, 1, True, (False, 0.0, "sampled", 3500)),
-        ({"feature_mode": "inline"}, {"softmax": "full"}, 100, 4000, True, (False, 0.0, "full", 20)),
+        ({"feature_mode": "inline"}, {"softmax": "full"}, 100, 512_000, True, (False, 0.0, "full", 20)),
     ],
 )
 def test_what_depends_on_the_store(
     store: dict[str, Any],
     loss: dict[str, Any],
     num_items: int,
-    steps_per_epoch: int,
+    num_users: int,
     has_features: bool,
     expected: tuple[bool, float, str, int],
 ) -> None:
     config = Config(store=StoreConfig(**store), loss=LossConfig(**loss)).resolved(
-        num_items, steps_per_epoch, has_features
+        num_items, num_users, 5 * num_users, has_features
     )
     assert (config.model.id_table, config.model.id_dropout, config.loss.softmax, config.train.epochs) == expected
-    assert config.resolved(1, 1, True) == config, "what is set stays"
+    assert config.resolved(1, 1, 10**6, True) == config, "what is set stays"
+
+
+@pytest.mark.parametrize(
+    ("train", "windows", "num_events", "expected"),
+    [
+        ({}, "last", 16_000, (128, 16)),
+        ({}, "last", 16_001, (64, 16)),
+        ({}, "last", 10**6, (32, 16)),  # of 1,000 events 50 are targets
+        ({}, "all", 10**6, (16, 16)),
+        ({"lanes": 32}, "all", 10**6, (32, 32)),
+        ({"lanes": 4}, "all", 10**6, (16, 4)),
+        ({"batch_size": 96}, "all", 10**6, (96, 16)),
+    ],
+)
+def test_a_step_has_fewer_histories_where_they_are_long(
+    train: dict[str, Any], windows: Literal["last", "all"], num_events: int, expected: tuple[int, int]
+) -> None:
+    """So that long histories get as many steps out of an epoch; the lanes, which ranks share, are not fewer for it."""
+    config = Config(data=DataConfig(windows=windows), train=TrainConfig(epochs=1, **train))
+    lanes_before = config.train.num_lanes
+    config = config.resolved(100, 1000, num_events, True)
+    assert (config.train.batch_size, config.train.num_lanes) == expected and lanes_before == expected[1]
 
 
 def test_temperatures_follow_from_the_sizes() -> None:

@@ -54,7 +54,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_stream(config: Config, access: StoreConfig | None = None, skipped: Sequence[int] = ()) -> TrainStream:
     store = Store.open(config.store.path, access)
     counts = [block.count for block in store.manifest.splits["train"]]
-    order = Order(counts, config.train.batch_size, config.train.num_lanes, config.train.seed, pool_blocks=3)
+    order = Order(counts, config.train.histories_per_step, config.train.num_lanes, config.train.seed, pool_blocks=3)
     sampler, shared = make_sampler(config, store), config.loss.scope == "batch"
     return TrainStream(store, order, WindowRule(4, "all", True), sampler, shared, skipped)
 
