@@ -287,7 +287,7 @@ def step_of(
         num_items=num_items,
         id_width=(config.model.id_width or config.model.width) * config.model.has_ids,
         id_dropout=config.model.id_dropout_rate > 0,
-        dropout=max(config.model.dropout, config.model.lru_dropout) > 0,
+        dropout=any(config.model.dropout_rates.values()),
         num_ranks=num_ranks,
         positions=lanes_at_once * -(-positions // lanes),
         negatives=(drawn + others) * lanes_seen,

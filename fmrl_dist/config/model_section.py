@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -22,20 +23,25 @@ MIN_CHUNK_WIDTH = 4
 MAX_SIZES = 64  # far more than anyone deploys
 
 
+SPARSE_DROPOUT, SPARSE_EVENTS = 0.5, 30  # rate where an item has at most so many training events on average
+DENSE_DROPOUT, DENSE_EVENTS = 0.2, 300  # and where it has at least so many
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """fMRLRec (paper section 3), with what makes it better: norms at both ends, ids, a longer memory."""
 
     sizes: tuple[int, ...] = (8, 16, 32, 64, 128)  # Matryoshka sizes, increasing by at least 4; the last is the width
     depth: Annotated[int, Limits(1, 1000)] = 2  # number of blocks
-    # rate on the input embeddings and in the feed-forward network, of the last channels
-    dropout: Fraction = 0.5
+    # rate on the input embeddings and in the feed-forward network, of the last channels; auto: 0.5 if an item has up to
+    # 30 training events on average, 0.2 from 300 on, and between them along their logarithm
+    dropout: Fraction | Literal["auto"] = "auto"
     # what lets the events of a history see each other: lru: the paper's linear recurrence | attention: causal, as
     # SASRec's | filter: FMLP-Rec's learned filter, causal | circular: the same as published, over all of a window |
     # bsarec: causal attention beside a rescaling of high frequencies | bidirectional: attention to all of a history,
     # trained to fill in masked items, as BERT4Rec
     mixer: Literal["lru", "attention", "filter", "circular", "bsarec", "bidirectional"] = "lru"
-    lru_dropout: Fraction = 0.5  # rate after the mixer, of the last channels
+    lru_dropout: Fraction | Literal["auto"] = "auto"  # rate after the mixer, of the last channels; auto: likewise
     # how fast both rates fall towards smaller sizes: the channels that size m adds have the rate times
     # (m / width)^dropout_power; 0: all have the same
     dropout_power: Annotated[float, Limits(0, 2)] = 0.4
@@ -120,6 +126,12 @@ class ModelConfig:
         return self.id_dropout
 
     @property
+    def dropout_rates(self) -> dict[str, float]:
+        """``dropout`` and ``lru_dropout``, likewise."""
+        assert not isinstance(self.dropout, str) and not isinstance(self.lru_dropout, str), "resolved"
+        return {"dropout": self.dropout, "lru_dropout": self.lru_dropout}
+
+    @property
     def num_window_events(self) -> int:
         """Events that the mixer reads, likewise; 1 for the LRU, which has no limit."""
         assert self.mixer == "lru" or isinstance(self.window, int), "resolved"
@@ -129,6 +141,12 @@ class ModelConfig:
     def width(self) -> int:
         """D, the largest size."""
         return self.sizes[-1]
+
+
+def auto_dropout(events_per_item: float) -> float:
+    """What ``dropout: auto`` is, to two decimals: less where items are seen so often that there is less to overfit."""
+    density = math.log(max(events_per_item, SPARSE_EVENTS) / SPARSE_EVENTS) / math.log(DENSE_EVENTS / SPARSE_EVENTS)
+    return round(SPARSE_DROPOUT + (DENSE_DROPOUT - SPARSE_DROPOUT) * min(density, 1), 2)
 
 
 def check_sizes(sizes: tuple[int, ...]) -> None:

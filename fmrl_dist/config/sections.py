@@ -21,11 +21,10 @@ import yaml
 from fmrl_dist.base.errors import require
 from fmrl_dist.base.urls import hide_credentials
 from fmrl_dist.config.data_section import DataConfig, StoreConfig
-from fmrl_dist.config.model_section import LossConfig, ModelConfig
-from fmrl_dist.config.train_section import EvalConfig, RunConfig, TrainConfig
+from fmrl_dist.config.model_section import LossConfig, ModelConfig, auto_dropout
+from fmrl_dist.config.train_section import AUTO_EPOCHS, MIN_AUTO_STEPS, EvalConfig, RunConfig, TrainConfig
 
 FULL_SOFTMAX_ITEMS = 4096  # so many are scored at once anyway
-AUTO_EPOCHS, AUTO_STEPS = 20, 3500  # at least
 AUTO_ID_DROPOUT = 0.1
 AUTO_ID_LR_POWER = 0.67
 
@@ -144,18 +143,29 @@ class Config:
         if batch_size == "auto":
             targets = num_events / num_users
             in_windows = targets if self.data.windows == "all" else min(targets, self.data.max_length)
-            batch_size = self.train.auto_batch_size(in_windows)
+            batch_size = self.train.auto_batch_size(num_users, in_windows)
         if epochs == "auto":
-            epochs = max(AUTO_EPOCHS, -(-AUTO_STEPS // -(-num_users // batch_size)))
+            epochs = max(AUTO_EPOCHS, -(-MIN_AUTO_STEPS // -(-num_users // batch_size)))
         id_lr_power = self.train.id_lr_power
         if id_lr_power == "auto":
             id_lr_power = AUTO_ID_LR_POWER if softmax == "sampled" else 0.0
         window = self.model.window
         if window == "auto" and self.model.mixer != "lru":
             window = self.data.max_length
+        dropout, lru_dropout = (
+            auto_dropout(num_events / num_items) if rate == "auto" else rate
+            for rate in (self.model.dropout, self.model.lru_dropout)
+        )
         return dataclasses.replace(
             self,
-            model=dataclasses.replace(self.model, id_table=ids, id_dropout=id_dropout, window=window),
+            model=dataclasses.replace(
+                self.model,
+                id_table=ids,
+                id_dropout=id_dropout,
+                window=window,
+                dropout=dropout,
+                lru_dropout=lru_dropout,
+            ),
             loss=dataclasses.replace(self.loss, softmax=softmax),
             train=dataclasses.replace(self.train, epochs=epochs, batch_size=batch_size, id_lr_power=id_lr_power),
         )

@@ -19,7 +19,9 @@ from fmrl_dist.config.parsing import (
 
 RANK_METRICS = ("recall", "ndcg", "mrr")
 MAX_CUTOFF = 1000  # of ranks that are counted
-MAX_AUTO_BATCH, MIN_AUTO_BATCH, AUTO_TARGETS = 128, 16, 2048  # histories of a step, and how many targets they may have
+AUTO_EPOCHS, MIN_AUTO_STEPS = 20, 400  # passes over the training users, or as many as make so many steps
+MAX_AUTO_BATCH, MIN_AUTO_BATCH = 128, 16  # histories of a step: fewer, where that brings the next two about
+MAX_AUTO_TARGETS, WANTED_AUTO_STEPS = 1024, 750  # of a step on average; in 20 epochs
 TrainPrecision = Literal["fp32", "bf16"]
 
 
@@ -27,12 +29,12 @@ TrainPrecision = Literal["fp32", "bf16"]
 class TrainConfig:
     """Optimisation (paper section 5.3), reading ahead, and checkpoints."""
 
-    # passes over the training users, at most; early stopping may end a run earlier; auto: 20, or more for 3,500 steps
+    # passes over the training users, at most; early stopping may end a run earlier; auto: 20, or more for 400 steps
     epochs: PositiveInt | Literal["auto"] = "auto"
     max_steps: NonNegativeInt = 0  # optimiser steps, at most; 0: no limit but the epochs
     schedule_epochs: NonNegativeInt = 0  # length of the cosine schedule; 0: train.epochs
-    # histories per step, over all ranks, each with all its windows; auto: 128, halved while they have more than 2,048
-    # targets on average, but at least 16 and train.lanes
+    # histories per step, over all ranks, each with all its windows; auto: 128, halved while they have more than 1,024
+    # targets on average or 20 epochs less than 750 steps, but at least 16 and train.lanes
     batch_size: PositiveInt | Literal["auto"] = "auto"
     lanes: NonNegativeInt = 0  # equal parts of the batch that ranks share out; 0: the batch's largest divisor up to 16
     micro_batches: PositiveInt = 1  # parts into which a rank divides its share of a batch, to hold one at a time
@@ -100,10 +102,12 @@ class TrainConfig:
         """The batch; with auto the largest that it may be, which all lanes that it may have divide alike."""
         return MAX_AUTO_BATCH if self.batch_size == "auto" else self.batch_size
 
-    def auto_batch_size(self, targets_per_history: float) -> int:
-        """What ``batch_size: auto`` is for histories with so many targets on average."""
+    def auto_batch_size(self, num_users: int, targets_per_user: float) -> int:
+        """What ``batch_size: auto`` is: small where a step would have many targets, or an epoch few steps."""
         batch_size = MAX_AUTO_BATCH
-        while batch_size > max(MIN_AUTO_BATCH, self.lanes) and batch_size * targets_per_history > AUTO_TARGETS:
+        while batch_size > max(MIN_AUTO_BATCH, self.lanes) and (
+            batch_size * targets_per_user > MAX_AUTO_TARGETS or batch_size * WANTED_AUTO_STEPS > AUTO_EPOCHS * num_users
+        ):
             batch_size //= 2
         return batch_size
 

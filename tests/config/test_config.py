@@ -105,7 +105,7 @@ def test_wrong_type(raw: Any, message: str, tmp_path: Path) -> None:
         ({"model": {"sizes": [8, 11, 128]}}, "model.sizes [8, 11, 128] have a chunk of 3 channels"),
         ({"model": {"sizes": [8, 64], "width": 128}}, "the last of model.sizes is 64 but model.width is 128"),
         ({"model": {"depth": 0}}, "model.depth is 0; expected 1 <= value <= 1000"),
-        ({"model": {"dropout": 1.0}}, "model.dropout is 1.0; expected 0 <= value < 1"),
+        ({"model": {"dropout": 1.0}}, "model.dropout is 1.0; expected float (0 <= value < 1) or auto"),
         ({"model": {"r_min": 0.2, "r_max": 0.1}}, "model.r_min, r_max are 0.2, 0.1"),
         ({"model": {"features": [], "id_table": False}}, "model.features is empty and model.id_table is off"),
         ({"model": {"features": ["text", "text"]}}, "model.features ['text', 'text'] name a feature twice"),
@@ -228,7 +228,7 @@ def test_impossible_value(raw: Any, message: str, tmp_path: Path) -> None:
             lambda: TrainConfig(precision="fp16"),  # type: ignore[arg-type]
             "train.precision is 'fp16'; expected one of: fp32, bf16",
         ),
-        (lambda: ModelConfig(dropout=1.0), "model.dropout is 1.0; expected 0 <= value < 1"),
+        (lambda: ModelConfig(dropout=1.0), "model.dropout is 1.0; expected float (0 <= value < 1) or auto"),
         (lambda: DataConfig(features={"text": NpyFeature(path="a.npy", dim=-1)}), "data.features.text.dim is -1"),
     ],
 )
@@ -366,11 +366,11 @@ def test_a_recorded_file_means_what_was_done_then(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("store", "loss", "num_items", "num_users", "has_features", "expected"),
     [
-        ({}, {}, 4096, 128 * 174 + 1, True, (True, 0.1, "full", 20)),
-        ({}, {}, 4097, 128 * 174, True, (True, 0.1, "sampled", 21)),
-        ({}, {}, 4096, 128 * 175, False, (True, 0.0, "full", 20)),
+        ({}, {}, 4096, 10_000, True, (True, 0.1, "full", 20)),
+        ({}, {}, 4097, 10_000, True, (True, 0.1, "sampled", 20)),
+        ({}, {}, 4096, 10_000, False, (True, 0.0, "full", 20)),
         ({}, {"catalogue": "split"}, 10**7, 10**7, True, (True, 0.1, "full", 20)),
-        ({"feature_mode": "inline"}, {}, 100, 1, True, (False, 0.0, "sampled", 3500)),
+        ({"feature_mode": "inline"}, {}, 100, 1, True, (False, 0.0, "sampled", 400)),
         ({"feature_mode": "inline"}, {"softmax": "full"}, 100, 512_000, True, (False, 0.0, "full", 20)),
     ],
 )
@@ -390,25 +390,41 @@ def test_what_depends_on_the_store(
 
 
 @pytest.mark.parametrize(
-    ("train", "windows", "num_events", "expected"),
+    ("train", "windows", "num_users", "mean_events", "expected"),
     [
-        ({}, "last", 16_000, (128, 16)),
-        ({}, "last", 16_001, (64, 16)),
-        ({}, "last", 10**6, (32, 16)),  # of 1,000 events 50 are targets
-        ({}, "all", 10**6, (16, 16)),
-        ({"lanes": 32}, "all", 10**6, (32, 32)),
-        ({"lanes": 4}, "all", 10**6, (16, 4)),
-        ({"batch_size": 96}, "all", 10**6, (96, 16)),
+        ({}, "last", 4_800, 8, (128, 16)),
+        ({}, "last", 4_799, 8, (64, 16)),
+        ({}, "last", 1_200, 8, (32, 16)),
+        ({}, "last", 100, 8, (16, 16)),
+        ({}, "last", 10**7, 9, (64, 16)),
+        ({}, "last", 10**7, 10**3, (16, 16)),  # of 1,000 events 50 are targets
+        ({}, "all", 10**7, 30, (32, 16)),
+        ({}, "all", 10**7, 10**3, (16, 16)),
+        ({"lanes": 32}, "all", 10**7, 10**3, (32, 32)),
+        ({"lanes": 4}, "last", 100, 8, (16, 4)),
+        ({"batch_size": 96}, "all", 100, 10**3, (96, 16)),
     ],
 )
-def test_a_step_has_fewer_histories_where_they_are_long(
-    train: dict[str, Any], windows: Literal["last", "all"], num_events: int, expected: tuple[int, int]
+def test_a_step_has_fewer_histories_where_they_are_long_or_few(
+    train: dict[str, Any],
+    windows: Literal["last", "all"],
+    num_users: int,
+    mean_events: int,
+    expected: tuple[int, int],
 ) -> None:
-    """So that long histories get as many steps out of an epoch; the lanes, which ranks share, are not fewer for it."""
+    """So that an epoch has as many steps as it can use; the lanes, which ranks share, are not fewer for it."""
     config = Config(data=DataConfig(windows=windows), train=TrainConfig(epochs=1, **train))
     lanes_before = config.train.num_lanes
-    config = config.resolved(100, 1000, num_events, True)
+    config = config.resolved(100, num_users, num_users * mean_events, True)
     assert (config.train.batch_size, config.train.num_lanes) == expected and lanes_before == expected[1]
+
+
+@pytest.mark.parametrize(
+    ("events_per_item", "expected"), [(1, 0.5), (30, 0.5), (95, 0.35), (299, 0.2), (300, 0.2), (10**6, 0.2)]
+)
+def test_dropout_follows_how_often_items_are_seen(events_per_item: int, expected: float) -> None:
+    config = Config(model=ModelConfig(lru_dropout=0.1)).resolved(100, 100, 100 * events_per_item, True)
+    assert config.model.dropout_rates == {"dropout": expected, "lru_dropout": 0.1}
 
 
 def test_temperatures_follow_from_the_sizes() -> None:
