@@ -70,8 +70,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_fields(self, "train")
         require(
-            self.lanes == 0 or self._largest_batch % self.lanes == 0,
-            f"train.lanes is {self.lanes}, which does not divide train.batch_size {self._largest_batch}",
+            self.lanes == 0 or self.largest_batch_size % self.lanes == 0,
+            f"train.lanes is {self.lanes}, which does not divide train.batch_size {self.largest_batch_size}",
         )
 
     @property
@@ -95,10 +95,10 @@ class TrainConfig:
     @property
     def num_lanes(self) -> int:
         """Lanes that divide the global batch: unless they are set, its largest divisor up to 16."""
-        return self.lanes or max(n for n in range(1, 17) if self._largest_batch % n == 0)
+        return self.lanes or max(n for n in range(1, 17) if self.largest_batch_size % n == 0)
 
     @property
-    def _largest_batch(self) -> int:
+    def largest_batch_size(self) -> int:
         """The batch; with auto the largest that it may be, which all lanes that it may have divide alike."""
         return MAX_AUTO_BATCH if self.batch_size == "auto" else self.batch_size
 

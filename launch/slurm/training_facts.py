@@ -1,6 +1,6 @@
 """``python -m launch.slurm.training_facts [--config C] [--section.key VALUE …]``: what launch/train.slurm must know.
 
-Prints the number of lanes, the batch size and the run's folder, or one line about a mistake in the config. It reads the
+Prints the number of lanes, the batch size (with auto the largest that it may be) and the run's folder, or one line about a mistake in the config. It reads the
 config only, so it does not wait for PyTorch's import, which takes longer than all the rest of a job's start.
 """
 
@@ -18,7 +18,7 @@ def main(argv: list[str]) -> None:
     arguments, overrides = parser.parse_known_args(argv)
     config = load_config(arguments.config, overrides)
     refuse_credentials_in_config(config)
-    print(config.train.num_lanes, config.train.batch_size, config.run.dir)
+    print(config.train.num_lanes, config.train.largest_batch_size, config.run.dir)
 
 
 if __name__ == "__main__":
