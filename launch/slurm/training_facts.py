@@ -1,7 +1,8 @@
 """``python -m launch.slurm.training_facts [--config C] [--section.key VALUE …]``: what launch/train.slurm must know.
 
-Prints the number of lanes, the batch size (with auto the largest that it may be) and the run's folder, or one line about a mistake in the config. It reads the
-config only, so it does not wait for PyTorch's import, which takes longer than all the rest of a job's start.
+Prints the number of lanes, the batch size (with auto the largest that it may be) and the run's folder, or one line
+about a mistake in the config. It reads the config only, so it does not wait for PyTorch's import, which takes longer
+than all the rest of a job's start.
 """
 
 from __future__ import annotations
