@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
 
 import torch
@@ -346,6 +346,7 @@ def main(argv: list[str]) -> None:
     teraflops = arguments.teraflops
     lanes = config.train.num_lanes
     require(arguments.items > 0, f"--items is {arguments.items}; expected at least 1")
+    config = replace(config, train=replace(config.train, batch_size=config.train.largest_batch_size))
     config = config.resolved(arguments.items, num_users=1, num_events=1, has_features=arguments.feature_dims > 0)
     positions = config.train.histories_per_step * config.data.max_length
     positions = positions if arguments.positions is None else arguments.positions

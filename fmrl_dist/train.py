@@ -49,6 +49,7 @@ from fmrl_dist.data.item_table import feature_dims
 from fmrl_dist.data.negatives import NegativeSampler, make_sampler
 from fmrl_dist.data.order import Order
 from fmrl_dist.data.store.reader import Store, require_users
+from fmrl_dist.data.store.resolve import resolved_for
 from fmrl_dist.data.streamed_negatives import StreamedNegatives
 from fmrl_dist.data.train_stream import TrainStream
 from fmrl_dist.data.windows import window_rule
@@ -111,15 +112,10 @@ def train_and_evaluate(config: Config, runtime: Runtime, resume: str | None, sto
     store = Store.open(config.store.path, config.store)
     for split in ("valid", "test"):
         require_users(store, split)
-    blocks = store.manifest.splits["train"]
-    config = config.resolved(
-        store.manifest.num_items,
-        num_users=sum(block.count for block in blocks),
-        num_events=sum(block.events for block in blocks),
-        has_features=bool(feature_dims(store, config.model.features)),
-    )
+    feature_dims(store, config.model.features)  # refuses names that the store lacks
+    config = resolved_for(config, store.manifest)
     order = Order(
-        [block.count for block in blocks],
+        [block.count for block in store.manifest.splits["train"]],
         batch_size=config.train.histories_per_step,
         lanes=config.train.num_lanes,
         seed=config.train.seed,
@@ -382,7 +378,8 @@ def describe_start(run: Run, learner: Learner, step: int) -> str:
     return (
         f"{run.folder}: {run.runtime.describe()}\n"
         f"  config {run.config.hash}, {learner.num_parameters:,} parameters, sizes {list(run.config.model.sizes)}, "
-        f"loss {learner.module.settings.impl}, {describe_softmax(run.config)}, {describe_ids(run.config.model)}\n"
+        f"loss {learner.module.settings.impl}, {describe_softmax(run.config)}, {describe_ids(run.config.model)}, "
+        f"dropout {describe_dropout(run.config.model)}\n"
         f"  {manifest.num_users:,} users, {manifest.num_items:,} items, {run.order.steps_per_epoch} steps per epoch of "
         f"{run.config.train.histories_per_step} histories each, "
         f"from step {step} to at most {run.total_steps}"
@@ -401,6 +398,11 @@ def describe_softmax(config: Config) -> str:
 def describe_ids(model: ModelConfig) -> str:
     """Which channels have ids."""
     return f"ids on {model.id_width or model.width} channels" if model.has_ids else "no ids"
+
+
+def describe_dropout(model: ModelConfig) -> str:
+    """The rates of the last channels."""
+    return " and ".join(dict.fromkeys(f"{rate:g}" for rate in model.dropout_rates.values()))
 
 
 def load_best(folder: Path, runtime: Runtime) -> Checkpoint:

@@ -23,8 +23,8 @@ MIN_CHUNK_WIDTH = 4
 MAX_SIZES = 64  # far more than anyone deploys
 
 
-SPARSE_DROPOUT, SPARSE_EVENTS = 0.5, 30  # rate where an item has at most so many training events on average
-DENSE_DROPOUT, DENSE_EVENTS = 0.2, 300  # and where it has at least so many
+SPARSE_DROPOUT, SPARSE_TARGETS = 0.5, 30  # rate where an item is at most so many targets of an epoch on average
+DENSE_DROPOUT, DENSE_TARGETS = 0.2, 300  # and where it is at least so many
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ModelConfig:
     sizes: tuple[int, ...] = (8, 16, 32, 64, 128)  # Matryoshka sizes, increasing by at least 4; the last is the width
     depth: Annotated[int, Limits(1, 1000)] = 2  # number of blocks
     # rate on the input embeddings and in the feed-forward network, of the last channels; auto: 0.5 if an item has up to
-    # 30 training events on average, 0.2 from 300 on, and between them along their logarithm
+    # 30 targets in an epoch on average, 0.2 from 300 on, and between them along their logarithm
     dropout: Fraction | Literal["auto"] = "auto"
     # what lets the events of a history see each other: lru: the paper's linear recurrence | attention: causal, as
     # SASRec's | filter: FMLP-Rec's learned filter, causal | circular: the same as published, over all of a window |
@@ -143,9 +143,10 @@ class ModelConfig:
         return self.sizes[-1]
 
 
-def auto_dropout(events_per_item: float) -> float:
+def auto_dropout(targets_per_item: float) -> float:
     """What ``dropout: auto`` is, to two decimals: less where items are seen so often that there is less to overfit."""
-    density = math.log(max(events_per_item, SPARSE_EVENTS) / SPARSE_EVENTS) / math.log(DENSE_EVENTS / SPARSE_EVENTS)
+    sparse, dense = math.log(SPARSE_TARGETS), math.log(DENSE_TARGETS)
+    density = max(math.log(max(targets_per_item, 1)) - sparse, 0) / (dense - sparse)
     return round(SPARSE_DROPOUT + (DENSE_DROPOUT - SPARSE_DROPOUT) * min(density, 1), 2)
 
 

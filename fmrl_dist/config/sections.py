@@ -139,11 +139,11 @@ class Config:
         if softmax == "auto":
             samples = self.loss.catalogue == "whole" and (inline or num_items > FULL_SOFTMAX_ITEMS)
             softmax = "sampled" if samples else "full"
-        batch_size = self.train.batch_size
+        batch_size, targets_per_user = self.train.batch_size, num_events / num_users
+        if self.data.windows == "last":
+            targets_per_user = min(targets_per_user, self.data.max_length)
         if batch_size == "auto":
-            targets = num_events / num_users
-            in_windows = targets if self.data.windows == "all" else min(targets, self.data.max_length)
-            batch_size = self.train.auto_batch_size(num_users, in_windows)
+            batch_size = self.train.auto_batch_size(num_users, targets_per_user)
         if epochs == "auto":
             epochs = max(AUTO_EPOCHS, -(-MIN_AUTO_STEPS // -(-num_users // batch_size)))
         id_lr_power = self.train.id_lr_power
@@ -153,7 +153,7 @@ class Config:
         if window == "auto" and self.model.mixer != "lru":
             window = self.data.max_length
         dropout, lru_dropout = (
-            auto_dropout(num_events / num_items) if rate == "auto" else rate
+            auto_dropout(num_users * targets_per_user / num_items) if rate == "auto" else rate
             for rate in (self.model.dropout, self.model.lru_dropout)
         )
         return dataclasses.replace(

@@ -20,8 +20,9 @@ from fmrl_dist.config.parsing import (
 RANK_METRICS = ("recall", "ndcg", "mrr")
 MAX_CUTOFF = 1000  # of ranks that are counted
 AUTO_EPOCHS, MIN_AUTO_STEPS = 20, 400  # passes over the training users, or as many as make so many steps
-MAX_AUTO_BATCH, MIN_AUTO_BATCH = 128, 16  # histories of a step: fewer, where that brings the next two about
-MAX_AUTO_TARGETS, WANTED_AUTO_STEPS = 1024, 750  # of a step on average; in 20 epochs
+MAX_AUTO_BATCH, MIN_AUTO_BATCH = 128, 16  # histories of a step: halved until
+WANTED_AUTO_STEPS = 750  # 20 epochs have so many steps, and
+MAX_AUTO_TARGETS, MANY_AUTO_STEPS = 1024, 5000  # a step has at most so many targets on average, or 20 epochs many steps
 TrainPrecision = Literal["fp32", "bf16"]
 
 
@@ -33,8 +34,8 @@ class TrainConfig:
     epochs: PositiveInt | Literal["auto"] = "auto"
     max_steps: NonNegativeInt = 0  # optimiser steps, at most; 0: no limit but the epochs
     schedule_epochs: NonNegativeInt = 0  # length of the cosine schedule; 0: train.epochs
-    # histories per step, over all ranks, each with all its windows; auto: 128, halved while they have more than 1,024
-    # targets on average or 20 epochs less than 750 steps, but at least 16 and train.lanes
+    # histories per step, over all ranks, each with all its windows; auto: 128, halved while 20 epochs have fewer than
+    # 750 steps, or fewer than 5,000 and a step more than 1,024 targets on average; but at least 16, and train.lanes
     batch_size: PositiveInt | Literal["auto"] = "auto"
     lanes: NonNegativeInt = 0  # equal parts of the batch that ranks share out; 0: the batch's largest divisor up to 16
     micro_batches: PositiveInt = 1  # parts into which a rank divides its share of a batch, to hold one at a time
@@ -103,11 +104,12 @@ class TrainConfig:
         return MAX_AUTO_BATCH if self.batch_size == "auto" else self.batch_size
 
     def auto_batch_size(self, num_users: int, targets_per_user: float) -> int:
-        """What ``batch_size: auto`` is: small where a step would have many targets, or an epoch few steps."""
+        """What ``batch_size: auto`` is: small where an epoch would have few steps, and a step many targets."""
         batch_size = MAX_AUTO_BATCH
-        while batch_size > max(MIN_AUTO_BATCH, self.lanes) and (
-            batch_size * targets_per_user > MAX_AUTO_TARGETS or batch_size * WANTED_AUTO_STEPS > AUTO_EPOCHS * num_users
-        ):
+        while batch_size > max(MIN_AUTO_BATCH, self.lanes):
+            steps, targets = AUTO_EPOCHS * num_users / batch_size, batch_size * targets_per_user
+            if steps >= WANTED_AUTO_STEPS and (targets <= MAX_AUTO_TARGETS or steps >= MANY_AUTO_STEPS):
+                break
             batch_size //= 2
         return batch_size
 

@@ -36,6 +36,8 @@ from fmrl_dist.config.credentials import refuse_credentials, refuse_credentials_
 from fmrl_dist.config.loading import load_config
 from fmrl_dist.config.sections import Config
 from fmrl_dist.data.store.built_from import recorded_keys
+from fmrl_dist.data.store.manifest import MANIFEST_FILE, Manifest
+from fmrl_dist.data.store.resolve import resolved_for
 
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 FIXED_SECTIONS = ("run", "eval", "store")  # the sweep sets the first two; all trials read one store
@@ -101,9 +103,15 @@ class SearchSpace:
         return load_config(self.base, overrides({**self.fixed, **(arguments or {})}))
 
     def base_values(self) -> dict[str, int | float | str] | None:
-        """The base's own value of each parameter, by key; None if one of them is not in the space."""
+        """The base's own value of each parameter, by key; None if one of them is not in the space.
+
+        What the base leaves to the store has its value if the store is there.
+        """
         values: dict[str, int | float | str] = {}
         config = self.config()
+        manifest = Path(config.store.path, MANIFEST_FILE)
+        if manifest.is_file():
+            config = resolved_for(config, Manifest.from_bytes(manifest.read_bytes()))
         for key, parameter in self.parameters.items():
             section, *names = key.split(".")
             if len(names) > 1:  # within a mapping, such as a feature's

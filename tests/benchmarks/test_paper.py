@@ -32,6 +32,14 @@ def test_every_config_of_a_rival_is_a_row() -> None:
     assert rows == {path.name for path in (REPOSITORY / "configs" / "rivals").iterdir()}
 
 
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "benchmarks/results/paper").glob("*.json")), ids=lambda p: p.stem)
+def test_the_records_are_of_the_rows_as_they_are(path: Path, tmp_path: Path) -> None:
+    """A new default would make another model of a row, and its record worthless."""
+    places = Places("data", tmp_path, tmp_path, ("--eval.every_steps", "700"))
+    of_set, _, model = path.stem.partition("-")
+    assert places.is_meaning(json.loads(path.read_text())["meaning"], Row(of_set, model))
+
+
 def test_it_prints_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--dry-run", "--sets", "sports", "--models", "sasrec", "ours-projection-attention", "--train.seed", "3"])
     build, train, _, attention = capsys.readouterr().out.splitlines()

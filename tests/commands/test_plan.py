@@ -325,6 +325,12 @@ def test_micro_batches_save_memory_and_cost_operations(capsys: pytest.CaptureFix
     assert ", 256 positions of each rank in each of 2 micro-batches, " in capsys.readouterr().out
 
 
+def test_a_batch_of_auto_is_the_largest_that_it_may_be(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of histories as long as data.max_length, 50."""
+    plan.main(["--items", "10000000", "--gpus", "8"])
+    assert ", 800 positions of each rank" in capsys.readouterr().out
+
+
 def test_command_of_one_rank_names_no_split(capsys: pytest.CaptureFixture[str]) -> None:
     plan.main(["--items", "10000", "--cpus", "1"])
     out = capsys.readouterr().out

@@ -396,11 +396,15 @@ def test_what_depends_on_the_store(
         ({}, "last", 4_799, 8, (64, 16)),
         ({}, "last", 1_200, 8, (32, 16)),
         ({}, "last", 100, 8, (16, 16)),
-        ({}, "last", 10**7, 9, (64, 16)),
-        ({}, "last", 10**7, 10**3, (16, 16)),  # of 1,000 events 50 are targets
-        ({}, "all", 10**7, 30, (32, 16)),
-        ({}, "all", 10**7, 10**3, (16, 16)),
-        ({"lanes": 32}, "all", 10**7, 10**3, (32, 32)),
+        ({}, "last", 31_999, 9, (64, 16)),
+        ({}, "last", 32_000, 9, (128, 16)),  # 20 epochs have 5,000 steps
+        ({}, "last", 9_600, 20, (32, 16)),
+        ({}, "last", 9_600, 10**3, (32, 16)),  # of 1,000 events 50 are targets
+        ({}, "last", 16_000, 30, (64, 16)),
+        ({}, "last", 6_040, 163, (16, 16)),
+        ({}, "all", 6_040, 163, (16, 16)),
+        ({"lanes": 32}, "all", 6_040, 163, (32, 32)),
+        ({"lanes": 128}, "last", 100, 8, (128, 128)),
         ({"lanes": 4}, "last", 100, 8, (16, 4)),
         ({"batch_size": 96}, "all", 100, 10**3, (96, 16)),
     ],
@@ -420,11 +424,22 @@ def test_a_step_has_fewer_histories_where_they_are_long_or_few(
 
 
 @pytest.mark.parametrize(
-    ("events_per_item", "expected"), [(1, 0.5), (30, 0.5), (95, 0.35), (299, 0.2), (300, 0.2), (10**6, 0.2)]
+    ("targets_per_item", "expected"),
+    [(0.01, 0.5), (1, 0.5), (30, 0.5), (95, 0.35), (299, 0.2), (300, 0.2), (10**6, 0.2)],
 )
-def test_dropout_follows_how_often_items_are_seen(events_per_item: int, expected: float) -> None:
-    config = Config(model=ModelConfig(lru_dropout=0.1)).resolved(100, 100, 100 * events_per_item, True)
+def test_dropout_follows_how_often_items_are_seen(targets_per_item: float, expected: float) -> None:
+    config = Config(data=DataConfig(windows="all"), model=ModelConfig(lru_dropout=0.1))
+    config = config.resolved(100, 100, round(100 * targets_per_item), True)
     assert config.model.dropout_rates == {"dropout": expected, "lru_dropout": 0.1}
+
+
+def test_only_what_a_window_has_counts() -> None:
+    """MovieLens-1M: 163 events of a user, 50 of them in its last window."""
+    rates = []
+    for windows in ("last", "all"):
+        config = Config(data=DataConfig(windows=windows)).resolved(3416, 6040, 987_531, True)
+        rates.append(config.model.dropout_rates["dropout"])
+    assert rates == [0.36, 0.2]
 
 
 def test_temperatures_follow_from_the_sizes() -> None:

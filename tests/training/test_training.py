@@ -99,10 +99,25 @@ def test_start_message(finished: tuple[Path, str]) -> None:
     start = output[: output.index("epoch 1")]
     for fact in (
         *("1 process(es)", "engine no", "device cpu", "1 thread(s) each", "precision fp32", f"config {config.hash}"),
-        *(f"{parameters:,} parameters", "sizes [4, 8]", "8 steps per epoch", "from step 0 to at most 24"),
-        "loss tiled, full softmax, catalogue whole, no ids",
+        *(
+            f"{parameters:,} parameters",
+            "sizes [4, 8]",
+            "8 steps per epoch of 16 histories each",
+            "from step 0 to at most 24",
+        ),
+        "loss tiled, full softmax, catalogue whole, no ids, dropout 0",
     ):
         assert fact in start
+
+
+def test_what_a_config_leaves_to_the_store_is_recorded(shop: Path, tmp_path: Path) -> None:
+    """About 120 users with a few events each: the smallest batch, 20 epochs or what makes 400 steps, sparse items."""
+    auto = [word for key in ("train.batch_size", "train.epochs", "model.dropout") for word in (f"--{key}", "auto")]
+    run = train_here(shop, tmp_path / "run", *auto, "--train.max_steps", 1)
+    config, blocks = load_config(run / "config.yaml"), Store.open(load_config(shop).store.path).manifest.splits["train"]
+    num_users = sum(block.count for block in blocks)
+    assert (config.train.batch_size, config.model.dropout) == (16, 0.5)
+    assert config.train.epochs == max(20, math.ceil(400 / math.ceil(num_users / 16)))
 
 
 def test_progress_shows_rate_data_wait_and_time_left(finished: tuple[Path, str]) -> None:

@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from fmrl_dist.base.errors import UserError
+from fmrl_dist.config.loading import load_config
 from launch import sweep
 from launch.sweeps.space import NumberRange, ValueChoices, as_argument, metric_of, overrides, read_space
-from tests.fixtures.training import refusal
+from tests.fixtures.training import make_shop, refusal
 
 RAW: dict[str, Any] = {
     "base": "configs/demo.yaml",
@@ -118,7 +119,10 @@ MISTAKES = {
     ),
     "float step": (parameter("model.depth", low=1, high=2, step=0.5), "step is 0.5; expected an integer, as low is"),
     "floats": (parameter("model.depth", low=1.0, high=2.0), "cannot be 1.0: model.depth is 1.0; expected int"),
-    "impossible": (parameter("model.dropout", low=0.0, high=1.0), "cannot be 1.0: model.dropout is 1.0; expected 0 <="),
+    "impossible": (
+        parameter("model.dropout", low=0.0, high=1.0),
+        "cannot be 1.0: model.dropout is 1.0; expected float (0 <=",
+    ),
     "no choices": (parameter("model.depth", choices=[]), "model.depth.choices is []; expected a list of values"),
     "a choice": (
         parameter("loss.impl", choices=["plain", "fast"]),
@@ -184,3 +188,13 @@ def test_the_value_of_the_base(tmp_path: Path, parameter: dict[str, Any], expect
     space = read_space(write(tmp_path, parameters=parameter))
     (key,) = parameter
     assert space.base_values() == (None if expected is None else {key: expected})
+
+
+def test_a_value_that_the_base_leaves_to_the_store(tmp_path: Path) -> None:
+    store, base = load_config(make_shop(tmp_path)).store.path, tmp_path / "base.yaml"
+    found = []
+    for place in ("nowhere", store):
+        base.write_text(yaml.safe_dump({"store": {"path": place}}))
+        parameters = {"model.dropout": {"low": 0.3, "high": 0.6, "step": 0.1}}
+        found.append(read_space(write(tmp_path, base=str(base), parameters=parameters)).base_values())
+    assert found == [None, {"model.dropout": 0.5}]
