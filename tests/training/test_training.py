@@ -105,7 +105,7 @@ def test_start_message(finished: tuple[Path, str]) -> None:
             "8 steps per epoch of 16 histories each",
             "from step 0 to at most 24",
         ),
-        "loss tiled, full softmax, catalogue whole, no ids, dropout 0",
+        "loss tiled, full softmax, catalogue whole, no ids, dropout 0.2\n",
     ):
         assert fact in start
 
