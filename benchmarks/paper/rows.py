@@ -18,7 +18,14 @@ from fmrl_dist.config.loading import config_from_dict, load_config
 SETS = ("beauty", "sports")
 RIVALS = ("sasrec", "bert4rec", "fmlprec", "lrurec", "bsarec", "esasrec", "unisrec", "vqrec")
 PROJECTION = ["--model.item_encoder", "projection"]  # the paper's item encoder
-DEFAULTS = ["--train.batch_size", "128", "--model.dropout", "0.5", "--model.lru_dropout", "0.5"]  # of these two sets
+DEFAULTS = [
+    "--train.batch_size",
+    "128",
+    "--model.dropout",
+    "0.5",
+    "--model.lru_dropout",
+    "0.5",
+]  # what they are on these sets
 OURS_CHANGED = {
     "ours": DEFAULTS,
     "ours-projection": [*DEFAULTS, *PROJECTION],

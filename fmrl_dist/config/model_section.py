@@ -21,8 +21,6 @@ from fmrl_dist.config.parsing import (
 
 MIN_CHUNK_WIDTH = 4
 MAX_SIZES = 64  # far more than anyone deploys
-
-
 SPARSE_DROPOUT, SPARSE_TARGETS = 0.5, 30  # rate where an item is at most so many targets of an epoch on average
 DENSE_DROPOUT, DENSE_TARGETS = 0.2, 300  # and where it is at least so many
 
@@ -145,9 +143,9 @@ class ModelConfig:
 
 def auto_dropout(targets_per_item: float) -> float:
     """What ``dropout: auto`` is, to two decimals: less where items are seen so often that there is less to overfit."""
-    sparse, dense = math.log(SPARSE_TARGETS), math.log(DENSE_TARGETS)
-    density = max(math.log(max(targets_per_item, 1)) - sparse, 0) / (dense - sparse)
-    return round(SPARSE_DROPOUT + (DENSE_DROPOUT - SPARSE_DROPOUT) * min(density, 1), 2)
+    targets = min(max(targets_per_item, SPARSE_TARGETS), DENSE_TARGETS)
+    density = math.log(targets / SPARSE_TARGETS) / math.log(DENSE_TARGETS / SPARSE_TARGETS)
+    return round(SPARSE_DROPOUT + (DENSE_DROPOUT - SPARSE_DROPOUT) * density, 2)
 
 
 def check_sizes(sizes: tuple[int, ...]) -> None:

@@ -109,15 +109,15 @@ class SearchSpace:
         """
         values: dict[str, int | float | str] = {}
         config = self.config()
+        manifest = Path(config.store.path, MANIFEST_FILE)
         for key, parameter in self.parameters.items():
             section, *names = key.split(".")
             if len(names) > 1:  # within a mapping, such as a feature's
                 return None
             own = getattr(getattr(config, section), names[0])
-            manifest = Path(config.store.path, MANIFEST_FILE)
             if own == "auto" and manifest.is_file():
-                config = resolved_for(config, Manifest.from_bytes(manifest.read_bytes()))
-                own = getattr(getattr(config, section), names[0])
+                resolved = resolved_for(config, Manifest.from_bytes(manifest.read_bytes()))
+                own = getattr(getattr(resolved, section), names[0])
             value = parameter.find(own)
             if value is None:
                 return None

@@ -56,4 +56,9 @@ def test_what_cannot_be_drawn_is_refused(data: Path) -> None:
     words = ["--data", str(data), "--output", str(data / "small")]
     assert "--users is 10; expected 1 to 9, which there are" in refusal(subset.main, *words, "--users", "10")
     assert "no user is left of 9" in refusal(subset.main, *words, "--users", "9", "--core", "10")
+    np.save(data / "few.npy", np.zeros((11, 2), np.float16))
+    words += ["--users", "9"]
+    assert "few.npy has 11 rows, and there is an item 12" in refusal(subset.main, *words, "--features", "few.npy")
+    assert "none.npy does not exist; --data needs both" in refusal(subset.main, *words, "--features", "none.npy")
+    assert "--core is -1; expected at least 0" in refusal(subset.main, *words, "--core", "-1")
     assert not (data / "small").exists()
