@@ -9,7 +9,8 @@
 
 A folder is written under a temporary name, flushed, renamed and never overwritten; then the links are swapped. So a run
 killed at any instant has a complete ``latest``; if a disk damages it, the previous one still exists. Dropout is seeded
-per step and rank (``train.py``) and the order of users is arithmetic, so no generator or loader state is kept.
+per step and rank (``training/steps/learning.py``) and the order of users is arithmetic: no generator or
+loader state is kept.
 
 The links are a convenience. A run that was copied without them (to a bucket, by zip) or with folders in their place
 (``cp -rL``) is the same run: without a link, the folders' records say which checkpoint is the latest and the best.

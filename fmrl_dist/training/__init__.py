@@ -1,1 +1,1 @@
-"""What the training loop (fmrl_dist/train.py) is made of."""
+"""What training (fmrl_dist/train.py) is made of."""

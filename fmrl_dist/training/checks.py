@@ -14,6 +14,7 @@ from fmrl_dist.distributed.processes import Runtime
 from fmrl_dist.model.mixers.attention import chunk_heads
 
 SPLIT_ZERO_STAGES = (1, 2)
+MENTIONED_SHARE = 0.05  # of the training events; fewer left out are no news
 
 
 def resolve_loss_impl(impl: str, device: torch.device) -> str:
@@ -160,6 +161,24 @@ def note_on_other_config(config: Config, store: Store) -> str:
     if not differences:
         return ""
     return f"note: store {store.location} was built by another config: {list_differences(differences)}"
+
+
+def note_on_left_out_events(config: Config, store: Store) -> str:
+    """How many training events ``data.windows: last`` leaves out, as far as the manifest tells; "" for none or few.
+
+    Histories within a block may differ, so this is the least that it can be.
+    """
+    if config.data.windows == "all":
+        return ""
+    blocks, longest = store.manifest.splits["train"], config.data.max_length
+    num_events = sum(block.events for block in blocks)
+    left_out = sum(max(0, block.events - longest * block.count) for block in blocks)
+    if left_out < MENTIONED_SHARE * num_events:
+        return ""
+    return (
+        f"note: at least {left_out / num_events:.0%} of the training events are left out: data.windows is last, so "
+        f"the last {longest} events of each user train; data.windows all trains on all of them"
+    )
 
 
 def check_targets(config: Config, store: Store) -> None:

@@ -1,4 +1,4 @@
-"""One interface to data parallelism and DeepSpeed, so that ``train.py`` contains a single loop.
+"""One interface to data parallelism and DeepSpeed, so that there is a single training loop.
 
     one process, DDP   DDP averages the gradients, we clip and apply them; each rank has the full optimiser state
     ZeRO 1, 2, 3       DeepSpeed averages, clips and applies; each rank has a share of the moments (2: and of the

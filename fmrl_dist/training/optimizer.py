@@ -1,8 +1,7 @@
-"""AdamW's parameter groups and the learning rate of each step (paper section 5.3)."""
+"""AdamW's parameter groups (paper section 5.3)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -74,11 +73,3 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the learning rate of all groups, each a multiple of ``lr``."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group[LR_FACTOR]
-
-
-def learning_rate(step: int, peak: float, warmup_steps: int, schedule_steps: int, min_ratio: float) -> float:
-    """Rate of ``step`` (0-based): linear warm-up, then a half cosine down to ``min_ratio`` of the peak."""
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    progress = min((step - warmup_steps) / max(schedule_steps - warmup_steps, 1), 1.0)
-    return peak * (min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))

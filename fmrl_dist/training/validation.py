@@ -15,7 +15,7 @@ from fmrl_dist.evaluation.ranker import build_ranker
 from fmrl_dist.evaluation.results.figures import num_users_in
 from fmrl_dist.evaluation.target_ranks import ALL
 from fmrl_dist.training.learner import Learner
-from fmrl_dist.training.logbook import Logbook
+from fmrl_dist.training.monitoring.logbook import Logbook
 from fmrl_dist.training.run import Run
 
 

@@ -17,7 +17,7 @@ from fmrl_dist.checkpoint.folder import latest_sha256, load_checkpoint
 from fmrl_dist.checkpoint.run_folder import is_finished
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.distributed.deepspeed import checked_plugin
-from fmrl_dist.training.logbook import kept_lines
+from fmrl_dist.training.monitoring.logbook import kept_lines
 from launch.slurm.record import read_record
 from launch.sweeps.space import read_space
 from launch.sweeps.study import SweepStudy

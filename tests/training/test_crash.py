@@ -18,6 +18,7 @@ from fmrl_dist.checkpoint.folder import TrainState, load_checkpoint
 from fmrl_dist.checkpoint.writer import CheckpointWriter
 from fmrl_dist.training.learner import Learner
 from fmrl_dist.training.run import Run
+from fmrl_dist.training.steps import loop
 from tests.fixtures.checkpoints import flip
 from tests.fixtures.training import (
     STEPS_PER_EPOCH,
@@ -111,13 +112,13 @@ def test_a_damaged_best_restarts_the_search(shop: Path, tmp_path: Path, capsys: 
 def test_a_checkpoint_every_few_moments(shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By rank 0's clock: every step takes longer than the interval here."""
     saved: list[int] = []
-    save = train.save
+    save = loop.save
 
     def note(run: Run, learner: Learner, state: TrainState, writer: CheckpointWriter) -> None:
         saved.append(state.step)
         save(run, learner, state, writer)
 
-    monkeypatch.setattr(train, "save", note)
+    monkeypatch.setattr(loop, "save", note)
     train_here(shop, tmp_path / "run", "--train.max_steps", 5, "--train.checkpoint_every_minutes", 1e-7)
     assert saved == [1, 2, 3, 4, 5]
     assert [record["step"] for record in records(tmp_path / "run")] == [1, 2, 3, 4, 5]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fmrl_dist.base.errors import UserError
-from fmrl_dist.training.logbook import Logbook, kept_lines
+from fmrl_dist.training.monitoring.logbook import Logbook, kept_lines
 
 
 def test_other_ranks_are_silent(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fmrl_dist.model.fmrlrec import FMRLRec
-from fmrl_dist.training.optimizer import build_optimizer, id_learning_rates, learning_rate, set_learning_rate
+from fmrl_dist.training.optimizer import build_optimizer, id_learning_rates, set_learning_rate
+from fmrl_dist.training.steps.schedule import learning_rate
 
 DECAYED_IN_BLOCK = ("lru.B", "lru.C", "ffn.gate.weight", "ffn.w_1.weight", "ffn.w_2.weight")
 KEPT_IN_BLOCK = (

@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from fmrl_dist.data.feed import BatchFeed
-from fmrl_dist.training.rank_monitor import COLUMNS, FILE, describe_slow_ranks
+from fmrl_dist.training.monitoring.rank_monitor import COLUMNS, FILE, describe_slow_ranks
 from tests.fixtures.processes import launch, run_processes
 from tests.fixtures.training import STEPS_PER_EPOCH, make_shop, train_here
 
@@ -59,7 +59,7 @@ def train_with_a_straggler(config: str, run: str, slow_rank: int) -> str:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(BatchFeed, "batches", slowly)
-        patch.setattr("fmrl_dist.training.rank_monitor.JUDGED_EVERY_S", 0.5)
+        patch.setattr("fmrl_dist.training.monitoring.rank_monitor.JUDGED_EVERY_S", 0.5)
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             train_here(Path(config), Path(run), "--train.epochs", 1)
     return printed.getvalue()

@@ -9,6 +9,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -412,6 +413,24 @@ def test_a_key_that_the_store_was_not_built_with_is_noted(
     train_here(shop, tmp_path / "other", *words, "--data.items.title", "title", "--store.items_per_block", 17)
     note = "was built by another config: data.items.title is '', the config's 'title'; store.items_per_block is 16, the"
     assert note in capsys.readouterr().out
+
+
+def test_events_that_windows_leave_out_are_noted(
+    shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--train.max_steps", 1, "--data.max_length", 3]
+    train_here(shop, tmp_path / "last", *words)
+    said = re.search(
+        r"note: at least (\d+)% of the training events .* the last 3 events of each user train", capsys.readouterr().out
+    )
+    assert said is not None
+    store = Store.open(load_config(shop).store.path)
+    blocks = store.read_each(store.manifest.splits["train"])
+    lengths = [length for block in blocks if block for length in np.diff(block["starts"]).tolist()]
+    left_out = sum(max(0, length - 3) for length in lengths) / sum(lengths)
+    assert 0.05 < int(said[1]) / 100 <= left_out + 0.005
+    train_here(shop, tmp_path / "all", *words, "--data.windows", "all")
+    assert "note:" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("log_every_steps", [1, 100], ids=["seen in the record", "seen before the next step"])

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from fmrl_dist import evaluate, train
+from fmrl_dist import evaluate
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.checkpoint.run_folder import locked
 from fmrl_dist.data.batches import Packed
@@ -27,7 +27,9 @@ from fmrl_dist.data.order import Order
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.distributed.processes import start_runtime
 from fmrl_dist.distributed.signals import StopRequest
-from fmrl_dist.training.agreement import StepResult, agree, stop_if_not_finite
+from fmrl_dist.training.steps import loop
+from fmrl_dist.training.steps.agreement import StepResult, agree, stop_if_not_finite
+from fmrl_dist.training.steps.learning import seed_dropout
 from tests.fixtures.checkpoints import reseal
 from tests.fixtures.engines import LAUNCHERS, refused_on_each_rank
 from tests.fixtures.processes import REPOSITORY, clean_environment, launch, run_processes
@@ -228,7 +230,7 @@ def draw(rank: int) -> list[float]:
     """The first number that dropout would draw, for several seeds and steps."""
     drawn = []
     for seed, step in itertools.product((0, 1, 2), (0, 1)):
-        train.seed_dropout(seed, step, rank)
+        seed_dropout(seed, step, rank)
         drawn.append(torch.rand(()).item())
     return drawn
 
@@ -279,7 +281,7 @@ def test_a_run_that_another_one_overtook_is_refused(
     run, words = tmp_path / "run", ["--resume", "auto", "--train.epochs", "2", "--train.max_steps"]
     if begun:
         train_here(shop, run, *words, 2)
-    prepare = train.prepare_learner
+    prepare = loop.prepare_learner
 
     def overtaken(*arguments: Any) -> Any:
         done = run_module("fmrl_dist.train", "--config", shop, "--run.dir", run, *words, 4)
@@ -288,7 +290,7 @@ def test_a_run_that_another_one_overtook_is_refused(
         return prepare(*arguments)
 
     before: dict[str, Any] = {}
-    monkeypatch.setattr(train, "prepare_learner", overtaken)
+    monkeypatch.setattr(loop, "prepare_learner", overtaken)
     with pytest.raises(UserError, match="another run has trained into .* while this one started; go on from there"):
         train_here(shop, run, *words, 6)
     assert before and contents(run) == before
@@ -301,7 +303,7 @@ def test_a_stale_link_to_the_latest_checkpoint_is_no_other_run(
     run, words = tmp_path / "run", ["--resume", "auto", "--train.epochs", "2", "--train.max_steps"]
     train_here(shop, run, *words, 2)
     latest = run / "checkpoints" / "latest"
-    target, prepare = latest.readlink(), train.prepare_learner
+    target, prepare = latest.readlink(), loop.prepare_learner
 
     def seen_at_last(*arguments: Any) -> Any:
         latest.unlink()
@@ -310,7 +312,7 @@ def test_a_stale_link_to_the_latest_checkpoint_is_no_other_run(
 
     latest.unlink()
     latest.symlink_to("gone")
-    monkeypatch.setattr(train, "prepare_learner", seen_at_last)
+    monkeypatch.setattr(loop, "prepare_learner", seen_at_last)
     train_here(shop, run, *words, 4)
     assert [record["step"] for record in records(run)][-1] == 4
 

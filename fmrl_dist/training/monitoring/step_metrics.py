@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fmrl_dist.distributed.processes import Runtime
-from fmrl_dist.training.step_timer import DATA_WAIT, StepTimer
+from fmrl_dist.training.monitoring.step_timer import DATA_WAIT, StepTimer
 
 
 @dataclass

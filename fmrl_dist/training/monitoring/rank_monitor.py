@@ -22,8 +22,8 @@ from torch import Tensor
 
 from fmrl_dist.base.files import write_atomically
 from fmrl_dist.distributed.processes import Runtime
-from fmrl_dist.training.logbook import kept_lines
-from fmrl_dist.training.step_timer import DATA_WAIT, FORWARD, MEETING, StepTimer
+from fmrl_dist.training.monitoring.logbook import kept_lines
+from fmrl_dist.training.monitoring.step_timer import DATA_WAIT, FORWARD, MEETING, StepTimer
 
 FILE = "ranks.jsonl"
 COLUMNS = ("step_s", DATA_WAIT, FORWARD, MEETING, "memory_mb")
