@@ -31,7 +31,7 @@ from torch import Tensor
 from benchmarks import REPOSITORY
 from benchmarks.measuring.timing import interleave
 from fmrl_dist.base.progress import Progress
-from fmrl_dist.checkpoint.export_folder import read_export
+from fmrl_dist.checkpoint.export.reading import read_export
 from fmrl_dist.deploy.batch.history_files import HistoryFiles
 from fmrl_dist.deploy.batch.job import one_thread_each, write_parts
 from fmrl_dist.deploy.batch.list_files import ListMaker

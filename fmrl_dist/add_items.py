@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fmrl_dist.base.errors import require, run_command
 from fmrl_dist.base.files import replaced_folder
-from fmrl_dist.checkpoint.export_folder import check_output, is_evaluation
+from fmrl_dist.checkpoint.export.files import check_output, is_evaluation
 from fmrl_dist.config.command_line import CommandParser
 from fmrl_dist.deploy.catalogue.changes import Changes, Counts, OpenExport, write_changed
 from fmrl_dist.deploy.catalogue.encoded_items import EncodedItems, read_encoded, run_encoders

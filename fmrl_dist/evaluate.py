@@ -21,13 +21,9 @@ from torch import Tensor
 
 from fmrl_dist.base.errors import require, run_command
 from fmrl_dist.base.parts import WHOLE, Part
-from fmrl_dist.checkpoint.export_folder import (
-    ExportedModel,
-    export_sha256,
-    is_export,
-    read_export,
-    read_export_vocabulary,
-)
+from fmrl_dist.checkpoint.export.files import is_export
+from fmrl_dist.checkpoint.export.parts import ExportedModel
+from fmrl_dist.checkpoint.export.reading import export_sha256, read_export, read_export_vocabulary
 from fmrl_dist.checkpoint.folder import load_checkpoint
 from fmrl_dist.checkpoint.run_folder import run_of_best
 from fmrl_dist.config.command_line import CommandParser

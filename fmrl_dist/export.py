@@ -15,14 +15,9 @@ from pathlib import Path
 import torch
 
 from fmrl_dist.base.errors import UserError, require, run_command
-from fmrl_dist.checkpoint.export_folder import (
-    ExportedModel,
-    ExportParts,
-    check_no_changes,
-    check_output,
-    is_export_file,
-    write_export,
-)
+from fmrl_dist.checkpoint.export.files import check_no_changes, check_output, is_export_file
+from fmrl_dist.checkpoint.export.parts import ExportedModel, ExportParts
+from fmrl_dist.checkpoint.export.writing import write_export
 from fmrl_dist.checkpoint.folder import Checkpoint, load_checkpoint
 from fmrl_dist.checkpoint.restore import build_recommender
 from fmrl_dist.checkpoint.run_folder import run_of_best

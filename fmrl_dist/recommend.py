@@ -25,7 +25,7 @@ from fmrl_dist.base.id_columns import INTEGER
 from fmrl_dist.base.launch_variables import is_alone, refuse_one_process_trap
 from fmrl_dist.base.parts import WHOLE, Part
 from fmrl_dist.base.progress import Progress
-from fmrl_dist.checkpoint.export_folder import export_sha256
+from fmrl_dist.checkpoint.export.reading import export_sha256
 from fmrl_dist.config.command_line import CommandParser
 from fmrl_dist.config.credentials import warn_of_credentials
 from fmrl_dist.data.store.manifest import VOCAB_FILE

@@ -15,7 +15,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from fmrl_dist.base.errors import UserError, require, run_command
-from fmrl_dist.checkpoint.export_folder import read_export, read_export_vocabulary
+from fmrl_dist.checkpoint.export.reading import read_export, read_export_vocabulary
 from fmrl_dist.config.command_line import CommandParser
 from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.deploy.approximate.choice import METHODS, recall_of_command

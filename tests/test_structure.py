@@ -33,7 +33,10 @@ SUBFOLDERS = {
             "deploy/web",
             "deploy/service",
             "deploy/batch",
+            "checkpoint/export",
             "training/id_table",
+            "training/monitoring",
+            "training/steps",
         ),
     },
     "shards": {

@@ -31,7 +31,7 @@ from benchmarks import describe_setting
 from benchmarks.measuring.timing import interleave
 from benchmarks.parity import MAX_LENGTH, Case, build_ours, build_reference, describe_reference, load_reference
 from fmrl_dist.base.errors import run_command
-from fmrl_dist.checkpoint.export_folder import ExportedModel, Origin
+from fmrl_dist.checkpoint.export.parts import ExportedModel, Origin
 from fmrl_dist.deploy.item_vocabulary import ItemVocabulary
 from fmrl_dist.deploy.recommender import Recommender
 

@@ -8,7 +8,7 @@ import torch
 
 from fmrl_dist import __version__
 from fmrl_dist.base.errors import UserError, require
-from fmrl_dist.checkpoint.export_folder import ExportedModel, Origin
+from fmrl_dist.checkpoint.export.parts import ExportedModel, Origin
 from fmrl_dist.checkpoint.folder import Checkpoint
 from fmrl_dist.config.model_section import ModelConfig
 from fmrl_dist.config.sections import Config

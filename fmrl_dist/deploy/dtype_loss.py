@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fmrl_dist.checkpoint.export_folder import VECTORS_TENSOR, ExportedModel, as_stored, cut_vectors
+from fmrl_dist.checkpoint.export.files import VECTORS_TENSOR
+from fmrl_dist.checkpoint.export.parts import ExportedModel, as_stored, cut_vectors
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.distributed.signals import StopRequest
 from fmrl_dist.evaluation.catalogue import EmbeddedCatalogue

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fmrl_dist.base.errors import UserError, require
-from fmrl_dist.checkpoint.export_folder import CARD_FILE, intact_files, is_export_file
+from fmrl_dist.checkpoint.export.files import CARD_FILE, is_export_file
+from fmrl_dist.checkpoint.export.reading import intact_files
 from fmrl_dist.deploy.card_source import with_source
 from fmrl_dist.model.export_config import CONFIG_FILE, config_text_with_file, read_export_config
 

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from fmrl_dist.base.errors import require
-from fmrl_dist.checkpoint.export_folder import ExportedModel
+from fmrl_dist.checkpoint.export.parts import ExportedModel
 from fmrl_dist.checkpoint.folder import Checkpoint
 from fmrl_dist.checkpoint.run_folder import FINAL_EVALUATION
 from fmrl_dist.data.store.manifest import LEAVE_ONE_OUT, Feature

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fmrl_dist.base.errors import UserError, require
-from fmrl_dist.checkpoint.export_folder import (
+from fmrl_dist.checkpoint.export.files import (
     ENCODER_FILE,
     ITEMS_ARRAY,
     ITEMS_TENSOR,
@@ -34,12 +34,9 @@ from fmrl_dist.checkpoint.export_folder import (
     SCALES_ARRAY,
     START_ARRAY,
     STEP_FILE,
-    ExportedModel,
-    ExportParts,
-    as_stored,
-    folder_of_export,
-    stored_or_refused,
 )
+from fmrl_dist.checkpoint.export.parts import ExportedModel, ExportParts, as_stored, stored_or_refused
+from fmrl_dist.checkpoint.export.writing import folder_of_export
 from fmrl_dist.deploy.whole_histories import check_has_state
 from fmrl_dist.model.block import FeedForward, ResidualBlock
 from fmrl_dist.model.fmrlrec import FMRLRec
@@ -78,7 +75,7 @@ def write_onnx_export(exported: ExportedModel, folder: Path, parts: ExportParts,
         overwrite: replace an existing export.
 
     Raises:
-        UserError: as :func:`~fmrl_dist.checkpoint.export_folder.check_output`; onnxruntime computes something else than
+        UserError: as :func:`~fmrl_dist.checkpoint.export.files.check_output`; onnxruntime computes something else than
             the model; or a package is missing.
     """
     check_installed()

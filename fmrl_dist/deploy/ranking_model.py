@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fmrl_dist.base.errors import require
-from fmrl_dist.checkpoint.export_folder import ExportedModel
+from fmrl_dist.checkpoint.export.parts import ExportedModel
 from fmrl_dist.deploy.item_filters import Rows, RowsOfEach, lists_of_users, with_denied
 from fmrl_dist.deploy.one_event import OneEvent
 from fmrl_dist.deploy.retrieval import Search, top_k

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from fmrl_dist.base.errors import require
-from fmrl_dist.checkpoint.export_folder import ExportedModel, read_export, read_export_vocabulary
+from fmrl_dist.checkpoint.export.parts import ExportedModel
+from fmrl_dist.checkpoint.export.reading import read_export, read_export_vocabulary
 from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.deploy.approximate.choice import DEFAULT_RECALL, Record, chosen_search
 from fmrl_dist.deploy.download import export_at

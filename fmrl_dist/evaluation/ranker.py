@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from fmrl_dist.checkpoint.export_folder import ExportedModel
+from fmrl_dist.checkpoint.export.parts import ExportedModel
 from fmrl_dist.checkpoint.folder import Checkpoint
 from fmrl_dist.checkpoint.restore import check_features, load_catalogue_table, match_id_table, restore_model
 from fmrl_dist.config.sections import Config

@@ -12,7 +12,8 @@ import pytest
 
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.json_text import read_object, read_objects
-from fmrl_dist.checkpoint.export_folder import is_export, read_export
+from fmrl_dist.checkpoint.export.files import is_export
+from fmrl_dist.checkpoint.export.reading import read_export
 from fmrl_dist.checkpoint.folder import latest_sha256, load_checkpoint
 from fmrl_dist.checkpoint.run_folder import is_finished
 from fmrl_dist.data.store.reader import Store

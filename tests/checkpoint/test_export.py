@@ -23,16 +23,11 @@ from torch import Tensor
 
 from fmrl_dist import evaluate, export
 from fmrl_dist.base.files import file_sha256, json_sha256
-from fmrl_dist.checkpoint import export_folder
-from fmrl_dist.checkpoint.export_folder import (
-    FILES,
-    ITEMS_FILE,
-    ExportedModel,
-    ExportParts,
-    Origin,
-    read_export,
-    write_export,
-)
+from fmrl_dist.checkpoint.export import writing
+from fmrl_dist.checkpoint.export.files import FILES, ITEMS_FILE
+from fmrl_dist.checkpoint.export.parts import ExportedModel, ExportParts, Origin
+from fmrl_dist.checkpoint.export.reading import read_export
+from fmrl_dist.checkpoint.export.writing import write_export
 from fmrl_dist.checkpoint.folder import load_checkpoint
 from fmrl_dist.checkpoint.restore import build_recommender
 from fmrl_dist.config.loading import config_from_dict, load_config
@@ -373,7 +368,7 @@ def test_an_export_is_replaced_only_when_asked(run: Path, exported: Path) -> Non
     assert left == {".lock", "export-8"}
 
 
-@pytest.mark.parametrize(("module", "moment"), [(export, "build_recommender"), (export_folder, "save_tensors")])
+@pytest.mark.parametrize(("module", "moment"), [(export, "build_recommender"), (writing, "save_tensors")])
 def test_an_export_that_another_process_has_written_meanwhile_stays(
     module: ModuleType, moment: str, run: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

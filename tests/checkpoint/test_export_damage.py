@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from fmrl_dist import evaluate, export
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.files import json_sha256
-from fmrl_dist.checkpoint.export_folder import CARD_FILE, ITEMS_FILE, intact_files, read_export, read_export_vocabulary
+from fmrl_dist.checkpoint.export.files import CARD_FILE, ITEMS_FILE
+from fmrl_dist.checkpoint.export.reading import intact_files, read_export, read_export_vocabulary
 from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.model.export_config import CONFIG_FILE
 from fmrl_dist.model.fmrlrec import MODEL_FILE, FMRLRec

@@ -15,7 +15,7 @@ import pytest
 from fmrl_dist import Recommender, add_items, export
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.files import file_sha256, json_sha256
-from fmrl_dist.checkpoint.export_folder import intact_files
+from fmrl_dist.checkpoint.export.reading import intact_files
 from fmrl_dist.deploy.hub import push_to_hub
 from fmrl_dist.model.export_config import CONFIG_FILE
 from tests.fixtures.checkpoints import flip

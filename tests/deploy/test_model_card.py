@@ -21,13 +21,9 @@ from torch import Tensor
 
 from fmrl_dist import add_items, export
 from fmrl_dist.base.errors import UserError
-from fmrl_dist.checkpoint.export_folder import (
-    ExportedModel,
-    intact_files,
-    read_export,
-    read_export_parts,
-    write_export,
-)
+from fmrl_dist.checkpoint.export.parts import ExportedModel
+from fmrl_dist.checkpoint.export.reading import intact_files, read_export, read_export_parts
+from fmrl_dist.checkpoint.export.writing import write_export
 from fmrl_dist.config.loading import load_config
 from fmrl_dist.data.batches import evaluation_blocks
 from fmrl_dist.data.store.reader import Store

@@ -15,7 +15,8 @@ from torch import Tensor
 from fmrl_dist import evaluate, export
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.files import file_sha256
-from fmrl_dist.checkpoint.export_folder import ExportedModel, ExportParts, Origin, as_stored, read_export
+from fmrl_dist.checkpoint.export.parts import ExportedModel, ExportParts, Origin, as_stored
+from fmrl_dist.checkpoint.export.reading import read_export
 from fmrl_dist.deploy import onnx_format
 from fmrl_dist.deploy.onnx_format import OPSET, write_onnx_export
 from fmrl_dist.model.export_config import CONFIG_FILE

@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from fmrl_dist import export, train
-from fmrl_dist.checkpoint.export_folder import read_export
+from fmrl_dist.checkpoint.export.reading import read_export
 from shards.build import main as build_main
 from tests.fixtures.markdown import CodeBlock, Page, read_page
 from tests.fixtures.processes import REPOSITORY, clean_environment

@@ -13,7 +13,8 @@ import torch
 from safetensors.numpy import load_file
 
 from fmrl_dist import export
-from fmrl_dist.checkpoint.export_folder import ITEMS_FILE, read_export
+from fmrl_dist.checkpoint.export.files import ITEMS_FILE
+from fmrl_dist.checkpoint.export.reading import read_export
 from fmrl_dist.model.fmrlrec import MODEL_FILE, FMRLRec
 from fmrl_dist.model.mixers.mixing import MIXERS
 from tests.fixtures.processes import REPOSITORY

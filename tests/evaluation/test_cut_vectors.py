@@ -18,7 +18,8 @@ from safetensors.numpy import load_file, save_file
 
 from fmrl_dist import evaluate, export
 from fmrl_dist.base.files import file_sha256, json_sha256
-from fmrl_dist.checkpoint.export_folder import ITEMS_FILE, ROTATION_FILE, VECTORS_FILE, read_export
+from fmrl_dist.checkpoint.export.files import ITEMS_FILE, ROTATION_FILE, VECTORS_FILE
+from fmrl_dist.checkpoint.export.reading import read_export
 from fmrl_dist.config.loading import load_config
 from fmrl_dist.data.batches import evaluation_blocks
 from fmrl_dist.data.store.reader import Store

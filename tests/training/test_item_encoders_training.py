@@ -14,7 +14,7 @@ import yaml
 
 from fmrl_dist import evaluate, export, plan, train
 from fmrl_dist.base.errors import UserError
-from fmrl_dist.checkpoint.export_folder import read_export
+from fmrl_dist.checkpoint.export.reading import read_export
 from fmrl_dist.checkpoint.folder import load_checkpoint
 from fmrl_dist.config.loading import config_from_dict, load_config
 from fmrl_dist.data.batches import Packed, SampledBatch

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import file_sha256
-from fmrl_dist.checkpoint.export_folder import CARD_FILE, is_export_file
+from fmrl_dist.checkpoint.export.files import CARD_FILE, is_export_file
 from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.deploy.card_source import with_source
 from fmrl_dist.deploy.catalogue.encoded_items import EncodedItems

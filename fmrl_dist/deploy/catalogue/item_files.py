@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fmrl_dist.base.errors import UserError
-from fmrl_dist.checkpoint.export_folder import (
+from fmrl_dist.checkpoint.export.files import (
     ENCODER_FILE,
     ITEMS_ARRAY,
     ITEMS_FILE,
@@ -25,8 +25,8 @@ from fmrl_dist.checkpoint.export_folder import (
     SCALES_ARRAY,
     VECTORS_FILE,
     VECTORS_TENSOR,
-    save_tensors,
 )
+from fmrl_dist.checkpoint.export.writing import save_tensors
 from fmrl_dist.deploy.catalogue.borrowed_ids import borrowed_ids
 from fmrl_dist.deploy.onnx_format import check_installed
 from fmrl_dist.model.embed_catalogue import check_rankable

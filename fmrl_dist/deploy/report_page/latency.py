@@ -19,7 +19,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from fmrl_dist.base.errors import UserError
-from fmrl_dist.checkpoint.export_folder import ExportedModel
+from fmrl_dist.checkpoint.export.parts import ExportedModel
 from fmrl_dist.checkpoint.folder import Checkpoint
 from fmrl_dist.checkpoint.restore import build_recommender
 from fmrl_dist.config.sections import Config

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from fmrl_dist.base.errors import UserError, require
-from fmrl_dist.checkpoint.export_folder import ExportedModel
+from fmrl_dist.checkpoint.export.parts import ExportedModel
 from fmrl_dist.deploy.item_filters import RowsOfEach
 from fmrl_dist.deploy.item_vocabulary import ItemId, ItemVocabulary, Recommendation
 from fmrl_dist.deploy.recommender import Recommender

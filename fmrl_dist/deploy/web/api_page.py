@@ -11,7 +11,7 @@ from typing import Any
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.files import json_sha256
 from fmrl_dist.base.json_text import parse_object
-from fmrl_dist.checkpoint.export_folder import ExportedModel
+from fmrl_dist.checkpoint.export.parts import ExportedModel
 from fmrl_dist.checkpoint.run_folder import evaluation_file
 from fmrl_dist.deploy.item_vocabulary import ItemId
 from fmrl_dist.deploy.web.page_files import SERVICE_WORKER, page_sources, rendered_page

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmrl_dist.checkpoint.export_folder import ITEMS_TENSOR, ExportedModel, stored_or_refused
+from fmrl_dist.checkpoint.export.files import ITEMS_TENSOR
+from fmrl_dist.checkpoint.export.parts import ExportedModel, stored_or_refused
 from fmrl_dist.model.block import ResidualBlock
 from fmrl_dist.model.mixers.lru import LRU
 from fmrl_dist.model.nested import chunks

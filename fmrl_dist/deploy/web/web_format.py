@@ -21,7 +21,7 @@ import numpy as np
 
 from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.base.files import final_name, foreign_entries, json_sha256, replaced_folder
-from fmrl_dist.checkpoint.export_folder import ExportedModel, ExportParts
+from fmrl_dist.checkpoint.export.parts import ExportedModel, ExportParts
 from fmrl_dist.data.store.manifest import VOCAB_FILE
 from fmrl_dist.deploy.item_vocabulary import ItemVocabulary
 from fmrl_dist.deploy.web.nested_file import pack

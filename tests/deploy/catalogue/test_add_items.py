@@ -22,7 +22,10 @@ from safetensors.torch import load_file, save_file
 from fmrl_dist import add_items, export
 from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.files import file_sha256
-from fmrl_dist.checkpoint.export_folder import ITEMS_FILE, ExportParts, read_export, read_export_parts, write_export
+from fmrl_dist.checkpoint.export.files import ITEMS_FILE
+from fmrl_dist.checkpoint.export.parts import ExportParts
+from fmrl_dist.checkpoint.export.reading import read_export, read_export_parts
+from fmrl_dist.checkpoint.export.writing import write_export
 from fmrl_dist.data.store.reader import Store
 from fmrl_dist.deploy.catalogue.encoded_items import EncodedItems, read_encoded
 from fmrl_dist.deploy.recommender import Recommender

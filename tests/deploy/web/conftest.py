@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fmrl_dist.checkpoint.export_folder import ExportedModel
+from fmrl_dist.checkpoint.export.parts import ExportedModel
 from tests.fixtures.browser import FolderServer, open_browser, serve
 from tests.fixtures.web_exports import random_model, write_shop_page
 

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the serve extra is not installed")
 
-from fmrl_dist.checkpoint.export_folder import read_export
+from fmrl_dist.checkpoint.export.reading import read_export
 from fmrl_dist.deploy.recommender import Recommender
 from fmrl_dist.deploy.web.api_page import can_show, figures_beside
 from tests.fixtures.exports import write_random_export

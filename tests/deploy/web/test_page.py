@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fmrl_dist.checkpoint.export_folder import ExportedModel, as_stored
+from fmrl_dist.checkpoint.export.parts import ExportedModel, as_stored
 from fmrl_dist.deploy.web.web_format import DTYPE, ITEMS_JSON, MODEL_BIN, MODEL_JSON, write_web_export
 from tests.fixtures.page_acts import Page, choose_size, shown, wait_for_picked
 from tests.fixtures.page_scripts import ALL_SCORES, CPU_METRICS, EVENT_TIMES, PLAIN_HASHES

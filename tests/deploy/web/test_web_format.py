@@ -19,7 +19,7 @@ import torch
 
 from fmrl_dist import export
 from fmrl_dist.base.errors import UserError
-from fmrl_dist.checkpoint.export_folder import ExportedModel, as_stored
+from fmrl_dist.checkpoint.export.parts import ExportedModel, as_stored
 from fmrl_dist.deploy.web.nested_file import pack
 from fmrl_dist.deploy.web.page_files import PAGE_FILES, SERVICE_WORKER
 from fmrl_dist.deploy.web.web_format import FILES, MODEL_BIN, MODEL_JSON, web_files, write_web_export
