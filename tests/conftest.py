@@ -35,6 +35,12 @@ settings.register_profile("fmrl", deadline=None)  # a first call that compiles o
 settings.load_profile("fmrl")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests begin: of two processes, neither is left alone at the end with one of them."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No rank, world size, address or thread count left behind by a launcher around pytest."""

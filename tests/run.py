@@ -16,7 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-PARTS = {"not alone": ["-n", "2", "--dist", "loadfile"], "alone": []}  # a file's tests share what they have set up
+PARTS = {  # a file's tests share what they have set up; slow files begin, see tests/conftest.py
+    "not alone": ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"],
+    "alone": [],
+}
 NO_TESTS = 5  # exit status of pytest where the expression leaves none
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from string import Formatter
 from typing import Any, NamedTuple
 
@@ -122,7 +122,8 @@ def as_text(value: Any) -> str:
 
 
 def cell_values(column: pa.ChunkedArray, name: str) -> list[Any]:
-    """Python values; None where missing: null, NaN, an empty list, or only white space. Lists are joined by ", ".
+    """Python values; None where missing: null, NaN, an empty list, or only white space. Lists are joined by ", ",
+    without what is missing in them.
 
     Raises:
         UserError: a time that Python cannot hold, in column ``name`` of the item table.
@@ -130,8 +131,9 @@ def cell_values(column: pa.ChunkedArray, name: str) -> list[Any]:
     if pa.types.is_floating(column.type):
         return [None if math.isnan(value) else value for value in as_float64(column).to_numpy()]
     column = column.cast(_in_microseconds(column.type), safe=False)
+    number = _number_of(column.type)
     try:
-        return [_plain(value) for value in column.to_pylist()]
+        return [_plain(value, number) for value in column.to_pylist()]
     except OverflowError:
         raise UserError(
             f"column {name!r} of the item table: {_first_far(column)}; expected years from 1 to 9999, and durations as "
@@ -160,11 +162,21 @@ def _first_far(column: pa.ChunkedArray) -> str:
     raise AssertionError("no value is out of range")
 
 
-def _plain(value: Any) -> Any:
+def _number_of(kind: pa.DataType) -> Callable[[Any], Any]:
+    """What becomes of the values in a type of lists: of floats None for NaN, and the shortest decimal of their type."""
+    while hasattr(kind, "value_type"):
+        kind = kind.value_type
+    if not pa.types.is_floating(kind):
+        return lambda value: value
+    to_type = kind.to_pandas_dtype()
+    return lambda value: None if value is None or math.isnan(value) else float(str(to_type(value)))
+
+
+def _plain(value: Any, number: Callable[[Any], Any]) -> Any:
     if isinstance(value, list):
         if value and isinstance(value[0], list):  # several category paths: the first counts
             value = value[0]
-        value = ", ".join(as_text(word) for word in value if word is not None)
+        value = ", ".join(as_text(word) for word in map(number, value) if word is not None)
     if isinstance(value, str):
         return value if value.strip() else None
     return value

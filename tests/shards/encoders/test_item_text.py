@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -38,6 +40,16 @@ def test_a_format_of_a_narrow_float_is_that_of_its_decimal() -> None:
     for kind, price in ((pa.float32(), 0.185), (pa.float64(), 0.185), (pa.float16(), np.float16(0.3))):
         texts = item_texts(pa.table({"price": pa.array([price], kind)}), ("{price:.2f} {price}",), "").texts
         assert texts == ["0.30 0.3" if kind == pa.float16() else "0.18 0.185"]
+
+
+@pytest.mark.parametrize("kind", [pa.float16(), pa.float32(), pa.float64()], ids=str)
+def test_numbers_of_lists_are_written_as_those_of_cells(kind: pa.DataType) -> None:
+    cells = list(np.array([0.7, math.nan, 2.5], kind.to_pandas_dtype()))
+    lists = pa.array([[*cells, None], [math.nan], [], None], pa.list_(kind))
+    nested = pa.array([[cells, cells[2:]], [[math.nan]], [[]], None], pa.list_(pa.list_(kind)))
+    for column in (lists, nested):
+        texts, present = item_texts(pa.table({"sizes": column}), ("{sizes}",), "")
+        assert (texts, present.tolist()) == (["0.7, 2.5", *[UNTITLED] * 3], [True, False, False, False])
 
 
 def test_times_are_written_to_the_microsecond() -> None:
