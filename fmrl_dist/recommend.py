@@ -137,7 +137,7 @@ def read_ids(path: Path | None, recommender: Recommender) -> list[int | str] | N
         return None
     require(path.is_file(), f"{path} is no file; expected ids of items, one a line")
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text; expected ids of items, one a line") from None
     return typed([line.strip() for line in lines if line.strip()], recommender)

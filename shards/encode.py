@@ -59,6 +59,9 @@ def main(argv: list[str]) -> None:
         found = encode_new_items(arguments.export, new, Path(encoding))
         with replaced_folder(arguments.output.absolute()) as aside:
             write(found, aside)
+    if found.items.bad:
+        causes = ", ".join(f"{cause}: {count:,}" for cause, count in found.items.bad.items())
+        print(f"left out {sum(found.items.bad.values()):,} rows of {arguments.items} that cannot be used ({causes})")
     for feature in found.features:
         note = f" ({feature.note})" if feature.note else ""
         present = int(feature.present.sum())

@@ -92,6 +92,7 @@ class DataConfig:
         self._check_format()
         self._check_event_columns()
         self._check_unknown_items()
+        self._check_cap()
         reserved = ", ".join(sorted(RESERVED_NAMES))
         for name, feature in self.features.items():
             require(
@@ -176,6 +177,13 @@ class DataConfig:
             f"data.sequences.split names column {columns.split!r}, but data.split.by is {self.split.by}"
             f"{', with tables of its own' if self.split.valid else ''}; set data.split.by: given, without tables, or "
             "leave the column out",
+        )
+
+    def _check_cap(self) -> None:
+        require(
+            self.interactions.max_events != 2 or self.split.by != "leave_one_out",
+            "data.interactions.max_events is 2, and data.split.by leave_one_out holds out two events of a user: there "
+            "would be nothing to predict them from; expected 0 for all, or at least 3",
         )
 
     def _check_unknown_items(self) -> None:

@@ -172,7 +172,8 @@ class LossConfig:
     # τ_m by which each size's scores are divided; null: (m / width)^temperature_power, as small sizes score lower
     temperatures: tuple[PositiveFloat, ...] | None = None
     temperature_power: Annotated[float, Limits(0, 2)] = 0.5  # of them; 0: all are 1
-    normalize: bool = False  # score by cosines of each size's prefixes; needs temperatures
+    # score by cosines of each size's prefixes; needs temperatures, and distillation 0
+    normalize: bool = False
     # share α_m of what a size learns from the largest size's softmax instead of from the right item: a number for all
     # smaller sizes, or one for each size, the last of them 0
     distillation: Annotated[float, Limits(0, 1)] | tuple[Annotated[float, Limits(0, 1)], ...] = 0.5

@@ -133,7 +133,10 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
         try:
             node[key] = parse_yaml(text)
         except (yaml.YAMLError, ValueError):
-            raise UserError(f"override {flag}: {shown(text)} is not a YAML value") from None
+            raise UserError(
+                f"override {flag}: {shown(text)} is not a YAML value; a text with special characters needs quotes of "
+                "its own, such as '\"*.csv\"'"
+            ) from None
 
 
 def open_section(node: dict[str, Any], key: str) -> Any:

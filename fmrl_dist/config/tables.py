@@ -111,7 +111,9 @@ class InteractionsConfig:
     # order of a user's events of one time: hash: by a hash of their ids, so that neither the files' order nor that of
     # the ids can be learnt | table: as they stand in the files
     ties: Literal["hash", "table"] = "hash"
-    max_events: NonNegativeInt = 0  # latest events of a user that train, at least 2; 0: all
+    # latest events of a user that are kept, 0: all; leave_one_out counts those that it holds out, and needs at least 3;
+    # other splits count those that train, and need at least 2
+    max_events: NonNegativeInt = 0
     # 10^9 bytes that sorting and grouping may take; the rest goes to the build folder
     memory_gb: Annotated[float, Limits(0.05, 1e6)] = 2.0
     # of the engine; auto: as many as there are cores

@@ -76,7 +76,7 @@ def block_parts(
     for block in blocks:
         arrays = store.read_block(block)
         rows = block_rows(arrays, "ids", dims)
-        of_block = None if fitted is None else fitted[torch.from_numpy(arrays["ids"])]
+        of_block = None if fitted is None else fitted[torch.tensor(arrays["ids"])]
         yield _only(torch.from_numpy(rows.values), torch.from_numpy(rows.present), of_block)
 
 

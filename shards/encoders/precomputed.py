@@ -33,10 +33,14 @@ def read_precomputed(
     """
     path, rows = open_precomputed(name, config, root, num_items)
     present = _check_values(name, path, rows)
+    num_added = 0
     if source_rows is not None:
+        num_added = int((source_rows < 0).sum())
         present = np.append(present, False)[source_rows]  # -1 is the last
-    num_absent = len(present) - int(present.sum())
-    note = f"{num_absent:,} rows of zeros: these items lack it" if num_absent else ""
+    num_zeros = len(present) - int(present.sum()) - num_added
+    notes = [f"{num_zeros:,} rows of zeros: these items lack it"] if num_zeros else []
+    notes += [f"{num_added:,} items are not in the item table, and lack it"] if num_added else []
+    note = "; ".join(notes)
     return ItemFeature(
         name, rows, present, encoder="npy", revision=sha256, recipe={}, note=note, source_rows=source_rows
     )

@@ -91,10 +91,13 @@ def make_feature(
             feature = product_codes.encode_rows(name, config, (made or {})[config.of], fitted)
     if feature.images is not None and not may_lack:
         feature.images.check(name, data.dirt.max_bad_images)
-    if not feature.present.any() and not may_lack and not isinstance(config, NpyFeature):
-        raise UserError(
-            f"feature {name!r}: no item has it; check its columns, and that its item ids are those of the item table"
+    if not feature.present.any() and not may_lack:
+        mend = (
+            "all rows of its array are zeros; compute it again"
+            if isinstance(config, NpyFeature)
+            else "check its columns, and that its item ids are those of the item table"
         )
+        raise UserError(f"feature {name!r}: no item has it; {mend}")
     return replace(feature, recipe={"source": config.source} | code_revision(name, config) | template | feature.recipe)
 
 

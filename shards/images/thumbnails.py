@@ -19,6 +19,7 @@ from shards.encoders.item_images import ImageTable, read_image
 from shards.images.causes import UnreadableImageError
 from shards.images.decoding import decode_image
 from shards.tables.item_ids import ItemIds
+from shards.tables.parquet_files import column_batches
 
 SIDE = 112  # pixels, twice what a page shows
 MOST_BYTES = 4096
@@ -52,7 +53,7 @@ def item_thumbnails(data: DataConfig, ids: pa.Array, wanted: Collection[int]) ->
             for group, num_rows in enumerate(file.group_rows):
                 row, start = start, start + num_rows
                 if is_wanted[row:start].any():
-                    for batch in file.batches([table.column], ROWS_AT_ONCE, groups=[group]):
+                    for batch in column_batches(file, [table.column], ROWS_AT_ONCE, groups=[group]):
                         for place in np.flatnonzero(is_wanted[row : row + len(batch)]).tolist():
                             _add(found, int(table.items[row + place]), table.folder, batch[table.column][place].as_py())
                         row += len(batch)

@@ -185,6 +185,8 @@ def _drop_duplicates(
     events = "SELECT u, i, t, p, tie FROM coded"
     if settings.duplicates == "event" or (settings.duplicates != "none" and by_row):
         events = f"SELECT u, i, t, p, min(tie) AS tie FROM ({events}) GROUP BY u, i, t, p"
+    if settings.duplicates == "event" and has_periods:  # the same event in two periods is of the earlier one
+        events = f"SELECT u, i, t, min(p) AS p, arg_min(tie, p) AS tie FROM ({events}) GROUP BY u, i, t"
     if settings.duplicates in ("first", "last"):
         end = "min" if settings.duplicates == "first" else "max"
         events = f"SELECT u, i, {end}(t) AS t, p, arg_{end}(tie, t) AS tie FROM ({events}) GROUP BY u, i, p"

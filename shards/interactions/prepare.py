@@ -30,7 +30,7 @@ from shards.interactions.kept_events import KeptEvents, keep_events
 from shards.tables.bad_rows import check_bad_rows
 from shards.tables.events import load_events
 
-VERSION = 3  # raise it when the same input gives other histories
+VERSION = 4  # raise it when the same input gives other histories
 HISTORIES, ITEMS, MADE_FROM = "histories.parquet", "items.parquet", "made-from.json"
 UNRECORDED = {"memory_gb", "threads"}  # change nothing of the result
 NOT_IN_TABLE = -1
@@ -194,6 +194,8 @@ def _make(
             funnel.notes.append(f"{counts.sorted_users:,} users' events were out of order: sorted by time")
         if counts.joined_users:
             funnel.notes.append(f"{counts.joined_users:,} users have several rows: their lists are joined in order")
+        if counts.empty_lists:
+            funnel.notes.append(f"{counts.empty_lists:,} users' lists are empty: they are in no split")
         connection.execute("SET preserve_insertion_order = false")  # from here on, rows have numbers
         kept = keep_events(connection, data, catalogue, counts, funnel)
         order = _item_order(data, kept)

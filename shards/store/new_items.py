@@ -92,7 +92,7 @@ def encode_new_items(export: Path, new: NewItems, encoding: Path) -> EncodedFeat
     sources = {name: _source(name, recorded[name], all_dims[name], export, new) for name in needed}
     data = replace(new.table, features=sources)
     check_raw_items(data)
-    items = read_raw_items(data)
+    items = read_raw_items(data, mend="or check --id")
     made: dict[str, ItemFeature] = {}
     for name in [*in_order(data), *(name for name in dims if name in lacking)]:
         made_by, dim = recorded[name], all_dims[name]

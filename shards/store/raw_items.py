@@ -15,7 +15,7 @@ from fmrl_dist.base.errors import UserError, require
 from fmrl_dist.config.data_section import DataConfig
 from fmrl_dist.config.features import NpyFeature, TextFeature
 from shards.encoders.item_text import as_text, cell_values, number_columns, parts_for, template_columns
-from shards.tables.bad_rows import check_bad_rows
+from shards.tables.bad_rows import MEND_BAD_ROWS, check_bad_rows
 from shards.tables.column_kinds import is_text, require_ids, require_text, require_title
 from shards.tables.formats.choice import bad_items_of, with_plain_items
 from shards.tables.item_ids import ItemIds, check_unique, check_whole, raw_ids
@@ -57,12 +57,13 @@ def check_raw_items(data: DataConfig, downloads: Path | None = None) -> None:
     _check_kinds(data, table, table_types(table, _columns(data, parts)), template_columns(parts))
 
 
-def read_raw_items(data: DataConfig, downloads: Path | None = None) -> RawItems:
+def read_raw_items(data: DataConfig, downloads: Path | None = None, mend: str = MEND_BAD_ROWS) -> RawItems:
     """Read the table; rows without an id, and lines that cannot be read, are left out and counted.
 
     Args:
         data: the config's section.
         downloads: folder for copies of URLs; None: there may be none.
+        mend: what else can be done about too many rows that cannot be used.
 
     Raises:
         UserError: as :func:`check_raw_items`; or ids are not unique or not of their kind, or more rows than
@@ -87,7 +88,7 @@ def read_raw_items(data: DataConfig, downloads: Path | None = None) -> RawItems:
         bad[NO_ID] = external.null_count
         table = table.filter(external.is_valid())
         external = external.drop_null()
-    check_bad_rows(bad, num_rows, str(source), data.dirt.max_bad_rows)
+    check_bad_rows(bad, num_rows, str(source), data.dirt.max_bad_rows, mend=mend)
     require(len(external) > 0, f"table {source} has no row that can be used")
     check_unique(external, where)
     check_whole(external, where)

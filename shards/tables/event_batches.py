@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from fmrl_dist.base.errors import require
 from fmrl_dist.config.data_section import DataConfig
 from fmrl_dist.config.tables import SequenceTableConfig
 from shards.tables.column_kinds import (
@@ -43,7 +44,11 @@ class EventTable:
 
 
 def event_tables(data: DataConfig, downloads: Path | None) -> list[EventTable]:
-    """The tables that ``data.sequences`` and ``data.split`` name."""
+    """The tables that ``data.sequences`` and ``data.split`` name.
+
+    Raises:
+        UserError: a file is of two splits.
+    """
     paths = {"": data.sequences.path}
     is_given = data.split.by == "given" and bool(data.split.valid)
     if is_given:
@@ -52,7 +57,22 @@ def event_tables(data: DataConfig, downloads: Path | None) -> list[EventTable]:
     for split, path in paths.items():
         raw, columns = event_source(data, path, downloads)
         tables.append(EventTable(raw, replace(columns, split="") if is_given else columns, split))
+    if is_given:
+        _check_apart(tables)
     return tables
+
+
+def _check_apart(tables: list[EventTable]) -> None:
+    keys = {"train": "data.sequences.path", "valid": "data.split.valid", "test": "data.split.test"}
+    split_of: dict[Path, str] = {}
+    for table in tables:
+        for file in table.raw.files:
+            before = split_of.setdefault(file.resolve(), table.split)
+            require(
+                before == table.split,
+                f"{keys[before]} and {keys[table.split]} both name {file}: its events would be of two splits; give "
+                "each split files of its own",
+            )
 
 
 def check_event_table(table: EventTable) -> None:
@@ -102,6 +122,7 @@ class EventBatch(NamedTuple):
 
     events: pa.Table
     owners: pa.Array | None  # of a table of sequences: the user of each row whose lists can be used, null or ids
+    num_empty: int = 0  # of these rows, those whose list is empty
 
 
 def event_batches(table: EventTable, data: DataConfig, first_row: int, bad: Counter[str]) -> Iterator[EventBatch]:
@@ -133,16 +154,16 @@ def event_batches(table: EventTable, data: DataConfig, first_row: int, bad: Coun
         lists=[names.items, names.times] if names.layout == "sequences" else [],
     )
     for batch in found.batches:
-        owners = None
+        owners, num_empty = None, 0
         if names.layout == "sequences":
-            events, owners = _flat_sequences(batch, table, data)
+            events, owners, num_empty = _flat_sequences(batch, table, data)
         else:
             events = _interactions(batch, table, data)
         if table.split:
             events["split"] = pa.array([table.split] * len(events["user"]), pa.large_string())
         events["row"] = pa.array(np.arange(first_row, first_row + len(events["user"])))
         first_row += len(events["user"])
-        yield EventBatch(pa.table(events), owners)
+        yield EventBatch(pa.table(events), owners, num_empty)
 
 
 def _columns(names: SequenceTableConfig) -> list[str]:
@@ -172,9 +193,9 @@ def _interactions(batch: pa.Table, table: EventTable, data: DataConfig) -> dict[
     return events
 
 
-def _flat_sequences(batch: pa.Table, table: EventTable, data: DataConfig) -> tuple[dict[str, pa.Array], pa.Array]:
+def _flat_sequences(batch: pa.Table, table: EventTable, data: DataConfig) -> tuple[dict[str, pa.Array], pa.Array, int]:
     """An event for each item of a list, and one with a cause for each row whose lists cannot be used; the other rows'
-    users."""
+    users, and how many of their lists are empty."""
     names = table.sequences
     users = raw_ids(batch[names.user], f"column {names.user!r} of {table.raw}", data.user_ids)
     where = f"column {names.items!r} of {table.raw}"
@@ -198,7 +219,7 @@ def _flat_sequences(batch: pa.Table, table: EventTable, data: DataConfig) -> tup
     if times is not None:
         found = time_columns(times.filter(good).flatten())
         events |= {name: _with_nulls(column, len(spoilt)) for name, column in found.items()}
-    return events, users.filter(good)
+    return events, users.filter(good), int((lengths == 0).sum())
 
 
 def _with_nulls(column: pa.Array, number: int) -> pa.Array:

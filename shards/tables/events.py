@@ -49,6 +49,7 @@ OPTIONAL = {  # columns of rows that not all tables have
     **{"rating": "DOUBLE", "event": "VARCHAR", "split": "VARCHAR"},
 }
 TIME_COLUMNS = ("whole", "fraction", "part", "moment", "nanos")
+TEXTS = {"time": "time", "rating": "rating_text", "split": "split"}  # by cause, the column that was not understood
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 SPLITS = " ".join(f"WHEN '{name}' THEN '{split}'" for name, split in SPLIT_NAMES.items())
 
@@ -63,6 +64,7 @@ class ReadCounts:
     per_second: int  # ticks of ``time``: 10⁶, or 10⁹ where times are in nanoseconds or any is finer than microseconds
     sorted_users: int  # of a table of sequences: users whose list was not in order of its own times
     joined_users: int  # of a table of sequences: users of several rows
+    empty_lists: int = 0  # of a table of sequences: rows without an event, which are no mistake
 
 
 def load_events(connection: DuckDBPyConnection, data: DataConfig, downloads: Path | None) -> ReadCounts:
@@ -85,25 +87,26 @@ def load_events(connection: DuckDBPyConnection, data: DataConfig, downloads: Pat
     quiet(connection)
     user_type, item_type = ("BIGINT" if kind == "integer" else "VARCHAR" for kind in (data.user_ids, data.item_ids))
     tables, bad, num_staged, is_text = event_tables(data, downloads), Counter[str](), 0, False
-    joined_users = 0
+    joined_users = empty_lists = 0
     try:
         columns = _create_staged(connection, tables, user_type, item_type)
         for table in tables:
             connection.execute(f"CREATE OR REPLACE TABLE {OWNERS} (id {user_type})")
-            for batch, owners in event_batches(table, data, num_staged, bad):
+            for batch, owners, num_empty in event_batches(table, data, num_staged, bad):
                 names = batch.column_names
                 parsed = _parsed(names, bool(table.sequences.times))
                 _insert(connection, STAGED, batch, f"SELECT {columns} FROM ({parsed})")
                 if owners is not None:
                     _insert(connection, OWNERS, pa.table({"id": owners}), f"SELECT id FROM {BATCH}")
                 num_staged += len(batch)
+                empty_lists += num_empty
                 is_text |= "time" in names
             joined_users += _num_joined(connection, table, data.interactions.duplicates in ("first", "last"))
         num_rows = num_staged + bad.total()
         unit = _time_unit(connection, tables[0], is_text, data.dirt.max_bad_rows)
         per_second = _ticks_per_second(connection, unit)
         _create(connection, unit, per_second, bool(tables[0].sequences.times), bad)
-        _check(connection, tables, bad, num_rows, data.dirt.max_bad_rows)
+        _check(connection, tables, bad, num_rows, data)
     except BaseException:
         drop_events(connection)
         raise
@@ -112,7 +115,7 @@ def load_events(connection: DuckDBPyConnection, data: DataConfig, downloads: Pat
         _say_times(connection, tables[0], unit, per_second)
         if tables[0].sequences.layout == "sequences":
             sorted_users = _num_unsorted(connection)
-    return ReadCounts(num_rows, dict(sorted(bad.items())), unit, per_second, sorted_users, joined_users)
+    return ReadCounts(num_rows, dict(sorted(bad.items())), unit, per_second, sorted_users, joined_users, empty_lists)
 
 
 def drop_events(connection: DuckDBPyConnection) -> None:
@@ -236,12 +239,31 @@ def _create(connection: DuckDBPyConnection, unit: str, per_second: int, has_time
 
 
 def _check(
-    connection: DuckDBPyConnection, tables: list[EventTable], bad: Counter[str], num_rows: int, limit: float
+    connection: DuckDBPyConnection, tables: list[EventTable], bad: Counter[str], num_rows: int, data: DataConfig
 ) -> None:
-    name = ", ".join(str(table.raw) for table in tables)
+    name, limit = ", ".join(str(table.raw) for table in tables), data.dirt.max_bad_rows
     require(num_rows > 0, f"table {name} is empty; expected at least one row")
-    check_bad_rows(bad, num_rows, name, limit)
+    examples = _examples(connection, tables, data) if bad.total() > limit * num_rows else {}
+    check_bad_rows(bad, num_rows, name, limit, examples)
     require(num_rows > bad.total(), f"table {name} has no row that can be used")
+
+
+def _examples(connection: DuckDBPyConnection, tables: list[EventTable], data: DataConfig) -> dict[str, str]:
+    """The first text of each kind that is not understood, by cause; the tables are read again up to there."""
+    first = dict(connection.execute(f'SELECT cause, min("row") FROM {STAGED} GROUP BY cause').fetchall())
+    found: dict[str, str] = {}
+    for cause, column in TEXTS.items():
+        begin = 0
+        for table in tables if cause in first else ():
+            for batch, _, _ in event_batches(table, data, begin, Counter()):
+                place = first[cause] - begin
+                begin += len(batch)
+                if 0 <= place < len(batch) and column in batch.column_names:
+                    text = batch[column][place].as_py()
+                    found |= {cause: text} if text else {}
+                if begin > first[cause]:
+                    break
+    return found
 
 
 def _say_times(connection: DuckDBPyConnection, table: EventTable, unit: str, per_second: int) -> None:

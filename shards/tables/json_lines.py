@@ -34,6 +34,7 @@ HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can write it, UTF-8 canno
 NO_JSON = "\x01"  # no line of JSON holds it, so it parts nothing
 
 Lists = list[Any]
+IDS = "integers of 64 bits or text"
 
 
 def json_names(file: Path) -> list[str]:
@@ -134,7 +135,7 @@ def lists_of(cell: str, where: str, as_ids: bool) -> Lists:
 
     def number(text: str) -> str:
         if as_ids:
-            raise UserError(f"{where} holds the id {text}; expected integers or text")
+            raise UserError(f"{where} holds the id {text}; expected {IDS}")
         return repr(float(text)) if math.isfinite(float(text)) else text
 
     try:
@@ -223,7 +224,7 @@ def _column(kinds: pa.ChunkedArray, texts: pa.ChunkedArray, where: str, as_ids: 
     texts = pc.if_else(is_missing, None, texts).cast(pa.large_string())
     others = texts.filter(pc.invert(pc.is_in(kinds, pa.array([TEXT, *INTEGERS, "ARRAY", None])))).drop_null()
     if as_ids and len(others):
-        raise UserError(f"{where} holds the id {others[0].as_py()}; expected integers or text")
+        raise UserError(f"{where} holds the id {others[0].as_py()}; expected {IDS}")
     if "ARRAY" not in found:
         return texts
 

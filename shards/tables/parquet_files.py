@@ -33,11 +33,17 @@ def parquet_batches(files: Sequence[Path], columns: Sequence[str], rows_at_once:
     """Columns of files in order, at most ``rows_at_once`` rows at a time."""
     for file in files:
         with opened_parquet(file) as opened, _readable(file):
-            keys = {column: _keys(opened, column) for column in columns}
-            whole = list(dict.fromkeys(first for first, *_ in keys.values()))
-            for batch in opened.batches(whole, rows_at_once):
-                found = [_field(batch[first], fields) for first, *fields in keys.values()]
-                yield pa.table(found, names=list(columns))
+            yield from column_batches(opened, columns, rows_at_once)
+
+
+def column_batches(
+    opened: BoundedParquet, columns: Sequence[str], rows_at_once: int, groups: Sequence[int] | None = None
+) -> Iterator[pa.Table]:
+    """Columns of an open file, ``a.b`` for field b of column a; of all row groups or of some."""
+    keys = {column: _keys(opened, column) for column in columns}
+    whole = list(dict.fromkeys(first for first, *_ in keys.values()))
+    for batch in opened.batches(whole, rows_at_once, groups=groups):
+        yield pa.table([_field(batch[first], fields) for first, *fields in keys.values()], names=list(columns))
 
 
 def _field(column: pa.ChunkedArray, fields: Sequence[str]) -> pa.ChunkedArray:

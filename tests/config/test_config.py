@@ -154,6 +154,10 @@ def test_wrong_type(raw: Any, message: str, tmp_path: Path) -> None:
             {"data": {"interactions": {"duplicates": "event"}}},
             "data.interactions.duplicates: event is set, but data.sequences.times",
         ),
+        (
+            {"data": {"interactions": {"max_events": 2}}},
+            "data.interactions.max_events is 2, and data.split.by leave_one_out holds out two events",
+        ),
         ({"data": {"interactions": {"events": ["buy"]}}}, "data.interactions.events is set, but data.sequences.event"),
         ({"data": {"split": {"by": "given"}}}, "data.split.by: given is set, but data.sequences.split names no column"),
         ({"data": {"split": {"by": "time"}}}, "data.split.by: time is set, but data.sequences.times names no column"),
@@ -267,6 +271,10 @@ def test_overrides(tmp_path: Path) -> None:
         (("train.epochs", "3"), "argument 'train.epochs' is not known"),
         (("--train.epochs.first", "3"), "override --train.epochs.first: 'epochs' holds a value, not a section"),
         (("--train.epochs", "[1"), "override --train.epochs: '[1' is not a YAML value"),
+        (
+            ("--data.sequences.path", "*.csv"),
+            "override --data.sequences.path: '*.csv' is not a YAML value; a text",
+        ),
         (("--train.epoch", "1"), "unknown config key 'train.epoch'; did you mean 'train.epochs'?"),
         (("--run.dir", "7"), "run.dir is 7; expected str"),
     ],

@@ -6,6 +6,7 @@ has a column of users and one of lists. Only what belongs to a process' share is
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import os
 import sys
@@ -331,7 +332,7 @@ def _row_of(path: Path, first: int, place: int) -> str:
 def _lines(file: BinaryIO, name: str) -> Iterator[bytes]:
     for number, line in enumerate(iter(partial(file.readline, MAX_LINE_BYTES + 1), b""), 1):
         require(len(line) <= MAX_LINE_BYTES, f"{name}, line {number}, is longer than {MAX_LINE_BYTES:,} bytes; {MEND}")
-        yield line
+        yield line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
 
 
 def _read_whole(path: Path) -> tuple[str, int]:

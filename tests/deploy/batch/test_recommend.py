@@ -428,8 +428,10 @@ def test_unknown_items_may_be_skipped(export: Path, tmp_path: Path) -> None:
 def test_allowed_and_denied_items(export: Path, lines: Path, users: list[dict[str, Any]], tmp_path: Path) -> None:
     allowed = [f"i{item}" for item in range(0, NUM_ITEMS, 25)]
     (tmp_path / "allow").write_text("\n".join([*allowed, "nope"]))
-    (tmp_path / "deny").write_text("i25\r\ni50\r\n")
-    words = (export, "--histories", lines, "--output", tmp_path / "lists", "--allow", tmp_path / "allow")
+    (tmp_path / "deny").write_text("\ufeffi25\r\ni50\r\n", "utf-8")
+    marked = tmp_path / "marked.jsonl"  # as some editors save it
+    marked.write_text("\ufeff" + lines.read_text("utf-8"), "utf-8")
+    words = (export, "--histories", marked, "--output", tmp_path / "lists", "--allow", tmp_path / "allow")
     assert f"{tmp_path / 'allow'} holds 1 ids of no item, such as ['nope']" in refused(*words)
     run(*words, "--deny", tmp_path / "deny", "--include-seen", "--unknown", "skip")
     found = read_lists(tmp_path / "lists")

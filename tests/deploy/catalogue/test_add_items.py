@@ -402,6 +402,21 @@ def test_refusals(shop: Path, tmp_path: Path) -> None:
         assert complaint in refused(shop, target, *words), words
 
 
+def test_rows_without_an_id_are_said(shop: Path, tmp_path: Path) -> None:
+    table, output = tmp_path / "new.parquet", tmp_path / "more"
+    words = ["--items", table, "--title", "title", "--without", "vector", "--without", "image", "--output", output]
+    for blank in (1, 3):
+        ids, texts = [" "] * blank + [f"n{item}" for item in range(150 - blank)], ["a brush"] * 150
+        pq.write_table(pa.table({"item_id": ids, "title": texts, "words": texts}), table)
+        ended = run_module("fmrl_dist.add_items", shop / "export", *words, *(["--overwrite"] if blank > 1 else []))
+        if blank == 1:
+            assert ended.returncode == 0, ended.stderr
+            assert f"left out 1 rows of {table} that cannot be used (no id: 1)" in ended.stdout
+            assert "added 149, updated 0" in ended.stdout
+    why = "3 of 150 rows cannot be used (no id: 3), more than a share of 0.01; mend the table, or check --id"
+    assert ended.returncode == 2 and why in ended.stderr
+
+
 def test_other_encoders_are_refused(shop: Path, tmp_path: Path) -> None:
     target = shutil.copytree(shop / "export", tmp_path / "exports" / "export")
     changes: list[tuple[dict[str, Any], str]] = [

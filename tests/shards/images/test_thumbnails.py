@@ -31,6 +31,17 @@ def test_pictures_of_wanted_items(tmp_path: Path) -> None:
         assert np.abs(np.asarray(picture).astype(int) - np.asarray(whole.convert("RGB"))).mean() < 8
 
 
+def test_pictures_in_a_field_of_a_column(tmp_path: Path) -> None:
+    """As the Hub's data sets have them: a struct of bytes and path."""
+    images = [{"bytes": photo(0), "path": None}, {"bytes": photo(1), "path": "b.png"}]
+    pq.write_table(pa.table({"item": [{"id": "a"}, {"id": "b"}], "image": images}), tmp_path / "images.parquet")
+    features = {"image": {"source": "pixels", "path": "images.parquet", "id": "item.id", "image": "image.bytes"}}
+    data = tiny_config(tmp_path, tmp_path / "store", features=features).data
+    found = item_thumbnails(data, pa.array(["a", "b"], pa.large_string()), {1})
+    with Image.open(io.BytesIO(found[1])) as picture, Image.open(io.BytesIO(photo(1))) as whole:
+        assert list(found) == [1] and picture.size == whole.size
+
+
 def test_a_picture_is_small() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (700, 900, 3), np.uint8)
     data = thumbnail(Image.fromarray(noise))

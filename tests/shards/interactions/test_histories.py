@@ -85,6 +85,13 @@ def histories_of(result: Prepared) -> dict[str, PlainHistory]:
     return found
 
 
+def in_order(row: Event, cut: int) -> Event:
+    """What is before a moment trains, what is at it trains or validates, and what is after it is for the test."""
+    if row.time == cut:
+        return row._replace(split="train" if row.split == "train" else "valid")
+    return row._replace(split="train" if row.time < cut else "test")
+
+
 @FAST
 @given(
     rows=EVENTS,
@@ -96,19 +103,29 @@ def histories_of(result: Prepared) -> dict[str, PlainHistory]:
             "min_user_events": st.integers(0, 3),
             "min_item_events": st.integers(0, 3),
             "ties": st.sampled_from(["hash", "table"]),
-            "max_events": st.sampled_from([0, 2]),
+            "max_events": st.sampled_from([0, 3]),
         }
     ),
     split=st.sampled_from([{}, {"by": "given"}, CUTS]),
+    cut=st.none() | st.integers(0, 12),
 )
 def test_histories_equal_their_plain_twin(
-    rows: list[Event], interactions: dict[str, Any], split: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+    rows: list[Event],
+    interactions: dict[str, Any],
+    split: dict[str, str],
+    cut: int | None,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
+    if cut is not None:
+        rows = [in_order(row, cut * 4 * DAY) for row in rows]
     expected = plain_histories(rows, build(InteractionsConfig, interactions, ""), build(SplitConfig, split, ""))
     folder = tmp_path_factory.mktemp("raw")
     try:
         result = prepared(folder, rows, interactions=interactions, split=split)
     except UserError as error:
+        if "holds out events that are older" in str(error):
+            assert split.get("by") == "given" and not all(history.is_in_order for history in expected.values())
+            return
         assert "no event is" in str(error)
         periods = [
             sum(history.train for history in expected.values()),
@@ -118,6 +135,7 @@ def test_histories_equal_their_plain_twin(
         assert not periods[0] or (split.get("by") == "time" and not all(periods)) or interactions["events"]
         return
     assert histories_of(result) == expected
+    assert all(history.is_in_order for history in expected.values())
     funnel = result.funnel
     assert funnel.events == sum(len(history.items) for history in expected.values())
     assert funnel.rows == len(rows) == funnel.events + sum(step.removed for step in funnel.steps)
@@ -170,6 +188,30 @@ def test_nothing_that_trains_depends_on_what_comes_after_the_cut(
     assert ids[0][:num_trained] == ids[1][:num_trained]
 
 
+def given_split(*rows: tuple[str, int, str]) -> list[Event]:
+    return [Event("u", item, time, split=split) for item, time, split in rows]
+
+
+def test_what_a_given_split_holds_out_is_later_than_what_it_is_predicted_from(tmp_path: Path) -> None:
+    split = {"by": "given"}
+    rows = given_split(("x", 1, "train"), ("y", 5, "train"), ("z", 5, "valid"), ("w", 7, "test"))
+    found = histories_of(prepared(tmp_path / "sound", rows, split=split))
+    assert found == {"u": PlainHistory(list("xyzw"), [1, 5, 5, 7], 2, 1)}
+    late = [*rows, *given_split(("v", 6, "valid"), ("s", 8, "train")), Event("v", "x", 1)]
+    with pytest.raises(UserError, match=r"older than events which train.* of 1 of 2 users, the first is 'u'.*by: time"):
+        prepared(tmp_path / "late", late, split=split)
+    assert not list((tmp_path / "late" / "build" / "interactions").glob("*/histories.parquet"))
+
+
+def test_an_event_of_two_periods_is_of_the_earlier_one(tmp_path: Path) -> None:
+    rows = given_split(("x", 1, "train"), ("y", 5, "train"), ("y", 5, "test"), ("x", 5, "valid"), ("x", 9, "test"))
+    split = {"by": "given"}
+    kept = prepared(tmp_path / "kept", rows, split=split)
+    assert "1 events stand twice" in "\n".join(kept.funnel.lines())
+    left = histories_of(prepared(tmp_path / "left", rows, split=split, interactions={"duplicates": "event"}))
+    assert left == {"u": PlainHistory(list("xyxx"), [1, 5, 5, 9], 2, 1)}
+
+
 def test_a_core_that_takes_rounds(tmp_path: Path) -> None:
     """By hand: d has 1 user and goes, so u3 has 1 event and goes, so c has 1 user and goes."""
     rows = [
@@ -197,13 +239,13 @@ def test_a_result_is_used_again_and_made_anew_when_a_setting_changes(
     prepared(tmp_path, rows, interactions={"memory_gb": 1.0})
     assert first.histories.stat().st_mtime_ns == changed, "more memory gives the same"
     assert "anew" not in capsys.readouterr().out
-    assert prepared(tmp_path, rows, interactions={"max_events": 2}).funnel.events == 6
-    assert "data.interactions.max_events was 0, is 2" in capsys.readouterr().out
+    assert prepared(tmp_path, rows, interactions={"max_events": 4}).funnel.events == 12
+    assert "data.interactions.max_events was 0, is 4" in capsys.readouterr().out
     assert first.histories.exists(), "another build may be reading it"
     damaged = first.histories.read_bytes()
     first.histories.write_bytes(damaged[:-1])
     assert prepared(tmp_path, rows).histories.read_bytes() == damaged
-    for number in range(3, 6):
+    for number in range(5, 8):
         prepared(tmp_path, rows, interactions={"max_events": number})
     assert len(list((tmp_path / "build" / "interactions").iterdir())) == 3
     assert sorted(path.name for path in (tmp_path / "build").iterdir()) == ["interactions"]

@@ -119,6 +119,24 @@ def test_a_precomputed_row_of_zeros_is_an_absent_feature(tmp_path: Path) -> None
     assert list(store_problems(store)) == []
 
 
+def test_an_array_of_zeros_is_refused(tmp_path: Path) -> None:
+    rows = write_raw(tmp_path / "raw")
+    np.save(tmp_path / "raw" / "vectors.npy", np.zeros_like(rows))
+    with pytest.raises(UserError, match="feature 'vector': no item has it; all rows of its array are zeros"):
+        build_store(tiny_config(tmp_path / "raw", tmp_path / "store"))
+    assert not (tmp_path / "store").exists()
+
+
+def test_items_that_joined_have_no_row_in_an_array(tmp_path: Path) -> None:
+    rows = write_raw(tmp_path / "raw")
+    rows[1] = 0
+    np.save(tmp_path / "raw" / "vectors.npy", rows)
+    histories = {"u": ["a", "b", "new"], "v": ["c", "newer", "a"]}
+    write_histories(tmp_path / "raw" / "sequences.parquet", histories)
+    _, (feature,) = build_store(tiny_config(tmp_path / "raw", tmp_path / "store", on_unknown_item="add"))
+    assert feature.note == "1 rows of zeros: these items lack it; 2 items are not in the item table, and lack it"
+
+
 def test_a_store_is_replaced_only_when_asked(tmp_path: Path) -> None:
     rows = write_raw(tmp_path / "raw")
     config = tiny_config(tmp_path / "raw", tmp_path / "store")

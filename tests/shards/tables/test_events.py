@@ -120,7 +120,7 @@ def test_a_text_among_lists_means_the_same_whatever_is_beside_it(neighbour: str,
 @pytest.mark.parametrize("neighbour", ["", '{"u": "b", "i": ["x"]}\n'])
 def test_a_fraction_among_lists_is_no_id(neighbour: str, tmp_path: Path) -> None:
     (tmp_path / "h.jsonl").write_text(neighbour + '{"u": "a", "i": 4.5}')
-    with pytest.raises(UserError, match="holds the id 4.5; expected integers or text"):
+    with pytest.raises(UserError, match="holds the id 4.5; expected integers of 64 bits or text"):
         read_events(data_config(tmp_path, sequences={"path": "h.jsonl", "user": "u", "items": "i"}))
 
 
@@ -249,7 +249,7 @@ def test_days_with_years_of_two_digits_are_bad(tmp_path: Path) -> None:
     data = data_config(tmp_path, sequences=interactions("e.csv"), dirt={"max_bad_rows": 0.7})
     rows, counts = read_events(data, "user")
     assert (rows, counts.bad) == ([("b",)], {"time": 2})
-    with pytest.raises(UserError, match=r"2 of 3 rows cannot be used \(time: 2\)"):
+    with pytest.raises(UserError, match=r"2 of 3 rows cannot be used \(time: 2, such as '28/11/19'\)"):
         read_events(data_config(tmp_path, sequences=interactions("e.csv")))
 
 
@@ -336,7 +336,7 @@ def test_ids_that_are_floats_are_refused(kind: str, message: str, layout: str, t
     items = [4.0, 4.0] if layout == "interactions" else [[4.0], [4.0]]
     write_columns(tmp_path / f"e{kind}", {"u": ["a", "b"], "i": items})
     data = data_config(tmp_path, sequences=interactions(f"e{kind}", times="", layout=layout))
-    with pytest.raises(UserError, match=f"{message}.*; expected integers or text"):
+    with pytest.raises(UserError, match=f"{message}.*; expected integers( of 64 bits)? or text"):
         read_events(data)
 
 
@@ -358,7 +358,9 @@ def test_bad_rows_are_counted_by_their_cause(tmp_path: Path) -> None:
     assert (counts.rows, counts.bad) == (11, bad)
     data = data_config(tmp_path, sequences=sequences, split=given, dirt={"max_bad_rows": 0.7})
     with pytest.raises(
-        UserError, match=r"8 of 11 rows cannot be used \(.*time: 2.*more than the share 0.7 of data.dirt"
+        UserError,
+        match=r"8 of 11 rows cannot be used \(time: 2, such as 'soon', rating: 2, such as 'good'.* split: 1, such as "
+        r"'later'.*more than a share of 0.7; .*or raise data.dirt",
     ):
         read_events(data)
 
@@ -370,6 +372,14 @@ def test_lines_that_are_no_json_objects(line: str, tmp_path: Path) -> None:
     rows, counts = read_events(data, "user", "item", "time")
     assert rows == [("a", "x", 1_000_000), ("b", "5", 2_000_000)]
     assert (counts.rows, counts.bad) == (3, {"unreadable line": 1})
+
+
+def test_examples_are_of_the_table_that_has_them(tmp_path: Path) -> None:
+    for name, time in (("train", "2024-01-02"), ("valid", "02.01.2024 at noon"), ("test", "later")):
+        (tmp_path / f"{name}.csv").write_text(f"u,i,t\na,x,2024-01-01\na,y,{time}\n")
+    split = {"by": "given", "valid": "valid.csv", "test": "test.csv"}
+    with pytest.raises(UserError, match=r"2 of 6 rows cannot be used \(time: 2, such as '02.01.2024 at noon'\)"):
+        read_events(data_config(tmp_path, sequences=interactions("train.csv"), split=split))
 
 
 def test_lists_that_differ_in_length_and_nulls_in_lists(tmp_path: Path) -> None:
@@ -387,6 +397,12 @@ def test_lists_that_differ_in_length_and_nulls_in_lists(tmp_path: Path) -> None:
         assert (counts.rows, counts.bad) == (5, lists | {"no item": 1, "no user": 1})
 
 
+def test_an_integer_that_no_id_can_be(tmp_path: Path) -> None:
+    (tmp_path / "e.jsonl").write_text(f'{{"u": 1, "i": {2**70}, "t": 1}}')
+    with pytest.raises(UserError, match=f"holds the id {2**70}; expected integers of 64 bits or text"):
+        read_events(data_config(tmp_path, sequences=interactions("e.jsonl")))
+
+
 def test_where_numbers_and_dates_are_mixed_the_fewer_are_bad(tmp_path: Path) -> None:
     write_columns(tmp_path / "e.csv", {"u": list("abc"), "i": list("xyz"), "t": ["2014-07-23", "0", "2014-07-24"]})
     data = data_config(tmp_path, sequences=interactions("e.csv"), dirt={"max_bad_rows": 0.5})
@@ -402,6 +418,18 @@ def test_splits_by_files(tmp_path: Path) -> None:
         data_config(tmp_path, sequences=interactions("train.csv"), split=split), "user", "split", "row"
     )
     assert rows == [("a", "train", 0), ("b", "valid", 1), ("c", "test", 2)]
+
+
+def test_a_file_of_two_splits_is_refused(tmp_path: Path) -> None:
+    for name in ("train", "valid", "test"):
+        write_columns(tmp_path / f"{name}.csv", {"u": ["a"], "i": ["x"], "t": [1]})
+    split = {"by": "given", "valid": "valid.csv", "test": "test.csv"}
+    for path in ("*.csv", ["train.csv", str(tmp_path / "valid.csv")]):
+        data = data_config(tmp_path, sequences=interactions("train.csv") | {"path": path}, split=split)
+        with pytest.raises(
+            UserError, match=r"data\.sequences\.path and data\.split\.\w+ both name \S+\.csv: its events"
+        ):
+            read_events(data)
 
 
 HOSTILE = """a"b'); DROP TABLE raw_events; --"""

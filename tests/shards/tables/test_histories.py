@@ -157,8 +157,8 @@ def test_lists_of_a_user_are_joined_where_an_item_counts_once(
 
 def test_a_user_may_have_a_row_in_each_table_of_a_given_split(tmp_path: Path) -> None:
     write_items(tmp_path / "items.parquet")
-    for name, items in (("train", ["a", "b"]), ("valid", ["c"]), ("test", ["d"])):
-        write_histories(tmp_path / f"{name}.parquet", {"u": items}, {"u": list(range(len(items)))})
+    for name, items, times in (("train", ["a", "b"], [1, 2]), ("valid", ["c"], [2]), ("test", ["d"], [3])):
+        write_histories(tmp_path / f"{name}.parquet", {"u": items}, {"u": times})
     split = {"by": "given", "valid": "valid.parquet", "test": "test.parquet"}
     sequences = {"path": "train.parquet", "times": "times"}
     store, _ = build_store(tiny_config(tmp_path, tmp_path / "store", features={}, sequences=sequences, split=split))
