@@ -101,7 +101,6 @@ FIXED = {
         "eps",
         "clip_norm",
     ),
-    "eval": ("metric", "size"),
 }
 
 
@@ -111,7 +110,7 @@ def open_run(
     """The checkpoint to resume from, or None for a fresh run.
 
     The search for the best checkpoint restarts unless the run's folder holds one as good as the best that the
-    checkpoint knows of, validated on the same users.
+    checkpoint knows of, chosen by the same metric and size on the same users.
 
     Args:
         config: of this run.
@@ -144,9 +143,13 @@ def open_run(
         check_own_folder(folder)
         checkpoint = load_checkpoint(Path(resume), "latest")
     best_step, known_best = _best_step(folder, say), checkpoint.state.best_step
-    other_users = config_from_dict(checkpoint.config).eval.users != config.eval.users  # whose figures do not compare
+    saved = config_from_dict(checkpoint.config)
+    # Figures of other users, of another metric or of another size do not compare.
+    chosen_otherwise = (saved.eval.users, saved.chosen_by) != (config.eval.users, config.chosen_by)
+    if chosen_otherwise and known_best >= 0:
+        say("the checkpoint's best was chosen by other eval.users, eval.metric or eval.size: the search restarts")
     # In this run, a later best is as good or better; another run's best says nothing about this one.
-    if other_users or best_step < known_best or (resume != "auto" and best_step != known_best):
+    if chosen_otherwise or best_step < known_best or (resume != "auto" and best_step != known_best):
         none = TrainState()
         state = replace(
             checkpoint.state,
@@ -388,10 +391,12 @@ def _check_same_run(config: Config, checkpoint: Checkpoint, manifest_sha256: str
     pairs.append(("train.lanes", saved.train.num_lanes, config.train.num_lanes))
     pairs.append(("train.schedule_epochs", schedule_epochs(saved), schedule_epochs(config)))
     pairs.append(("the store's manifest", checkpoint.manifest_sha256[:12], manifest_sha256[:12]))
+    follows = not (saved.train.schedule_epochs or config.train.schedule_epochs)
     for key, before, now in pairs:
         if before != now:
+            own = f" (--train.epochs {before}, which it follows)" if key == "train.schedule_epochs" and follows else ""
             raise UserError(
                 f"checkpoint {checkpoint.path} has {key} {before!r}, this run {now!r}; "
-                "restore the value, or start another run with --run.dir"
+                f"restore the value{own}, or start another run with --run.dir"
                 + (f" (from these weights: --train.init {checkpoint.path})" if "epochs" in key else "")
             )

@@ -123,6 +123,8 @@ class Config:
     def resolved(self, num_items: int, num_users: int, num_events: int, has_features: bool) -> Config:
         """This configuration for a store: what is "auto" because it depends on one has its value.
 
+        The targets of an epoch are estimated as those of so many average histories.
+
         Args:
             num_items: of the catalogue.
             num_users: that train.

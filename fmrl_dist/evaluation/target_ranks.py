@@ -21,9 +21,11 @@ from torch import Tensor
 from fmrl_dist.data.batches import EvaluationBlock
 from fmrl_dist.evaluation.top_lists import TopLists
 from fmrl_dist.model.nested import chunks
+from fmrl_dist.model.row_products import padded
 
 ALL, UNSEEN = 0, 1  # first index of ranks: among all items, or without those that the user has seen
-GUESSED = 256  # targets of one small product; narrower ones round in another way
+TILE_MULTIPLE = 256  # items of a product; where it ends in a part of these, equal items can differ in their last bit
+GUESSED = TILE_MULTIPLE  # targets of one small product; narrower ones round in another way
 
 
 def seen_items(block: EvaluationBlock) -> Tensor:
@@ -36,10 +38,15 @@ def seen_items(block: EvaluationBlock) -> Tensor:
 
 
 def nested_tile_scores(z: Tensor, tile: Tensor, sizes: Sequence[int], normalize: bool) -> Iterator[Tensor]:
-    """Scores [U, v] of a tile of items [v, D] at each size in turn; each is valid until the next is asked for."""
-    scores = z.new_zeros(len(z), len(tile))
+    """Scores [U, v] of a tile of items [v, D] at each size in turn; each is valid until the next is asked for.
+
+    Equal items are scored equal, to the last bit: a product rounds by the place where a tile has an odd end.
+    """
+    whole = padded(tile, -len(tile) % TILE_MULTIPLE, 0)
+    sums = z.new_zeros(len(z), len(whole))
+    scores = sums[:, : len(tile)]
     for first, last in chunks(tuple(sizes)):
-        scores.addmm_(z[:, first:last], tile[:, first:last].T)
+        sums.addmm_(z[:, first:last], whole[:, first:last].T)
         if normalize:
             yield scores / tile[:, :last].norm(dim=1).clamp_min(torch.finfo(tile.dtype).tiny)
         else:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fmrl_dist.model.nested import chunks
+from fmrl_dist.model.row_products import linear_of_rows
 
 ROTATED_ITEMS = 4096  # at once: a product rounds by its shape
 STEPS, LEARNING_RATE = 200, 6e-3  # of Adam; the rate falls to 0 in a straight line
@@ -123,5 +124,5 @@ def rotate_tiles(items: Tensor, rotation: Tensor) -> Tensor:
     """Item vectors [v, D] times a rotation [D, D]: the same digits whatever run of tiles it is."""
     rotated = torch.empty_like(items)
     for first in range(0, len(items), ROTATED_ITEMS):
-        torch.mm(items[first : first + ROTATED_ITEMS], rotation, out=rotated[first : first + ROTATED_ITEMS])
+        rotated[first : first + ROTATED_ITEMS] = linear_of_rows(items[first : first + ROTATED_ITEMS], rotation.T)
     return rotated

@@ -50,18 +50,18 @@ MEANING = (
     "sizes",
     "depth",
     "mixer",
-    "head_width",
-    "positions",
-    "window",
-    "low_pass",
-    "low_pass_share",
     "input_norm",
     "output_norm",
     "feature_scale",
     "id_table",
     "item_encoder",
 )
-MEANING_OF = {"unisrec": ("experts",), "vqrec": ("codes",), "projection": ()}  # further ones, by item_encoder
+ATTENTION = ("head_width", "positions", "window")
+MEANING_OF = {  # further ones, by item encoder and by mixer
+    **{"unisrec": ("experts",), "vqrec": ("codes",), "projection": ()},
+    **{"lru": (), "filter": ("window",), "circular": ("window",), "attention": ATTENTION, "bidirectional": ATTENTION},
+    "bsarec": (*ATTENTION, "low_pass", "low_pass_share"),
+}
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def load_initial_weights(model: FMRLRec, run: Run) -> None:
     )
     theirs, ours = config_from_dict(source.config).model, run.config.model
     ids = ("id_width",) if ours.has_ids else ()
-    for key in (*MEANING, *MEANING_OF[ours.item_encoder], *ids):
+    for key in (*MEANING, *MEANING_OF[ours.item_encoder], *MEANING_OF[ours.mixer], *ids):
         before, now = getattr(theirs, key), getattr(ours, key)
         if key == "id_width":  # 0: all channels
             before, now = before or theirs.width, now or ours.width

@@ -105,7 +105,7 @@ class SearchSpace:
     def base_values(self) -> dict[str, int | float | str] | None:
         """The base's own value of each parameter, by key; None if one of them is not in the space.
 
-        What the base leaves to the store has its value if the store is there.
+        What the base leaves to the store has its value, unless "auto" is one of the choices, if the store is there.
         """
         values: dict[str, int | float | str] = {}
         config = self.config()
@@ -115,10 +115,10 @@ class SearchSpace:
             if len(names) > 1:  # within a mapping, such as a feature's
                 return None
             own = getattr(getattr(config, section), names[0])
-            if own == "auto" and manifest.is_file():
-                resolved = resolved_for(config, Manifest.from_bytes(manifest.read_bytes()))
-                own = getattr(getattr(resolved, section), names[0])
             value = parameter.find(own)
+            if value is None and own == "auto" and manifest.is_file():
+                resolved = resolved_for(config, Manifest.from_bytes(manifest.read_bytes()))
+                value = parameter.find(getattr(getattr(resolved, section), names[0]))
             if value is None:
                 return None
             values[key] = value

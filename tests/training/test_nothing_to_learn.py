@@ -217,7 +217,9 @@ def test_initial_weights_of_other_shapes(
 
 
 def test_what_may_change_with_initial_weights(shop: Path, trained: Path, tmp_path: Path) -> None:
+    """What changes no weight's meaning; nor do an LRU's weights know of heads, windows and frequencies."""
     words = ["--model.dropout", "0.1", "--model.r_max", "0.5", "--loss.predict_first", "false", "--train.max_steps", 1]
+    words += ["--model.head_width", 4, "--model.window", 20, "--model.low_pass", 3, "--model.positions", "none"]
     train_here(shop, tmp_path / "run", "--train.init", trained, *words)
 
 

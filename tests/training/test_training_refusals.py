@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from fmrl_dist import train
+from fmrl_dist.checkpoint.folder import load_checkpoint
 from fmrl_dist.config.loading import load_config
 from fmrl_dist.data.store.manifest import Block
 from fmrl_dist.data.store.reader import Store
@@ -101,7 +102,11 @@ def test_refusal_by_the_command_itself(shop: Path, stopped: Path) -> None:
         (["--train.seed", "1"], "train.seed"),
         (["--train.batch_size", "32"], "train.batch_size"),
         (["--train.lanes", "8"], "train.lanes 16, this run 8"),
-        (["--train.epochs", "4"], "train.schedule_epochs 3, this run 4"),
+        (
+            ["--train.epochs", "4"],
+            "train.schedule_epochs 3, this run 4; restore the value (--train.epochs 3, which it follows)",
+        ),
+        (["--train.schedule_epochs", "4"], "train.schedule_epochs 3, this run 4; restore the value, or start"),
         (["--train.precision", "bf16"], "train.precision"),
         (["--data.windows", "all"], "data.windows"),
     ],
@@ -119,6 +124,21 @@ def test_what_may_change_on_resume(shop: Path, copied_run: Path, copied_store: P
     words += ["--loss.impl", "plain", "--store.path", copied_store, "--train.max_steps", MAX_STEPS + 4]
     train_here(shop, copied_run, "--resume", "auto", *words)
     assert [record["step"] for record in records(copied_run)] == [1, 2, 3, 4, 6, 8]
+
+
+@pytest.mark.parametrize("words", [["--eval.metric", "recall@10"], ["--eval.size", "mean"]], ids=["metric", "size"])
+def test_a_best_that_is_chosen_otherwise_is_searched_anew(
+    words: list[object], shop: Path, copied_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Figures of two metrics do not compare: by the old one's value no later checkpoint might ever be the best."""
+    latest = load_checkpoint(copied_run / "checkpoints" / "latest")
+    state = json.loads((latest.path / "state.json").read_text())
+    state["state"]["best_value"] = 2.0
+    (latest.path / "state.json").write_text(json.dumps(state))
+    reseal(latest.path)
+    train_here(shop, copied_run, "--resume", "auto", "--eval.every_steps", 1, *words)
+    assert "was chosen by other eval.users, eval.metric or eval.size: the search restarts" in capsys.readouterr().out
+    assert load_checkpoint(copied_run).state.step > latest.state.step
 
 
 def test_checkpoint_of_another_store(shop: Path, copied_run: Path, tmp_path: Path) -> None:

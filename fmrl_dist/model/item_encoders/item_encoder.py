@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fmrl_dist.model.nested import MatmulModule, add_prefix
+from fmrl_dist.model.nested import MatmulModule, add_prefix, matmul_linear
+from fmrl_dist.model.row_products import linear_of_rows
 
 
 class ItemEncoder(MatmulModule, ABC):
@@ -136,6 +137,12 @@ class DenseItemEncoder(ItemEncoder):
         super().__init__(width, feature_dims, matmul_dtype)
         self.register_buffer("feature_shift", torch.zeros(self.total))
         self.register_buffer("feature_scale", torch.ones(self.total))
+
+    def product(self, features: Tensor, weight: Tensor) -> Tensor:
+        """features · weightᵀ. In evaluation items with equal features have equal embeddings, and tie in every rank."""
+        if self.training:
+            return matmul_linear(features, weight, self.matmul_dtype)
+        return linear_of_rows(features.to(weight.dtype), weight)
 
     def normalize(self, values: Tensor, present: Tensor) -> Tensor:
         scaled = (values.to(self.feature_shift.dtype) - self.feature_shift) * self.feature_scale

@@ -63,5 +63,5 @@ class ProjectionEncoder(DenseItemEncoder):
         return matmul_linear(columns, self.projection(), self.product_dtype)
 
     def without_ids(self, features: Tensor, present: Tensor, noise: Tensor | None = None) -> Tensor:
-        embeddings = matmul_linear(features, self.weight, self.product_dtype) + self.bias
+        embeddings = self.product(features, self.weight) + self.bias
         return embeddings + self._of_missing(present)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmrl_dist.model.item_encoders.item_encoder import DenseItemEncoder
-from fmrl_dist.model.nested import matmul_linear
+from fmrl_dist.model.row_products import linear_of_rows
 
 
 class UniSRecEncoder(DenseItemEncoder):
@@ -60,14 +60,14 @@ class UniSRecEncoder(DenseItemEncoder):
     def without_ids(self, features: Tensor, present: Tensor, noise: Tensor | None = None) -> Tensor:
         features = features.to(self.weight.dtype)
         gates_NG = F.softmax(self._gate_scores(features, noise), 1)
-        projected = matmul_linear(features, self.weight.flatten(0, 1), self.product_dtype)
+        projected = self.product(features, self.weight.flatten(0, 1))
         offsets_GD = torch.einsum("gf,gdf->gd", self.offsets, self.weight)
         whitened_NGD = projected.unflatten(1, offsets_GD.shape) - offsets_GD
         return torch.einsum("ng,ngd->nd", gates_NG, whitened_NGD) + self._of_missing(present)
 
     def _gate_scores(self, features: Tensor, noise: Tensor | None) -> Tensor:
         """[n, G], with noise ε [n, G] in training, by which experts share the items."""
-        scores = features @ self.gate.T
+        scores = features @ self.gate.T if self.training else linear_of_rows(features, self.gate)
         if noise is None:
             return scores
         return scores + noise.to(scores.dtype) * F.softplus(features @ self.gate_noise.T)

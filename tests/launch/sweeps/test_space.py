@@ -198,3 +198,12 @@ def test_a_value_that_the_base_leaves_to_the_store(tmp_path: Path) -> None:
         parameters = {"model.dropout": {"low": 0.3, "high": 0.6, "step": 0.1}}
         found.append(read_space(write(tmp_path, base=str(base), parameters=parameters)).base_values())
     assert found == [None, {"model.dropout": 0.5}]
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_the_base_keeps_auto_where_it_is_a_choice(is_there: bool, tmp_path: Path) -> None:
+    store, base = load_config(make_shop(tmp_path)).store.path, tmp_path / "base.yaml"
+    base.write_text(yaml.safe_dump({"store": {"path": store if is_there else "nowhere"}}))
+    parameters = {"model.dropout": {"choices": [0.2, "auto"]}, "train.batch_size": {"choices": ["auto", 32, 64]}}
+    space = read_space(write(tmp_path, base=str(base), parameters=parameters))
+    assert space.base_values() == {"model.dropout": "auto", "train.batch_size": "auto"}
