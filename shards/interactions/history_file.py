@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fmrl_dist.base.errors import UserError, require
+from fmrl_dist.base.errors import UserError
 from fmrl_dist.base.files import written_aside
 from fmrl_dist.base.progress import Progress
 from shards.interactions.funnel import Funnel
@@ -43,16 +43,12 @@ def write_histories(
         ticks_per_second: of ``t``; None if it is no time.
         has_periods: whether ``p`` says more than that all events are the history's.
         funnel: takes the counts.
-
-    Raises:
-        UserError: an event is later than one of a later period: it would stand in the history of what came before it.
     """
     has_times = ticks_per_second is not None
     ids = "SELECT id FROM users WHERE u IN (SELECT u FROM kept) ORDER BY u"
     external = _Ids(quiet(connection.cursor()).sql(ids).to_arrow_reader(USERS_AT_ONCE))
     events = connection.sql("SELECT u, i, t, p FROM kept ORDER BY u, p, t, tie, i").to_arrow_reader(EVENTS_AT_ONCE)
     progress = Progress("event", funnel.events, name="histories")
-    num_out_of_order, first_out_of_order = 0, ""
     schema = _schema(external.type, has_times, has_periods)
     with written_aside(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for users, item_codes, times, periods in _whole_users(events):
@@ -60,13 +56,7 @@ def write_histories(
             if has_times:
                 _count_ties(funnel, starts, times, periods, has_periods)
                 funnel.repeated_events += num_repeated_events(users, times, item_codes)
-            owners = external.take(len(starts) - 1)
-            if has_times and has_periods:
-                late = np.flatnonzero(np.minimum.reduceat(_steps_back(starts, times), starts[:-1]) < 0)
-                if len(late) and not num_out_of_order:
-                    first_out_of_order = repr(owners[int(late[0])].as_py())
-                num_out_of_order += len(late)
-            columns = [owners, _lists(starts, new_items[item_codes].astype(np.int32))]
+            columns = [external.take(len(starts) - 1), _lists(starts, new_items[item_codes].astype(np.int32))]
             if ticks_per_second is not None:
                 columns.append(_lists(starts, times // ticks_per_second))
             if has_periods:
@@ -75,15 +65,7 @@ def write_histories(
                     columns.append(pa.array(of_period))
             writer.write_table(pa.table(columns, schema=schema), row_group_size=USERS_AT_ONCE)
             progress.advance(len(users))
-        progress.close()
-        require(
-            not num_out_of_order,
-            f"data.split.by: given holds out events that are older than events which train, or which validate before "
-            f"a test: of {num_out_of_order:,} of {funnel.users:,} users, the first is {first_out_of_order}. The "
-            "history of a held-out event is all that the user did before it, and this would show a model what came "
-            "after it; split by time (data.split.by: time) or mend the split, or set data.sequences.times to '' if "
-            "the split's order is the order that counts",
-        )
+    progress.close()
 
 
 class _Ids:
@@ -132,13 +114,6 @@ def _whole_users(batches: pa.RecordBatchReader) -> Iterator[list[np.ndarray]]:
 
 def _lists(starts: np.ndarray, values: np.ndarray) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(starts.astype(np.int32)), pa.array(values))
-
-
-def _steps_back(starts: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """The time between each event and the one before it of the same user, int64 [events]; 0 for a user's first."""
-    steps = np.diff(times, prepend=times[:1])
-    steps[starts[:-1]] = 0
-    return steps
 
 
 def _count_ties(funnel: Funnel, starts: np.ndarray, times: np.ndarray, periods: np.ndarray, has_periods: bool) -> None:

@@ -92,6 +92,8 @@ def keep_events(
     funnel.events = count(connection, "SELECT count(*) FROM kept")
     funnel.add(f"before the latest {settings.max_events} of a user", funnel.events)
     funnel.users = count(connection, "SELECT count(DISTINCT u) FROM kept")
+    if data.split.by == "given" and has_times:
+        _check_in_time(connection, funnel.users)
     trained, used = (_items_of(connection, where, len(item_ids)) for where in ("p = 0", "true"))
     funnel.items = int(used.sum())
     taken = "; ".join(f"{step.name} took {step.removed:,}" for step in funnel.steps)
@@ -220,6 +222,29 @@ def _drop_earlier(connection: duckdb.DuckDBPyConnection, max_events: int) -> Non
         return
     latest = "row_number() OVER (PARTITION BY u, p ORDER BY t DESC, tie DESC, i DESC)"
     connection.execute(f"CREATE TABLE kept AS SELECT * FROM in_core QUALIFY p > 0 OR {latest} <= {max_events}")
+
+
+def _check_in_time(connection: duckdb.DuckDBPyConnection, num_users: int) -> None:
+    """Refuse a split in which a held-out event is older than one of an earlier period.
+
+    Raises:
+        UserError: it would stand behind what came after it, in the history that it is predicted from.
+    """
+    [(number, first)] = connection.execute("""
+        SELECT count(*), min(u) FROM (
+            SELECT u, max(t) FILTER (p = 0) AS trained, min(t) FILTER (p > 0) AS held_out,
+                max(t) FILTER (p < 2) AS before_test, min(t) FILTER (p = 2) AS tested
+            FROM kept GROUP BY u)
+        WHERE trained > held_out OR before_test > tested""").fetchall()
+    if not number:
+        return
+    [(user,)] = connection.execute("SELECT id FROM users WHERE u = ?", [first]).fetchall()
+    raise UserError(
+        "data.split.by: given holds out events that are older than events which train, or which validate before a "
+        f"test: of {number:,} of {num_users:,} users, the first is {user!r}. The history of a held-out event is all "
+        "that the user did before it, and this would show a model what came after it; split by time (data.split.by: "
+        "time) or mend the split, or set data.sequences.times to '' if the split's order is the order that counts"
+    )
 
 
 def _items_of(connection: duckdb.DuckDBPyConnection, where: str, num_items: int) -> np.ndarray:

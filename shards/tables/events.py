@@ -249,21 +249,21 @@ def _check(
 
 
 def _examples(connection: DuckDBPyConnection, tables: list[EventTable], data: DataConfig) -> dict[str, str]:
-    """The first text of each kind that is not understood, by cause; the tables are read again up to there."""
+    """The first text of each kind that is not understood, by cause."""
     first = dict(connection.execute(f'SELECT cause, min("row") FROM {STAGED} GROUP BY cause').fetchall())
-    found: dict[str, str] = {}
-    for cause, column in TEXTS.items():
-        begin = 0
-        for table in tables if cause in first else ():
-            for batch, _, _ in event_batches(table, data, begin, Counter()):
-                place = first[cause] - begin
-                begin += len(batch)
-                if 0 <= place < len(batch) and column in batch.column_names:
-                    text = batch[column][place].as_py()
-                    found |= {cause: text} if text else {}
-                if begin > first[cause]:
-                    break
-    return found
+    texts = {cause: _text_of_row(tables, data, TEXTS[cause], first[cause]) for cause in TEXTS.keys() & first.keys()}
+    return {cause: text for cause, text in texts.items() if text}
+
+
+def _text_of_row(tables: list[EventTable], data: DataConfig, column: str, row: int) -> str | None:
+    """What a column of texts holds in a row of the tables, which are read again up to it; None if it is of no text."""
+    begin = 0
+    for table in tables:
+        for batch, *_ in event_batches(table, data, begin, Counter()):
+            if row < begin + len(batch):
+                return batch[column][row - begin].as_py() if column in batch.column_names else None
+            begin += len(batch)
+    return None
 
 
 def _say_times(connection: DuckDBPyConnection, table: EventTable, unit: str, per_second: int) -> None:
