@@ -122,7 +122,7 @@ class EventBatch(NamedTuple):
 
     events: pa.Table
     owners: pa.Array | None  # of a table of sequences: the user of each row whose lists can be used, null or ids
-    num_empty: int = 0  # of these rows, those whose list is empty
+    num_empty: int  # of these rows, those whose list is empty
 
 
 def event_batches(table: EventTable, data: DataConfig, first_row: int, bad: Counter[str]) -> Iterator[EventBatch]:

@@ -64,7 +64,7 @@ class ReadCounts:
     per_second: int  # ticks of ``time``: 10⁶, or 10⁹ where times are in nanoseconds or any is finer than microseconds
     sorted_users: int  # of a table of sequences: users whose list was not in order of its own times
     joined_users: int  # of a table of sequences: users of several rows
-    empty_lists: int = 0  # of a table of sequences: rows without an event, which are no mistake
+    empty_lists: int  # of a table of sequences: rows without an event, which are no mistake
 
 
 def load_events(connection: DuckDBPyConnection, data: DataConfig, downloads: Path | None) -> ReadCounts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from fmrl_dist.base.errors import require
-from fmrl_dist.checkpoint.run_folder import schedule_epochs
+from fmrl_dist.checkpoint.same_run import schedule_epochs
 from fmrl_dist.training.run import Run
 
 
